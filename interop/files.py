@@ -1,0 +1,31 @@
+"""Atomic writes: a reader sees the old file or the whole new one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import os
+from pathlib import Path
+import tempfile
+from typing import IO, Any
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` and renames it over `path` on success.
+
+    Args:
+      path: the file to replace; its folder must exist.
+      mode: "w" (UTF-8 text) or "wb".
+
+    Yields:
+      The open temporary file. An exception inside leaves `path` as it was.
+    """
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

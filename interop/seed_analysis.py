@@ -1,0 +1,182 @@
+"""What the measured rows say: means, ratios, and one generated sentence per finding and regime."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+import math
+from typing import NamedTuple
+
+PASSED = "PASSED"
+
+
+class WorkloadRow(NamedTuple):
+    """One workload of the report: its uuid, the tokens T and the first local expert."""
+
+    uuid: str
+    num_tokens: int
+    local_expert_offset: int
+
+
+class Measurement(NamedTuple):
+    """One solution on one workload.
+
+    Attributes:
+      status: "PASSED", or the reason why there is no speed.
+      latency_ms: time of one call; None unless passed.
+      reference_ms: time of the reference on the same workload by the same timer; None if not measured.
+      workspace_bytes: peak bytes allocated by one call beyond inputs and output; None if not measured.
+    """
+
+    status: str
+    latency_ms: float | None = None
+    reference_ms: float | None = None
+    workspace_bytes: int | None = None
+
+
+Results = Mapping[str, Mapping[str, Measurement]]  # solution -> uuid -> measurement
+
+
+class Regime(NamedTuple):
+    """A range of token counts, both ends included; `last` None means unbounded."""
+
+    name: str
+    first: int
+    last: int | None
+
+    def holds(self, num_tokens: int) -> bool:
+        """Whether a workload of `num_tokens` tokens belongs here."""
+        return self.first <= num_tokens and (self.last is None or num_tokens <= self.last)
+
+
+# The published regimes; the ranges between them hold none of the 19 workloads and are named for other data.
+REGIMES = (
+    Regime("T = 1", 1, 1),
+    Regime("T = 2-6", 2, 6),
+    Regime("T = 7-32", 7, 32),
+    Regime("T = 33-49", 33, 49),
+    Regime("T = 50-80", 50, 80),
+    Regime("T = 81-900", 81, 900),
+    Regime("T = 901", 901, 901),
+    Regime("T = 902-10K", 902, 10_000),
+    Regime("T > 10K", 10_001, None),
+)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; `values` must not be empty."""
+    return math.fsum(values) / len(values)
+
+
+def geomean(values: Sequence[float]) -> float:
+    """Geometric mean of positive numbers; `values` must not be empty."""
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values))
+
+
+def passed(results: Results, solution: str, uuid: str) -> Measurement | None:
+    """The measurement if it passed and has a positive latency, else None."""
+    row = results[solution].get(uuid)
+    if row is None or row.status != PASSED or not row.latency_ms or row.latency_ms <= 0:
+        return None
+    return row
+
+
+def speedup(row: Measurement | None) -> float | None:
+    """Reference time over solution time, or None where either is missing."""
+    if row is None or not row.latency_ms or not row.reference_ms:
+        return None
+    return row.reference_ms / row.latency_ms
+
+
+def latency_ratio(results: Results, slow: str, fast: str, uuid: str) -> float | None:
+    """How many times as fast `fast` is as `slow` on one workload (`slow` time over `fast` time)."""
+    a, b = passed(results, slow, uuid), passed(results, fast, uuid)
+    return a.latency_ms / b.latency_ms if a and b and a.latency_ms and b.latency_ms else None
+
+
+def pairs(results: Results) -> list[tuple[str, str]]:
+    """The (baseline, solution) pairs that get a ratio column: all of up to three, else each against the first."""
+    names = list(results)
+    return (
+        list(combinations(names, 2)) if len(names) <= 3 else [(names[0], name) for name in names[1:]]
+    )
+
+
+def common_uuids(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
+    """The workloads that every solution with any result passed: the only rows that means may run over."""
+    live = [name for name in results if any(passed(results, name, w.uuid) for w in workloads)]
+    return [w.uuid for w in workloads if live and all(passed(results, n, w.uuid) for n in live)]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _spread(values: Sequence[float], unit: str = "x") -> str:
+    low, high = f"{min(values):.2f}{unit}", f"{max(values):.2f}{unit}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _pair_sentence(results: Results, slow: str, fast: str, uuids: Sequence[str]) -> str | None:
+    found = [latency_ratio(results, slow, fast, uuid) for uuid in uuids]
+    ratios = [ratio for ratio in found if ratio is not None]
+    if not ratios:
+        return None
+    wins, n = sum(ratio > 1 for ratio in ratios), len(ratios)
+    if n == 1:
+        return f"`{fast}` is {ratios[0]:.2f}x as fast as `{slow}`."
+    who = "each" if wins == n else "none" if wins == 0 else f"{wins} of {n}"
+    return (
+        f"`{fast}` is {geomean(ratios):.2f}x as fast as `{slow}` "
+        f"(geometric mean, {_spread(ratios)}), faster on {who}."
+    )
+
+
+def _fastest_sentence(results: Results, uuids: Sequence[str]) -> str | None:
+    wins = dict.fromkeys(results, 0)
+    for uuid in uuids:
+        timed = {n: row.latency_ms for n in results if (row := passed(results, n, uuid)) and row.latency_ms}
+        if timed:
+            wins[min(timed, key=lambda name: timed[name])] += 1
+    total = sum(wins.values())
+    if total == 0 or len(results) < 2:
+        return None
+    best = [f"`{name}` on {count} of {total}" for name, count in wins.items() if count]
+    return "Fastest: " + ", ".join(best) + "."
+
+
+def _speedup_sentence(results: Results, name: str, uuids: Sequence[str]) -> str | None:
+    found = [passed(results, name, uuid) for uuid in uuids]
+    values = [value for row in found if (value := speedup(row)) is not None]
+    if not values:
+        return None
+    if len(values) == 1:
+        return f"`{name}`: {values[0]:.2f}x the reference's speed."
+    return f"`{name}`: {geomean(values):.2f}x the reference's speed (geometric mean, {_spread(values)})."
+
+
+def _failure_sentences(results: Results, uuids: Sequence[str]) -> list[str]:
+    sentences = []
+    for name in results:
+        failed = [uuid for uuid in uuids if passed(results, name, uuid) is None]
+        if failed:
+            sentences.append(f"`{name}` has no passing result on {len(failed)} of {len(uuids)}.")
+    return sentences
+
+
+def describe(results: Results, uuids: Sequence[str]) -> list[str]:
+    """All sentences that hold for these workloads, each computed from the rows."""
+    candidates = [_fastest_sentence(results, uuids)]
+    candidates += [_pair_sentence(results, slow, fast, uuids) for slow, fast in pairs(results)]
+    candidates += [_speedup_sentence(results, name, uuids) for name in results]
+    return [s for s in candidates if s is not None] + _failure_sentences(results, uuids)
+
+
+def analysis(workloads: Sequence[WorkloadRow], results: Results) -> list[tuple[str, list[str]]]:
+    """(heading, sentences) over everything and then over each regime that holds a workload."""
+    groups = [("All workloads", list(workloads))]
+    for regime in REGIMES:
+        groups.append((regime.name, [w for w in workloads if regime.holds(w.num_tokens)]))
+    return [
+        (f"{name} ({_plural(len(rows), 'workload')})", describe(results, [w.uuid for w in rows]))
+        for name, rows in groups
+        if rows
+    ]
