@@ -1,0 +1,27 @@
+"""Environment of the test process, and the rule that GPU tests run only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+
+from tests import h100_target
+
+# JAX reads these at import, so they are set before any test module is loaded.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
+if not pathlib.Path("/dev/nvidiactl").exists():
+    h100_target.prepare_environment()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests on a machine without a GPU."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
