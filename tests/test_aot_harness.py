@@ -6,7 +6,10 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jax_triton
 import pytest
+import triton
+import triton.language as tl
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -101,6 +104,41 @@ def test_sees_spilled_registers():
     kernel = plgpu.kernel(body, out_type=tile, kernel_name="spiller")
     report = h100_target.compile_for_h100(kernel, jax.ShapeDtypeStruct((8, 64, 128), jnp.float32))
     assert report.kernels[0].spill_bytes > 0
+
+
+@triton.jit
+def _triton_tile(x, w, out, SIDE: tl.constexpr):
+    index = tl.arange(0, SIDE)
+    tile = index[:, None] * SIDE + index[None, :]
+    product = tl.dot(tl.load(x + tile), tl.trans(tl.load(w + tile)))
+    tl.store(out + tile, product)
+
+
+@pytest.mark.parametrize(
+    ("compute_capability", "architecture"), [(89, "sm_89"), (90, "sm_90a"), (100, "sm_100a")]
+)
+def test_reports_triton_kernels_of_every_generation(compute_capability, architecture):
+    side = 128
+    operand = jax.ShapeDtypeStruct((side, side), F8)
+
+    def tile_matmul(x, w):
+        return jax_triton.triton_call(
+            x,
+            w,
+            kernel=_triton_tile,
+            out_shape=jax.ShapeDtypeStruct((side, side), jnp.float32),
+            grid=1,
+            compute_capability=compute_capability,
+            SIDE=side,
+        )
+
+    (kernel,) = h100_target.compile_triton_kernels(tile_matmul, operand, operand)
+    assert kernel.architecture == architecture
+    assert kernel.smem_bytes > 0
+    assert kernel.fp8_instructions > 0
+    if compute_capability == 90:
+        program = h100_target.compile_for_h100(tile_matmul, operand, operand)
+        assert program.kernels == (kernel,)
 
 
 def test_command_line_prints_json(capsys):
