@@ -1,0 +1,1 @@
+"""The benchmark: inputs, checks, clocks, roofline, runner and reports behind `bench_main.py`."""

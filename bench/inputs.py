@@ -1,0 +1,129 @@
+"""The ten arguments of a workload, on the default JAX device, from a seed alone.
+
+`realistic`: Gaussian weights and activations, quantized by blocks with scale = amax / 448;
+    outputs are of order 1.
+`flashinfer`: as flashinfer-bench fills random tensors: f32 (all scales) is N(0, 1), negative values
+    included, e4m3 is N(0, 1) clipped to +-2; outputs are of order 1e5.
+`dataset`: routing tensors from a flashinfer-trace folder, the rest as `flashinfer`.
+
+Weights are drawn once a run and shared by all workloads; a trial redraws the activations. Without
+a data set the routing is a stand-in (`bench.routing`), drawn once a workload, as a file would be.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float8e4m3fn, Float32
+
+from bench.gaussian import BLOCK, clipped_gaussian_e4m3, gaussian, key_for, quantized_gaussian
+from bench.routing import HostRouting
+from bench.workloads import Sizes
+from interop.solutions.base import Arguments
+from interop.workloads import ROUTED_SCALING_FACTOR, Workload
+
+KINDS = ("realistic", "flashinfer", "dataset")
+_WEIGHTS, _ACTIVATIONS = 0, 1  # streams of the seed
+
+
+class Weights(NamedTuple):
+    """The four weight tensors, shared by all workloads of a run."""
+
+    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"]
+    gemm1_weights_scale: Float32[Array, "E_local 2*I/128 H/128"]
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"]
+    gemm2_weights_scale: Float32[Array, "E_local H/128 I/128"]
+
+
+def draw_weights(kind: str, sizes: Sizes, seed: int) -> Weights:
+    """Draws the weights of a run.
+
+    Args:
+        kind: One of `KINDS`.
+        sizes: The constant axes.
+        seed: The run's seed.
+
+    Returns:
+        The weights on the default device: 1.41 GB at full size, made expert by expert.
+    """
+    return _draw_weights(kind == "realistic", sizes, seed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw_weights(realistic: bool, sizes: Sizes, seed: int) -> Weights:
+    hidden, intermediate = sizes.hidden_size, sizes.intermediate_size
+    shapes = (
+        (2 * intermediate, hidden, 2 / math.sqrt(hidden)),
+        (hidden, intermediate, 4 / math.sqrt(intermediate)),
+    )
+
+    def one_expert(expert: Array) -> tuple[Array, ...]:
+        drawn: list[Array] = []
+        for gemm, (rows, columns, std) in enumerate(shapes):
+            key = jax.random.fold_in(key_for(seed, _WEIGHTS, gemm), expert)
+            drawn += _matrix(realistic, key, rows, columns, BLOCK, std)
+        return tuple(drawn)
+
+    return Weights(*jax.lax.map(one_expert, jnp.arange(sizes.num_local_experts)))
+
+
+def _matrix(
+    realistic: bool, key: Array, rows: int, columns: int, block_rows: int, std: float
+) -> tuple[Array, Array]:
+    if realistic:
+        return quantized_gaussian(key, rows, columns, block_rows=block_rows, std=std)
+    values_key, scales_key = jax.random.split(key)
+    scales = gaussian(scales_key, (rows // block_rows, columns // BLOCK))
+    return clipped_gaussian_e4m3(values_key, (rows, columns)), scales
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw_activations(
+    realistic: bool, num_tokens: int, hidden: int, key: Array
+) -> tuple[Array, Array]:
+    values, scales = _matrix(realistic, key, num_tokens, hidden, 1, 1.0)
+    return values, scales.T
+
+
+def make_arguments(
+    kind: str,
+    workload: Workload,
+    sizes: Sizes,
+    seed: int,
+    trial: int,
+    weights: Weights,
+    routing: HostRouting,
+) -> Arguments:
+    """Completes the ten arguments of one trial.
+
+    Args:
+        kind: One of `KINDS`.
+        workload: The row.
+        sizes: The constant axes.
+        seed: The run's seed.
+        trial: Number of the trial; each has its own activations.
+        weights: From `draw_weights`.
+        routing: From `bench.routing.draw` or `bench.dataset.read_routing`.
+
+    Returns:
+        JAX arrays on the default device; offset and factor as device scalars, i32[] and f32[].
+    """
+    key = key_for(seed, _ACTIVATIONS, workload.num_tokens, workload.local_expert_offset, trial)
+    values, scales = _draw_activations(
+        kind == "realistic", workload.num_tokens, sizes.hidden_size, key
+    )
+    arguments = Arguments(
+        routing_logits=jnp.asarray(routing.logits),
+        routing_bias=jnp.asarray(routing.bias),
+        hidden_states=values,
+        hidden_states_scale=scales,
+        gemm1_weights=weights.gemm1_weights,
+        gemm1_weights_scale=weights.gemm1_weights_scale,
+        gemm2_weights=weights.gemm2_weights,
+        gemm2_weights_scale=weights.gemm2_weights_scale,
+        local_expert_offset=jnp.int32(sizes.offset(workload)),
+        routed_scaling_factor=jnp.float32(ROUTED_SCALING_FACTOR),
+    )
+    return jax.block_until_ready(arguments)

@@ -1,0 +1,125 @@
+"""Stand-in routing tensors for the workloads, and what a routing asks of one rank."""
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import BFloat16, Float32, Int
+
+from bench.workloads import Sizes
+from interop.workloads import Workload, captured_routing
+from jax_moe import DEEPSEEK_V3, MoEConfig
+
+PATTERNS = ("moments", "balanced", "zipf", "one_hot")
+_MAX_DRAWS = 64
+
+
+class HostRouting(NamedTuple):
+    """The two routing tensors of a workload, on the host."""
+
+    logits: Float32[np.ndarray, "T E"]
+    bias: BFloat16[np.ndarray, " E"]
+
+
+class LocalLoad(NamedTuple):
+    """What one routing asks of this rank.
+
+    Attributes:
+        pairs: Local (token, expert) pairs.
+        active_experts: Local experts with at least one pair.
+        max_per_expert: Pairs of the busiest local expert.
+        tokens: Tokens with at least one local pair.
+    """
+
+    pairs: int
+    active_experts: int
+    max_per_expert: int
+    tokens: int
+
+
+def draw(workload: Workload, sizes: Sizes, seed: int, pattern: str = "moments") -> HostRouting:
+    """Draws `routing_logits` and `routing_bias` on the host, so the same for every device.
+
+    Args:
+        workload: Gives T and the offset; both enter the seed.
+        sizes: Gives the number of experts; below 256, the first columns of the draw are taken.
+        seed: The run's seed.
+        pattern: `moments` follows the captured routing and redraws until at least min(T, 2) pairs
+            are local, so that no row measures an empty layer. The others give every token exactly
+            one local expert, to compare loads at the same number of pairs: `balanced` (in turn),
+            `zipf` (expert r with probability ~ 1/r) and `one_hot` (the first one takes all).
+
+    Returns:
+        f32[T, E] logits and bf16[E] bias.
+
+    Raises:
+        ValueError: `pattern` is none of `PATTERNS`.
+        RuntimeError: No draw had enough local pairs.
+    """
+    if pattern not in PATTERNS:
+        raise ValueError(f"--routing: expected one of {', '.join(PATTERNS)}, found {pattern!r}")
+    for attempt in range(_MAX_DRAWS):
+        entropy = [seed, workload.num_tokens, workload.local_expert_offset, attempt]
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+        logits, bias = captured_routing(workload.num_tokens, rng)
+        routing = HostRouting(logits[:, : sizes.num_experts], bias[: sizes.num_experts])
+        if pattern != "moments":
+            return HostRouting(
+                _one_local_expert_each(routing, workload, sizes, pattern), routing.bias
+            )
+        if local_load(routing, workload, sizes).pairs >= min(workload.num_tokens, 2):
+            return routing
+    raise RuntimeError(f"no routing with a local pair in {_MAX_DRAWS} draws for {workload}")
+
+
+def _one_local_expert_each(
+    routing: HostRouting, workload: Workload, sizes: Sizes, pattern: str
+) -> Float32[np.ndarray, "T E"]:
+    """Raises one local expert by `pattern` and seven of three other groups above the rest."""
+    tokens = np.arange(workload.num_tokens)
+    if pattern == "balanced":
+        expert = tokens % sizes.num_local_experts
+    elif pattern == "one_hot":
+        expert = np.zeros_like(tokens)
+    else:
+        share = np.cumsum(1.0 / np.arange(1, sizes.num_local_experts + 1))
+        # Equally spaced quantiles in a scrambled order: the law itself, without sampling noise.
+        position = (tokens * 7919 % len(tokens) + 0.5) / len(tokens)
+        expert = np.searchsorted(share / share[-1], position)
+    groups, first = DEEPSEEK_V3.n_group, sizes.offset(workload)
+    per_group = sizes.num_experts // groups
+    raised = routing.logits - np.float32(5.0)
+    raised[tokens, first + expert] += 9.0
+    for slot in range(DEEPSEEK_V3.top_k - 1):
+        group = (first // per_group + 1 + (tokens + slot % 3) % (groups - 1)) % groups
+        raised[tokens, group * per_group + (tokens * 5 + slot // 3) % per_group] += 9.0
+    return raised.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def topk_ids(routing: HostRouting, config: MoEConfig = DEEPSEEK_V3) -> Int[np.ndarray, "T k"]:
+    """Group-limited top-k on the host, ties to the lowest id; for finite logits only.
+
+    The sigmoid is taken in f64 and rounded once, so that all machines count the same experts.
+    """
+    scores = (1.0 / (1.0 + np.exp(-routing.logits.astype(np.float64)))).astype(np.float32)
+    scores = scores + routing.bias.astype(np.float32)
+    grouped = scores.reshape(len(scores), config.n_group, -1)
+    best_two = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+    kept_groups = np.argsort(-best_two, axis=-1, kind="stable")[:, : config.topk_group]
+    kept = np.zeros(best_two.shape, bool)
+    np.put_along_axis(kept, kept_groups, True, axis=-1)
+    masked = np.where(kept[..., None], grouped, -np.inf).reshape(scores.shape)
+    return np.argsort(-masked, axis=-1, kind="stable")[:, : config.top_k]
+
+
+def local_load(routing: HostRouting, workload: Workload, sizes: Sizes) -> LocalLoad:
+    """Counts the pairs, experts and tokens that a routing leaves on this rank."""
+    local = topk_ids(routing) - sizes.offset(workload)
+    is_local = (local >= 0) & (local < sizes.num_local_experts)
+    counts = np.bincount(local[is_local], minlength=sizes.num_local_experts)
+    return LocalLoad(
+        pairs=int(counts.sum()),
+        active_experts=int((counts > 0).sum()),
+        max_per_expert=int(counts.max()),
+        tokens=int(is_local.any(axis=1).sum()),
+    )

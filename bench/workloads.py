@@ -1,0 +1,62 @@
+"""Which workloads a run measures, and at what size: the definition's 19, or powers of two."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from interop.workloads import Workload, workloads
+
+FULL_EXPERTS = 256  # the expert count that a workload's `local_expert_offset` refers to
+
+
+class Sizes(NamedTuple):
+    """The constant axes of the definition, or their reduction for a machine without a GPU."""
+
+    num_experts: int
+    num_local_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def offset(self, workload: Workload) -> int:
+        """The workload's offset among `num_experts` experts: the same routing group."""
+        return workload.local_expert_offset * self.num_experts // FULL_EXPERTS
+
+
+FULL = Sizes(num_experts=256, num_local_experts=32, hidden_size=7168, intermediate_size=2048)
+REDUCED = Sizes(num_experts=64, num_local_experts=8, hidden_size=256, intermediate_size=128)
+
+WORKLOADS = tuple(sorted(workloads(), key=lambda row: row.num_tokens))
+SCALING = tuple(Workload(f"scaling-{2**i}", 2**i, 32, blob="") for i in range(15))
+
+
+def select(names: Sequence[str], pool: Sequence[Workload] = WORKLOADS) -> tuple[Workload, ...]:
+    """Picks workloads by uuid prefix or token count, in the pool's order.
+
+    Args:
+        names: `["all"]`, or any mix of uuid prefixes and token counts. A name that is a token
+            count of the pool means that row, even where a uuid starts with the same digits.
+        pool: The rows to choose from.
+
+    Returns:
+        The chosen rows, each once.
+
+    Raises:
+        ValueError: A name matches no row; the message lists what there is.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        found = _matching(name.strip(), pool)
+        if not found:
+            counts = ", ".join(str(row.num_tokens) for row in pool)
+            raise ValueError(
+                f"--workloads: unknown workload {name!r}; expected 'all', a uuid prefix, or one of "
+                f"the token counts {counts}"
+            )
+        chosen.update(row.uuid for row in found)
+    return tuple(row for row in pool if row.uuid in chosen)
+
+
+def _matching(name: str, pool: Sequence[Workload]) -> list[Workload]:
+    if name == "all":
+        return list(pool)
+    counted = [row for row in pool if str(row.num_tokens) == name]
+    return counted or [row for row in pool if name and row.uuid.startswith(name)]
