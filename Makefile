@@ -1,0 +1,40 @@
+# Every target that needs packages makes .venv by itself; `make PYTHON=/path/to/python3.12` picks the Python for it.
+SHELL := bash
+VENV_PYTHON := .venv/bin/python
+READY := .venv/.ready
+WORKERS ?= 2
+RESULTS ?= out/test-gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test test-slow test-gpu lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): pyproject.toml tools/bootstrap.sh
+	@tools/bootstrap.sh
+
+bench: $(READY) ## the 19 workloads, checked and timed; ARGS="--workloads 1,901" passes flags on
+	$(VENV_PYTHON) bench_main.py $(ARGS)
+
+test: $(READY) ## all tests that need no GPU and end within minutes
+	$(VENV_PYTHON) -m pytest -m "not gpu and not slow" -n $(WORKERS) $(ARGS)
+
+test-slow: $(READY) ## the long tests that need no GPU
+	$(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) $(ARGS)
+
+test-gpu: ## the tests that need a GPU; a summary goes to RESULTS=folder
+	@tools/test_gpu.sh $(RESULTS) $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+format: $(READY) ## rewrite the code in the project's format
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+clean: ## remove .venv and everything generated
+	rm -rf .venv .venv.lock out build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,80 @@
+"""Says whether this interpreter holds what pyproject.toml asks for; installs and downloads nothing.
+
+    python tools/check_pins.py [--extras triton,dev] [--deep]
+
+Prints one line for each package that is missing or outside its range, and exits with 1 if there
+are any. `--deep` also follows the requirements of the packages found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import pathlib
+import sys
+import tomllib
+from collections.abc import Iterator
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PYPROJECT = pathlib.Path(__file__).parent.parent / "pyproject.toml"
+
+
+def project_requirements(extras: list[str]) -> list[str]:
+    """The project's own requirements, with those of `extras`.
+
+    Raises:
+      SystemExit: pyproject.toml knows no such extra.
+    """
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    optional = project["optional-dependencies"]
+    for extra in extras:
+        if extra not in optional:
+            raise SystemExit(f"extras: expected some of {', '.join(optional)}; got {extra!r}")
+    return project["dependencies"] + [line for extra in extras for line in optional[extra]]
+
+
+def problems(requirements: list[str], *, deep: bool) -> Iterator[str]:
+    """Yields one line for each requirement that the installed packages do not satisfy."""
+    pending = [(Requirement(line), "jax-moe") for line in requirements]
+    seen = set()
+    while pending:
+        requirement, wanted_by = pending.pop(0)
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = importlib.metadata.distribution(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{wanted_by} needs {requirement}; it is not installed"
+            continue
+        if not requirement.specifier.contains(installed.version, prereleases=True):
+            yield f"{wanted_by} needs {requirement}; found {installed.version}"
+        if not deep or key in seen:
+            continue
+        seen.add(key)
+        for line in installed.requires or []:
+            child = Requirement(line)
+            wanted = child.marker is None or any(
+                child.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
+            )
+            if wanted:
+                child.marker = None
+                pending.append((child, requirement.name))
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--extras", default="", help="comma-separated extras of pyproject.toml")
+    parser.add_argument("--deep", action="store_true", help="follow the packages' requirements")
+    args = parser.parse_args()
+    extras = [extra for extra in args.extras.split(",") if extra]
+    lines = list(problems(project_requirements(extras), deep=args.deep))
+    print("\n".join(lines), end="\n" if lines else "")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
