@@ -1,7 +1,47 @@
-"""FP8 block-scaled mixture of experts for JAX."""
+"""FP8 block-scaled mixture of experts for JAX: one expert-parallel rank of DeepSeek-V3.
 
+`apply` is the layer, on whichever backend the device supports (`describe` says which):
+
+    >>> import jax, jax.numpy as jnp, jax_moe
+    >>> T, E, E_local, H, I = 5, 16, 4, 256, 128      # tokens, experts, local experts, sizes
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> config = jax_moe.MoEConfig(top_k=4, n_group=4, topk_group=2)
+    >>> e4m3 = lambda key, *shape: jax.random.normal(key, shape).astype(jnp.float8_e4m3fn)
+    >>> out = jax_moe.apply(
+    ...     jax.random.normal(keys[0], (T, E)), jnp.zeros(E, jnp.bfloat16),
+    ...     jax.random.normal(keys[1], (T, H), jnp.bfloat16), None,
+    ...     e4m3(keys[2], E_local, 2 * I, H), jnp.full((E_local, 2 * I // 128, H // 128), 0.05),
+    ...     e4m3(keys[3], E_local, H, I), jnp.full((E_local, H // 128, I // 128), 0.05),
+    ...     0, 2.5, config=config)
+    >>> out.shape, out.dtype
+    ((5, 256), dtype(bfloat16))
+
+Expert parallelism is a `shard_map` around it; the ranks' outputs add up to the layer:
+
+    >>> def layer(logits, bias, x, w13, s13, w2, s2):
+    ...     offset = jax.lax.axis_index("expert") * w13.shape[0]
+    ...     part = jax_moe.apply(logits, bias, x, None, w13, s13, w2, s2, offset, 2.5)
+    ...     return jax.lax.psum(part.astype(jnp.float32), "expert")
+
+The stages are public as well: `quantize`, `route`, `plan_dispatch`, `up_project`, `down_project`,
+`combine`. `reference` is the float32 oracle, `workspace_bytes` bounds the temporary memory.
+`assume_device` and `interpret_mode` compile for, or imitate, a GPU that is not there.
+"""
+
+from jax_moe.api import apply as apply
+from jax_moe.api import reference as reference
+from jax_moe.api import workspace_bytes as workspace_bytes
+from jax_moe.backends import describe as describe
 from jax_moe.config import DEEPSEEK_V3 as DEEPSEEK_V3
 from jax_moe.config import MoEConfig as MoEConfig
+from jax_moe.device import assume_device as assume_device
+from jax_moe.device import interpret_mode as interpret_mode
+from jax_moe.stages import combine as combine
+from jax_moe.stages import down_project as down_project
+from jax_moe.stages import plan_dispatch as plan_dispatch
+from jax_moe.stages import quantize as quantize
+from jax_moe.stages import route as route
+from jax_moe.stages import up_project as up_project
 from jax_moe.types import DispatchPlan as DispatchPlan
 from jax_moe.types import Quantized as Quantized
 from jax_moe.types import Routing as Routing

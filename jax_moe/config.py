@@ -43,7 +43,9 @@ class MoEConfig:
                 f"topk_group: expected 1..n_group (= {self.n_group}), found {self.topk_group}"
             )
         if self.block_size != QUANT_BLOCK:
-            raise ValueError(f"block_size: only {QUANT_BLOCK} is supported, found {self.block_size}")
+            raise ValueError(
+                f"block_size: only {QUANT_BLOCK} is supported, found {self.block_size}"
+            )
 
 
 def _integer(name: str, value: object) -> int:

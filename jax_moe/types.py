@@ -69,4 +69,4 @@ class Quantized(NamedTuple):
     """
 
     values: Float8e4m3fn[Array, "R C"]
-    scales: Float32[Array, "C/128 R"]
+    scales: Float32[Array, "C//128 R"]

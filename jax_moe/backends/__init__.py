@@ -1,0 +1,155 @@
+"""The backends and the choice among them.
+
+A backend is a module of this package with the functions of `Backend`; a new one is one new file
+and one name in `NAMES`. It is imported when it is first looked at, so a missing dependency of one
+is a reason not to choose it, never an error of the others.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+from jax import Array
+
+from jax_moe.config import MoEConfig
+from jax_moe.device import Device, device_of
+from jax_moe.types import DispatchPlan, Quantized, Routing
+
+NAMES = ("mosaic", "triton", "xla")
+"""All backends, the best first: the order in which "auto" tries them."""
+
+
+class Backend(Protocol):
+    """What every backend module offers. The public stages of `jax_moe` document the arrays.
+
+    Rules: no host sync, no shape that depends on routing, deterministic, nothing kept between
+    calls, the given weights never copied or re-laid out. `block_m` is the backend's choice.
+    """
+
+    NAME: str
+
+    def unsupported_reason(self, platform: str, compute_capability: str | None) -> str | None:
+        """Why it does not run there, in a few words; None if it does."""
+
+    def route(
+        self,
+        routing_logits: Array,
+        routing_bias: Array,
+        routed_scaling_factor: Array,
+        *,
+        config: MoEConfig,
+    ) -> Routing:
+        """Logits to experts and weights."""
+
+    def quantize(self, x: Array) -> Quantized:
+        """Rows to e4m3 with one scale per 128 columns."""
+
+    def plan_dispatch(
+        self,
+        topk_ids: Array,
+        local_expert_offset: Array,
+        *,
+        num_local_experts: int,
+        num_experts: int,
+    ) -> DispatchPlan:
+        """Local pairs to expert-major rows; ids outside 0..num_experts-1 are skipped."""
+
+    def up_project(
+        self,
+        hidden_states: Array,
+        hidden_states_scale: Array,
+        gemm1_weights: Array,
+        gemm1_weights_scale: Array,
+        plan: DispatchPlan,
+    ) -> Quantized:
+        """Gather, GEMM1, SwiGLU, requantization."""
+
+    def down_project(
+        self,
+        activations: Quantized,
+        gemm2_weights: Array,
+        gemm2_weights_scale: Array,
+        plan: DispatchPlan,
+    ) -> Any:
+        """GEMM2, in whatever form `combine` takes."""
+
+    def combine(self, expert_outputs: Any, topk_weights: Array, plan: DispatchPlan) -> Array:
+        """Weighted sum per token; exact zeros where nothing is local."""
+
+    def workspace_bytes(
+        self,
+        num_tokens: int,
+        top_k: int,
+        num_local_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+    ) -> int:
+        """Worst case of the temporary memory."""
+
+
+def load(name: str) -> Backend:
+    """Imports a backend.
+
+    Raises:
+        ImportError: A dependency of it is missing.
+    """
+    module: ModuleType = importlib.import_module(f"{__name__}.{name}")
+    return cast(Backend, module)
+
+
+def unsupported_reason(name: str, device: Device | None = None) -> str | None:
+    """Why a backend cannot run on a device.
+
+    Args:
+        name: One of `NAMES`.
+        device: Where to; None is the default device.
+
+    Returns:
+        One line, or None if it can.
+    """
+    device = device_of() if device is None else device
+    try:
+        backend = load(name)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return backend.unsupported_reason(device.platform, device.compute_capability)
+
+
+def select(name: str, device: Device) -> str:
+    """The backend that `backend=name` means on a device.
+
+    Args:
+        name: One of `NAMES`, or "auto" for the best that the device supports.
+        device: Where the call runs.
+
+    Returns:
+        One of `NAMES`.
+
+    Raises:
+        ValueError: There is no such backend.
+        NotImplementedError: It cannot run there; says what was found.
+    """
+    if name == "auto":
+        return next(choice for choice in NAMES if unsupported_reason(choice, device) is None)
+    if name not in NAMES:
+        choices = ", ".join(map(repr, ("auto", *NAMES)))
+        raise ValueError(f"backend: expected one of {choices}, found {name!r}")
+    if reason := unsupported_reason(name, device):
+        raise NotImplementedError(f"backend={name!r}: {reason} (found: {device})")
+    return name
+
+
+def describe() -> str:
+    """Says which backend "auto" means here and why the others are not available.
+
+    Returns:
+        A few lines to print: the default device, then a line per backend, the best first.
+    """
+    device = device_of()
+    chosen = select("auto", device)
+    lines = [f"device: {device}"]
+    for name in NAMES:
+        reason = unsupported_reason(name, device)
+        state = "chosen by auto" if name == chosen else reason or "available"
+        lines.append(f"{name:8}{state}")
+    return "\n".join(lines)

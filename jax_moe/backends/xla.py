@@ -1,0 +1,196 @@
+"""Plain jax.numpy: runs on anything XLA compiles for, and shows what each stage computes.
+
+The matmuls visit the live tiles of the local experts only. Weights are dequantized to float32 one
+expert at a time; activations are requantized between the matmuls exactly as the kernels do it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
+
+from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, swiglu
+from jax_moe.numerics import route as route
+from jax_moe.transforms import as_varying
+from jax_moe.types import DispatchPlan, Quantized
+from pallas_kernels.shapes import QUANT_BLOCK, cdiv, max_rows
+
+NAME = "xla"
+
+_MAX_E4M3 = 448.0
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+_MAX_BLOCK_M = 128
+
+
+def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
+    """Never: XLA runs everywhere."""
+    return None
+
+
+def quantize(x: Float[Array, "R C"]) -> Quantized:
+    """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+    rows, columns = x.shape
+    blocks = x.astype(jnp.float32).reshape(rows, columns // QUANT_BLOCK, QUANT_BLOCK)
+    blocks = jnp.where(jnp.abs(blocks) < _SMALLEST_NORMAL, 0.0, blocks)
+    amax = jnp.abs(blocks).max(axis=2, keepdims=True)
+    scales = jnp.maximum(amax, _MAX_E4M3 * _SMALLEST_NORMAL) / _MAX_E4M3
+    # The cast alone would turn values above 464 into NaN.
+    values = jnp.clip(blocks / scales, -_MAX_E4M3, _MAX_E4M3).astype(jnp.float8_e4m3fn)
+    return Quantized(values.reshape(rows, columns), scales[:, :, 0].T)
+
+
+def plan_dispatch(
+    topk_ids: Int32[Array, "T k"],
+    local_expert_offset: Int32[Array, ""],
+    *,
+    num_local_experts: int,
+    num_experts: int,
+) -> DispatchPlan:
+    """Counting sort of the local pairs by expert; see `jax_moe.plan_dispatch`."""
+    num_tokens, top_k = topk_ids.shape
+    block_m = _block_m(num_tokens * top_k / num_experts)
+    rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
+
+    local_ids = topk_ids - local_expert_offset
+    is_local = (local_ids >= 0) & (local_ids < num_local_experts)
+    is_local &= (topk_ids >= 0) & (topk_ids < num_experts)
+    experts = jnp.arange(num_local_experts, dtype=jnp.int32)
+    hits = jnp.where(is_local, local_ids, -1)[:, :, None] == experts
+    hits = hits.any(axis=1).astype(jnp.int32)  # [T, E_local]
+    ranks = jnp.cumsum(hits, axis=0, dtype=jnp.int32) - hits
+    group_sizes = hits.sum(axis=0, dtype=jnp.int32)
+
+    tiles = (group_sizes + block_m - 1) // block_m
+    tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    group_offsets = (tile_ends - tiles) * block_m
+
+    local_ids = jnp.where(is_local, local_ids, 0)
+    pair_row = group_offsets[local_ids] + jnp.take_along_axis(ranks, local_ids, axis=1)
+    tokens = lax.broadcasted_iota(jnp.int32, topk_ids.shape, 0)
+    row_token = jnp.full((rows,), -1, jnp.int32)
+    row_token = row_token.at[jnp.where(is_local, pair_row, rows)].set(tokens, mode="drop")
+
+    tile_ids = jnp.arange(rows // block_m, dtype=jnp.int32)
+    tile_expert = (tile_ids[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
+    return DispatchPlan(
+        group_sizes=group_sizes,
+        group_offsets=group_offsets,
+        row_token=row_token,
+        pair_row=jnp.where(is_local, pair_row, -1),
+        tile_expert=jnp.where(tile_expert < num_local_experts, tile_expert, 0),
+        num_tiles=tile_ends[-1:],
+    )
+
+
+def _block_m(rows_per_expert: float) -> int:
+    """Rows of a tile: few where few are expected, so that little of a tile is padding."""
+    block_m = 8
+    while block_m < min(rows_per_expert, _MAX_BLOCK_M):
+        block_m *= 2
+    return block_m
+
+
+def up_project(
+    hidden_states: Float8e4m3fn[Array, "T H"],
+    hidden_states_scale: Float32[Array, "H//128 T"],
+    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
+    gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
+    plan: DispatchPlan,
+) -> Quantized:
+    """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    rows, intermediate = plan.row_token.shape[0], gemm1_weights.shape[1] // 2
+
+    def tile(start: Array, weight: Array, out: Quantized) -> Quantized:
+        tokens = lax.dynamic_slice_in_dim(plan.row_token, start, plan.block_m)
+        x = dequantize_rows(hidden_states[tokens], hidden_states_scale[:, tokens])
+        x = jnp.where(tokens[:, None] >= 0, x, 0)
+        values, scales = quantize(swiglu(matmul(x, weight)))
+        return Quantized(
+            lax.dynamic_update_slice_in_dim(out.values, values, start, 0),
+            lax.dynamic_update_slice_in_dim(out.scales, scales, start, 1),
+        )
+
+    out = Quantized(
+        jnp.zeros((rows, intermediate), jnp.float8_e4m3fn),
+        jnp.zeros((intermediate // QUANT_BLOCK, rows), jnp.float32),
+    )
+    return _for_each_live_tile(tile, gemm1_weights, gemm1_weights_scale, plan, out)
+
+
+def down_project(
+    activations: Quantized,
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
+    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
+    plan: DispatchPlan,
+) -> BFloat16[Array, "M H"]:
+    """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
+
+    def tile(start: Array, weight: Array, out: Array) -> Array:
+        values = lax.dynamic_slice_in_dim(activations.values, start, plan.block_m, 0)
+        scales = lax.dynamic_slice_in_dim(activations.scales, start, plan.block_m, 1)
+        product = matmul(dequantize_rows(values, scales), weight)
+        return lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, 0)
+
+    out = jnp.zeros((plan.row_token.shape[0], gemm2_weights.shape[1]), jnp.bfloat16)
+    return _for_each_live_tile(tile, gemm2_weights, gemm2_weights_scale, plan, out)
+
+
+def _for_each_live_tile(
+    tile: Callable[[Array, Array, Any], Any],
+    weights: Array,
+    weights_scale: Array,
+    plan: DispatchPlan,
+    out: Any,
+) -> Any:
+    """`out = tile(first row, float32 weight, out)` for the tiles of every expert that has rows.
+
+    The live experts come first in the loop instead of a `cond` inside it, which would copy `out`.
+    """
+    (live,) = jnp.nonzero(plan.group_sizes, size=plan.group_sizes.size, fill_value=0)
+
+    def one_expert(i: Array, out: Any) -> Any:
+        expert = live[i]
+        weight = dequantize_weight(weights[expert], weights_scale[expert])
+        first = plan.group_offsets[expert]
+        tiles = (plan.group_sizes[expert] + plan.block_m - 1) // plan.block_m
+        return lax.fori_loop(
+            0, tiles, lambda j, out: tile(first + j * plan.block_m, weight, out), out
+        )
+
+    out = as_varying(out, (weights, weights_scale, plan))
+    return lax.fori_loop(0, (plan.group_sizes > 0).sum(dtype=jnp.int32), one_expert, out)
+
+
+def combine(
+    expert_outputs: BFloat16[Array, "M H"],
+    topk_weights: Float32[Array, "T k"],
+    plan: DispatchPlan,
+) -> BFloat16[Array, "T H"]:
+    """Weighted float32 sum of a token's local pairs; see `jax_moe.combine`."""
+    num_tokens, top_k = topk_weights.shape
+    total = jnp.zeros((num_tokens, expert_outputs.shape[1]), jnp.float32)
+    for choice in range(top_k):
+        rows = plan.pair_row[:, choice, None]
+        weighted = expert_outputs[rows[:, 0]].astype(jnp.float32) * topk_weights[:, choice, None]
+        total += jnp.where(rows >= 0, weighted, 0)
+    return total.astype(jnp.bfloat16)
+
+
+def workspace_bytes(
+    num_tokens: int,
+    top_k: int,
+    num_local_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+) -> int:
+    """Bound on the temporary memory; see `jax_moe.workspace_bytes`."""
+    rows = max_rows(num_tokens, top_k, num_local_experts, _MAX_BLOCK_M)
+    activations = rows * (intermediate_size + 4 * cdiv(intermediate_size, QUANT_BLOCK))
+    expert_outputs = 2 * rows * hidden_size
+    one_expert = 4 * 2 * intermediate_size * hidden_size
+    one_tile = 4 * _MAX_BLOCK_M * (hidden_size + 2 * intermediate_size)
+    tokens = num_tokens * (4 * hidden_size + 64 * top_k + 16 * num_local_experts)
+    return activations + expert_outputs + 3 * one_expert + 4 * one_tile + tokens + (1 << 20)

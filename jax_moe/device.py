@@ -1,0 +1,111 @@
+"""Which device a call is for: found from its arrays, or assumed for compilation and tests.
+
+Both contexts are part of JAX's compilation cache keys: entering one retraces, it never reuses a
+program made outside of it.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Device(NamedTuple):
+    """What the choice of a backend depends on.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu", as JAX names it.
+        compute_capability: Of an NVIDIA GPU, "9.0" for Hopper; None elsewhere.
+        interpreted: Pallas GPU kernels run in the CPU interpreter.
+    """
+
+    platform: str
+    compute_capability: str | None = None
+    interpreted: bool = False
+
+    def __str__(self) -> str:
+        """For messages: "gpu with compute capability 9.0"."""
+        if self.compute_capability is None:
+            return self.platform
+        text = f"{self.platform} with compute capability {self.compute_capability}"
+        return f"{text} (interpreted)" if self.interpreted else text
+
+
+_assumed = jax.make_user_context(None)
+_interpret_params = jax.make_user_context(None)
+
+
+def device_of(*arrays: Any) -> Device:
+    """The device that a call with these arrays runs on.
+
+    Args:
+        *arrays: Arguments of the call; tracers and NumPy arrays carry no device.
+
+    Returns:
+        What `assume_device` or `interpret_mode` set, else the device of the first concrete JAX
+        array, else JAX's default device. A jitted function that is to run elsewhere than on the
+        default device needs an explicit `backend`.
+    """
+    if _assumed.value is not None:
+        return _assumed.value
+    for array in jax.tree.leaves(arrays):
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            return _describe(next(iter(array.devices())))
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    return _describe(default)
+
+
+def _describe(device: jax.Device) -> Device:
+    capability = getattr(device, "compute_capability", None)
+    return Device(device.platform, None if capability is None else str(capability))
+
+
+@contextlib.contextmanager
+def assume_device(name: str) -> Iterator[None]:
+    """Traces as if for another device, for ahead-of-time compilation where it is not present.
+
+    Example:
+        >>> with jax_moe.assume_device("sm_90"):
+        ...     lowered = jax.jit(step).trace(*h100_shapes).lower(lowering_platforms=("cuda",))
+
+    Args:
+        name: "sm_90" for a GPU of compute capability 9.0 and so on, or "cpu".
+
+    Raises:
+        ValueError: The name is neither.
+    """
+    match = re.fullmatch(r"sm_(\d+)(\d)[af]?", name)
+    if name != "cpu" and match is None:
+        raise ValueError(f'name: expected "cpu" or "sm_<capability>" ("sm_90"), found {name!r}')
+    with _assumed(Device("gpu", f"{match[1]}.{match[2]}") if match else Device("cpu")):
+        yield
+
+
+@contextlib.contextmanager
+def interpret_mode(params: Any = None) -> Iterator[None]:
+    """Runs Pallas Mosaic GPU kernels in JAX's CPU interpreter, so `backend="mosaic"` needs no GPU.
+
+    Slow: meant for tests at toy sizes.
+
+    Args:
+        params: A `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`; None is its default.
+            `InterpretGPUParams(detect_races=True)` looks for races as well.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    params = plgpu.InterpretGPUParams() if params is None else params
+    with (
+        _assumed(Device("gpu", "9.0", interpreted=True)),
+        _interpret_params(params),
+        plgpu.force_gpu_interpret_mode(params),
+    ):
+        yield
+
+
+def interpret_params() -> Any:
+    """The `InterpretGPUParams` of the surrounding `interpret_mode`, None outside of one."""
+    return _interpret_params.value

@@ -1,0 +1,263 @@
+"""Checks of what a caller passes, before anything is traced or compiled.
+
+Every message names the argument, what was expected and what was found. Shapes are written in
+symbols ("E_local 2*I H"); the first argument that holds a symbol sets its size for the others.
+
+One layout cannot be told from its transpose: where T equals H/128, a `[T, H/128]` scale is as
+square as a `[H/128, T]` one. It is taken for `[H/128, T]`, always.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_moe.config import MoEConfig
+from jax_moe.types import DispatchPlan, Quantized
+from pallas_kernels.shapes import QUANT_BLOCK
+
+E4M3 = ("float8_e4m3fn",)
+F32 = ("float32",)
+I32 = ("int32",)
+BIAS = ("bfloat16", "float32")
+UNQUANTIZED = ("bfloat16", "float16", "float32")
+
+type Sizes = dict[str, tuple[int, str]]
+"""Symbol -> its size and the argument that set it."""
+
+_MAX_PAIRS = 2**30
+
+
+def array(name: str, value: Any, dims: str, dtypes: tuple[str, ...], sizes: Sizes) -> None:
+    """Checks an array's type, dtype, rank and shape, and learns the symbols that are new.
+
+    Args:
+        name: The argument's.
+        value: What the caller passed.
+        dims: Its axes in symbols, such as "E_local 2*I/128 H/128".
+        dtypes: Names of the accepted dtypes.
+        sizes: Symbols known so far; new ones are added.
+
+    Raises:
+        TypeError: Not a JAX or NumPy array, or of another dtype.
+        ValueError: Of another rank or shape.
+    """
+    wanted = f"{' or '.join(dtypes)} [{dims.replace(' ', ', ')}]"
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, found {_kind(value)}")
+    if jnp.dtype(value.dtype).name not in dtypes:
+        raise TypeError(f"{name}: expected {wanted}, found {_format(value)}")
+    axes = dims.split()
+    if value.ndim != len(axes):
+        raise ValueError(f"{name}: expected rank {len(axes)}, {wanted}, found {_format(value)}")
+    for position, (axis, found) in enumerate(zip(axes, value.shape, strict=True)):
+        if not _matches(axis, found, name, sizes):
+            shape = ", ".join(str(_size(a, sizes) or a) for a in axes)
+            hint = ""
+            if value.shape == tuple(_size(a, sizes) for a in reversed(axes)):
+                hint = " (transposed?)"
+            raise ValueError(
+                f"{name}: expected {wanted} = [{shape}]{_source(axis, sizes)}, "
+                f"found {_format(value)}{hint}: axis {position} differs"
+            )
+
+
+def _matches(axis: str, found: int, name: str, sizes: Sizes) -> bool:
+    factor, symbol, divisor = _parse(axis)
+    if symbol not in sizes and not symbol.isdecimal():
+        if found * divisor % factor:
+            return False
+        sizes[symbol] = (found * divisor // factor, name)
+    return found == _size(axis, sizes)
+
+
+def _parse(axis: str) -> tuple[int, str, int]:
+    """Splits "2*I/128" into 2, "I" and 128."""
+    factor, _, rest = axis.rpartition("*")
+    symbol, _, divisor = rest.partition("/")
+    return int(factor or 1), symbol, int(divisor or 1)
+
+
+def _size(axis: str, sizes: Sizes) -> int | None:
+    factor, symbol, divisor = _parse(axis)
+    if symbol.isdecimal():
+        return int(symbol)
+    return sizes[symbol][0] * factor // divisor if symbol in sizes else None
+
+
+def _source(axis: str, sizes: Sizes) -> str:
+    symbol = _parse(axis)[1]
+    return f" ({symbol} = {sizes[symbol][0]} from {sizes[symbol][1]})" if symbol in sizes else ""
+
+
+def _format(value: Any) -> str:
+    return f"{jnp.dtype(value.dtype).name} {list(value.shape)}"
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def blocked(symbol: str, sizes: Sizes) -> None:
+    """Checks that a size is a positive multiple of the quantization block.
+
+    Raises:
+        ValueError: It is not.
+    """
+    size, name = sizes[symbol]
+    if size <= 0 or size % QUANT_BLOCK:
+        raise ValueError(
+            f"{name}: expected {symbol} to be a positive multiple of {QUANT_BLOCK}, found {size}"
+        )
+
+
+def integer(name: str, value: Any, low: int, high: int) -> Array | np.int32:
+    """An integer scalar as int32; its range is checked where its value is known.
+
+    Args:
+        name: The argument's.
+        value: A Python integer, or a NumPy or JAX array of rank 0.
+        low: Least concrete value allowed.
+        high: Greatest concrete value allowed.
+
+    Returns:
+        The int32 scalar. A traced one is clipped to +-2^30, so that the cast cannot wrap.
+
+    Raises:
+        TypeError: Not an integer.
+        ValueError: Not a scalar, or out of range.
+    """
+    _scalar(name, value, "an integer", (int, np.integer), jnp.integer)
+    if isinstance(value, jax.core.Tracer):
+        limit = min(2**30, jnp.iinfo(value.dtype).max)
+        low = max(-limit, int(jnp.iinfo(value.dtype).min))
+        return jnp.clip(value, low, limit).astype(jnp.int32)
+    number = operator.index(value)
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected {low}..{high}, found {number}")
+    return np.int32(number)
+
+
+def real(name: str, value: Any) -> Array | np.float32:
+    """A real scalar as float32.
+
+    Args:
+        name: The argument's.
+        value: A Python number, or a NumPy or JAX array of rank 0.
+
+    Returns:
+        The float32 scalar.
+
+    Raises:
+        TypeError: Not a real number.
+        ValueError: Not a scalar, or known and not finite in float32.
+    """
+    _scalar(name, value, "a real number", (int, float, np.integer, np.floating), jnp.number)
+    if isinstance(value, jax.core.Tracer):
+        return value.astype(jnp.float32)
+    number = float(value)
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{name}: expected a finite float32, found {number}")
+    return np.float32(number)
+
+
+def _scalar(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: Any) -> None:
+    if isinstance(value, jax.Array | np.ndarray):
+        is_kind = jnp.issubdtype(value.dtype, kind)
+        if not is_kind or jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise TypeError(f"{name}: expected {wanted}, found {_format(value)}")
+        if value.ndim:
+            raise ValueError(f"{name}: expected a scalar, found {_format(value)}")
+    elif isinstance(value, bool) or not isinstance(value, types):
+        raise TypeError(f"{name}: expected {wanted}, found {value!r} ({_kind(value)})")
+
+
+def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -> None:
+    """Checks the arguments of the routing stage; sets T and E."""
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"config: expected a jax_moe.MoEConfig, found {_kind(config)}")
+    array("routing_logits", routing_logits, "T E", F32, sizes)
+    array("routing_bias", routing_bias, "E", BIAS, sizes)
+    num_experts = sizes["E"][0]
+    if num_experts % config.n_group or num_experts < 2 * config.n_group:
+        raise ValueError(
+            f"config: expected n_group = {config.n_group} to split the {num_experts} experts of "
+            "routing_logits into equal groups of at least 2"
+        )
+    kept = config.topk_group * (num_experts // config.n_group)
+    if config.top_k > kept:
+        raise ValueError(
+            f"config: expected top_k of at most {kept}, which is what {config.topk_group} of "
+            f"{config.n_group} groups of {num_experts} experts hold, found {config.top_k}"
+        )
+    pair_count("routing_logits", sizes["T"][0], config.top_k)
+
+
+def pair_count(name: str, num_tokens: int, top_k: int) -> None:
+    """Checks that rows can be counted in int32, padding included."""
+    if num_tokens * top_k >= _MAX_PAIRS:
+        raise ValueError(f"{name}: expected T * top_k below 2^30, found {num_tokens} * {top_k}")
+
+
+def hidden(hidden_states: Any, hidden_states_scale: Any, sizes: Sizes) -> None:
+    """Checks the activations: e4m3 with scales, or bf16/f16/f32 without; sets H."""
+    array("hidden_states", hidden_states, "T H", E4M3 + UNQUANTIZED, sizes)
+    blocked("H", sizes)
+    if jnp.dtype(hidden_states.dtype).name in E4M3:
+        array("hidden_states_scale", hidden_states_scale, f"H/{QUANT_BLOCK} T", F32, sizes)
+    elif hidden_states_scale is not None:
+        raise ValueError(
+            f"hidden_states_scale: expected None, as hidden_states is {_format(hidden_states)}, "
+            f"found {_kind(hidden_states_scale)}"
+        )
+
+
+def gemm1(weights: Any, scale: Any, sizes: Sizes) -> None:
+    """Checks the up-projection's weights; sets E_local and I."""
+    array("gemm1_weights", weights, "E_local 2*I H", E4M3, sizes)
+    blocked("I", sizes)
+    axes = f"E_local 2*I/{QUANT_BLOCK} H/{QUANT_BLOCK}"
+    array("gemm1_weights_scale", scale, axes, F32, sizes)
+
+
+def gemm2(weights: Any, scale: Any, sizes: Sizes) -> None:
+    """Checks the down-projection's weights; sets H where nothing did."""
+    array("gemm2_weights", weights, "E_local H I", E4M3, sizes)
+    blocked("H", sizes)
+    axes = f"E_local H/{QUANT_BLOCK} I/{QUANT_BLOCK}"
+    array("gemm2_weights_scale", scale, axes, F32, sizes)
+
+
+def experts(num_local_experts: int, num_experts: int) -> None:
+    """Checks that the local experts fit in all experts."""
+    if not 1 <= num_local_experts <= num_experts:
+        raise ValueError(
+            f"gemm1_weights: expected E_local in 1..E = 1..{num_experts}, found {num_local_experts}"
+        )
+
+
+def plan(value: Any, sizes: Sizes) -> None:
+    """Checks a dispatch plan; sets E_local, M, T and k where nothing did."""
+    if not isinstance(value, DispatchPlan):
+        raise TypeError(f"plan: expected a jax_moe.DispatchPlan, found {_kind(value)}")
+    axes = ("E_local", "E_local", "M", "T k", "tiles", "1")
+    for field, dims, leaf in zip(value._fields, axes, value, strict=True):
+        array(f"plan.{field}", leaf, dims, I32, sizes)
+    rows, tiles = sizes["M"][0], sizes["tiles"][0]
+    if rows % max(tiles, 1):
+        raise ValueError(
+            f"plan: expected row_token to hold a whole number of rows for each of {tiles} tiles, "
+            f"found {rows} rows"
+        )
+
+
+def quantized(name: str, value: Any, dims: str, sizes: Sizes) -> None:
+    """Checks a `Quantized` of the given rows and columns."""
+    if not isinstance(value, Quantized):
+        raise TypeError(f"{name}: expected a jax_moe.Quantized, found {_kind(value)}")
+    rows, columns = dims.split()
+    array(f"{name}.values", value.values, dims, E4M3, sizes)
+    array(f"{name}.scales", value.scales, f"{columns}/{QUANT_BLOCK} {rows}", F32, sizes)
