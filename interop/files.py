@@ -1,10 +1,10 @@
 """Atomic writes: a reader sees the old file or the whole new one."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-import os
 from pathlib import Path
-import tempfile
 from typing import IO, Any
 
 
@@ -13,11 +13,11 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[
     """Opens a temporary file beside `path` and renames it over `path` on success.
 
     Args:
-      path: the file to replace; its folder must exist.
-      mode: "w" (UTF-8 text) or "wb".
+        path: the file to replace; its folder must exist.
+        mode: "w" (UTF-8 text) or "wb".
 
     Yields:
-      The open temporary file. An exception inside leaves `path` as it was.
+        The open temporary file. An exception inside leaves `path` as it was.
     """
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

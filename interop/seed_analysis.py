@@ -1,8 +1,8 @@
 """What the measured rows say: means, ratios, and one generated sentence per finding and regime."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-import math
 from typing import NamedTuple
 
 PASSED = "PASSED"
@@ -20,10 +20,12 @@ class Measurement(NamedTuple):
     """One solution on one workload.
 
     Attributes:
-      status: "PASSED", or the reason why there is no speed.
-      latency_ms: time of one call; None unless passed.
-      reference_ms: time of the reference on the same workload by the same timer; None if not measured.
-      workspace_bytes: peak bytes allocated by one call beyond inputs and output; None if not measured.
+        status: "PASSED", or the reason why there is no speed.
+        latency_ms: time of one call; None unless passed.
+        reference_ms: time of the reference on the same workload by the same timer; None if not
+            measured.
+        workspace_bytes: peak bytes allocated by one call beyond inputs and output; None if not
+            measured.
     """
 
     status: str
@@ -47,7 +49,8 @@ class Regime(NamedTuple):
         return self.first <= num_tokens and (self.last is None or num_tokens <= self.last)
 
 
-# The published regimes; the ranges between them hold none of the 19 workloads and are named for other data.
+# The published regimes; the ranges between them hold none of the 19 workloads and are named for
+# other data.
 REGIMES = (
     Regime("T = 1", 1, 1),
     Regime("T = 2-6", 2, 6),
@@ -93,15 +96,17 @@ def latency_ratio(results: Results, slow: str, fast: str, uuid: str) -> float | 
 
 
 def pairs(results: Results) -> list[tuple[str, str]]:
-    """The (baseline, solution) pairs that get a ratio column: all of up to three, else each against the first."""
+    """The (baseline, solution) pairs to compare: all of up to three, else each with the first."""
     names = list(results)
     return (
-        list(combinations(names, 2)) if len(names) <= 3 else [(names[0], name) for name in names[1:]]
+        list(combinations(names, 2))
+        if len(names) <= 3
+        else [(names[0], name) for name in names[1:]]
     )
 
 
 def common_uuids(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
-    """The workloads that every solution with any result passed: the only rows that means may run over."""
+    """The workloads that every solution with any result passed: what means may run over."""
     live = [name for name in results if any(passed(results, name, w.uuid) for w in workloads)]
     return [w.uuid for w in workloads if live and all(passed(results, n, w.uuid) for n in live)]
 
@@ -133,7 +138,11 @@ def _pair_sentence(results: Results, slow: str, fast: str, uuids: Sequence[str])
 def _fastest_sentence(results: Results, uuids: Sequence[str]) -> str | None:
     wins = dict.fromkeys(results, 0)
     for uuid in uuids:
-        timed = {n: row.latency_ms for n in results if (row := passed(results, n, uuid)) and row.latency_ms}
+        timed = {
+            n: row.latency_ms
+            for n in results
+            if (row := passed(results, n, uuid)) and row.latency_ms
+        }
         if timed:
             wins[min(timed, key=lambda name: timed[name])] += 1
     total = sum(wins.values())
@@ -150,7 +159,8 @@ def _speedup_sentence(results: Results, name: str, uuids: Sequence[str]) -> str 
         return None
     if len(values) == 1:
         return f"`{name}`: {values[0]:.2f}x the reference's speed."
-    return f"`{name}`: {geomean(values):.2f}x the reference's speed (geometric mean, {_spread(values)})."
+    spread = f"(geometric mean, {_spread(values)})"
+    return f"`{name}`: {geomean(values):.2f}x the reference's speed {spread}."
 
 
 def _failure_sentences(results: Results, uuids: Sequence[str]) -> list[str]:

@@ -1,19 +1,20 @@
 """The published comparison's document, rendered again from measured rows.
 
-`write(directory, workloads, results, ...)` leaves `seed_report.md` and `seed_report.png`. Whoever measured
-(flashinfer-bench traces, `bench_main.py`) hands in plain rows:
+`write(directory, workloads, results, ...)` leaves `seed_report.md` and `seed_report.png`. Whoever
+measured (flashinfer-bench traces, `bench_main.py`) hands in plain rows:
 
     workloads = [WorkloadRow(uuid="e05c6c03-...", num_tokens=1, local_expert_offset=32), ...]
     results = {"sglang_v1": {uuid: Measurement("PASSED", latency_ms=0.16, reference_ms=15.4,
                                                workspace_bytes=1 << 30)}, ...}
     write(folder, workloads, results, header={"Device": "NVIDIA H100", ...}, command="python ...")
 
-A missing row or one whose status is not PASSED never shows a speed; means run over the rows that every solution passed.
-Every sentence of the analysis is computed from the numbers (`interop.seed_analysis`).
+A missing row or one whose status is not PASSED never shows a speed; means run over the rows that
+every solution passed. Every sentence of the analysis is computed from the numbers
+(`interop.seed_analysis`).
 """
 
-from collections.abc import Mapping, Sequence
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from interop.files import write_atomically
@@ -36,7 +37,8 @@ __all__ = ["DESIGNS", "PASSED", "Measurement", "WorkloadRow", "plot_speedups", "
 
 ASPECTS = ("Rows computed", "SwiGLU", "Intermediate quantization", "GEMM workspace")
 
-# How each solution is built, a line per aspect of the published comparison. Facts of the code, not measurements.
+# How each solution is built, a line per aspect of the published comparison. Facts of the code, not
+# measurements.
 DESIGNS: Mapping[str, tuple[str, str, str, str]] = {
     "sglang_v1": (
         "all T x top_k pairs",
@@ -134,7 +136,9 @@ def _results_table(workloads: Sequence[WorkloadRow], results: Results) -> list[s
         cells = [f"`{work.uuid[:8]}`", str(work.num_tokens), str(work.local_expert_offset)]
         for name in results:
             cells += _result_cells(results, name, work.uuid)
-        cells += [_times(latency_ratio(results, slow, fast, work.uuid)) for slow, fast in pairs(results)]
+        cells += [
+            _times(latency_ratio(results, slow, fast, work.uuid)) for slow, fast in pairs(results)
+        ]
         rows.append(cells)
     rows += _summary_rows(results, common_uuids(workloads, results))
     return _table(header, rows, numeric_from=1)
@@ -144,7 +148,11 @@ def _workspace(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
     lines = []
     tokens = {work.uuid: work.num_tokens for work in workloads}
     for name, rows in results.items():
-        measured = {u: r.workspace_bytes for u, r in rows.items() if r.workspace_bytes is not None and u in tokens}
+        measured = {
+            u: r.workspace_bytes
+            for u, r in rows.items()
+            if r.workspace_bytes is not None and u in tokens
+        }
         if measured:
             top = max(measured, key=lambda uuid: measured[uuid])
             lines.append(f"- `{name}`: {measured[top]:,} bytes (at T={tokens[top]})")
@@ -164,20 +172,23 @@ def render(
     """Renders the document as markdown.
 
     Args:
-      workloads: the workloads to list; shown by ascending token count.
-      results: solution name -> uuid -> measurement; the first solution is the baseline of the ratios.
-      header: lines of the head, label -> text (device, tolerances, timer, configuration).
-      command: the command that measured the rows.
-      plot: name of an image to show, relative to the document.
+        workloads: the workloads to list; shown by ascending token count.
+        results: solution name -> uuid -> measurement; the first solution is the baseline of the
+            ratios.
+        header: lines of the head, label -> text (device, tolerances, timer, configuration).
+        command: the command that measured the rows.
+        plot: name of an image to show, relative to the document.
 
     Returns:
-      The markdown text.
+        The markdown text.
 
     Raises:
-      ValueError: no workloads, no solutions, or a result for a workload that is not listed.
+        ValueError: no workloads, no solutions, or a result for a workload that is not listed.
     """
     if not workloads or not results:
-        raise ValueError(f"a report needs workloads and results, got {len(workloads)} and {len(results)}")
+        raise ValueError(
+            f"a report needs workloads and results, got {len(workloads)} and {len(results)}"
+        )
     known = {work.uuid for work in workloads}
     unknown = sorted({uuid for rows in results.values() for uuid in rows} - known)
     if unknown:
@@ -187,7 +198,11 @@ def render(
     lines += [f"- {label}: {text}" for label, text in header.items()]
     lines += ["", "## Command", "", "```bash", command, "```", ""]
     lines += _differences(list(results))
-    lines += ["## Results", "", "Latency in ms, speedup over the reference, ratio of latencies (above 1: the first named is faster)."]
+    lines += [
+        "## Results",
+        "",
+        "Latency in ms, speedup over the reference, ratio of latencies (above 1: first is faster).",
+    ]
     lines += ["", *_results_table(ordered, results), ""]
     if plot:
         lines += [f"![Speedup against tokens]({plot})", ""]
@@ -198,13 +213,15 @@ def render(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def plot_speedups(workloads: Sequence[WorkloadRow], results: Results, path: str | os.PathLike[str]) -> None:
+def plot_speedups(
+    workloads: Sequence[WorkloadRow], results: Results, path: str | os.PathLike[str]
+) -> None:
     """Plots each solution's speedup over the reference against the tokens (log-log) into a PNG.
 
     Args:
-      workloads: the workloads to show.
-      results: solution name -> uuid -> measurement; rows without a speedup are left out.
-      path: the file to write, atomically.
+        workloads: the workloads to show.
+        results: solution name -> uuid -> measurement; rows without a speedup are left out.
+        path: the file to write, atomically.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -240,7 +257,7 @@ def write(
     """Writes `NAME.md` and `NAME.png` into `directory`; arguments as for `render`.
 
     Returns:
-      The path of the markdown document.
+        The path of the markdown document.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,22 @@
-"""The 19 published workloads, their definition, and routing drawn from the captured moments. Neither torch nor jax."""
+"""The 19 published workloads, their definition, and routing drawn from the captured moments.
+
+Neither torch nor jax.
+"""
 
 import functools
-from importlib import resources
 import json
+from importlib import resources
 from typing import Any, NamedTuple
 
-from jaxtyping import BFloat16, Float32
 import ml_dtypes
 import numpy as np
+from jaxtyping import BFloat16, Float32
 
 ROUTED_SCALING_FACTOR = 2.5  # in all 19 workloads
 
 
 class Workload(NamedTuple):
-    """One published workload: its uuid, T, the first local expert, and the id of its routing blob file."""
+    """One published workload: uuid, T, first local expert, id of its routing blob file."""
 
     uuid: str
     num_tokens: int
@@ -46,15 +49,15 @@ def captured_routing(
 ) -> tuple[Float32[np.ndarray, "T 256"], BFloat16[np.ndarray, " 256"]]:
     """Draws routing logits and bias like the one captured routing (workload 5e8dc11c).
 
-    The logits are independent normals rounded to the bfloat16 grid, so exact ties occur as in the capture; the bias has two
-    values. Real tokens are correlated, these are not.
+    The logits are independent normals rounded to the bfloat16 grid, so exact ties occur as in the
+    capture; the bias has two values. Real tokens are correlated, these are not.
 
     Args:
-      num_tokens: T.
-      rng: the source of the draw; the caller names its seed.
+        num_tokens: T.
+        rng: the source of the draw; the caller names its seed.
 
     Returns:
-      `routing_logits` f32[T, 256] and `routing_bias` bf16[256].
+        `routing_logits` f32[T, 256] and `routing_bias` bf16[256].
     """
     logits, bias = _moments()["routing_logits"], _moments()["routing_bias"]
     raw = rng.standard_normal((num_tokens, 256)) * logits["std"] + logits["mean"]
