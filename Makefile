@@ -24,7 +24,7 @@ test-slow: $(READY) ## the long tests that need no GPU
 	$(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) $(ARGS)
 
 test-gpu: ## the tests that need a GPU; a summary goes to RESULTS=folder
-	@tools/test_gpu.sh $(RESULTS) $(ARGS)
+	@tools/gpu_tests.sh $(RESULTS) $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .

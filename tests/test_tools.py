@@ -1,0 +1,106 @@
+"""The tools that `make` runs before there is an environment."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tools import check_pins, gpu_tests
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def executable(path: pathlib.Path, text: str) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def find_python(tmp_path: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the finder with nothing on PATH but the system's tools and `tmp_path`/bin."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in ("bash", "env"):
+        target = pathlib.Path("/usr/bin", name)
+        (tools / name).symlink_to(target if target.exists() else pathlib.Path("/bin", name))
+    return subprocess.run(
+        [ROOT / "tools/find_python.sh"],
+        env={"PATH": f"{tmp_path}/bin:{tools}", "HOME": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_shim_that_fails_is_passed_over(tmp_path):
+    """As with pyenv: python3.12 is on PATH, and fails when it is called."""
+    executable(tmp_path / "bin/python3.12", 'echo "pyenv: python3.12: command not found"; exit 127')
+    executable(tmp_path / "bin/python3", f'exec "{sys.executable}" "$@"')
+    done = find_python(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == sys.executable
+
+
+def test_pyenv_versions_are_found(tmp_path):
+    pyenv = tmp_path / "elsewhere"
+    executable(pyenv / "versions/3.12.7/bin/python3.12", f'exec "{sys.executable}" "$@"')
+    done = find_python(tmp_path, PYENV_ROOT=str(pyenv))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == sys.executable
+
+
+def test_no_python_is_one_clear_line(tmp_path):
+    executable(tmp_path / "bin/python3", "exit 1")
+    done = find_python(tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "Python >= 3.12" in done.stderr
+
+
+def test_a_named_python_that_does_not_work_is_an_error(tmp_path):
+    executable(tmp_path / "bin/python3", f'exec "{sys.executable}" "$@"')
+    done = find_python(tmp_path, PYTHON=str(executable(tmp_path / "old/python", "exit 1")))
+    assert done.returncode == 1
+    assert "old/python" in done.stderr
+
+
+def test_this_environment_satisfies_the_pins():
+    requirements = check_pins.project_requirements(["triton", "torch", "dev"])
+    assert list(check_pins.problems(requirements, deep=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("requirement", "line"),
+    [
+        ("no-such-package>=1", "jax-moe needs no-such-package>=1; it is not installed"),
+        ("numpy<1", "jax-moe needs numpy<1; found "),
+    ],
+)
+def test_a_missing_or_wrong_package_is_named(requirement, line):
+    (problem,) = check_pins.problems([requirement], deep=False)
+    assert problem.startswith(line)
+
+
+def test_requirements_for_other_platforms_are_left_out():
+    assert list(check_pins.problems(["no-such-package; sys_platform == 'win32'"], deep=True)) == []
+
+
+def test_unknown_extra_is_named():
+    with pytest.raises(SystemExit, match="'cuda99'"):
+        check_pins.project_requirements(["cuda99"])
+
+
+def test_gpu_outcome_counts_and_names_failures(tmp_path):
+    suite = tmp_path / "test_two.py"
+    suite.write_text("def test_good(): pass\ndef test_bad(): assert False\n")
+    junit = tmp_path / "junit.xml"
+    options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--junitxml={junit}"]
+    subprocess.run([sys.executable, "-m", "pytest", *options, suite], capture_output=True)
+    outcome = gpu_tests.outcome(junit)
+    assert (outcome["tests"], outcome["failures"], outcome["skipped"]) == (2, 1, 0)
+    assert outcome["failed"] == ["test_two::test_bad"]
