@@ -1,0 +1,111 @@
+"""What the two published sglang pipelines share: all T x top_k pairs through CUTLASS grouped GEMMs.
+
+The order of the operators is the published one (flashinfer-bench solutions
+sglang_fp8_blockwise_moe_v1 and _v2). Every buffer is allocated in the call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from interop.solutions import sgl_library
+
+TOP_K, N_GROUP, TOPK_GROUP, BLOCK = 8, 8, 4, 128
+
+# ops, gemm1 output bf16[rows, 2*I] -> e4m3[rows, I], f32[rows, I/128]
+Activation = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) -> Any:
+    """Runs the pipeline.
+
+    Args:
+        arguments: the definition's ten arguments, CUDA tensors and two numbers.
+        workspace_bytes: size of the buffer that both GEMMs get.
+        activate: SwiGLU and quantization, the step in which the two versions differ.
+
+    Returns:
+        bf16[T, H].
+    """
+    import torch
+
+    logits, bias, hidden_states, hidden_scale, w13, s13, w2, s2, offset, factor = arguments
+    ops = sgl_library.load()
+    num_tokens, hidden_size = hidden_states.shape
+    num_local_experts, _, intermediate_size = w2.shape
+    if num_tokens == 0:
+        return torch.empty(0, hidden_size, dtype=torch.bfloat16, device=hidden_states.device)
+    num_pairs = num_tokens * TOP_K
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=hidden_states.device)
+
+    weights, ids = ops.moe_fused_gate.default(
+        logits, bias.float(), N_GROUP, TOPK_GROUP, TOP_K, 0, factor, False
+    )
+    # The published expert map: pairs of other ranks land on the first or last expert, weight 0.
+    local = ids - offset
+    is_local = (local >= 0) & (local < num_local_experts)
+    local = local.clamp(0, num_local_experts - 1).to(torch.int32)
+    weights = torch.where(is_local, weights * factor, 0.0)
+
+    offsets = empty(num_local_experts + 1)
+    problems1, problems2 = empty(num_local_experts, 3), empty(num_local_experts, 3)
+    pair_source, pair_row = empty(num_pairs), empty(num_pairs)
+    ops.prepare_moe_input.default(
+        local,
+        offsets,
+        None,
+        problems1,
+        problems2,
+        pair_source,
+        pair_row,
+        num_local_experts,
+        intermediate_size,
+        hidden_size,
+    )
+    rows = empty(num_pairs, hidden_size, dtype=hidden_states.dtype)
+    row_scale = empty(num_pairs, hidden_size // BLOCK, dtype=torch.float32)
+    ops.shuffle_rows.default(hidden_states, pair_source, rows)
+    ops.shuffle_rows.default(hidden_scale.t().contiguous(), pair_source, row_scale)
+
+    workspace = empty(workspace_bytes, dtype=torch.uint8)
+    gemm1 = empty(num_pairs, 2 * intermediate_size, dtype=torch.bfloat16)
+    _grouped_gemm(ops, gemm1, (rows, row_scale), (w13, s13), problems1, offsets, workspace)
+    values, scales = activate(ops, gemm1)
+    gemm2 = empty(num_pairs, hidden_size, dtype=torch.bfloat16)
+    _grouped_gemm(ops, gemm2, (values, scales), (w2, s2), problems2, offsets, workspace)
+
+    out = torch.zeros(num_tokens, hidden_size, dtype=torch.bfloat16, device=gemm2.device)
+    ops.apply_shuffle_mul_sum.default(gemm2, out, pair_row, weights.to(torch.bfloat16))
+    return out
+
+
+def _grouped_gemm(
+    ops: Any, out: Any, a: Any, weights: Any, problems: Any, offsets: Any, workspace: Any
+) -> None:
+    """`out[rows of e] = a[rows of e] @ weights[e].T` with block scales, for all experts."""
+    import torch
+
+    (values, scales), (w, w_scale) = a, weights
+    num_experts, _, k = w.shape
+
+    def filled(value: int) -> torch.Tensor:
+        return torch.full((num_experts,), value, dtype=torch.int64, device=out.device)
+
+    pointers = [torch.empty_like(filled(0)) for _ in range(5)]
+    layouts = [torch.empty(num_experts, 5, dtype=torch.int32, device=out.device) for _ in range(2)]
+    ops.fp8_blockwise_scaled_grouped_mm.default(
+        out,
+        *pointers,
+        values,
+        w.transpose(1, 2),
+        scales,
+        w_scale.transpose(1, 2),
+        filled(k),
+        filled(k),
+        filled(out.shape[1]),
+        *layouts,
+        problems,
+        offsets[:-1],
+        workspace,
+    )
