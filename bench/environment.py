@@ -1,0 +1,126 @@
+"""Process settings that must precede JAX and torch, and what to know about the machine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "jax-triton",
+    "torch",
+    "triton",
+    "sglang-kernel",
+    "sgl-deep-gemm",
+    "numpy",
+)
+_GPU_STATE = (
+    "name",
+    "driver_version",
+    "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "clocks_event_reasons.active",
+)
+_COMMAND_BUFFERS = "--xla_enable_command_buffers_during_profiling=true"
+
+
+def prepare_process(environ: Any = os.environ) -> None:
+    """Sets what the GPU clock and the shared GPU need. Call it before jax or torch is imported.
+
+    XLA would leave CUDA graphs out while a profiler is active; CUPTI must stay attached, or CUDA
+    graphs captured in between break; and JAX must leave memory to torch. A user's own setting wins.
+
+    Args:
+        environ: The environment to change.
+    """
+    if "command_buffers_during_profiling" not in environ.get("XLA_FLAGS", ""):
+        environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {_COMMAND_BUFFERS}".strip()
+    for name, value in (
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
+        ("DISABLE_CUPTI_LAZY_REINIT", "1"),
+        ("TEARDOWN_CUPTI", "0"),
+        ("KINETO_LOG_LEVEL", "5"),  # one line per profiling session otherwise
+    ):
+        environ.setdefault(name, value)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX already has a cache folder.
+
+    Each row is compiled for the wall pass and again for the GPU pass; the second is then a read.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "jax_moe" / "xla"))
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the installed packages that matter here."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(folder: Path | None = None) -> str:
+    """The commit of this checkout, "-dirty" if tracked files differ, or "unknown"."""
+    root = folder or Path(__file__).resolve().parent.parent
+    commit = _output_of("git", "-C", str(root), "rev-parse", "HEAD")
+    if commit is None:
+        return "unknown"
+    changed = _output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if changed else commit
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Clocks, temperature, power and throttling of the GPU in use, or None without nvidia-smi."""
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    query = _output_of(
+        "nvidia-smi",
+        f"--id={index}",
+        f"--query-gpu={','.join(_GPU_STATE)}",
+        "--format=csv,noheader",
+    )
+    if query is None:
+        return None
+    return dict(zip(_GPU_STATE, (field.strip() for field in query.split(",")), strict=False))
+
+
+def device() -> Mapping[str, Any]:
+    """The default JAX device: platform, kind, and for a GPU its capability and memory in bytes."""
+    import jax
+
+    found = jax.devices()[0]
+    memory = found.memory_stats() if found.platform == "gpu" else None
+    capability = getattr(found, "compute_capability", None)
+    return {
+        "platform": found.platform,
+        "kind": found.device_kind,
+        "compute_capability": None if capability is None else str(capability),
+        "memory_bytes": (memory or {}).get("bytes_limit"),
+        "host_cpus": os.cpu_count(),
+    }
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

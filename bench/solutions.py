@@ -1,0 +1,83 @@
+"""What can be benchmarked: our backends, `ragged_dot`, and the solutions of `interop`."""
+
+import functools
+from collections.abc import Mapping
+
+import jax_moe
+from bench import ragged_dot
+from interop.solutions.base import Solution
+from jax_moe import backends
+
+REFERENCE = "torch_reference"  # the denominator of every speedup
+
+_BACKEND_DESIGN = {
+    "Rows computed": "local pairs only",
+    "SwiGLU": "in the epilogue of GEMM1",
+    "Intermediate quantization": "in the epilogue of GEMM1",
+    "GEMM workspace": "none",
+}
+
+
+def registry(backend: str = "auto") -> Mapping[str, Solution]:
+    """All solutions by name, the reference first, available here or not.
+
+    Args:
+        backend: What `jax_moe` runs.
+
+    Returns:
+        Name to solution.
+    """
+    from interop.solutions import SOLUTIONS
+
+    ours = [_jax_moe("jax_moe", backend, f"jax_moe.apply, backend={backend!r}")]
+    ours += [
+        _jax_moe(f"jax_moe_{name}", name, f"jax_moe.apply, {what}")
+        for name, what in (
+            ("mosaic", "Pallas Mosaic GPU kernels (Hopper)"),
+            ("triton", "Triton kernels through jax-triton (Ada and newer)"),
+            ("xla", "plain jnp, any device"),
+        )
+    ]
+    peers = dict(SOLUTIONS)
+    first = {REFERENCE: peers.pop(REFERENCE)}
+    return first | {one.name: one for one in (*ours, ragged_dot.SOLUTION)} | peers
+
+
+def default_names(on_gpu: bool) -> tuple[str, ...]:
+    """What a run without `--solutions` measures: everything on a GPU, the basics on a CPU.
+
+    `jax_moe` is left out: it would repeat the backend that it picks.
+    """
+    if on_gpu:
+        return tuple(name for name in registry() if name != "jax_moe")
+    return (REFERENCE, "jax_moe_xla")
+
+
+def choose(names: tuple[str, ...], known: Mapping[str, Solution]) -> dict[str, Solution]:
+    """Picks solutions by name, in the registry's order; `all` means all.
+
+    Raises:
+        ValueError: A name is unknown; the message lists what there is.
+    """
+    for name in names:
+        if name != "all" and name not in known:
+            raise ValueError(
+                f"--solutions: unknown solution {name!r}; expected 'all' or some of "
+                f"{', '.join(known)}"
+            )
+    return {name: one for name, one in known.items() if "all" in names or name in names}
+
+
+def _jax_moe(name: str, backend: str, description: str) -> Solution:
+    return Solution(
+        name=name,
+        framework="jax",
+        description=description,
+        run=functools.partial(jax_moe.apply, backend=backend),
+        unavailable_reason=functools.partial(_unsupported, backend),
+        design=_BACKEND_DESIGN,
+    )
+
+
+def _unsupported(backend: str) -> str | None:
+    return None if backend == "auto" else backends.unsupported_reason(backend)

@@ -1,0 +1,218 @@
+"""Reads workloads and routing blobs of a flashinfer-trace folder that nobody vouches for.
+
+    FOLDER/workloads/**/<definition>.jsonl     one workload a line
+    FOLDER/blob/.../*.safetensors              `routing_logits` and `routing_bias`
+
+Nothing outside of the folder is opened, whatever a path says or a symlink points to. Everything is
+checked before it is used; what does not fit is a `ValueError` that names the file and the entry.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from jaxtyping import BFloat16, Float32
+
+from interop.safetensors_header import check_header
+from interop.strict_json import parse_object
+from interop.workloads import Workload, definition
+
+MAX_TOKENS = 2**20
+MAX_LINE_BYTES = 2**20
+MAX_FILE_BYTES = 2**31
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_UUID = re.compile(r"[0-9A-Za-z-]{1,64}")
+_RANDOM = (
+    "hidden_states",
+    "hidden_states_scale",
+    "gemm1_weights",
+    "gemm1_weights_scale",
+    "gemm2_weights",
+    "gemm2_weights_scale",
+)
+_SCALARS = ("local_expert_offset", "routed_scaling_factor")
+_BLOBS = ("routing_logits", "routing_bias")
+
+
+class BlobRef(NamedTuple):
+    """A tensor in a safetensors file: the path as written in the workload, and the tensor's key."""
+
+    path: str
+    tensor_key: str
+
+
+class DatasetWorkload(NamedTuple):
+    """One line of the workload file, checked; the files it names are not yet opened."""
+
+    workload: Workload
+    routed_scaling_factor: float
+    routing_logits: BlobRef
+    routing_bias: BlobRef
+
+
+def read_workloads(folder: str | Path) -> tuple[DatasetWorkload, ...]:
+    """Reads the definition's workload file of a data set folder.
+
+    Args:
+        folder: The data set's root.
+
+    Returns:
+        The workloads in the file's order.
+
+    Raises:
+        ValueError: The folder or file is missing, leaves the folder, or a line does not fit.
+    """
+    root = _root(folder)
+    name = definition()["name"]
+    found = sorted(root.glob(f"workloads/**/{name}.jsonl"))
+    if not found:
+        raise ValueError(f"{root}: no workloads/**/{name}.jsonl in this data set")
+    rows: dict[str, DatasetWorkload] = {}
+    for path in found:
+        for where, row in _lines(_inside(root, path, str(path))):
+            if row.workload.uuid in rows:
+                raise ValueError(f"{where}: uuid {row.workload.uuid} appears twice")
+            rows[row.workload.uuid] = row
+    return tuple(rows.values())
+
+
+def read_routing(
+    folder: str | Path, row: DatasetWorkload
+) -> tuple[Float32[np.ndarray, "T 256"], BFloat16[np.ndarray, " 256"]]:
+    """Reads the routing tensors of a workload.
+
+    Args:
+        folder: The data set's root, as for `read_workloads`.
+        row: From `read_workloads`.
+
+    Returns:
+        `routing_logits` f32[T,256] and `routing_bias` bf16[256].
+
+    Raises:
+        ValueError: A file is missing, leaves the folder, is broken, or holds something else.
+    """
+    root = _root(folder)
+    experts = definition()["axes"]["num_experts"]["value"]
+    logits = _tensor(root, row.routing_logits, "F32", (row.workload.num_tokens, experts))
+    bias = _tensor(root, row.routing_bias, "BF16", (experts,))
+    return logits, bias
+
+
+def _root(folder: str | Path) -> Path:
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise ValueError(f"{folder}: not a data set folder")
+    return root
+
+
+def _inside(root: Path, path: Path, where: str) -> Path:
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root):
+        raise ValueError(f"{where}: leads out of the data set folder")
+    if not resolved.is_file():
+        raise ValueError(f"{where}: no such file in the data set")
+    if resolved.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{where}: {resolved.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
+    return resolved
+
+
+def _lines(path: Path) -> Iterator[tuple[str, DatasetWorkload]]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"{where}: line longer than {MAX_LINE_BYTES} bytes")
+            if line.strip():
+                yield where, _workload(parse_object(line, where), where)
+
+
+def _fields(value: Any, required: tuple[str, ...], optional: tuple[str, ...], where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
+    missing = [key for key in required if key not in value]
+    unknown = [key for key in value if key not in (*required, *optional)]
+    if missing or unknown:
+        problem = f"missing {missing[0]!r}" if missing else f"unknown key {unknown[0]!r}"
+        raise ValueError(f"{where}: {problem}")
+    return value
+
+
+def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
+    _fields(line, ("definition", "workload"), ("solution", "evaluation"), where)
+    if line["definition"] != definition()["name"]:
+        raise ValueError(
+            f"{where}: definition {line['definition']!r} is not {definition()['name']!r}"
+        )
+    row = _fields(line["workload"], ("uuid", "axes", "inputs"), (), f"{where}: workload")
+    if not isinstance(row["uuid"], str) or not _UUID.fullmatch(row["uuid"]):
+        raise ValueError(
+            f"{where}: uuid: expected letters, digits and dashes, found {row['uuid']!r}"
+        )
+    axes = _fields(row["axes"], ("seq_len",), (), f"{where}: axes")
+    tokens = _integer(axes["seq_len"], 0, MAX_TOKENS, f"{where}: seq_len")
+    inputs = _fields(row["inputs"], (*_RANDOM, *_SCALARS, *_BLOBS), (), f"{where}: inputs")
+    for name in _RANDOM:
+        spec = _fields(inputs[name], ("type",), (), f"{where}: {name}")
+        if spec["type"] != "random":
+            raise ValueError(f"{where}: {name}: expected type 'random', found {spec['type']!r}")
+    offset, factor = (_scalar(inputs[name], f"{where}: {name}") for name in _SCALARS)
+    sizes = definition()["axes"]
+    last = sizes["num_experts"]["value"] - sizes["num_local_experts"]["value"]
+    offset = _integer(offset, 0, last, f"{where}: local_expert_offset")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise ValueError(f"{where}: routed_scaling_factor: expected a number, found {factor!r}")
+    logits, bias = (_blob(inputs[name], f"{where}: {name}") for name in _BLOBS)
+    return DatasetWorkload(
+        Workload(row["uuid"], tokens, offset, Path(logits.path).name), float(factor), logits, bias
+    )
+
+
+def _integer(value: Any, low: int, high: int, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{where}: expected an integer in {low}..{high}, found {value!r}")
+    return value
+
+
+def _scalar(spec: Any, where: str) -> Any:
+    _fields(spec, ("type", "value"), (), where)
+    if spec["type"] != "scalar":
+        raise ValueError(f"{where}: expected type 'scalar', found {spec['type']!r}")
+    return spec["value"]
+
+
+def _blob(spec: Any, where: str) -> BlobRef:
+    _fields(spec, ("type", "path", "tensor_key"), (), where)
+    path, key = spec["path"], spec["tensor_key"]
+    if spec["type"] != "safetensors":
+        raise ValueError(f"{where}: expected type 'safetensors', found {spec['type']!r}")
+    if not isinstance(path, str) or not isinstance(key, str):
+        raise ValueError(f"{where}: expected text for path and tensor_key")
+    if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
+        raise ValueError(f"{where}: expected a relative path without '..', found {path!r}")
+    return BlobRef(path, key)
+
+
+def _tensor(root: Path, ref: BlobRef, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    path = _inside(root, root / ref.path, f"{root / ref.path}")
+    content = path.read_bytes()
+    tensors = check_header(content, str(path))
+    where = f"{path}: {ref.tensor_key!r}"
+    if ref.tensor_key not in tensors:
+        raise ValueError(f"{where}: no such tensor; the file holds {sorted(tensors)}")
+    found = tensors[ref.tensor_key]
+    if (found.dtype, found.shape) != (dtype, shape):
+        raise ValueError(
+            f"{where}: expected {dtype}{list(shape)}, found {found.dtype}{list(found.shape)}"
+        )
+    try:
+        loaded = dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return np.frombuffer(loaded[ref.tensor_key]["data"], _DTYPES[dtype]).reshape(shape)
