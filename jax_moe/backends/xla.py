@@ -36,10 +36,16 @@ def quantize(x: Float[Array, "R C"]) -> Quantized:
     blocks = x.astype(jnp.float32).reshape(rows, columns // QUANT_BLOCK, QUANT_BLOCK)
     blocks = jnp.where(jnp.abs(blocks) < _SMALLEST_NORMAL, 0.0, blocks)
     amax = jnp.abs(blocks).max(axis=2, keepdims=True)
-    scales = jnp.maximum(amax, _MAX_E4M3 * _SMALLEST_NORMAL) / _MAX_E4M3
+    scales = _divide(jnp.maximum(amax, _MAX_E4M3 * _SMALLEST_NORMAL), _MAX_E4M3)
     # The cast alone would turn values above 464 into NaN.
-    values = jnp.clip(blocks / scales, -_MAX_E4M3, _MAX_E4M3).astype(jnp.float8_e4m3fn)
+    values = jnp.clip(_divide(blocks, scales), -_MAX_E4M3, _MAX_E4M3).astype(jnp.float8_e4m3fn)
     return Quantized(values.reshape(rows, columns), scales[:, :, 0].T)
+
+
+def _divide(x: Array, y: Array | float) -> Array:
+    """`x / y`, rounded once. XLA makes a plain division by a constant, a broadcast or a quotient
+    a product with a rounded reciprocal; the select is none of these and changes no result."""
+    return x / jnp.where(jnp.isnan(x), x, y)
 
 
 def plan_dispatch(

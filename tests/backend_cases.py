@@ -1,0 +1,31 @@
+"""Which backends a test runs on: `@pytest.mark.parametrize("case", ...)` and `running(case)`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+import jax_moe
+from jax_moe import backends
+
+EVERYWHERE = [
+    "xla",
+    pytest.param("mosaic", marks=pytest.mark.gpu),
+    pytest.param("triton", marks=pytest.mark.gpu),
+]
+"""All backends: the plain one on the CPU, the kernels on a GPU."""
+
+
+@contextlib.contextmanager
+def running(case: str) -> Iterator[str]:
+    """The backend's name, in the context it needs; skips where it does not run.
+
+    `interpreted_mosaic` is the mosaic backend in the CPU interpreter: seconds a call.
+    """
+    name = case.removeprefix("interpreted_")
+    with jax_moe.interpret_mode() if name != case else contextlib.nullcontext():
+        if reason := backends.unsupported_reason(name):
+            pytest.skip(f"{name}: {reason}")
+        yield name

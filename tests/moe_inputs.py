@@ -1,0 +1,93 @@
+"""Small inputs of the layer, seeded, made with NumPy alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import jax_moe
+from tests import numpy_oracle
+
+E4M3 = ml_dtypes.float8_e4m3fn
+SMALL = jax_moe.MoEConfig(top_k=4, n_group=4, topk_group=2)
+
+
+class Inputs(NamedTuple):
+    """The ten arguments of the layer, in order."""
+
+    routing_logits: Any
+    routing_bias: Any
+    hidden_states: Any
+    hidden_states_scale: Any
+    gemm1_weights: Any
+    gemm1_weights_scale: Any
+    gemm2_weights: Any
+    gemm2_weights_scale: Any
+    local_expert_offset: Any
+    routed_scaling_factor: Any
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The eight array arguments by name."""
+        return dict(list(self._asdict().items())[:8])
+
+
+def make_inputs(
+    num_tokens: int,
+    *,
+    num_experts: int = 32,
+    num_local_experts: int = 8,
+    hidden_size: int = 256,
+    intermediate_size: int = 128,
+    offset: int = 8,
+    seed: int = 0,
+) -> Inputs:
+    """Gaussian activations and weights, quantized, so that outputs are of order one."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((num_tokens, hidden_size), np.float32)
+    values, scales = numpy_oracle.quantize(x)
+    w13 = _weights(rng, num_local_experts, 2 * intermediate_size, hidden_size)
+    w2 = _weights(rng, num_local_experts, hidden_size, intermediate_size)
+    logits = rng.standard_normal((num_tokens, num_experts), np.float32)
+    bias = (rng.standard_normal(num_experts) / 10).astype(ml_dtypes.bfloat16)
+    return Inputs(logits, bias, values, scales, *w13, *w2, offset, 2.5)
+
+
+def _weights(rng: np.random.Generator, experts: int, n: int, k: int) -> tuple[Any, Any]:
+    """Gaussian e4m3 with a random scale per 128x128 block, about 1/sqrt(k) in size."""
+    values = rng.standard_normal((experts, n, k), np.float32).astype(E4M3)
+    scales = rng.uniform(0.5, 1.5, (experts, n // 128, k // 128)) / np.sqrt(k)
+    return values, scales.astype(np.float32)
+
+
+def logits_for(choices: np.ndarray, num_experts: int, top_k: int) -> np.ndarray:
+    """Logits that send each token to the experts of `choices` [T,c], c <= top_k, in that order.
+
+    The rest of the top k is filled from the last experts. Needs a config of one group.
+    """
+    logits = np.tile(np.linspace(-6, -5, num_experts, dtype=np.float32), (len(choices), 1))
+    best_first = np.linspace(4, 2, top_k, dtype=np.float32)[: choices.shape[1]]
+    np.put_along_axis(logits, choices, np.broadcast_to(best_first, choices.shape), axis=1)
+    return logits
+
+
+def on_device(inputs: Inputs) -> Inputs:
+    """The same with JAX arrays in place of NumPy's."""
+    arrays = [None if value is None else jnp.asarray(value) for value in inputs[:8]]
+    return Inputs(*arrays, *inputs[8:])
+
+
+def bits(x: Any) -> np.ndarray:
+    """The bit patterns of a float array, to compare exactly, NaN included."""
+    x = np.asarray(jax.device_get(x))
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Difference over expectation in the Frobenius norm."""
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

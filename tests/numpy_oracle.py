@@ -1,0 +1,90 @@
+"""The layer once more in NumPy, float64, token by token: shares no code with what it checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+TINY = np.finfo(np.float32).tiny  # 2**-126
+
+
+def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to e4m3 values [R,C] and f32 scales [C/128,R]."""
+    blocks = np.asarray(x, np.float32).reshape(x.shape[0], -1, 128)
+    blocks = np.where(np.abs(blocks) < TINY, np.float32(0), blocks)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        scales = np.maximum(np.abs(blocks).max(axis=2), 448 * TINY) / np.float32(448)
+        values = np.clip(blocks / scales[:, :, None], -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return values.reshape(x.shape), np.ascontiguousarray(scales.T)
+
+
+def route(logits: Any, bias: Any, factor: float, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [T,k], best first, and weights [T,k]; stable sorts send ties to the lowest id."""
+    scores, biased, kept = _scores(logits, bias, config)
+    ids = _argsort(np.where(kept, biased, -np.inf))[:, : config.top_k]
+    weights = np.take_along_axis(scores, ids, axis=1)
+    return ids, weights / (weights.sum(axis=1, keepdims=True) + 1e-20) * factor
+
+
+def routing_gaps(logits: Any, bias: Any, config: Any) -> np.ndarray:
+    """Per token, the narrower of the two gaps that decide: between the last expert chosen and the
+    first one left, and the same for groups. Exact ties, settled by a rule, count as infinite."""
+    _, biased, kept = _scores(logits, bias, config)
+    gaps = [_gap(np.where(kept, biased, -np.inf), config.top_k)]
+    gaps.append(_gap(_group_scores(biased, config), config.topk_group))
+    return np.minimum(*gaps)
+
+
+def layer(
+    logits: Any, bias: Any, x: Any, x_scale: Any, w13: Any, s13: Any, w2: Any, s2: Any,
+    offset: int, factor: float, *, config: Any, requantize: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """float64 [T,H]; with `requantize` the activations between the matmuls go through e4m3."""
+    ids, weights = route(logits, bias, factor, config)
+    x = np.asarray(x, np.float64)
+    if x_scale is not None:
+        x = x * np.repeat(np.asarray(x_scale, np.float64).T, 128, axis=1)
+    out = np.zeros(x.shape)
+    for local in range(len(w13)):
+        token, choice = np.nonzero(ids == offset + local)
+        if not len(token):
+            continue
+        g = x[token] @ _dequantize(w13[local], s13[local]).T
+        up, gate = np.split(g, 2, axis=1)
+        hidden = gate / (1 + np.exp(-gate)) * up
+        if requantize:
+            values, scales = quantize(hidden.astype(np.float32))
+            hidden = values.astype(np.float64) * np.repeat(scales.T, 128, axis=1)
+        out[token] += hidden @ _dequantize(w2[local], s2[local]).T * weights[token, choice, None]
+    return out
+
+
+def _scores(logits: Any, bias: Any, config: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    biased = scores + np.asarray(bias, np.float64)
+    best = _argsort(_group_scores(biased, config))[:, : config.topk_group]
+    kept = (best[:, None, :] == np.arange(config.n_group)[:, None]).any(axis=2)
+    return scores, biased, np.repeat(kept, biased.shape[1] // config.n_group, axis=1)
+
+
+def _group_scores(biased: np.ndarray, config: Any) -> np.ndarray:
+    return np.sort(biased.reshape(len(biased), config.n_group, -1), axis=2)[:, :, -2:].sum(axis=2)
+
+
+def _argsort(scores: np.ndarray) -> np.ndarray:
+    return np.argsort(-scores, axis=1, kind="stable")
+
+
+def _gap(scores: np.ndarray, chosen: int) -> np.ndarray:
+    if chosen == scores.shape[1]:
+        return np.full(len(scores), np.inf)
+    ranked = -np.sort(-scores, axis=1)
+    gap = ranked[:, chosen - 1] - ranked[:, chosen]
+    return np.where(gap == 0, np.inf, gap)
+
+
+def _dequantize(values: Any, scales: Any) -> np.ndarray:
+    scales = np.asarray(scales, np.float64)
+    return np.asarray(values, np.float64) * np.repeat(np.repeat(scales, 128, 0), 128, 1)

@@ -1,0 +1,88 @@
+"""FP8 group quantization: every backend gives the bits of the NumPy oracle."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from tests import numpy_oracle
+from tests.backend_cases import EVERYWHERE, running
+from tests.moe_inputs import bits
+
+TINY = float(np.finfo(np.float32).tiny)
+
+
+def check(case: str, x: np.ndarray) -> jax_moe.Quantized:
+    with running(case) as backend:
+        found = jax_moe.quantize(x, backend=backend)
+    values, scales = numpy_oracle.quantize(x)
+    np.testing.assert_array_equal(bits(found.scales), bits(scales))
+    np.testing.assert_array_equal(bits(found.values), bits(values))
+    return found
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("rows", [1, 7, 130])
+def test_bits_equal_numpy(case, dtype, rows):
+    x = np.random.default_rng(rows).standard_normal((rows, 384)).astype(dtype)
+    check(case, x)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_bits_equal_numpy_over_the_whole_range_of_f32(case):
+    rng = np.random.default_rng(0)
+    exponents = rng.integers(-126, 127, (512, 1)) + rng.integers(-10, 1, (512, 256))
+    x = np.ldexp(rng.uniform(-2, 2, (512, 256)), exponents).astype(np.float32)
+    check(case, x)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_every_e4m3_number_survives_a_scale_of_one(case):
+    numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    numbers = numbers[np.isfinite(numbers.astype(np.float32))].astype(np.float32)
+    x = np.zeros((1, 256), np.float32)
+    x[0, :127], x[0, 128:255] = numbers[:127], numbers[127:]  # both halves hold a 448
+    found = check(case, x)
+    np.testing.assert_array_equal(found.scales, np.ones((2, 1), np.float32))
+    np.testing.assert_array_equal(np.asarray(found.values, np.float32), x)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize(
+    "edge",
+    [447.9, 448.0, 464.0, 465.0, 1e30, 3.4e38, 1e-30, TINY, -TINY, TINY / 2, 1e-45, -0.0, 0.0],
+)
+def test_edges_stay_finite(case, edge):
+    x = np.zeros((3, 128), np.float32)
+    x[0, :3], x[1, 5], x[2] = (edge, 1.0, -448.0), edge, edge
+    found = check(case, x)
+    assert np.isfinite(np.asarray(found.values, np.float32)).all()
+    assert (np.asarray(found.scales) >= TINY).all()
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_denormals_and_zeros_are_zero_and_the_scale_has_a_floor(case):
+    x = np.array([[0.0], [-0.0], [1e-40], [-TINY / 2]], np.float32).repeat(128, axis=1)
+    found = check(case, x)
+    assert not bits(found.values).any()
+    np.testing.assert_array_equal(found.scales, np.full((1, 4), TINY, np.float32))
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_stay_in_their_group(case, poison):
+    x = np.random.default_rng(1).standard_normal((5, 384)).astype(np.float32)
+    clean = numpy_oracle.quantize(x)
+    x[2, 200] = poison
+    with running(case) as backend:
+        values, scales = map(np.asarray, jax_moe.quantize(x, backend=backend))
+    with np.errstate(invalid="ignore"):
+        dequantized = values.astype(np.float32).reshape(5, 3, 128) * scales.T[:, :, None]
+    assert np.isnan(dequantized[2, 1]).all()
+    values, scales = values.copy(), scales.copy()
+    values[2, 128:256], scales[1, 2] = clean[0][2, 128:256], clean[1][1, 2]
+    np.testing.assert_array_equal(bits(values), bits(clean[0]))
+    np.testing.assert_array_equal(bits(scales), bits(clean[1]))

@@ -1,0 +1,144 @@
+"""Group-limited top-k: ids, weights, ties, NaN."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import DEEPSEEK_V3, MoEConfig
+from tests import numpy_oracle
+from tests.backend_cases import EVERYWHERE, running
+from tests.moe_inputs import SMALL, bits
+
+CONFIGS = [
+    (256, DEEPSEEK_V3),
+    (32, SMALL),
+    (16, MoEConfig(top_k=4, n_group=4, topk_group=2)),
+    (64, MoEConfig(top_k=6, n_group=1, topk_group=1)),
+    (72, MoEConfig(top_k=3, n_group=3, topk_group=2)),
+    (128, MoEConfig(top_k=1, n_group=8, topk_group=1)),
+    (16, MoEConfig(top_k=8, n_group=4, topk_group=2)),  # all that the kept groups hold
+]
+
+
+def route(case, logits, bias, factor=2.5, *, config=DEEPSEEK_V3):
+    with running(case) as backend:
+        routing = jax_moe.route(logits, bias, factor, config=config, backend=backend)
+    return np.asarray(routing.topk_ids), np.asarray(routing.topk_weights)
+
+
+def draw(num_tokens, num_experts, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((num_tokens, num_experts), np.float32)
+    return logits, (rng.standard_normal(num_experts) / 10).astype(ml_dtypes.bfloat16)
+
+
+def assert_valid(ids, num_experts):
+    assert (ids >= 0).all()
+    assert (ids < num_experts).all()
+    assert (np.diff(np.sort(ids, axis=1), axis=1) > 0).all(), "an expert was chosen twice"
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize(("num_experts", "config"), CONFIGS)
+@pytest.mark.parametrize("num_tokens", [1, 67, 1009])
+def test_against_float64(case, num_experts, config, num_tokens):
+    logits, bias = draw(num_tokens, num_experts)
+    ids, weights = route(case, logits, bias, config=config)
+    expected_ids, expected_weights = numpy_oracle.route(logits, bias, 2.5, config)
+    clear = numpy_oracle.routing_gaps(logits, bias, config) > 2 * np.spacing(np.float32(2))
+    assert clear.mean() > 0.98
+    np.testing.assert_array_equal(np.sort(ids)[clear], np.sort(expected_ids)[clear])
+    weights, expected_weights = (
+        np.take_along_axis(w, np.argsort(i), axis=1)[clear]
+        for w, i in ((weights, ids), (expected_weights, expected_ids))
+    )
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_ties_on_a_bf16_grid_go_to_the_lowest_id(case):
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((2003, 256)) * 0.656 - 1.67
+    logits = np.round(logits * 16).astype(np.float32) / 16  # coarse: most tokens tie
+    bias = np.where(np.arange(256) % 3 == 0, 0.25, 0.5).astype(ml_dtypes.bfloat16)
+    ids, _ = route(case, logits, bias)
+    expected, _ = numpy_oracle.route(logits, bias, 2.5, DEEPSEEK_V3)
+    clear = numpy_oracle.routing_gaps(logits, bias, DEEPSEEK_V3) > 2 * np.spacing(np.float32(2))
+    assert clear.mean() > 0.98
+    np.testing.assert_array_equal(np.sort(ids)[clear], np.sort(expected)[clear])
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("logit", [0.0, 3.25, -1e4, 1e4])
+def test_all_equal(case, logit):
+    logits = np.full((5, 256), logit, np.float32)
+    ids, weights = route(case, logits, np.zeros(256, ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(ids, np.tile(np.arange(8), (5, 1)))
+    expected = 0.0 if logit == -1e4 else 2.5 / 8
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_a_tie_made_by_the_bias(case):
+    logits = np.zeros((1, 256), np.float32)
+    bias = np.zeros(256, ml_dtypes.bfloat16)
+    bias[[40, 41, 200, 201]] = 1.0  # groups 1 and 6; the other groups tie
+    ids, weights = route(case, logits, bias)
+    assert sorted(ids[0]) == [0, 1, 2, 3, 40, 41, 200, 201]
+    np.testing.assert_allclose(weights, 2.5 / 8, rtol=1e-6)  # the bias is not in the weights
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["one", "group", "all"])
+def test_non_finite_logits_stay_in_their_row(case, poison, where):
+    logits, bias = draw(9, 256)
+    clean = route(case, logits, bias)
+    poisoned = logits.copy()
+    poisoned[4, {"one": 77, "group": slice(64, 96), "all": slice(None)}[where]] = poison
+    ids, weights = route(case, poisoned, bias)
+    assert_valid(ids, 256)
+    others = np.arange(9) != 4
+    np.testing.assert_array_equal(ids[others], clean[0][others])
+    np.testing.assert_array_equal(bits(weights)[others], bits(clean[1])[others])
+    chosen = poisoned[4][ids[4]]
+    assert np.isnan(weights[4]).all() == np.isnan(chosen).any()
+    assert np.isnan(weights[4]).any() == np.isnan(chosen).any()
+    if where == "all" and np.isnan(poison):
+        np.testing.assert_array_equal(ids[4], np.arange(8))
+    elif np.isnan(poison):
+        assert not np.isnan(chosen).any(), "a NaN was chosen before a number"
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_nan_ranks_below_minus_infinity(case):
+    config = MoEConfig(top_k=3, n_group=1, topk_group=1)
+    bias = np.array([np.nan, -np.inf, -1e30, np.nan, -np.inf, np.nan], np.float32)
+    ids, weights = route(case, np.zeros((1, 6), np.float32), bias, config=config)
+    np.testing.assert_array_equal(ids, [[2, 1, 4]])
+    np.testing.assert_allclose(weights, 2.5 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+@pytest.mark.parametrize("where", [slice(5, 6), slice(0, 32), slice(None)])
+def test_extreme_bias_never_reaches_the_weights(case, value, where):
+    logits, bias = draw(33, 256)
+    bias = bias.astype(np.float32)
+    bias[where] = value
+    ids, weights = route(case, logits, bias)
+    assert_valid(ids, 256)
+    np.testing.assert_allclose(weights.sum(axis=1), 2.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("factor", [1, 0.0, -2.5, np.float32(1e-6), np.float64(1e20)])
+def test_the_factor_scales_the_weights(case, factor):
+    logits, bias = draw(5, 256)
+    plain = route(case, logits, bias, 1.0)
+    ids, weights = route(case, logits, bias, factor)
+    np.testing.assert_array_equal(ids, plain[0])
+    np.testing.assert_allclose(weights, plain[1] * np.float32(factor), rtol=1e-6)
