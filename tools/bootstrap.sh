@@ -21,7 +21,9 @@ fi
 if [ -e "$UNFINISHED" ] || ! "$python" tools/check_pins.py --deep --extras "$EXTRAS" >/dev/null 2>&1; then
   echo "Installing jax-moe[$EXTRAS] into .venv (about 6 GB, minutes the first time)"
   touch "$UNFINISHED"
-  "$python" -m pip install --quiet --disable-pip-version-check --editable ".[$EXTRAS]"
+  quiet=--quiet # a terminal gets pip's progress bars
+  [ -t 1 ] && quiet=
+  "$python" -m pip install $quiet --disable-pip-version-check --editable ".[$EXTRAS]"
   "$python" tools/check_pins.py --deep --extras "$EXTRAS"
   rm "$UNFINISHED"
 fi
