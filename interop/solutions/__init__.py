@@ -1,0 +1,17 @@
+"""The solutions that need PyTorch or compare designs, by name.
+
+Importing them needs none of their packages.
+"""
+
+from interop.solutions import deepgemm, sglang_v1, sglang_v2, torch_reference
+from interop.solutions.base import Solution
+
+SOLUTIONS: dict[str, Solution] = {
+    solution.name: solution
+    for solution in (
+        torch_reference.SOLUTION,
+        sglang_v1.SOLUTION,
+        sglang_v2.SOLUTION,
+        *deepgemm.SOLUTIONS,
+    )
+}

@@ -1,0 +1,188 @@
+"""DeepGEMM (PyPI sgl-deep-gemm), the strongest peer, on local pairs only, with Triton glue.
+
+Six kernels and a memset, no host synchronization, buffers of the static worst case (every pair
+local).
+"""
+
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from interop.solutions.base import Solution
+from interop.solutions.packages import hopper_unavailable, missing
+
+TOP_K, N_GROUP, TOPK_GROUP = 8, 8, 4
+_FEW_TOKENS = 1000  # up to here 64-row tiles waste less padding than they cost, measured on an H100
+
+
+def run(*arguments: Any, alignment: int | None = None) -> Any:
+    """The layer on the definition's ten arguments.
+
+    Args:
+        *arguments: CUDA tensors and two numbers in the definition's order.
+        alignment: rows that each expert is padded to, 64 or 128; None picks by T.
+
+    Returns:
+        bf16[T, H].
+    """
+    import torch
+
+    logits, bias, hidden, hidden_scale, w13, s13, w2, s2, offset, factor = arguments
+    num_tokens, hidden_size = hidden.shape
+    if num_tokens == 0:
+        return torch.empty(0, hidden_size, dtype=torch.bfloat16, device=hidden.device)
+    align = alignment or (64 if num_tokens <= _FEW_TOKENS else 128)
+    gemm = functools.partial(_grouped_gemm, align, -(-num_tokens * TOP_K // logits.shape[1]))
+    routing = route(logits, bias, offset, factor, w13.shape[0])
+    rows, row_scale, pair_row, ends = gather(hidden, hidden_scale, routing, align)
+    activations = swiglu_quantize(gemm((rows, row_scale), (w13, s13), ends), ends, align)
+    return combine(gemm(activations, (w2, s2), ends), routing[2], pair_row)
+
+
+def route(logits: Any, bias: Any, offset: int, factor: float, num_local_experts: int) -> Any:
+    """Routing of T tokens.
+
+    Returns:
+        pair_expert i32[T, 8] (local expert or -1), pair_slot i32[T, 8] (place in the expert),
+        weights f32[T, 8], counts i32[E_local].
+    """
+    import torch
+
+    from interop.solutions.deepgemm_kernels import route_kernel
+
+    num_tokens, num_experts = logits.shape
+    shape, device = (num_tokens, TOP_K), logits.device
+    pair_expert = torch.empty(shape, dtype=torch.int32, device=device)
+    pair_slot = torch.empty_like(pair_expert)
+    weights = torch.empty(shape, dtype=torch.float32, device=device)
+    counts = torch.zeros(num_local_experts, dtype=torch.int32, device=device)
+    route_kernel[(num_tokens,)](
+        logits, bias, pair_expert, pair_slot, weights, counts, int(offset), float(factor),
+        E=num_experts, E_LOCAL=num_local_experts, N_GROUP=N_GROUP, TOPK_GROUP=TOPK_GROUP,
+        TOP_K=TOP_K, num_warps=1,
+    )  # fmt: skip
+    return pair_expert, pair_slot, weights, counts
+
+
+def gather(hidden: Any, hidden_scale: Any, routing: Any, align: int) -> Any:
+    """Copies each local pair's activations to its row.
+
+    Returns:
+        rows e4m3[M, H], row_scale f32[H/128, M], pair_row i32[T, 8] (-1 where not local), ends
+        i32[E_local].
+    """
+    import torch
+
+    from interop.solutions.deepgemm_kernels import gather_kernel
+
+    pair_expert, pair_slot, _, counts = routing
+    num_tokens, hidden_size = hidden.shape
+    num_rows = max_rows(num_tokens, counts.shape[0], align)
+    num_scales = hidden_scale.shape[0]
+    rows = hidden.new_empty(num_rows, hidden_size)
+    row_scale = hidden_scale.new_empty(num_scales, num_rows)
+    pair_row, ends = torch.empty_like(pair_expert), torch.empty_like(counts)
+    gather_kernel[(num_tokens,)](
+        hidden.view(torch.int32), hidden_scale, pair_expert, pair_slot, counts,
+        rows.view(torch.int32), row_scale, pair_row, ends, num_tokens, num_rows,
+        ALIGN=align, E_LOCAL=counts.shape[0], TOP_K=TOP_K, WORDS=hidden_size // 4,
+        SCALES=num_scales, BLOCK=1024, SCALE_BLOCK=1 << (num_scales - 1).bit_length(), num_warps=4,
+    )  # fmt: skip
+    return rows, row_scale, pair_row, ends
+
+
+def swiglu_quantize(gemm1: Any, ends: Any, align: int) -> Any:
+    """`silu(second half) * first half` to e4m3[M, I] and scales f32[I/128, M], live rows only."""
+    import torch
+
+    from interop.solutions.deepgemm_kernels import swiglu_quantize_kernel
+
+    num_rows, intermediate_size = gemm1.shape[0], gemm1.shape[1] // 2
+    values = gemm1.new_empty(num_rows, intermediate_size, dtype=torch.float8_e4m3fn)
+    scales = gemm1.new_empty(intermediate_size // 128, num_rows, dtype=torch.float32)
+    groups = 4 if intermediate_size % 512 == 0 else 1
+    items = num_rows // 8 * (intermediate_size // (128 * groups))
+    swiglu_quantize_kernel[(min(items, 132 * 8),)](
+        gemm1, ends, values, scales, num_rows,
+        ALIGN=align, E_LOCAL=ends.shape[0], INTERMEDIATE=intermediate_size, ROWS=8, GROUPS=groups,
+        num_warps=4,
+    )  # fmt: skip
+    return values, scales
+
+
+def combine(expert_outputs: Any, weights: Any, pair_row: Any) -> Any:
+    """bf16[T, H]: each token's weighted sum over its local pairs."""
+    import torch
+
+    from interop.solutions.deepgemm_kernels import combine_kernel
+
+    num_tokens, hidden_size = pair_row.shape[0], expert_outputs.shape[1]
+    out = torch.empty(num_tokens, hidden_size, dtype=torch.bfloat16, device=pair_row.device)
+    combine_kernel[(num_tokens, -(-hidden_size // 1024))](
+        expert_outputs, weights, pair_row, out,
+        HIDDEN=hidden_size, TOP_K=TOP_K, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def max_rows(num_tokens: int, num_local_experts: int, align: int) -> int:
+    """Rows of the worst case: every pair local, every expert that can be hit padded."""
+    pairs = num_tokens * min(TOP_K, num_local_experts)
+    padding = min(num_local_experts, pairs) * (align - 1)
+    return -(-(pairs + padding) // align) * align
+
+
+def _grouped_gemm(align: int, expected_rows: int, a: Any, weights: Any, ends: Any) -> Any:
+    """bf16[M, N]: `a[rows of e] @ weights[e].T`, block scales applied; live tiles only."""
+    import deep_gemm
+    import torch
+
+    values, scales = a
+    out = values.new_empty(values.shape[0], weights[0].shape[1], dtype=torch.bfloat16)
+    deep_gemm.set_mk_alignment_for_contiguous_layout(align)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+        (values, scales.t()),
+        weights,
+        out,
+        ends,
+        use_psum_layout=True,
+        expected_m_for_psum_layout=expected_rows,
+    )
+    return out
+
+
+def unavailable_reason() -> str | None:
+    """Why DeepGEMM cannot be used here, or None."""
+    packages = (("deep_gemm", "sgl-deep-gemm"), ("tvm_ffi", "apache-tvm-ffi"), ("triton", "triton"))
+    for package, distribution in packages:
+        if reason := missing(package, distribution):
+            return reason
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not (named or shutil.which("nvcc") or Path("/usr/local/cuda").exists()):
+        return "needs nvcc to compile its kernels: CUDA_HOME is not set"
+    return hopper_unavailable()
+
+
+def _solution(name: str, alignment: int | None, detail: str) -> Solution:
+    return Solution(
+        name=name,
+        framework="torch",
+        description=f"DeepGEMM grouped GEMMs with Triton glue, local pairs only; {detail}",
+        run=functools.partial(run, alignment=alignment),
+        unavailable_reason=unavailable_reason,
+        design={
+            "Rows computed": "local pairs only",
+            "SwiGLU": "Triton, fused with the quantization",
+            "Intermediate quantization": "Triton, fused with SwiGLU",
+            "GEMM workspace": "none",
+        },
+    )
+
+
+SOLUTIONS = (
+    _solution("deepgemm", None, "64-row tiles up to T=1000, 128-row tiles above"),
+    _solution("deepgemm64", 64, "64-row tiles"),
+    _solution("deepgemm128", 128, "128-row tiles"),
+)
