@@ -3,7 +3,7 @@
 Importing them needs none of their packages.
 """
 
-from interop.solutions import deepgemm, sglang_v1, sglang_v2, torch_reference
+from interop.solutions import deepgemm, jax_v1, jax_v2, sglang_v1, sglang_v2, torch_reference
 from interop.solutions.base import Solution
 
 SOLUTIONS: dict[str, Solution] = {
@@ -13,5 +13,7 @@ SOLUTIONS: dict[str, Solution] = {
         sglang_v1.SOLUTION,
         sglang_v2.SOLUTION,
         *deepgemm.SOLUTIONS,
+        jax_v1.SOLUTION,
+        jax_v2.SOLUTION,
     )
 }
