@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
+
 from bench.timers import Execution, flusher, no_wait
 
 _MARKER = "spin_kernel"  # what torch.cuda._sleep launches; nothing else does
@@ -92,6 +94,17 @@ class Session:
         self.samples = split_calls(events, self._calls)
 
 
+def unavailable_reason() -> str | None:
+    """Why there can be no GPU clock here, None if there can; attaches nothing."""
+    if jax.default_backend() != "gpu":
+        return f"needs a GPU, JAX found {jax.default_backend()}"
+    try:
+        import torch
+    except ImportError:
+        return "needs torch, which is not installed"
+    return None if torch.cuda.is_available() else "needs a torch that sees the GPU"
+
+
 class GpuClock:
     """The process's attached profiler. Make it before anything that it should see into is built."""
 
@@ -99,14 +112,12 @@ class GpuClock:
         """Attaches the profiler and checks that it sees a kernel.
 
         Raises:
-            ClockError: Torch or its CUDA profiler does not work here; one line says why.
+            ClockError: It does not; one line says why.
         """
-        try:
-            import torch
-        except ImportError as error:
-            raise ClockError("the GPU timer needs torch, which is not installed") from error
-        if not torch.cuda.is_available():
-            raise ClockError("the GPU timer needs a torch that sees the GPU; this one does not")
+        if reason := unavailable_reason():
+            raise ClockError(reason)
+        import torch
+
         probe = torch.zeros(1024, device="cuda")
         self.time(Execution(probe.clone, no_wait, "eager", None), iterations=2)
 

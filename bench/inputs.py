@@ -95,6 +95,7 @@ def make_arguments(
     trial: int,
     weights: Weights,
     routing: HostRouting,
+    factor: float = ROUTED_SCALING_FACTOR,
 ) -> Arguments:
     """Completes the ten arguments of one trial.
 
@@ -105,7 +106,8 @@ def make_arguments(
         seed: The run's seed.
         trial: Number of the trial; each has its own activations.
         weights: From `draw_weights`.
-        routing: From `bench.routing.draw` or `bench.dataset.read_routing`.
+        routing: From `bench.routing.draw` or a data set.
+        factor: The `routed_scaling_factor`.
 
     Returns:
         JAX arrays on the default device; offset and factor as device scalars, i32[] and f32[].
@@ -124,6 +126,6 @@ def make_arguments(
         gemm2_weights=weights.gemm2_weights,
         gemm2_weights_scale=weights.gemm2_weights_scale,
         local_expert_offset=jnp.int32(sizes.offset(workload)),
-        routed_scaling_factor=jnp.float32(ROUTED_SCALING_FACTOR),
+        routed_scaling_factor=jnp.float32(factor),
     )
     return jax.block_until_ready(arguments)

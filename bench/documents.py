@@ -1,0 +1,227 @@
+"""Everything a run says and writes: terminal text, markdown, plots, the seed-style report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import breakdown, plots, report
+from bench.results import PASS, Results
+from bench.settings import Settings
+from bench.solutions import REFERENCE
+from bench.tables import aligned, markdown
+from interop import seed_report
+from interop.files import write_atomically
+
+
+class Options(NamedTuple):
+    """What to write besides the results.
+
+    Attributes:
+        report: The published comparison's document, from this run.
+        breakdown: The time of every kernel.
+    """
+
+    report: bool = False
+    breakdown: bool = False
+
+
+def introduction(
+    results: Results, settings: Settings, num_workloads: int, names: Sequence[str]
+) -> str:
+    """What is about to be measured, on what, and what is left out."""
+    lines = [f"{label}: {text}" for label, text in _header(results, settings)]
+    lines.append(f"{num_workloads} workloads x {len(names)} solutions: {', '.join(names)}")
+    lines += [f"skipped: {name}: {why}" for name, why in results.unavailable.items()]
+    if not settings.on_gpu:
+        lines.append(_cpu_note(settings))
+    return "\n".join(lines) + "\n"
+
+
+def _cpu_note(settings: Settings) -> str:
+    sizes = settings.sizes
+    return (
+        f"No GPU found: sizes are REDUCED to H={sizes.hidden_size}, I={sizes.intermediate_size}, "
+        f"E={sizes.num_experts} ({sizes.num_local_experts} local), T is kept; host times only, and "
+        "they say nothing about a GPU. There is no roofline."
+    )
+
+
+def _header(results: Results, settings: Settings) -> list[tuple[str, str]]:
+    about = results.about
+    device, versions = about["device"], about["versions"]
+    state = about.get("gpu_state_before") or {}
+    capability = device["compute_capability"]
+    tolerance = settings.tolerance
+    lines = [
+        ("Device", device["kind"] + (f" (sm_{capability.replace('.', '')})" if capability else "")),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Commit", about["git_commit"]),
+        (
+            "Inputs",
+            f"{settings.inputs}, routing {_routing_text(settings)}, seed {settings.seed}",
+        ),
+        (
+            "Tolerance",
+            f"rtol {tolerance.rtol}, atol {tolerance.atol}, matched ratio at least "
+            f"{tolerance.required_matched_ratio}",
+        ),
+        ("Timing", _timing_text(settings)),
+    ]
+    if state:
+        lines.append(("Driver", state.get("driver_version", "unknown")))
+    if results.roofline:
+        found = results.roofline
+        rates = (
+            f"{found.read_bytes_per_s / 1e12:.3f} TB/s and "
+            f"{found.fp8_flops_per_s / 1e12:.0f} TFLOP/s: {found.probes}"
+        )
+        lines.append(("Roofline", rates))
+    return lines
+
+
+def _routing_text(settings: Settings) -> str:
+    if settings.inputs == "dataset":
+        return f"from {settings.dataset}"
+    if settings.routing == "moments":
+        return "drawn from the captured moments (a stand-in for the published routing)"
+    return f"{settings.routing}, one local expert a token"
+
+
+def _timing_text(settings: Settings) -> str:
+    flush = ", 256 MB zeroed before each call" if settings.on_gpu else ""
+    clock = {
+        "gpu": "GPU time is the first kernel's start to the last one's end, by torch's profiler",
+        "wall": "wall time is the host's, from the call to its complete output",
+    }
+    clocks = "; ".join(clock[name] for name in reversed(settings.passes))
+    return (
+        f"{clocks}{flush}; {settings.num_trials} trials of {settings.iterations} calls (fewer if "
+        f"slower than 10 ms) after {settings.warmup}"
+    )
+
+
+def conclusion(results: Results, settings: Settings, options: Options) -> str:
+    """The tables and verdicts for the terminal."""
+    if not results.rows:
+        return "no rows were finished"
+    parts = [report.terminal_table(results), "", *aligned(report.comparison(results), left=0)]
+    if options.breakdown:
+        parts += ["", *_breakdown(results, settings, in_markdown=False)]
+    failures = report.failure_lines(results)
+    passed = sum(row.status == PASS for row in results.rows.values())
+    parts += ["", f"{passed} of {len(results.rows)} rows PASS", *failures]
+    return "\n".join(parts)
+
+
+def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> list[str]:
+    lines = []
+    for row in breakdown.rows_to_show(results):
+        cells = [breakdown.HEADER, *breakdown.table(row, settings.sizes, results.roofline)]
+        title = f"{row.solution}, T={row.num_tokens}"
+        lines += [f"### {title}" if in_markdown else title, ""]
+        lines += [*(markdown(cells, left=2) if in_markdown else aligned(cells, left=2)), ""]
+    return lines or ["No kernel times were taken: a breakdown needs --timer=gpu."]
+
+
+def write_all(results: Results, settings: Settings, options: Options) -> list[Path]:
+    """Writes the documents of a run into its folder.
+
+    Returns:
+        The files written, the JSON first.
+    """
+    folder, stem = settings.output, settings.stem
+    written = [results.path]
+    if not results.rows:
+        return written
+    plot = folder / f"{stem}.png"
+    plots.write_times(results, plot, fraction=settings.scaling)
+    document = folder / f"{stem}.md"
+    _write(document, _document(results, settings, options, plot.name))
+    written += [document, plot]
+    if options.report:
+        written += _seed_report(results, settings)
+    return written
+
+
+def _write(path: Path, lines: Sequence[str]) -> None:
+    with write_atomically(path) as file:
+        file.write("\n".join(lines).rstrip() + "\n")
+
+
+def _document(results: Results, settings: Settings, options: Options, plot: str) -> list[str]:
+    title = "Scaling" if settings.scaling else "The 19 workloads"
+    lines = [f"# {title} on {results.about['device']['kind']}", ""]
+    lines += [f"- {label}: {text}" for label, text in _header(results, settings)]
+    for when in ("before", "after"):
+        if state := results.about.get(f"gpu_state_{when}"):
+            lines.append(f"- GPU {when}: {', '.join(f'{k} {v}' for k, v in state.items())}")
+    lines += [f"- Not measured: {name}: {why}" for name, why in results.unavailable.items()]
+    if not results.about.get("complete"):
+        lines.append("- **Incomplete**: the run was interrupted")
+    if not settings.on_gpu:
+        lines += ["", _cpu_note(settings)]
+    lines += ["", "```bash", settings.command(), "```", "", f"![Time against tokens]({plot})", ""]
+    clock = "GPU" if results.timer == "gpu" else "wall"
+    lines += [f"## Median {clock} time", "", *markdown(report.comparison(results), left=0), ""]
+    if failures := report.failure_lines(results):
+        lines += ["## Failures", "", "```", *failures, "```", ""]
+    lines += ["## Every row", "", *_all_rows(results)]
+    lines += ["## How each solution was launched", "", *_launches(results), ""]
+    if options.breakdown:
+        lines += ["## Breakdown", "", *_breakdown(results, settings, in_markdown=True)]
+    return lines
+
+
+def _all_rows(results: Results) -> list[str]:
+    lines = []
+    for heading, cells in report.grouped(results):
+        lines += [f"**{heading}**", "", *markdown(cells), ""]
+    return lines
+
+
+def _launches(results: Results) -> list[str]:
+    lines = []
+    for name in results.solutions():
+        rows = [row for row in results.rows.values() if row.solution == name and row.how]
+        hows = sorted({row.how for row in rows})
+        counts = sorted({row.launches for row in rows if row.launches is not None})
+        launches = f", {counts[0]} to {counts[-1]} host launches a call" if counts else ""
+        if hows:
+            lines.append(f"- `{name}`: {'; '.join(hows)}{launches}")
+    return lines
+
+
+def _seed_report(results: Results, settings: Settings) -> list[Path]:
+    """The published comparison again, from this run's rows; the reference is its denominator."""
+    workloads = [
+        seed_report.WorkloadRow(uuid, rows[0].num_tokens, rows[0].local_expert_offset)
+        for uuid, rows in results.workloads()
+    ]
+    measured: dict[str, dict[str, Any]] = {
+        name: {} for name in results.solutions() if name != REFERENCE
+    }
+    for row in results.rows.values():
+        if row.solution in measured:
+            measured[row.solution][row.uuid] = _measurement(results, row)
+    if not measured:
+        return []
+    document = seed_report.write(
+        settings.output,
+        workloads,
+        measured,
+        header=dict(_header(results, settings)),
+        command=settings.command() + " --report",
+    )
+    return [document, document.with_suffix(".png")]
+
+
+def _measurement(results: Results, row: Any) -> seed_report.Measurement:
+    times = row.time(results.timer)
+    reference = results.rows.get((REFERENCE, row.uuid))
+    reference_times = reference.time(results.timer) if reference else None
+    return seed_report.Measurement(
+        status=seed_report.PASSED if row.status == PASS else row.status,
+        latency_ms=times.median / 1e3 if times else None,
+        reference_ms=reference_times.median / 1e3 if reference_times else None,
+        workspace_bytes=row.workspace_bytes,
+    )

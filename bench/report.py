@@ -1,0 +1,179 @@
+"""The table in the terminal and the markdown document, from the same rows."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from bench.results import PASS, Results, Row
+from bench.tables import aligned
+
+_DASH = "-"
+
+
+class Column(NamedTuple):
+    """A column of the row table: its title and how it shows a row."""
+
+    title: str
+    show: Callable[[Results, Row], str]
+
+
+def _optional(pattern: str, value: float | None) -> str:
+    return _DASH if value is None else pattern.format(value)
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return _DASH
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _spread(kind: str, name: str) -> Callable[[Results, Row], str]:
+    def show(_: Results, row: Row) -> str:
+        times = row.time(kind)
+        return _us(getattr(times, name) if times else None)
+
+    return show
+
+
+def _figure(name: str, pattern: str) -> Callable[[Results, Row], str]:
+    return lambda results, row: _optional(pattern, getattr(results.figures(row), name))
+
+
+def _checked(name: str, pattern: str) -> Callable[[Results, Row], str]:
+    return lambda _, row: _optional(pattern, getattr(row.check, name) if row.check else None)
+
+
+def _calls(results: Results, row: Row) -> str:
+    times = row.time(results.timer)
+    return str(times.n) if times else _DASH
+
+
+def _workspace(_: Results, row: Row) -> str:
+    return _optional("{:.1f}", None if row.workspace_bytes is None else row.workspace_bytes / 1e6)
+
+
+COLUMNS = (
+    Column("solution", lambda _, row: row.solution),
+    Column("status", lambda _, row: row.status),
+    Column("matched", _checked("matched_ratio", "{:.4f}")),
+    Column("sum form", _checked("matched_ratio_sum", "{:.4f}")),
+    Column("rel.err", _checked("relative_error", "{:.4f}")),
+    Column("GPU us", _spread("gpu", "median")),
+    Column("p10", _spread("gpu", "p10")),
+    Column("p90", _spread("gpu", "p90")),
+    Column("wall us", _spread("wall", "median")),
+    Column("p10", _spread("wall", "p10")),
+    Column("p90", _spread("wall", "p90")),
+    Column("n", _calls),
+    Column("TFLOP/s", _figure("tflops", "{:.1f}")),
+    Column("TB/s", _figure("tb_per_s", "{:.3f}")),
+    Column("roofline", _figure("roofline_fraction", "{:.1%}")),
+    Column("temp MB", _workspace),
+    Column("speedup", _figure("speedup", "{:.2f}x")),
+)
+
+
+def _shown_columns(results: Results) -> list[Column]:
+    """All columns but those that no row of the run has anything in."""
+    rows = list(results.rows.values())
+    return [c for c in COLUMNS if not rows or any(c.show(results, row) != _DASH for row in rows)]
+
+
+def _heading(results: Results, row: Row) -> str:
+    floor = results.figures(row).floor_us
+    bound = "" if floor is None else f", floor {_us(floor)} us"
+    return (
+        f"T={row.num_tokens} offset={row.local_expert_offset} {row.uuid[:8]}: {row.load.pairs} "
+        f"local pairs on {row.load.active_experts} experts (at most {row.load.max_per_expert} on "
+        f"one)"
+        f"{bound}"
+    )
+
+
+def grouped(results: Results) -> list[tuple[str, list[list[str]]]]:
+    """For each workload a heading and its rows with all columns, titles first."""
+    columns = _shown_columns(results)
+    titles = [column.title for column in columns]
+    return [
+        (
+            _heading(results, rows[0]),
+            [titles, *([c.show(results, row) for c in columns] for row in rows)],
+        )
+        for _, rows in results.workloads()
+    ]
+
+
+def terminal_table(results: Results) -> str:
+    """Every row with all its columns, grouped by workload, at most about 150 characters wide."""
+    groups = grouped(results)
+    titles = groups[0][1][0]
+    title, *lines = aligned([titles, *(line for _, (_, *rest) in groups for line in rest)], left=2)
+    shown = [title]
+    for heading, (_, *rest) in groups:
+        shown += ["", heading, *(lines.pop(0) for _ in rest)]
+    return "\n".join(shown)
+
+
+def comparison(results: Results) -> list[list[str]]:
+    """One line a workload, one column a solution: median times of the run's timer.
+
+    Returns:
+        The header, the workloads, and a last line with each solution's geometric mean of time over
+        floor, or of time where there is no floor, over the workloads that all of them passed.
+    """
+    names = results.solutions()
+    header = ["T", "offset", "pairs", "experts", "floor us", *(f"{name} us" for name in names)]
+    lines = []
+    for _, rows in results.workloads():
+        by_name = {row.solution: row for row in rows}
+        first = rows[0]
+        lines.append(
+            [
+                str(first.num_tokens),
+                str(first.local_expert_offset),
+                str(first.load.pairs),
+                str(first.load.active_experts),
+                _us(results.figures(first).floor_us),
+                *(_time_cell(results, by_name.get(name)) for name in names),
+            ]
+        )
+    return [header, *lines, _geomeans(results, names)]
+
+
+def _time_cell(results: Results, row: Row | None) -> str:
+    if row is None:
+        return _DASH
+    times = row.time(results.timer)
+    return row.status if row.status != PASS else _us(times.median if times else None)
+
+
+def _geomeans(results: Results, names: Sequence[str]) -> list[str]:
+    passed = []
+    for _, rows in results.workloads():
+        timed = {row.solution: row for row in rows if row.time(results.timer)}
+        if len(timed) == len(names):
+            passed.append(timed)
+    label = f"geomean of {len(passed)}" + (", x floor" if results.roofline else "")
+    cells = [label, "", "", "", ""]
+    for name in names:
+        values = [_relative(results, timed[name]) for timed in passed]
+        cells.append(f"{statistics.geometric_mean(values):.2f}" if values else _DASH)
+    return cells
+
+
+def _relative(results: Results, row: Row) -> float:
+    times = row.time(results.timer)
+    floor = results.figures(row).floor_us
+    return (times.median if times else float("nan")) / (floor or 1.0)
+
+
+def failure_lines(results: Results) -> list[str]:
+    """Two lines a failing row: what is wrong, and the command that repeats it."""
+    return [
+        line
+        for row in results.failures()
+        for line in (
+            f"{row.status}: {row.solution} at T={row.num_tokens}: {row.problem}",
+            f"  repeat: {row.repro}",
+        )
+    ]

@@ -1,0 +1,218 @@
+"""The rows of a run, what follows from them, and the JSON file that holds them."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.correctness import Check
+from bench.roofline import Roofline
+from bench.routing import LocalLoad
+from bench.solutions import REFERENCE
+from bench.timers import Statistics
+from bench.work import Work
+from interop.files import write_atomically
+from interop.strict_json import parse_object
+
+SCHEMA = 1
+PASS, WRONG, ERROR = "PASS", "WRONG", "ERROR"
+
+
+class KernelTime(NamedTuple):
+    """Median time a call spends in the kernels of one name, and how many of them it launches."""
+
+    name: str
+    us: float
+    launches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One solution on one workload. Times are there only if every output was right.
+
+    Attributes:
+        solution: Its name.
+        uuid: The workload's.
+        num_tokens: T.
+        local_expert_offset: At the definition's 256 experts.
+        status: `PASS`, `WRONG` (an output failed the check) or `ERROR` (the solution raised).
+        problem: One line on what is wrong; None if nothing.
+        repro: The command line that repeats this row.
+        load: What the routing asks of this rank.
+        work: Bytes and FLOPs of one call.
+        check: Worst over the trials; None if there was no output.
+        how: How it was launched: "jit", "CUDA graph", "eager".
+        workspace_bytes: Temporary memory of a call.
+        gpu: GPU time, us.
+        wall: Host time, us.
+        launches: Launch calls by the host a call; a CUDA graph counts once.
+        busy_us: Median time of a call in which some kernel ran.
+        kernels: Where the GPU time goes, in order of the first start.
+    """
+
+    solution: str
+    uuid: str
+    num_tokens: int
+    local_expert_offset: int
+    status: str
+    problem: str | None
+    repro: str
+    load: LocalLoad
+    work: Work
+    check: Check | None = None
+    how: str = ""
+    workspace_bytes: int | None = None
+    gpu: Statistics | None = None
+    wall: Statistics | None = None
+    launches: int | None = None
+    busy_us: float | None = None
+    kernels: tuple[KernelTime, ...] = ()
+
+    def time(self, timer: str) -> Statistics | None:
+        """The times by "gpu" or "wall"."""
+        return self.gpu if timer == "gpu" else self.wall
+
+
+class Figures(NamedTuple):
+    """What follows from a row and the device; None where it cannot be computed."""
+
+    floor_us: float | None
+    roofline_fraction: float | None
+    tflops: float | None
+    tb_per_s: float | None
+    speedup: float | None
+
+
+@dataclasses.dataclass
+class Results:
+    """Everything a run has found so far; each `put` is on disk when it returns.
+
+    Attributes:
+        path: The JSON file.
+        about: Versions, device, commit, command, settings, GPU state.
+        timer: Whose times the figures use.
+        unavailable: Solutions that were asked for and cannot run, with the reason.
+        roofline: The device's rates; None if not measured.
+        rows: By (solution, uuid).
+    """
+
+    path: Path
+    about: dict[str, Any]
+    timer: str
+    unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
+    roofline: Roofline | None = None
+    rows: dict[tuple[str, str], Row] = dataclasses.field(default_factory=dict)
+
+    def put(self, row: Row) -> None:
+        """Adds or replaces a row and writes the file."""
+        self.rows[row.solution, row.uuid] = row
+        self.write()
+
+    def figures(self, row: Row) -> Figures:
+        """Rates, fraction of the roofline and speedup of a row."""
+        floor = None
+        if self.roofline:
+            floor = row.work.floor_us(self.roofline.read_bytes_per_s, self.roofline.fp8_flops_per_s)
+        time = row.time(self.timer)
+        if time is None:
+            return Figures(floor, None, None, None, None)
+        reference = self.rows.get((REFERENCE, row.uuid))
+        reference_time = reference.time(self.timer) if reference else None
+        return Figures(
+            floor_us=floor,
+            roofline_fraction=floor / time.median if floor else None,
+            tflops=row.work.flops / time.median / 1e6,
+            tb_per_s=row.work.bytes / time.median / 1e6,
+            speedup=reference_time.median / time.median if reference_time else None,
+        )
+
+    def failures(self) -> list[Row]:
+        """Rows that are not right."""
+        return [row for row in self.rows.values() if row.status != PASS]
+
+    def workloads(self) -> list[tuple[str, list[Row]]]:
+        """The rows by workload, in order of T; within one, as they were measured."""
+        order = sorted({(row.num_tokens, row.uuid) for row in self.rows.values()})
+        return [(uuid, [r for r in self.rows.values() if r.uuid == uuid]) for _, uuid in order]
+
+    def solutions(self) -> list[str]:
+        """Names with at least one row, the reference first."""
+        return list(dict.fromkeys(row.solution for row in self.rows.values()))
+
+    def write(self) -> None:
+        """Writes the file atomically."""
+        content = {
+            "schema": SCHEMA,
+            "timer": self.timer,
+            **self.about,
+            "roofline": _plain(self.roofline),
+            "unavailable": self.unavailable,
+            "rows": [
+                _plain(row) | {"figures": _plain(self.figures(row))} for row in self.rows.values()
+            ],
+        }
+        with write_atomically(self.path) as file:
+            json.dump(content, file, indent=1, default=str)
+            file.write("\n")
+
+
+def load_rows(
+    path: Path, settings: dict[str, Any], machine: dict[str, Any], passes: Sequence[str]
+) -> list[Row]:
+    """Reads the rows of an earlier run that a resumed one may keep.
+
+    Args:
+        path: The earlier run's JSON file.
+        settings: What must be equal, `Settings.comparable()`.
+        machine: What must be equal of the surroundings: device, versions, commit.
+        passes: The clocks that a finished row has times of.
+
+    Returns:
+        The finished rows that were right; the others are measured again.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, or it comes from another kind of run.
+    """
+    try:
+        content = parse_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"--resume: cannot read {path}: {error.strerror}") from None
+    wanted = {"schema": SCHEMA, "settings": settings, **machine}
+    wanted = parse_object(json.dumps(wanted, default=str), "this run")
+    for name, value in wanted.items():
+        if content.get(name) != value:
+            difference = _difference(content.get(name), value)
+            raise ValueError(f"--resume: {path} was measured with another {name}: {difference}")
+    try:
+        rows = [_row(fields) for fields in content["rows"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {path}: damaged row: {error!r}") from None
+    return [row for row in rows if row.status == PASS and all(map(row.time, passes))]
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        key = next(k for k in {**found, **wanted} if found.get(k) != wanted.get(k))
+        return f"{key} {_difference(found.get(key), wanted.get(key))}"
+    return f"{found!r}, now {wanted!r}"
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples and dataclasses as objects, for JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        return {key: _plain(item) for key, item in value._asdict().items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    parts = {"load": LocalLoad, "work": Work, "check": Check, "gpu": Statistics, "wall": Statistics}
+    known = {key: value for key, value in fields.items() if key != "figures"}
+    for name, kind in parts.items():
+        known[name] = kind(**known[name]) if known[name] is not None else None
+    known["kernels"] = tuple(KernelTime(**kernel) for kernel in known["kernels"])
+    return Row(**known)

@@ -1,0 +1,262 @@
+"""Checks and times solutions on workloads, row by row."""
+
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+import jax_moe
+from bench import correctness, execution, inputs, roofline, routing
+from bench.correctness import Check
+from bench.gpu_clock import GpuClock, Sample, busy_us
+from bench.results import ERROR, PASS, WRONG, KernelTime, Results, Row
+from bench.settings import Settings
+from bench.timers import Execution, calls_to_time, statistics_of, wall_times, warm_up
+from bench.work import Work, work_of
+from interop import dataset
+from interop.solutions.base import Arguments, Solution
+from interop.workloads import ROUTED_SCALING_FACTOR, Workload
+
+MAX_KERNELS = 40  # names kept per row; the reference launches thousands of kernels
+
+
+class Case(NamedTuple):
+    """The arguments of one trial and what the oracle makes of them."""
+
+    arguments: Arguments
+    reference: jax.Array
+
+
+class Prepared(NamedTuple):
+    """A workload, ready to be measured."""
+
+    workload: Workload
+    load: routing.LocalLoad
+    work: Work
+    cases: list[Case]
+
+
+class Progress(NamedTuple):
+    """How a run reports: `start` before a row with a short label, `done` after it."""
+
+    start: Callable[[str], None]
+    done: Callable[[Row], None]
+
+
+def run(
+    settings: Settings,
+    solutions: Mapping[str, Solution],
+    workloads: Sequence[Workload],
+    results: Results,
+    progress: Progress,
+    trace: Callable[[Execution, Solution, Workload, GpuClock | None], None] | None = None,
+) -> None:
+    """Measures every solution on every workload, with each clock in turn.
+
+    Host times come first and everything is rebuilt for the GPU clock afterwards: an attached
+    profiler inflates host times, and sees only into what was built while it was there.
+
+    Args:
+        settings: What to do.
+        solutions: The available ones that were chosen, the reference first.
+        workloads: The chosen rows.
+        results: Filled and written as rows are finished; rows already there are kept.
+        progress: Told of each row.
+        trace: Called after a row's last pass, if given, to record a profile.
+    """
+    done = set(results.rows)
+    for clock_name in settings.passes:
+        clock = GpuClock() if clock_name == "gpu" else None
+        jax.clear_caches()
+        if settings.on_gpu:
+            results.roofline = roofline.measure(clock)
+        weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
+        for workload in workloads:
+            open_ = [one for one in solutions.values() if (one.name, workload.uuid) not in done]
+            prepared = None
+            for solution in open_:
+                progress.start(f"{clock_name}: T={workload.num_tokens} {solution.name}")
+                prepared = prepared or prepare(settings, workload, weights, clock_name)
+                row = results.rows.get((solution.name, workload.uuid))
+                if row is None or row.status == PASS:
+                    recorder = trace if clock_name == settings.passes[-1] else None
+                    row = measure(settings, solution, prepared, clock, row, recorder)
+                    results.put(row)
+                progress.done(row)
+                _release_torch_memory()
+
+
+def prepare(
+    settings: Settings, workload: Workload, weights: inputs.Weights, clock_name: str
+) -> Prepared:
+    """Draws or reads a workload's inputs, and runs the oracle on them."""
+    sizes = settings.sizes
+    routed, factor = _routing(settings, workload)
+    load = routing.local_load(routed, workload, sizes)
+    # The pass that only adds host times needs no second check of every trial.
+    trials = settings.num_trials if clock_name == settings.timer else 1
+    cases = []
+    for trial in range(trials):
+        arguments = inputs.make_arguments(
+            settings.inputs, workload, sizes, settings.seed, trial, weights, routed, factor
+        )
+        cases.append(Case(arguments, jax.block_until_ready(jax_moe.reference(*arguments))))
+    return Prepared(workload, load, work_of(workload, sizes, load), cases)
+
+
+def _routing(settings: Settings, workload: Workload) -> tuple[routing.HostRouting, float]:
+    if settings.inputs != "dataset":
+        drawn = routing.draw(workload, settings.sizes, settings.seed, settings.routing)
+        return drawn, ROUTED_SCALING_FACTOR
+    folder = settings.dataset or ""
+    entry = next(
+        one for one in dataset.read_workloads(folder) if one.workload.uuid == workload.uuid
+    )
+    logits, bias = dataset.read_routing(folder, entry)
+    experts = settings.sizes.num_experts
+    return routing.HostRouting(logits[:, :experts], bias[:experts]), entry.routed_scaling_factor
+
+
+def measure(
+    settings: Settings,
+    solution: Solution,
+    prepared: Prepared,
+    clock: GpuClock | None,
+    earlier: Row | None = None,
+    trace: Callable[..., None] | None = None,
+) -> Row:
+    """Checks a solution on every trial and times it while it is right.
+
+    Args:
+        settings: Iterations and tolerances.
+        solution: What to measure.
+        prepared: The workload.
+        clock: The GPU clock; None takes host times.
+        earlier: The row of an earlier pass, to be completed.
+        trace: As for `run`.
+
+    Returns:
+        The row. Whatever the solution raises becomes an `ERROR` row.
+    """
+    workload = prepared.workload
+    row = earlier or Row(
+        solution=solution.name,
+        uuid=workload.uuid,
+        num_tokens=workload.num_tokens,
+        local_expert_offset=workload.local_expert_offset,
+        status=PASS,
+        problem=None,
+        repro=settings.command(solution.name, workload),
+        load=prepared.load,
+        work=prepared.work,
+    )
+    try:
+        return _measured(settings, solution, prepared, clock, row, trace)
+    except Exception as error:
+        return _without_times(row, ERROR, f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _measured(
+    settings: Settings,
+    solution: Solution,
+    prepared: Prepared,
+    clock: GpuClock | None,
+    row: Row,
+    trace: Callable[..., None] | None,
+) -> Row:
+    times: list[float] = []
+    check, bound = row.check, None
+    with clock.session() if clock else contextlib.nullcontext() as session:
+        for case in prepared.cases:
+            bound = execution.bind(solution, case.arguments)
+            found = _check(solution, bound, case, settings)
+            check = found if check is None else check.worse(found)
+            if found.problem:
+                break
+            calls = calls_to_time(warm_up(bound, settings.warmup), settings.iterations)
+            if session:
+                session.record(bound, calls)
+            else:
+                times += wall_times(bound, calls)
+    if bound is None or check is None:
+        raise ValueError("a row needs at least one trial")
+    row = dataclasses.replace(
+        row, check=check, how=bound.how, workspace_bytes=bound.workspace_bytes
+    )
+    if check.problem:
+        return _without_times(row, WRONG, check.problem)
+    if trace:
+        trace(bound, solution, prepared.workload, clock)
+    if session:
+        return dataclasses.replace(row, **_gpu_fields(session.samples))
+    return dataclasses.replace(row, wall=statistics_of(times))
+
+
+def _check(solution: Solution, bound: Execution, case: Case, settings: Settings) -> Check:
+    output = bound.call()
+    bound.block(output)
+    found = execution.to_jax(solution, output)
+    return correctness.check(found, case.reference, settings.tolerance)
+
+
+def _without_times(row: Row, status: str, problem: str) -> Row:
+    """A row that is not right shows no speed, not even an earlier pass's."""
+    return dataclasses.replace(
+        row,
+        status=status,
+        problem=problem,
+        gpu=None,
+        wall=None,
+        launches=None,
+        busy_us=None,
+        kernels=(),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else "no message"
+
+
+def _gpu_fields(samples: Sequence[Sample]) -> dict[str, Any]:
+    return {
+        "gpu": statistics_of([sample.span_us for sample in samples]),
+        "launches": int(statistics.median(sample.launches for sample in samples)),
+        "busy_us": statistics.median(busy_us(sample) for sample in samples),
+        "kernels": kernel_times(samples),
+    }
+
+
+def kernel_times(samples: Sequence[Sample]) -> tuple[KernelTime, ...]:
+    """Median time and count a call of each kernel name, in order of the first start."""
+    names = dict.fromkeys(kernel.name for sample in samples for kernel in sample.kernels)
+    times = []
+    for name in names:
+        calls = [[k.duration_us for k in sample.kernels if k.name == name] for sample in samples]
+        us = statistics.median(sum(durations) for durations in calls)
+        times.append(KernelTime(name, us, int(statistics.median(map(len, calls)))))
+    return _longest(times)
+
+
+def _longest(times: Iterable[KernelTime]) -> tuple[KernelTime, ...]:
+    times = list(times)
+    if len(times) <= MAX_KERNELS:
+        return tuple(times)
+    kept = set(sorted(times, key=lambda kernel: -kernel.us)[: MAX_KERNELS - 1])
+    rest = [kernel for kernel in times if kernel not in kept]
+    other = KernelTime(
+        f"{len(rest)} other kernels", sum(k.us for k in rest), sum(k.launches for k in rest)
+    )
+    return (*(kernel for kernel in times if kernel in kept), other)
+
+
+def _release_torch_memory() -> None:
+    """Hands torch's cached blocks back, since JAX allocates from the same GPU."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

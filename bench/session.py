@@ -1,0 +1,137 @@
+"""One run of the benchmark, from settings to exit code."""
+
+import datetime
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tqdm
+
+from bench import documents, environment, runner, solutions, tracing
+from bench.gpu_clock import ClockError
+from bench.results import Results, Row, load_rows
+from bench.settings import Settings
+from bench.workloads import SCALING, WORKLOADS, select
+from interop import dataset
+from interop.solutions.base import Solution
+from interop.workloads import Workload
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def list_solutions(backend: str) -> str:
+    """Every solution: what it is, whether it can run here and why not."""
+    lines = []
+    for name, solution in solutions.registry(backend).items():
+        reason = solution.unavailable_reason()
+        lines.append(f"{name:16} {'available' if reason is None else f'not available: {reason}'}")
+        lines.append(f"{'':16} {solution.description} [{solution.framework}]")
+        if solution.caveat:
+            lines.append(f"{'':16} note: {solution.caveat}")
+    return "\n".join(lines)
+
+
+def execute(
+    settings: Settings, options: documents.Options, *, resume: bool, profile: Path | None
+) -> int:
+    """Runs the benchmark and writes its files.
+
+    Args:
+        settings: What to measure.
+        options: What to write besides the results.
+        resume: Keep the finished rows of the results file in the output folder.
+        profile: Folder for a trace of each row; None records none.
+
+    Returns:
+        The exit code: 0; 1 if a row is wrong or failed; 130 if interrupted.
+
+    Raises:
+        ValueError: A setting names something unknown or unreadable; one line.
+    """
+    workloads = select(settings.workloads, _pool(settings))
+    chosen, unavailable = _choose(settings)
+    results = _new_results(settings, unavailable)
+    if resume:
+        _keep_finished(results, settings)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    print(documents.introduction(results, settings, len(workloads), list(chosen)), flush=True)
+    code = _measure(settings, chosen, workloads, results, profile)
+    results.about["gpu_state_after"] = environment.gpu_state()
+    results.write()
+    print(documents.conclusion(results, settings, options))
+    for path in documents.write_all(results, settings, options):
+        print(f"wrote {path}")
+    return code
+
+
+def _pool(settings: Settings) -> Sequence[Workload]:
+    if settings.inputs != "dataset":
+        return SCALING if settings.scaling else WORKLOADS
+    found = dataset.read_workloads(settings.dataset or "")
+    return sorted((row.workload for row in found), key=lambda row: row.num_tokens)
+
+
+def _choose(settings: Settings) -> tuple[dict[str, Solution], dict[str, str]]:
+    """The solutions to run and why the others that were asked for cannot."""
+    known = solutions.registry(settings.backend)
+    asked = solutions.choose(settings.solutions, known)
+    reference = {solutions.REFERENCE: known[solutions.REFERENCE]}
+    reasons = {name: one.unavailable_reason() for name, one in (reference | asked).items()}
+    unavailable = {name: why for name, why in reasons.items() if why is not None}
+    chosen = {name: one for name, one in (reference | asked).items() if name not in unavailable}
+    if not set(chosen) & set(asked):
+        why = "; ".join(f"{name}: {reason}" for name, reason in unavailable.items())
+        raise ValueError(f"--solutions: none of those asked for can run here: {why}")
+    return chosen, unavailable
+
+
+def _new_results(settings: Settings, unavailable: dict[str, str]) -> Results:
+    about = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "complete": False,
+        "command": " ".join(sys.argv),
+        "settings": settings.comparable(),
+        "device": environment.device(),
+        "versions": environment.versions(),
+        "git_commit": environment.git_commit(),
+        "gpu_state_before": environment.gpu_state(),
+    }
+    path = settings.output / f"{settings.stem}.json"
+    return Results(path, about, settings.timer, unavailable)
+
+
+def _keep_finished(results: Results, settings: Settings) -> None:
+    surroundings = {name: results.about[name] for name in ("device", "versions", "git_commit")}
+    kept = load_rows(results.path, results.about["settings"], surroundings, settings.passes)
+    results.rows = {(row.solution, row.uuid): row for row in kept}
+    results.about["resumed_rows"] = len(kept)
+
+
+def _measure(
+    settings: Settings,
+    chosen: Mapping[str, Solution],
+    workloads: Sequence[Workload],
+    results: Results,
+    profile: Path | None,
+) -> int:
+    finished = sum((name, row.uuid) in results.rows for name in chosen for row in workloads)
+    total = (len(chosen) * len(workloads) - finished) * len(settings.passes)
+    with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:
+
+        def done(row: Row) -> None:
+            bar.update()
+            if row.problem:
+                bar.write(f"{row.status}: {row.solution} at T={row.num_tokens}: {row.problem}")
+
+        progress = runner.Progress(start=bar.set_postfix_str, done=done)
+        trace = tracing.recorder(profile) if profile else None
+        try:
+            runner.run(settings, chosen, workloads, results, progress, trace)
+        except KeyboardInterrupt:
+            bar.write("interrupted: what was finished is kept; --resume goes on from there")
+            return INTERRUPTED
+        except ClockError as error:
+            bar.write(f"GPU timer: {error}; --timer=wall needs no profiler")
+            return FAILED
+    results.about["complete"] = True
+    return FAILED if results.failures() else OK

@@ -1,0 +1,103 @@
+"""What a run was asked to do, and the command line that asks for it again."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from bench.correctness import Tolerance
+from bench.workloads import FULL, REDUCED, Sizes
+from interop.workloads import Workload
+
+CPU_ITERATIONS = 3
+_FLAGS = (
+    "backend",
+    "inputs",
+    "dataset",
+    "routing",
+    "seed",
+    "timer",
+    "warmup",
+    "iterations",
+    "num_trials",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The flags of `bench_main.py`, with what was left open filled in for this machine.
+
+    Attributes:
+        solutions: Names, as chosen.
+        workloads: Uuid prefixes, token counts or "all".
+        backend: What `jax_moe` runs.
+        inputs: One of `bench.inputs.KINDS`.
+        dataset: Folder of `inputs="dataset"`.
+        routing: One of `bench.routing.PATTERNS`.
+        seed: Of all draws.
+        warmup: Untimed calls before the timed ones.
+        iterations: Timed calls a trial; slow solutions take fewer.
+        num_trials: Draws of activations, each checked and timed.
+        tolerance: When an output is right.
+        timer: "gpu" or "wall": what speedups and rates are computed from.
+        wall_time: Whether a "gpu" run also takes host times, in a pass of its own.
+        scaling: Powers of two instead of the 19 workloads.
+        on_gpu: Whether JAX's default device is a GPU.
+        output: Folder of results and reports.
+    """
+
+    solutions: tuple[str, ...]
+    workloads: tuple[str, ...] = ("all",)
+    backend: str = "auto"
+    inputs: str = "realistic"
+    dataset: str | None = None
+    routing: str = "moments"
+    seed: int = 0
+    warmup: int = 10
+    iterations: int = 100
+    num_trials: int = 5
+    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
+    timer: str = "gpu"
+    wall_time: bool = True
+    scaling: bool = False
+    on_gpu: bool = True
+    output: Path = Path("out/bench")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Full size on a GPU, reduced on a CPU."""
+        return FULL if self.on_gpu else REDUCED
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The clocks, in order: host times must be taken before a profiler is attached."""
+        return ("wall", "gpu") if self.timer == "gpu" and self.wall_time else (self.timer,)
+
+    @property
+    def stem(self) -> str:
+        """Name of the result files, without ending."""
+        return "scaling" if self.scaling else "results"
+
+    def comparable(self) -> dict[str, Any]:
+        """What must be equal for rows of two runs to stand in one table."""
+        fields = dataclasses.asdict(self)
+        for free in ("solutions", "workloads", "output"):
+            del fields[free]
+        return fields | {"tolerance": self.tolerance._asdict(), "sizes": self.sizes._asdict()}
+
+    def command(self, solution: str | None = None, workload: Workload | None = None) -> str:
+        """A command line that repeats the run, or one row of it, without defaults."""
+        chosen = self.workloads
+        if workload is not None:
+            chosen = (str(workload.num_tokens) if self.scaling else workload.uuid[:8],)
+        words = ["python bench_main.py", f"--solutions={solution or ','.join(self.solutions)}"]
+        words.append(f"--workloads={','.join(chosen)}")
+        default = Settings(self.solutions)
+        for name in _FLAGS:
+            if getattr(self, name) != getattr(default, name):
+                words.append(f"--{name}={shlex.quote(str(getattr(self, name)))}")
+        for name, value in self.tolerance._asdict().items():
+            if value != getattr(default.tolerance, name):
+                words.append(f"--{name}={value}")
+        switches = {"--scaling": self.scaling, "--nowall_time": not self.wall_time}
+        return " ".join(words + [flag for flag, is_on in switches.items() if is_on])

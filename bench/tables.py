@@ -1,0 +1,32 @@
+"""Cells as aligned text, or as a markdown table."""
+
+from collections.abc import Sequence
+
+Cells = Sequence[Sequence[str]]
+
+
+def aligned(cells: Cells, left: int = 1) -> list[str]:
+    """Pads cells to columns.
+
+    Args:
+        cells: Lines of equal length, the header first.
+        left: How many leading columns are left-aligned; the others are numbers.
+
+    Returns:
+        One string a line.
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def markdown(cells: Cells, left: int = 1) -> list[str]:
+    """The same cells as lines of a markdown table."""
+    header, *lines = cells
+    marks = ["---" if place < left else "--:" for place in range(len(header))]
+    return ["| " + " | ".join(line) + " |" for line in (header, marks, *lines)]

@@ -1,0 +1,41 @@
+"""Traces of a few calls that open in Perfetto (https://ui.perfetto.dev)."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from bench.gpu_clock import GpuClock
+from bench.timers import Execution
+from interop.solutions.base import Solution
+from interop.workloads import Workload
+
+_CALLS = 3
+
+Recorder = Callable[[Execution, Solution, Workload, GpuClock | None], None]
+
+
+def recorder(folder: Path) -> Recorder:
+    """Returns a function that leaves one trace per row in `folder`.
+
+    With the GPU clock it is torch's profiler, which sees JAX's kernels too, as a Chrome trace
+    `SOLUTION_TN.json.gz`; without it JAX's profiler, in a folder `SOLUTION_TN`, whose
+    `perfetto_trace.json.gz` is the file to open.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def record(
+        bound: Execution, solution: Solution, workload: Workload, clock: GpuClock | None
+    ) -> None:
+        name = f"{solution.name}_T{workload.num_tokens}"
+        if clock is None:
+            with jax.profiler.trace(str(folder / name), create_perfetto_trace=True):
+                for _ in range(_CALLS):
+                    bound.block(bound.call())
+            return
+        unfinished = folder / f".{name}.json.gz"
+        clock.trace(bound, _CALLS, str(unfinished))
+        os.replace(unfinished, folder / f"{name}.json.gz")
+
+    return record

@@ -1,0 +1,145 @@
+"""Checks and times FP8 mixture-of-experts solutions on the definition's 19 workloads.
+
+python bench_main.py                                   # the right thing for this machine
+python bench_main.py --list                            # what can run here, and why not
+python bench_main.py --solutions=jax_moe,deepgemm --workloads=1,80,14107
+python bench_main.py --solutions=sglang_v1,sglang_v2,jax_moe --report
+python bench_main.py --scaling --breakdown --output=results/scaling
+"""
+
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import environment
+
+environment.prepare_process()  # before jax and torch are imported
+
+import jax  # noqa: E402
+from absl import app, flags  # noqa: E402
+
+from bench import gpu_clock, inputs, routing, session, solutions  # noqa: E402
+from bench.correctness import Tolerance  # noqa: E402
+from bench.documents import Options  # noqa: E402
+from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
+from jax_moe import backends  # noqa: E402
+
+USAGE_ERROR = 2
+
+_SOLUTIONS = flags.DEFINE_list(
+    "solutions", None, "Names from --list, or 'all'. Default: all on a GPU, the basics on a CPU."
+)
+_WORKLOADS = flags.DEFINE_list("workloads", ["all"], "Uuid prefixes, token counts, or 'all'.")
+_BACKEND = flags.DEFINE_enum("backend", "auto", ["auto", *backends.NAMES], "What jax_moe runs.")
+_INPUTS = flags.DEFINE_enum("inputs", "realistic", inputs.KINDS, "How inputs are made.")
+_DATASET = flags.DEFINE_string("dataset", None, "flashinfer-trace folder of --inputs=dataset.")
+_ROUTING = flags.DEFINE_enum(
+    "routing",
+    "moments",
+    routing.PATTERNS,
+    "Routing of generated inputs: the captured moments, or one local expert a token by a pattern.",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of all draws.", lower_bound=0, upper_bound=2**31 - 1)
+_WARMUP = flags.DEFINE_integer("warmup", 10, "Untimed calls before the timed.", lower_bound=1)
+_ITERATIONS = flags.DEFINE_integer(
+    "iterations", 100, "Timed calls a trial; calls slower than 10 ms take fewer.", lower_bound=1
+)
+_NUM_TRIALS = flags.DEFINE_integer(
+    "num_trials", 5, "Draws of activations, each checked and timed.", lower_bound=1
+)
+_RTOL = flags.DEFINE_float("rtol", 0.2, "Relative tolerance.", lower_bound=0)
+_ATOL = flags.DEFINE_float("atol", 0.1, "Absolute tolerance.", lower_bound=0)
+_RATIO = flags.DEFINE_float(
+    "required_matched_ratio", 0.85, "Least share of right elements.", lower_bound=0, upper_bound=1
+)
+_TIMER = flags.DEFINE_enum(
+    "timer", None, ["gpu", "wall"], "Whose times count. Default: gpu if there is one and torch."
+)
+_WALL_TIME = flags.DEFINE_bool("wall_time", True, "Also take host times in a --timer=gpu run.")
+_OUTPUT = flags.DEFINE_string("output", "out/bench", "Folder of results, report and plots.")
+_RESUME = flags.DEFINE_bool("resume", False, "Keep the finished rows in --output, do the rest.")
+_LIST = flags.DEFINE_bool("list", False, "List the solutions and what they need, then stop.")
+_REPORT = flags.DEFINE_bool("report", False, "Also write the published comparison's document.")
+_BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also show the time of every kernel.")
+_PROFILE = flags.DEFINE_string("profile", None, "Folder for a Perfetto trace of each row.")
+_SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of the workloads.")
+
+for _name in ("rtol", "atol", "required_matched_ratio"):
+    flags.register_validator(_name, math.isfinite, "expected a finite number")
+
+
+def _settings() -> Settings:
+    """The flags, with what was left open filled in for this machine.
+
+    Raises:
+        ValueError: Flags contradict each other or the machine.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    if (_INPUTS.value == "dataset") != (_DATASET.value is not None):
+        raise ValueError("--dataset=FOLDER and --inputs=dataset go together")
+    if _SCALING.value and _INPUTS.value == "dataset":
+        raise ValueError("--scaling has no data set: its token counts are not among the workloads")
+    missing = gpu_clock.unavailable_reason()
+    if _TIMER.value == "gpu" and missing:
+        raise ValueError(f"--timer=gpu: {missing}")
+    if _SOLUTIONS.value is not None:
+        names = tuple(_SOLUTIONS.value)
+    elif _BACKEND.present:
+        names = ("jax_moe",)
+    else:
+        names = solutions.default_names(on_gpu)
+    few = not on_gpu
+    return Settings(
+        solutions=names,
+        workloads=tuple(_WORKLOADS.value),
+        backend=_BACKEND.value,
+        inputs=_INPUTS.value,
+        dataset=_DATASET.value,
+        routing=_ROUTING.value,
+        seed=_SEED.value,
+        warmup=1 if few and not _WARMUP.present else _WARMUP.value,
+        iterations=CPU_ITERATIONS if few and not _ITERATIONS.present else _ITERATIONS.value,
+        num_trials=1 if few and not _NUM_TRIALS.present else _NUM_TRIALS.value,
+        tolerance=Tolerance(_RTOL.value, _ATOL.value, _RATIO.value),
+        timer=_TIMER.value or ("wall" if missing else "gpu"),
+        wall_time=_WALL_TIME.value,
+        scaling=_SCALING.value,
+        on_gpu=on_gpu,
+        output=Path(_OUTPUT.value),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs what the flags say; returns the exit code."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}; all options are flags, see --help")
+        if _LIST.value:
+            print(session.list_solutions(_BACKEND.value))
+            return session.OK
+        environment.enable_compilation_cache()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is done
+        return session.execute(
+            _settings(),
+            Options(report=_REPORT.value, breakdown=_BREAKDOWN.value),
+            resume=_RESUME.value,
+            profile=Path(_PROFILE.value) if _PROFILE.value else None,
+        )
+    except ValueError as error:
+        print(f"bench_main.py: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; a wrong one is one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"bench_main.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)
