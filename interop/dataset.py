@@ -9,7 +9,7 @@ checked before it is used; what does not fit is a `ValueError` that names the fi
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,13 @@ import numpy as np
 import safetensors
 from jaxtyping import BFloat16, Float32
 
+from interop.files import confined_file
 from interop.safetensors_header import check_header
-from interop.strict_json import parse_object
+from interop.strict_json import check_fields, parse_object
 from interop.workloads import Workload, definition
 
 MAX_TOKENS = 2**20
 MAX_LINE_BYTES = 2**20
-MAX_FILE_BYTES = 2**31
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _UUID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _RANDOM = (
@@ -74,7 +74,7 @@ def read_workloads(folder: str | Path) -> tuple[DatasetWorkload, ...]:
         raise ValueError(f"{root}: no workloads/**/{name}.jsonl in this data set")
     rows: dict[str, DatasetWorkload] = {}
     for path in found:
-        for where, row in _lines(_inside(root, path, str(path))):
+        for where, row in _lines(confined_file(root, path)):
             if row.workload.uuid in rows:
                 raise ValueError(f"{where}: uuid {row.workload.uuid} appears twice")
             rows[row.workload.uuid] = row
@@ -110,17 +110,6 @@ def _root(folder: str | Path) -> Path:
     return root
 
 
-def _inside(root: Path, path: Path, where: str) -> Path:
-    resolved = path.resolve()
-    if not resolved.is_relative_to(root):
-        raise ValueError(f"{where}: leads out of the data set folder")
-    if not resolved.is_file():
-        raise ValueError(f"{where}: no such file in the data set")
-    if resolved.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{where}: {resolved.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
-    return resolved
-
-
 def _lines(path: Path) -> Iterator[tuple[str, DatasetWorkload]]:
     with path.open("rb") as file:
         number = 0
@@ -133,33 +122,22 @@ def _lines(path: Path) -> Iterator[tuple[str, DatasetWorkload]]:
                 yield where, _workload(parse_object(line, where), where)
 
 
-def _fields(value: Any, required: tuple[str, ...], optional: tuple[str, ...], where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
-    missing = [key for key in required if key not in value]
-    unknown = [key for key in value if key not in (*required, *optional)]
-    if missing or unknown:
-        problem = f"missing {missing[0]!r}" if missing else f"unknown key {unknown[0]!r}"
-        raise ValueError(f"{where}: {problem}")
-    return value
-
-
 def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
-    _fields(line, ("definition", "workload"), ("solution", "evaluation"), where)
+    check_fields(line, ("definition", "workload"), ("solution", "evaluation"), where)
     if line["definition"] != definition()["name"]:
         raise ValueError(
             f"{where}: definition {line['definition']!r} is not {definition()['name']!r}"
         )
-    row = _fields(line["workload"], ("uuid", "axes", "inputs"), (), f"{where}: workload")
+    row = check_fields(line["workload"], ("uuid", "axes", "inputs"), (), f"{where}: workload")
     if not isinstance(row["uuid"], str) or not _UUID.fullmatch(row["uuid"]):
         raise ValueError(
             f"{where}: uuid: expected letters, digits and dashes, found {row['uuid']!r}"
         )
-    axes = _fields(row["axes"], ("seq_len",), (), f"{where}: axes")
+    axes = check_fields(row["axes"], ("seq_len",), (), f"{where}: axes")
     tokens = _integer(axes["seq_len"], 0, MAX_TOKENS, f"{where}: seq_len")
-    inputs = _fields(row["inputs"], (*_RANDOM, *_SCALARS, *_BLOBS), (), f"{where}: inputs")
+    inputs = check_fields(row["inputs"], (*_RANDOM, *_SCALARS, *_BLOBS), (), f"{where}: inputs")
     for name in _RANDOM:
-        spec = _fields(inputs[name], ("type",), (), f"{where}: {name}")
+        spec = check_fields(inputs[name], ("type",), (), f"{where}: {name}")
         if spec["type"] != "random":
             raise ValueError(f"{where}: {name}: expected type 'random', found {spec['type']!r}")
     offset, factor = (_scalar(inputs[name], f"{where}: {name}") for name in _SCALARS)
@@ -181,14 +159,14 @@ def _integer(value: Any, low: int, high: int, where: str) -> int:
 
 
 def _scalar(spec: Any, where: str) -> Any:
-    _fields(spec, ("type", "value"), (), where)
+    check_fields(spec, ("type", "value"), (), where)
     if spec["type"] != "scalar":
         raise ValueError(f"{where}: expected type 'scalar', found {spec['type']!r}")
     return spec["value"]
 
 
 def _blob(spec: Any, where: str) -> BlobRef:
-    _fields(spec, ("type", "path", "tensor_key"), (), where)
+    check_fields(spec, ("type", "path", "tensor_key"), (), where)
     path, key = spec["path"], spec["tensor_key"]
     if spec["type"] != "safetensors":
         raise ValueError(f"{where}: expected type 'safetensors', found {spec['type']!r}")
@@ -200,7 +178,7 @@ def _blob(spec: Any, where: str) -> BlobRef:
 
 
 def _tensor(root: Path, ref: BlobRef, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    path = _inside(root, root / ref.path, f"{root / ref.path}")
+    path = confined_file(root, root / ref.path)
     content = path.read_bytes()
     tensors = check_header(content, str(path))
     where = f"{path}: {ref.tensor_key!r}"

@@ -6,7 +6,8 @@ measured (flashinfer-bench traces, `bench_main.py`) hands in plain rows:
     workloads = [WorkloadRow(uuid="e05c6c03-...", num_tokens=1, local_expert_offset=32), ...]
     results = {"sglang_v1": {uuid: Measurement("PASSED", latency_ms=0.16, reference_ms=15.4,
                                                workspace_bytes=1 << 30)}, ...}
-    write(folder, workloads, results, header={"Device": "NVIDIA H100", ...}, command="python ...")
+    write(folder, workloads, results, header={"Device": "NVIDIA H100", ...}, command="python ...",
+          designs={"sglang_v1": SOLUTIONS["sglang_v1"].design, ...})
 
 A missing row or one whose status is not PASSED never shows a speed; means run over the rows that
 every solution passed. Every sentence of the analysis is computed from the numbers
@@ -16,6 +17,7 @@ every solution passed. Every sentence of the analysis is computed from the numbe
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from interop.files import write_atomically
 from interop.seed_analysis import (
@@ -33,55 +35,7 @@ from interop.seed_analysis import (
     speedup,
 )
 
-__all__ = ["DESIGNS", "PASSED", "Measurement", "WorkloadRow", "plot_speedups", "render", "write"]
-
-ASPECTS = ("Rows computed", "SwiGLU", "Intermediate quantization", "GEMM workspace")
-
-# How each solution is built, a line per aspect of the published comparison. Facts of the code, not
-# measurements.
-DESIGNS: Mapping[str, tuple[str, str, str, str]] = {
-    "sglang_v1": (
-        "all T x top_k pairs",
-        "torch.cat swaps the halves, then silu_and_mul",
-        "PyTorch amax/clamp/div/cast per (row, 128)",
-        "1 GiB buffer",
-    ),
-    "sglang_v2": (
-        "all T x top_k pairs",
-        "silu(second half) * first half on views",
-        "sgl_per_token_group_quant_8bit",
-        "90,000 byte buffer",
-    ),
-    "deepgemm": (
-        "local pairs only",
-        "fused with the quantization (Triton)",
-        "in the SwiGLU kernel",
-        "none",
-    ),
-    "jax_v1": (
-        "all T x top_k pairs",
-        "concatenate swaps the halves, then silu * up",
-        "composed jnp amax/clip/div/cast",
-        "1 GiB array",
-    ),
-    "jax_v2": (
-        "local pairs only",
-        "silu(second half) * first half on slices",
-        "native kernel per (row, 128)",
-        "none",
-    ),
-    "jax_moe": (
-        "local pairs only",
-        "in the epilogue of GEMM1",
-        "in the epilogue of GEMM1",
-        "none",
-    ),
-}
-
-
-def _design(solution: str) -> tuple[str, str, str, str] | None:
-    known = [name for name in DESIGNS if solution.startswith(name)]
-    return DESIGNS[max(known, key=len)] if known else None
+__all__ = ["PASSED", "Measurement", "WorkloadRow", "plot_speedups", "render", "write"]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int) -> list[str]:
@@ -89,12 +43,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: i
     return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
 
 
-def _differences(solutions: Sequence[str]) -> list[str]:
-    shown = {name: design for name in solutions if (design := _design(name))}
+def _differences(designs: Mapping[str, Mapping[str, str]]) -> list[str]:
+    shown = {name: design for name, design in designs.items() if design}
     if not shown:
         return []
-    rows = [[aspect, *(design[i] for design in shown.values())] for i, aspect in enumerate(ASPECTS)]
-    return ["## Differences", "", *_table(["", *shown], rows, numeric_from=9), ""]
+    aspects = dict.fromkeys(aspect for design in shown.values() for aspect in design)
+    rows = [[a, *(design.get(a, "-") for design in shown.values())] for a in aspects]
+    return ["## Differences", "", *_table(["", *shown], rows, numeric_from=len(shown) + 1), ""]
 
 
 def _times(value: float | None) -> str:
@@ -167,6 +122,7 @@ def render(
     *,
     header: Mapping[str, str],
     command: str,
+    designs: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     plot: str | None = None,
 ) -> str:
     """Renders the document as markdown.
@@ -177,6 +133,7 @@ def render(
             ratios.
         header: lines of the head, label -> text (device, tolerances, timer, configuration).
         command: the command that measured the rows.
+        designs: solution name -> aspect -> how it does that (`Solution.design`); facts of the code.
         plot: name of an image to show, relative to the document.
 
     Returns:
@@ -197,7 +154,7 @@ def render(
     lines = [f"# {' vs '.join(results)}", ""]
     lines += [f"- {label}: {text}" for label, text in header.items()]
     lines += ["", "## Command", "", "```bash", command, "```", ""]
-    lines += _differences(list(results))
+    lines += _differences({name: designs.get(name, {}) for name in results})
     lines += [
         "## Results",
         "",
@@ -252,6 +209,7 @@ def write(
     *,
     header: Mapping[str, str],
     command: str,
+    designs: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     name: str = "seed_report",
 ) -> Path:
     """Writes `NAME.md` and `NAME.png` into `directory`; arguments as for `render`.
@@ -261,7 +219,9 @@ def write(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    text = render(workloads, results, header=header, command=command, plot=f"{name}.png")
+    text = render(
+        workloads, results, header=header, command=command, designs=designs, plot=f"{name}.png"
+    )
     plot_speedups(workloads, results, folder / f"{name}.png")
     path = folder / f"{name}.md"
     with write_atomically(path, "w") as file:

@@ -1,6 +1,7 @@
 """JSON objects from files that nobody vouches for."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -23,6 +24,33 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def check_fields(
+    value: Any, required: tuple[str, ...], optional: tuple[str, ...], where: str
+) -> Mapping[str, Any]:
+    """Checks that a parsed value is an object with the required keys and no unknown ones.
+
+    Args:
+        value: What was parsed.
+        required: Keys that must be there.
+        optional: Keys that may be there.
+        where: What to call it in errors.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: No object, or a key is missing or unknown.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
+    missing = [key for key in required if key not in value]
+    unknown = [key for key in value if key not in (*required, *optional)]
+    if missing or unknown:
+        problem = f"missing {missing[0]!r}" if missing else f"unknown key {unknown[0]!r}"
+        raise ValueError(f"{where}: {problem}")
     return value
 
 
