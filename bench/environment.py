@@ -1,5 +1,6 @@
 """Process settings that must precede JAX and torch, and what to know about the machine."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -39,7 +40,8 @@ def prepare_process(environ: Any = os.environ) -> None:
     """Sets what the GPU clock and the shared GPU need. Call it before jax or torch is imported.
 
     XLA would leave CUDA graphs out while a profiler is active; CUPTI must stay attached, or CUDA
-    graphs captured in between break; and JAX must leave memory to torch. A user's own setting wins.
+    graphs captured in between break; and JAX must leave memory to torch. Without a GPU driver
+    JAX's CUDA plugin would print a stack trace, so it is left alone. A user's own setting wins.
 
     Args:
         environ: The environment to change.
@@ -53,6 +55,17 @@ def prepare_process(environ: Any = os.environ) -> None:
         ("KINETO_LOG_LEVEL", "5"),  # one line per profiling session otherwise
     ):
         environ.setdefault(name, value)
+    if not has_gpu_driver():
+        environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def has_gpu_driver() -> bool:
+    """Whether NVIDIA's driver is there; asks neither JAX nor the driver itself."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def enable_compilation_cache() -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import pathlib
 
 import pytest
 
+from bench.environment import has_gpu_driver
 from tests import h100_target
 
 # JAX reads these at import, so they are set before any test module is loaded.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
-if not pathlib.Path("/dev/nvidiactl").exists():
+if not has_gpu_driver():
     h100_target.prepare_environment()
 
 
