@@ -1,0 +1,6 @@
+"""flashinfer-bench (PyPI, 0.1.2): a data set folder with our solutions, its run, and a report.
+
+python -m interop.flashinfer_bench export DIR     definition, 19 workloads, blobs, solutions
+python -m interop.flashinfer_bench run DIR        the benchmark's own command on that folder
+python -m interop.flashinfer_bench report DIR     the published document from its traces
+"""

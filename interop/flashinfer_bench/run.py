@@ -1,0 +1,129 @@
+"""Runs flashinfer-bench's own command on an exported folder and records how it was called."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import interop
+from interop.dataset import read_workloads
+from interop.files import write_atomically
+from interop.flashinfer_bench import solutions
+from interop.workloads import definition
+
+RECORD = "run.json"
+
+
+class Settings(NamedTuple):
+    """The benchmark's numbers; the defaults are those of the published comparison."""
+
+    warmup_runs: int = 10
+    iterations: int = 100
+    num_trials: int = 5
+    rtol: float = 0.2
+    atol: float = 0.1
+    required_matched_ratio: float = 0.85
+    timeout: int = 600
+
+
+PUBLISHED = Settings()
+
+
+def run(
+    folder: str | Path,
+    settings: Settings = PUBLISHED,
+    *,
+    tokens: Sequence[int] = (),
+    extra: Sequence[str] = (),
+) -> int:
+    """Runs the three solutions; the benchmark appends its traces to the folder.
+
+    The benchmark writes its traces when all workloads are done. `tokens` runs only the workloads
+    with these token counts, so that a long run can be cut into pieces.
+
+    Args:
+        folder: An exported data set.
+        settings: What to pass to the command.
+        tokens: Token counts to run; none means all.
+        extra: More arguments for the command, such as `--use-isolated-runner`.
+
+    Returns:
+        The command's exit status.
+
+    Raises:
+        ValueError: The folder is no data set, or no workload has these token counts.
+    """
+    root = Path(folder).resolve()
+    rows = read_workloads(root)
+    if tokens:
+        rows = tuple(row for row in rows if row.workload.num_tokens in tokens)
+        if not rows:
+            raise ValueError(f"--tokens: no workload of {root} has one of {sorted(tokens)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        view = _view(root, Path(scratch), {row.workload.uuid for row in rows}) if tokens else root
+        command = _command(view, settings, extra)
+        record = {
+            "command": shlex.join(_command(Path("DIR"), settings, extra)),
+            "settings": settings._asdict(),
+            "versions": _versions(),
+        }
+        with write_atomically(root / RECORD) as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+        arguments = [sys.executable, "-c", "from flashinfer_bench.cli.main import cli; cli()"]
+        environment = _environment(root)
+        return subprocess.run(arguments + command[1:], env=environment, check=False).returncode
+
+
+def _command(folder: Path, settings: Settings, extra: Sequence[str]) -> list[str]:
+    names = [record["name"] for record in solutions.records()]
+    options = [
+        text
+        for field, value in settings._asdict().items()
+        for text in (f"--{field.replace('_', '-')}", str(value))
+    ]
+    selection = ["--definitions", definition()["name"], "--solutions", *names]
+    return ["flashinfer-bench", "run", "--local", str(folder), *selection, *options, *extra]
+
+
+def _environment(root: Path) -> dict[str, str]:
+    """Solutions import our packages, JAX leaves memory to PyTorch, caches stay in the folder."""
+    ours = str(Path(next(iter(interop.__path__))).parent)
+    return {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "FIB_CACHE_PATH": str(root / ".cache"),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))),
+    }
+
+
+def _view(root: Path, view: Path, uuids: set[str]) -> Path:
+    """A folder that shows the data set with some workloads only; its traces are the data set's."""
+    (root / "traces").mkdir(exist_ok=True)
+    for name in ("definitions", "solutions", "blob", "traces"):
+        (view / name).symlink_to(root / name, target_is_directory=True)
+    for path in root.glob("workloads/**/*.jsonl"):
+        copy = view / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["workload"]["uuid"] in uuids]
+        copy.write_text("".join(kept), "utf-8")
+    return view
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "torch", "triton", "flashinfer-bench")
+    found = {name: _version(name) for name in names}
+    return {name: version for name, version in found.items() if version}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

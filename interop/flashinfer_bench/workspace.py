@@ -1,0 +1,130 @@
+"""Measures the peak temporary memory of each exported solution on each workload, on a GPU.
+
+flashinfer-bench does not measure memory. A PyTorch solution's figure is what its call allocated at
+most beyond inputs and output; a JAX solution's is the temporary size of the compiled program.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from interop.dataset import DatasetWorkload, read_routing, read_workloads
+from interop.files import confined_file, write_atomically
+from interop.flashinfer_bench import solutions
+from interop.solutions import SOLUTIONS
+from interop.strict_json import check_fields, parse_object
+from interop.workloads import definition
+
+RECORD = "workspace.json"
+
+
+def measure(folder: str | Path) -> Path:
+    """Runs each solution once per workload and writes `workspace.json` into the folder.
+
+    Args:
+        folder: An exported data set.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: The folder is no data set.
+    """
+    from tqdm import tqdm
+
+    rows = read_workloads(folder)
+    found: dict[str, dict[str, int]] = {r["name"]: {} for r in solutions.records()}
+    weights = _zeros(("gemm1_weights", "gemm2_weights"), 0)
+    for row in tqdm(rows, desc="workspace"):
+        arguments = _arguments(folder, row, weights)
+        for name, sizes in found.items():
+            size_of = _torch_peak if name in SOLUTIONS else _jax_temporary
+            sizes[row.workload.uuid] = size_of(name, arguments)
+    path = Path(folder) / RECORD
+    with write_atomically(path) as file:
+        file.write(json.dumps(found, indent=1) + "\n")
+    return path
+
+
+def _zeros(names: tuple[str, ...], num_tokens: int) -> dict[str, Any]:
+    """Zeros on the GPU for the named inputs: memory does not depend on values, routing aside."""
+    import torch
+
+    axes = {name: axis.get("value", num_tokens) for name, axis in definition()["axes"].items()}
+    inputs = definition()["inputs"]
+    return {
+        name: torch.zeros(
+            [axes[axis] for axis in inputs[name]["shape"]],
+            dtype=getattr(torch, inputs[name]["dtype"]),
+            device="cuda",
+        )
+        for name in names
+    }
+
+
+def _arguments(folder: str | Path, row: DatasetWorkload, weights: dict[str, Any]) -> list[Any]:
+    import torch
+
+    logits, bias = read_routing(folder, row)
+    given = {
+        **weights,
+        "routing_logits": torch.tensor(logits, device="cuda"),
+        "routing_bias": torch.tensor(bias.astype("float32"), device="cuda").bfloat16(),
+        "local_expert_offset": row.workload.local_expert_offset,
+        "routed_scaling_factor": row.routed_scaling_factor,
+    }
+    missing = tuple(name for name in definition()["inputs"] if name not in given)
+    given |= _zeros(missing, row.workload.num_tokens)
+    return [given[name] for name in definition()["inputs"]]
+
+
+def _torch_peak(name: str, arguments: list[Any]) -> int:
+    import torch
+
+    run = SOLUTIONS[name].run
+    run(*arguments)  # whatever is loaded or compiled once
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = run(*arguments)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - output.nbytes
+
+
+def _jax_temporary(name: str, arguments: list[Any]) -> int:
+    import jax
+
+    import jax_moe
+    from interop.dlpack import to_jax
+
+    apply = functools.partial(jax_moe.apply, backend=name.removeprefix("jax_moe_"))
+    arrays = [to_jax(tensor) for tensor in arguments[:-2]]
+    compiled = jax.jit(apply).lower(*arrays, *map(jax.numpy.asarray, arguments[-2:])).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this device reports no memory analysis")
+    return analysis.temp_size_in_bytes
+
+
+def read(folder: str | Path) -> Mapping[str, Mapping[str, int]]:
+    """Reads `workspace.json`: solution -> workload uuid -> bytes; empty if it was not measured.
+
+    Raises:
+        ValueError: Malformed, or an unknown solution or workload.
+    """
+    root = Path(folder).resolve()
+    if not (root / RECORD).exists():
+        return {}
+    path = confined_file(root, root / RECORD)
+    found = parse_object(path.read_bytes(), str(path))
+    names = tuple(record["name"] for record in solutions.records())
+    uuids = tuple(row.workload.uuid for row in read_workloads(root))
+    check_fields(found, (), names, str(path))
+    for name, sizes in found.items():
+        check_fields(sizes, (), uuids, f"{path}: {name}")
+        for uuid, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise ValueError(f"{path}: {name}: {uuid}: expected a byte count, found {size!r}")
+    return found
