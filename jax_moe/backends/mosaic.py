@@ -1,0 +1,167 @@
+"""The stages as Pallas Mosaic GPU kernels for Hopper (compute capability 9.0).
+
+In `jax_moe.interpret_mode` the same kernels run in the CPU interpreter, on two simulated
+multiprocessors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
+
+from jax_moe.config import MoEConfig
+from jax_moe.device import interpret_params
+from jax_moe.types import DispatchPlan, Quantized, Routing
+from pallas_kernels import combine as combine_kernel
+from pallas_kernels import dispatch, group_quant, permute, routing, tuning
+from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.down_projection import down_projection
+from pallas_kernels.shapes import QUANT_BLOCK, max_rows
+from pallas_kernels.up_projection import up_projection
+
+NAME = "mosaic"
+
+_INTERPRETED_SMS = 2
+
+
+def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
+    """Why the kernels cannot run there: they are built on Hopper's wgmma and TMA."""
+    if platform == "gpu" and compute_capability == "9.0":
+        return None
+    return "needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
+
+
+def route(
+    routing_logits: Float32[Array, "T E"],
+    routing_bias: Float[Array, " E"],
+    routed_scaling_factor: Float32[Array, ""],
+    *,
+    config: MoEConfig,
+) -> Routing:
+    """Group-limited sigmoid top-k; see `jax_moe.route`."""
+    return Routing(
+        *routing.route(
+            routing_logits,
+            routing_bias,
+            routed_scaling_factor,
+            top_k=config.top_k,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            interpret=interpret_params(),
+        )
+    )
+
+
+def quantize(x: Float[Array, "R C"]) -> Quantized:
+    """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+    return Quantized(*group_quant.quantize(x, interpret=interpret_params()))
+
+
+def plan_dispatch(
+    topk_ids: Int32[Array, "T k"],
+    local_expert_offset: Int32[Array, ""],
+    *,
+    num_local_experts: int,
+    num_experts: int,
+) -> DispatchPlan:
+    """Local pairs to expert-major rows; see `jax_moe.plan_dispatch`."""
+    return DispatchPlan(
+        *dispatch.plan_dispatch(
+            topk_ids,
+            jnp.asarray(local_expert_offset),
+            num_local_experts=num_local_experts,
+            num_experts=num_experts,
+            block_m=tuning.block_m(*topk_ids.shape, num_experts),
+            interpret=interpret_params(),
+        )
+    )
+
+
+def up_project(
+    hidden_states: Float8e4m3fn[Array, "T H"],
+    hidden_states_scale: Float32[Array, "H//128 T"],
+    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
+    gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
+    plan: DispatchPlan,
+) -> Quantized:
+    """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    rows = Quantized(
+        *permute.permute_rows(
+            hidden_states,
+            hidden_states_scale,
+            plan.pair_row,
+            num_rows=plan.row_token.shape[0],
+            interpret=interpret_params(),
+        )
+    )
+    return Quantized(
+        *up_projection(
+            _grouped(rows, plan),
+            gemm1_weights,
+            gemm1_weights_scale,
+            config=_on_this_device(tuning.up_config(plan.block_m)),
+            interpret=interpret_params(),
+        )
+    )
+
+
+def down_project(
+    activations: Quantized,
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
+    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
+    plan: DispatchPlan,
+) -> BFloat16[Array, "M H"]:
+    """GEMM2; see `jax_moe.down_project`."""
+    return down_projection(
+        _grouped(activations, plan),
+        gemm2_weights,
+        gemm2_weights_scale,
+        config=_on_this_device(tuning.down_config(plan.block_m)),
+        interpret=interpret_params(),
+    )
+
+
+def combine(
+    expert_outputs: BFloat16[Array, "M H"],
+    topk_weights: Float32[Array, "T k"],
+    plan: DispatchPlan,
+) -> BFloat16[Array, "T H"]:
+    """Weighted sum per token; see `jax_moe.combine`."""
+    return combine_kernel.combine(
+        expert_outputs, topk_weights, plan.pair_row, interpret=interpret_params()
+    )
+
+
+def workspace_bytes(
+    num_tokens: int, top_k: int, num_local_experts: int, hidden_size: int, intermediate_size: int
+) -> int:
+    """Worst case of the temporary memory: every pair local.
+
+    Live at once are the activations and either the gathered rows or the expert outputs.
+    """
+    rows = max_rows(num_tokens, top_k, num_local_experts, tuning.MAX_BLOCK_M)
+    bytes_of_quantized = 1 + 4 / QUANT_BLOCK
+    activations = rows * intermediate_size * bytes_of_quantized
+    gathered = rows * hidden_size * bytes_of_quantized
+    outputs = rows * hidden_size * 2
+    plan = 4 * (2 * rows + 4 * num_tokens * top_k)
+    return int(activations + max(gathered, outputs)) + plan + 2**20
+
+
+def _grouped(rows: Quantized, plan: DispatchPlan) -> GroupedRows:
+    return GroupedRows(
+        rows.values,
+        rows.scales,
+        plan.group_sizes,
+        plan.group_offsets,
+        plan.tile_expert,
+        plan.num_tiles,
+    )
+
+
+def _on_this_device(config: MatmulConfig) -> MatmulConfig:
+    if interpret_params() is None:
+        return config
+    return dataclasses.replace(config, sms=_INTERPRETED_SMS)

@@ -1,0 +1,18 @@
+"""What the kernels must know of the GPU that they are compiled for."""
+
+from __future__ import annotations
+
+import jax
+
+SMEM_BYTES = 232448
+"""Shared memory a block may have on Hopper."""
+
+_H100_SMS = 132
+
+
+def num_sms() -> int:
+    """Multiprocessors of the target: an abstract device's, the first GPU's, else an H100's."""
+    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+        return abstract.num_cores
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else _H100_SMS

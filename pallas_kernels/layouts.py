@@ -1,0 +1,28 @@
+"""Register layouts that the memory-bound kernels share."""
+
+from __future__ import annotations
+
+from jax import lax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS_PER_WARPGROUP = 4
+
+
+def row_per_warp(columns: int) -> plgpu.Layout:
+    """Layout of `[4 r, columns c]`: one row a warp, `columns / 32` neighbours a lane.
+
+    Args:
+        columns: Width of the base tile, a multiple of 32; wider arrays repeat it.
+    """
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((ROWS_PER_WARPGROUP, columns), (columns // 32,))),
+        warp_dims=(-3,),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+
+
+def iota(shape: tuple[int, ...], dimension: int, layout: plgpu.Layout):
+    """`i32` iota along `dimension`, held in `layout`."""
+    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, dimension), layout)

@@ -1,0 +1,108 @@
+"""Down-projection: GEMM2, one bf16 row per (token, expert) pair."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels.shapes import QUANT_BLOCK, cdiv
+from pallas_kernels.triton.launch import Launch
+from pallas_kernels.triton.matmul import BLOCK, MatmulConfig, multiply_pair
+
+
+@triton.jit
+def _down_tile(
+    values, scales, weights, weights_scale, tile_expert,
+    row_tile, column_tile, num_rows, output,
+    H: tl.constexpr, I: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One tile: BLOCK_M rows of two blocks of 128 columns."""
+    blocks_k: tl.constexpr = I // BLOCK
+    rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK)
+    expert = tl.load(tile_expert + row_tile).to(tl.int64)
+    block = column_tile * 2
+    to_next = 1
+    if H // BLOCK % 2:
+        # An odd last block is its own neighbour: computed twice, to the same bits.
+        to_next = tl.minimum(H // BLOCK - 1 - block, 1)
+    left = weights + (expert * H + block * BLOCK) * I + (lanes[None, :] * I + lanes[:, None])
+    left_scales = weights_scale + (expert * (H // BLOCK) + block) * blocks_k
+    left_acc, right_acc = multiply_pair(
+        values + rows[:, None] * I + lanes[None, :],
+        scales + rows,
+        num_rows,
+        left,
+        left_scales,
+        left + to_next * (BLOCK * I),
+        left_scales + to_next * blocks_k,
+        blocks_k,
+        BLOCK_M,
+    )
+    out = output + rows[:, None] * H + block * BLOCK + lanes[None, :]
+    tl.store(out, left_acc.to(tl.bfloat16))
+    tl.store(out + to_next * BLOCK, right_acc.to(tl.bfloat16))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def down_projection_kernel(
+    values,
+    scales,
+    weights,
+    weights_scale,
+    tile_expert,
+    num_tiles,
+    num_rows,
+    output,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Every program takes every n-th live tile, columns fastest: neighbours share the rows."""
+    column_tiles: tl.constexpr = (H // BLOCK + 1) // 2
+    tiles = tl.load(num_tiles) * column_tiles
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        _down_tile(
+            values, scales, weights, weights_scale, tile_expert,
+            tile // column_tiles, tile % column_tiles, num_rows, output,
+            H, I, BLOCK_M,
+        )  # fmt: skip
+
+
+def launch(
+    values: Any,
+    scales: Any,
+    gemm2_weights: Any,
+    gemm2_weights_scale: Any,
+    tile_expert: Any,
+    num_tiles: Any,
+    *,
+    config: MatmulConfig,
+    num_sms: int,
+) -> Launch:
+    """The launch that makes bf16[M,H]; padding rows hold anything.
+
+    Args:
+        values: e4m3[M,I].
+        scales: f32[I/128,M].
+        gemm2_weights: e4m3[E_local,H,I].
+        gemm2_weights_scale: f32[E_local,H/128,I/128].
+        tile_expert: i32[M/block_m].
+        num_tiles: i32[1], live tiles.
+        config: Tiling; its `block_m` is that of the plan.
+        num_sms: Of the GPU.
+    """
+    rows, intermediate = values.shape
+    hidden_size = gemm2_weights.shape[1]
+    return Launch(
+        kernel=down_projection_kernel,
+        inputs=(values, scales, gemm2_weights, gemm2_weights_scale, tile_expert, num_tiles),
+        scalars=(rows,),
+        outputs=(jax.ShapeDtypeStruct((rows, hidden_size), jnp.bfloat16),),
+        grid=config.grid(tile_expert.shape[0], cdiv(hidden_size, 2 * QUANT_BLOCK), num_sms),
+        constants={"H": hidden_size, "I": intermediate, "BLOCK_M": config.block_m},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,85 @@
+"""One launch of a Triton kernel, described without a framework, and its call from JAX."""
+
+import dataclasses
+import functools
+import inspect
+import os
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Everything a framework needs to launch a kernel.
+
+    The kernel's parameters come in this order: inputs, scalars, outputs, constants.
+
+    Attributes:
+        kernel: A `triton.jit` function.
+        inputs: Arrays of the framework that launches, contiguous, in row-major order.
+        scalars: 32-bit integers that may change without a recompilation.
+        outputs: Shapes and dtypes of the arrays that the kernel writes.
+        grid: Programs, one to three dimensions; a 0 in it means that there is nothing to do.
+        constants: The kernel's `tl.constexpr` parameters by name.
+        num_warps: Warps of a program.
+        num_stages: Buffers of the software pipeline.
+    """
+
+    kernel: Any
+    inputs: tuple[Any, ...]
+    scalars: tuple[int, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def call(launch: Launch, compute_capability: int | None = None) -> list[jax.Array]:
+    """Runs a launch inside a JAX program.
+
+    Args:
+        launch: What to run.
+        compute_capability: Of the GPU to compile for, 90 for Hopper; None asks the first GPU.
+
+    Returns:
+        The outputs; zeros where the grid is empty.
+    """
+    if 0 in launch.grid:
+        return [jnp.zeros(out.shape, out.dtype) for out in launch.outputs]
+    jax_triton = load_jax_triton()
+    parameters = inspect.signature(jax_triton.triton_call).parameters
+    outputs = "out_type" if "out_type" in parameters else "out_shape"  # renamed in 0.4
+    return jax_triton.triton_call(
+        *launch.inputs,
+        *launch.scalars,
+        kernel=launch.kernel,
+        grid=launch.grid,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        compute_capability=compute_capability,
+        **{outputs: list(launch.outputs)},
+        **launch.constants,
+    )
+
+
+@functools.cache
+def load_jax_triton() -> ModuleType:
+    """Imports jax-triton and undoes what its import does to the rest of the process.
+
+    It sets TRITON_CACHE_DIR to nothing, after which no kernel can be launched from PyTorch.
+
+    Raises:
+        ImportError: jax-triton is not installed.
+    """
+    before = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if before is not None:
+        os.environ["TRITON_CACHE_DIR"] = before
+    elif not os.environ.get("TRITON_CACHE_DIR", "unset"):
+        del os.environ["TRITON_CACHE_DIR"]
+    return jax_triton

@@ -1,0 +1,95 @@
+"""The main loop of both grouped matmuls, and how it is tiled.
+
+A program holds one tile of rows against *two* blocks of 128 weight rows: gate and up of the same
+columns in the up-projection, neighbours in the down-projection. Both dot products share the loaded
+activations, as one tile of 256 columns would, yet only one of them has a partial sum alive.
+"""
+
+import dataclasses
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.shapes import QUANT_BLOCK
+
+BLOCK = tl.constexpr(QUANT_BLOCK)
+_TILE_N = 2 * QUANT_BLOCK
+
+
+@triton.jit
+def multiply_pair(
+    x, x_scales, x_scales_stride, w0, w0_scales, w1, w1_scales,
+    BLOCKS_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`x @ w0.T` and `x @ w1.T` in f32, each 128 of K scaled and added apart.
+
+    The FP8 tensor cores of Hopper accumulate with few bits (deepseek-ai/DeepGEMM, "promotion").
+
+    Args:
+        x: Pointers to e4m3[BLOCK_M,128], the first block of K.
+        x_scales: Pointers to f32[BLOCK_M].
+        x_scales_stride: From the scales of one block of K to those of the next.
+        w0: Pointers to e4m3[128,128] with K as the first axis.
+        w0_scales: Pointer to f32[BLOCKS_K].
+        w1: As `w0`.
+        w1_scales: As `w0_scales`.
+        BLOCKS_K: K / 128.
+        BLOCK_M: Rows.
+    """
+    acc0 = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    for k in range(BLOCKS_K):
+        # Asked for before the dots, whose time hides the latency.
+        x_scale = tl.load(x_scales)
+        w0_scale = tl.load(w0_scales + k)
+        w1_scale = tl.load(w1_scales + k)
+        x_tile = tl.load(x + k * BLOCK)
+        w0_tile = tl.load(w0 + k * BLOCK)
+        w1_tile = tl.load(w1 + k * BLOCK)
+        x_scales += x_scales_stride
+        acc0 += tl.dot(x_tile, w0_tile) * (x_scale * w0_scale)[:, None]
+        acc1 += tl.dot(x_tile, w1_tile) * (x_scale * w1_scale)[:, None]
+    return acc0, acc1
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulConfig:
+    """Tiling of one grouped matmul.
+
+    Attributes:
+        block_m: Rows of a tile: 16, 32, 64 or 128.
+        num_warps: 4 or 8.
+        num_stages: Depth of the software pipeline, 1 to 8.
+        programs_per_sm: Programs that fit on an SM; each then works through several tiles. 0 makes
+            one program a tile and leaves the rest to the hardware.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    block_m: int
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("block_m", (16, 32, 64, 128)),
+            ("num_warps", (4, 8)),
+            ("num_stages", range(1, 9)),
+            ("programs_per_sm", range(9)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)}")
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory that the pipeline takes on Hopper."""
+        # `wgmma`, which needs 64 rows, reads a tile while the next ones arrive.
+        buffers = self.num_stages if self.block_m >= 64 else self.num_stages - 1
+        return buffers * (self.block_m + _TILE_N) * QUANT_BLOCK
+
+    def grid(self, row_tiles: int, column_tiles: int, num_sms: int) -> tuple[int]:
+        """Programs for the worst case of `row_tiles`."""
+        tiles = row_tiles * column_tiles
+        return (min(tiles, num_sms * self.programs_per_sm) if self.programs_per_sm else tiles,)

@@ -1,0 +1,42 @@
+"""Which tile each size class gets. Chosen from static shapes only, so routing never recompiles."""
+
+from __future__ import annotations
+
+from pallas_kernels.block_scaled_matmul import MatmulConfig
+
+MAX_BLOCK_M = 128
+
+_UP = {
+    16: MatmulConfig(block_m=16, num_stages=6),
+    64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48)),
+    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96)),
+}
+_DOWN = {
+    16: MatmulConfig(block_m=16, num_stages=6),
+    64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48)),
+    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96)),
+}
+
+
+def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """Tokens of a tile, from the rows an expert gets if routing is even.
+
+    Args:
+        num_tokens: T.
+        top_k: Choices of a token.
+        num_experts: E.
+    """
+    expected_rows = num_tokens * top_k / num_experts
+    if expected_rows <= 8:
+        return 16
+    return 64 if expected_rows <= 64 else 128
+
+
+def up_config(block_m: int) -> MatmulConfig:
+    """Tile and ring of the up-projection for a plan of `block_m`."""
+    return _UP[block_m]
+
+
+def down_config(block_m: int) -> MatmulConfig:
+    """Tile and ring of the down-projection for a plan of `block_m`."""
+    return _DOWN[block_m]
