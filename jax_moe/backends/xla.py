@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
+from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32, UInt8
 
 from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, swiglu
 from jax_moe.numerics import route as route
@@ -115,15 +115,21 @@ def up_project(
         x = jnp.where(tokens[:, None] >= 0, x, 0)
         values, scales = quantize(swiglu(matmul(x, weight)))
         return Quantized(
-            lax.dynamic_update_slice_in_dim(out.values, values, start, 0),
+            lax.dynamic_update_slice_in_dim(out.values, _bits(values), start, 0),
             lax.dynamic_update_slice_in_dim(out.scales, scales, start, 1),
         )
 
+    # As bytes: XLA would widen an FP8 array on a CPU, all of it in each turn of the loop.
     out = Quantized(
-        jnp.zeros((rows, intermediate), jnp.float8_e4m3fn),
+        jnp.zeros((rows, intermediate), jnp.uint8),
         jnp.zeros((intermediate // QUANT_BLOCK, rows), jnp.float32),
     )
-    return _for_each_live_tile(tile, gemm1_weights, gemm1_weights_scale, plan, out)
+    out = _for_each_live_tile(tile, gemm1_weights, gemm1_weights_scale, plan, out)
+    return out._replace(values=lax.bitcast_convert_type(out.values, jnp.float8_e4m3fn))
+
+
+def _bits(values: Float8e4m3fn[Array, "R C"]) -> UInt8[Array, "R C"]:
+    return lax.bitcast_convert_type(values, jnp.uint8)
 
 
 def down_project(
