@@ -1,0 +1,158 @@
+"""The bridge on a CPU: what is shared, what is copied, what is refused, and that nothing leaks."""
+
+from __future__ import annotations
+
+import gc
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from interop import dlpack, to_jax, to_torch  # noqa: E402
+from tests import moe_inputs, torch_inputs  # noqa: E402
+
+ZERO_COPY = [dtype for dtype in dlpack.DTYPES if dtype != torch.int64]
+
+
+def sample(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(shape, generator=generator) * 100).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", ZERO_COPY, ids=str)
+@pytest.mark.parametrize("shape", [(16, 256), (64,), ()], ids=str)
+def test_both_directions_share_memory_and_bits(dtype, shape):
+    tensor = sample(dtype, *shape)
+    array = to_jax(tensor)
+    assert array.shape == tensor.shape
+    assert array.dtype == np.dtype(dlpack.DTYPES[dtype])
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr()
+    back = to_torch(array)
+    assert back.dtype == dtype
+    assert back.data_ptr() == tensor.data_ptr()
+    np.testing.assert_array_equal(
+        moe_inputs.bits(array).ravel().view(np.uint8),
+        torch_inputs.bits(tensor.reshape(-1)).ravel(),
+    )
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0)], ids=str)
+def test_empty(shape):
+    array = to_jax(torch.empty(shape, dtype=torch.bfloat16))
+    assert array.shape == shape
+    assert array.dtype == jnp.bfloat16
+    back = to_torch(array)
+    assert back.shape == shape
+    assert back.dtype == torch.bfloat16
+
+
+def misaligned() -> torch.Tensor:
+    return torch.arange(65, dtype=torch.float32)[1:]
+
+
+COPIED = {
+    "transposed": lambda: sample(torch.float32, 8, 16).t(),
+    "strided": lambda: sample(torch.float8_e4m3fn, 8, 64)[:, ::2],
+    "column slice": lambda: sample(torch.bfloat16, 8, 64)[:, :32],
+    "expanded": lambda: sample(torch.float32, 1, 64).expand(8, 64),
+    "misaligned": misaligned,
+    "negative bit": lambda: torch.complex(misaligned(), misaligned()).conj().imag,
+}
+
+
+@pytest.mark.parametrize("make", COPIED.values(), ids=COPIED)
+def test_what_cannot_be_shared_is_copied_once(make):
+    tensor = make()
+    expected = tensor.resolve_neg().float().numpy().copy()
+    array = to_jax(tensor)
+    assert array.unsafe_buffer_pointer() != tensor.data_ptr()
+    assert array.unsafe_buffer_pointer() % dlpack.ALIGNMENT["cpu"] == 0
+    np.testing.assert_array_equal(np.asarray(array, np.float32), expected)
+
+
+REFUSED = {
+    "meta": (lambda: torch.empty(2, device="meta"), "device meta"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "sparse"),
+    "requires grad": (lambda: torch.ones(2, requires_grad=True), "requires grad"),
+    "float64": (lambda: torch.ones(2, dtype=torch.float64), "float64"),
+    "e5m2": (lambda: torch.ones(2).to(torch.float8_e5m2), "float8_e5m2"),
+    "bool": (lambda: torch.ones(2, dtype=torch.bool), "bool"),
+    "complex, conjugate bit": (lambda: torch.ones(2, dtype=torch.complex64).conj(), "complex64"),
+    "int64": (lambda: torch.tensor(2**40), "int64 needs JAX_ENABLE_X64"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_cross_is_named(make, reason):
+    with pytest.raises(ValueError, match=f"^router: .*{reason}"):
+        to_jax(make(), "router")
+
+
+def test_int64_crosses_whole_where_jax_has_it():
+    with jax.enable_x64(True):
+        array = to_jax(torch.tensor([2**40, -1]))
+        assert array.dtype == jnp.int64
+        assert to_torch(array).tolist() == [2**40, -1]
+
+
+def test_other_objects_are_refused():
+    with pytest.raises(TypeError, match=r"^x: expected a torch\.Tensor, got ndarray"):
+        to_jax(np.ones(2), "x")
+    with pytest.raises(TypeError, match=r"^y: expected a jax\.Array, got list"):
+        to_torch([1.0], "y")
+    with pytest.raises(ValueError, match=r"^y: unsupported dtype bool"):
+        to_torch(jnp.ones(2, bool), "y")
+    with pytest.raises(ValueError, match=r"^y: a traced array"):
+        jax.jit(lambda y: to_torch(y, "y"))(jnp.ones(2))
+
+
+def test_a_device_that_jax_does_not_see_is_named():
+    with pytest.raises(ValueError, match=r"^x: JAX does not see device cuda:99"):
+        dlpack.jax_device(torch.device("cuda:99"), "x")
+
+
+def test_freeing_the_tensor_leaves_the_array_whole():
+    tensor = torch.full((1024, 256), 3.0)
+    array = to_jax(tensor)
+    del tensor
+    gc.collect()
+    overwritten = [torch.full((1024, 256), 9.0) for _ in range(8)]
+    assert float(array.min()) == float(array.max()) == 3.0
+    assert len(overwritten) == 8
+
+
+def test_freeing_the_array_leaves_the_tensor_whole():
+    array = jnp.full((1024, 256), 3.0) + 1
+    tensor = to_torch(array)
+    del array
+    gc.collect()
+    others = [jnp.full((1024, 256), 9.0).block_until_ready() for _ in range(8)]
+    assert tensor.min() == tensor.max() == 4.0
+    assert len(others) == 8
+
+
+def test_writes_are_seen_on_the_other_side():
+    tensor = torch.zeros(256)
+    array = to_jax(tensor)
+    tensor.fill_(5.0)
+    np.testing.assert_array_equal(np.asarray(array), np.full(256, 5.0, np.float32))
+
+
+def test_a_thousand_round_trips_leave_memory_flat():
+    def round_trip() -> None:
+        array = to_jax(torch.zeros(1 << 20, dtype=torch.uint8))
+        assert to_torch(array).numel() == 1 << 20
+
+    for _ in range(10):
+        round_trip()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    arrays = len(jax.live_arrays())
+    for _ in range(1000):
+        round_trip()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 * 1024, f"grown by {grown} KiB over 1000 MiB of round trips"
+    assert len(jax.live_arrays()) == arrays

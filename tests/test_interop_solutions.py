@@ -1,0 +1,156 @@
+"""The registry of solutions: availability, the CPU ones against the oracle, DeepGEMM's glue."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import jax_moe  # noqa: E402
+from interop import to_jax, to_torch  # noqa: E402
+from interop.solutions import SOLUTIONS, deepgemm, packages, sgl_library  # noqa: E402
+from tests import cuda_tools  # noqa: E402
+from tests.torch_inputs import relative_error, torch_inputs  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = (
+    "torch_reference",
+    "sglang_v1",
+    "sglang_v2",
+    "deepgemm",
+    "deepgemm64",
+    "deepgemm128",
+    "jax_v1",
+    "jax_v2",
+)
+
+
+def test_every_solution_is_listed_under_its_name():
+    assert tuple(SOLUTIONS) == NAMES
+    assert all(name == solution.name for name, solution in SOLUTIONS.items())
+    aspects = {tuple(solution.design) for solution in SOLUTIONS.values()}
+    assert len(aspects) == 1, "the differences table needs the same aspects of all"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_package_is_one_line(name):
+    reason = SOLUTIONS[name].unavailable_reason()
+    assert reason is None or (reason and "\n" not in reason)
+
+
+def test_reasons_name_what_is_missing(monkeypatch, tmp_path):
+    assert packages.missing("no_such_package", "no-such") == "package no-such is not installed"
+    monkeypatch.setenv(sgl_library.PATH_VARIABLE, str(tmp_path / "gone.so"))
+    assert sgl_library.find() is None
+    reason = sgl_library.unavailable_reason()
+    assert reason == f"JAX_MOE_SGL_LIBRARY names no file: {tmp_path / 'gone.so'}"
+    with pytest.raises(RuntimeError, match=r"names no file: .*gone\.so"):
+        sgl_library.load.__wrapped__()
+
+
+def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
+    broken = tmp_path / "common_ops.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv(sgl_library.PATH_VARIABLE, str(broken))
+    with pytest.raises(RuntimeError, match=r"lib\w+\.so\.13: not found|common_ops\.abi3\.so"):
+        sgl_library.load.__wrapped__()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+@pytest.mark.parametrize(
+    ("name", "bound"), [("torch_reference", 1e-3), ("jax_v1", 0.04), ("jax_v2", 0.04)]
+)
+def test_cpu_solutions_match_the_oracle(name, bound, num_tokens):
+    inputs = torch_inputs(num_tokens)
+    arrays = [to_jax(tensor) for tensor in inputs[:8]]
+    solution = SOLUTIONS[name]
+    if solution.framework == "torch":
+        found = solution.run(*inputs)
+    else:
+        scalars = jnp.int32(inputs[8]), jnp.float32(inputs[9])
+        found = to_torch(jax.jit(solution.run)(*arrays, *scalars))
+    assert found.dtype == torch.bfloat16
+    assert found.shape == (num_tokens, 256)
+    if num_tokens:
+        expected = to_torch(jax_moe.reference(*arrays, *inputs[8:]))
+        assert relative_error(found, expected) < bound
+        assert torch.equal(found[~expected.any(dim=1)], expected[~expected.any(dim=1)])
+
+
+def test_worst_case_rows_hold_every_routing():
+    for counts in ([9] * 8, [72] + [0] * 7, [1] * 8, [65, 7] + [0] * 6):
+        pairs = sum(counts)
+        needed = sum(-(-count // 64) * 64 for count in counts)
+        assert deepgemm.max_rows(-(-pairs // 8), 8, 64) >= needed
+
+
+def test_deepgemm_glue_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.deepgemm_glue"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("relative error") == 2
+
+
+KERNELS = {
+    "route_kernel": (
+        {"logits": "*fp32", "bias": "*bf16", "weights": "*fp32", "factor": "fp32"},
+        {"E": 256, "E_LOCAL": 32, "N_GROUP": 8, "TOPK_GROUP": 4, "TOP_K": 8},
+        1,
+    ),
+    "gather_kernel": (
+        {"hidden_scale": "*fp32", "row_scale": "*fp32"},
+        {"ALIGN": 64, "E_LOCAL": 32, "TOP_K": 8, "WORDS": 1792, "SCALES": 56}
+        | {"BLOCK": 1024, "SCALE_BLOCK": 64},
+        4,
+    ),
+    "swiglu_quantize_kernel": (
+        {"gemm1": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"},
+        {"ALIGN": 128, "E_LOCAL": 32, "INTERMEDIATE": 2048, "ROWS": 8, "GROUPS": 4},
+        4,
+    ),
+    "combine_kernel": (
+        {"expert_outputs": "*bf16", "weights": "*fp32", "out": "*bf16"},
+        {"HIDDEN": 7168, "TOP_K": 8, "BLOCK": 1024},
+        4,
+    ),
+}
+INTEGERS = ("local_offset", "num_tokens", "num_rows")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_deepgemm_glue_compiles_for_hopper_without_spills(name):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from interop.solutions import deepgemm_kernels
+
+    types, constants, num_warps = KERNELS[name]
+    kernel = getattr(deepgemm_kernels, name)
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else types.get(argument, "i32" if argument in INTEGERS else "*i32")
+        for argument in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    report = cuda_tools.assemble(name, compiled.asm["ptx"], compiled.metadata.shared)
+    assert report.spill_bytes == 0

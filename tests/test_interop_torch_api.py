@@ -1,0 +1,179 @@
+"""`torch_moe` and `TorchMoE` on a CPU: values, styles of passing, bad input, nothing kept."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import numpy as np  # noqa: E402
+
+import jax_moe  # noqa: E402
+from interop import TorchMoE, TorchMoEWeights, to_jax, to_torch, torch_moe  # noqa: E402
+from tests import moe_inputs  # noqa: E402
+from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return torch_inputs(20)
+
+
+@pytest.fixture(scope="module")
+def expected(inputs):
+    arrays = [to_jax(tensor) for tensor in inputs[:8]]
+    return to_torch(jax_moe.apply(*arrays, *inputs[8:], backend="xla"))
+
+
+@pytest.fixture(scope="module")
+def handle(inputs):
+    return TorchMoE(TorchMoEWeights(*inputs[4:8]))
+
+
+def test_value_returning(inputs, expected):
+    result = torch_moe(*inputs)
+    assert result.dtype == torch.bfloat16
+    np.testing.assert_array_equal(bits(result), bits(expected))
+
+
+def test_destination_passing(inputs, expected):
+    out = torch.full((20, 256), float("nan"), dtype=torch.bfloat16)
+    assert torch_moe(*inputs, out=out) is out
+    np.testing.assert_array_equal(bits(out), bits(expected))
+    wide = torch.zeros(20, 512, dtype=torch.bfloat16)
+    torch_moe(*inputs, out=wide[:, ::2])
+    np.testing.assert_array_equal(bits(wide[:, ::2]), bits(expected))
+    assert not wide[:, 1::2].any()
+
+
+def test_handle_equals_function(inputs, expected, handle):
+    for _ in range(2):
+        np.testing.assert_array_equal(bits(handle(*inputs[:4], *inputs[8:])), bits(expected))
+
+
+def test_handle_follows_its_scalars(inputs, handle):
+    once = handle(*inputs[:4], 8, 2.5)
+    twice = handle(*inputs[:4], 8, 5.0)
+    assert relative_error(twice.float(), 2 * once.float()) < 0.01
+    elsewhere = handle(*inputs[:4], 16, 2.5)
+    expected = torch_moe(*inputs[:8], 16, 2.5)
+    np.testing.assert_array_equal(bits(elsewhere), bits(expected))
+    assert not torch.equal(elsewhere, once)
+
+
+def test_nothing_is_kept_between_calls(inputs):
+    """The same memory with other values gives another result."""
+    tensors = [tensor.clone() for tensor in inputs[:8]]
+    first = torch_moe(*tensors, *inputs[8:]).clone()
+    tensors[5].mul_(0.5)  # gemm1_weights_scale, in place
+    second = torch_moe(*tensors, *inputs[8:])
+    assert not torch.equal(first, second)
+    tensors[5].mul_(2.0)
+    np.testing.assert_array_equal(bits(torch_moe(*tensors, *inputs[8:])), bits(first))
+
+
+def test_inputs_are_released(inputs):
+    hidden_states = inputs.hidden_states.clone()
+    watched = weakref.ref(hidden_states)
+    result = torch_moe(*inputs[:2], hidden_states, *inputs[3:])
+    del hidden_states
+    gc.collect()
+    assert watched() is None
+    assert result.isfinite().all()
+
+
+def test_live_rows(inputs, expected, handle):
+    out = handle(*inputs[:4], *inputs[8:], num_tokens=7)
+    np.testing.assert_array_equal(bits(out[:7]), bits(expected[:7]))
+    assert not out[7:].any()
+
+
+def test_unquantized_activations(inputs):
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+    result = torch_moe(*inputs[:2], x, None, *inputs[4:])
+    arrays = [to_jax(t) for t in (*inputs[:2], x)], [to_jax(t) for t in inputs[4:8]]
+    expected = jax_moe.reference(*arrays[0], None, *arrays[1], *inputs[8:])
+    assert relative_error(result, to_torch(expected)) < 0.05
+
+
+def test_no_tokens(handle):
+    empty = torch_inputs(0)
+    result = handle(*empty[:4], *empty[8:])
+    assert result.shape == (0, 256)
+    assert result.dtype == torch.bfloat16
+    assert torch_moe(*empty, out=result) is result
+
+
+def test_strided_activations_are_copied_not_misread(inputs, expected):
+    scale = inputs.hidden_states_scale.t().contiguous().t()
+    assert not scale.is_contiguous()
+    result = torch_moe(*inputs[:3], scale, *inputs[4:])
+    np.testing.assert_array_equal(bits(result), bits(expected))
+
+
+BAD = {
+    "gemm1_weights": (4, lambda t: t.float().numpy(), TypeError, "gemm1_weights: expected a"),
+    "routing_bias": (1, lambda t: t.to("meta"), ValueError, "routing_bias: expected a tensor on"),
+    "gemm2_weights": (
+        6, lambda t: t.to(torch.float8_e5m2), ValueError, "gemm2_weights: unsupported dtype"
+    ),
+    "hidden_states_scale": (
+        3, lambda t: t.requires_grad_(), ValueError, "hidden_states_scale: requires grad"
+    ),
+    "hidden_states": (2, lambda t: t[:, :128], ValueError, "hidden_states"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("index", "spoil", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_tensors_are_named(inputs, index, spoil, error, message):
+    tensors = list(inputs)
+    tensors[index] = spoil(tensors[index].clone())
+    with pytest.raises(error, match=message):
+        torch_moe(*tensors)
+
+
+SCALARS = [
+    (8, -1, ValueError, r"local_expert_offset: expected 0\.\.56, got -1"),
+    (8, 57, ValueError, r"local_expert_offset: expected 0\.\.56, got 57"),
+    (8, 1.5, TypeError, "local_expert_offset: expected an integer"),
+    (8, torch.tensor([8, 8]), TypeError, "local_expert_offset: expected an integer"),
+    (9, "high", TypeError, "routed_scaling_factor: expected a number"),
+    (9, torch.ones(2), TypeError, "routed_scaling_factor: expected a number"),
+]
+
+
+@pytest.mark.parametrize(("index", "value", "error", "message"), SCALARS)
+def test_bad_scalars_are_named(inputs, index, value, error, message):
+    arguments = list(inputs)
+    arguments[index] = value
+    with pytest.raises(error, match=message):
+        torch_moe(*arguments)
+
+
+def test_torch_scalars_count_as_numbers(inputs, expected):
+    result = torch_moe(*inputs[:8], torch.tensor(8), torch.tensor(2.5, dtype=torch.float64))
+    np.testing.assert_array_equal(bits(result), bits(expected))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(20, 256),
+        torch.zeros(19, 256, dtype=torch.bfloat16),
+        torch.zeros(20, 256, dtype=torch.bfloat16, device="meta"),
+    ],
+    ids=["dtype", "shape", "device"],
+)
+def test_bad_destinations_are_named(inputs, out):
+    with pytest.raises(ValueError, match=r"out: expected bfloat16 \[20, 256\] on cpu, got"):
+        torch_moe(*inputs, out=out)
+
+
+def test_inputs_come_from_the_shared_generator():
+    """The torch inputs are the NumPy ones: no second generator to keep right."""
+    arrays = moe_inputs.make_inputs(5, num_experts=64)
+    tensors = torch_inputs(5)
+    np.testing.assert_array_equal(moe_inputs.bits(arrays.gemm1_weights), bits(tensors[4]))
