@@ -174,8 +174,8 @@ def _json(record: dict[str, Any]) -> str:
 
 def _write(root: Path, relative: str, content: str | bytes) -> None:
     path = root / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.resolve().is_relative_to(root):
         raise ValueError(f"{path}: leads out of {root}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path, "w" if isinstance(content, str) else "wb") as file:
         file.write(content)

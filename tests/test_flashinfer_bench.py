@@ -1,0 +1,281 @@
+"""The exported data set against the real package's schema, hostile folders, and the report."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from interop import dataset, workloads  # noqa: E402
+from interop.flashinfer_bench import __main__, run, solutions, traces  # noqa: E402
+from interop.flashinfer_bench.export import export  # noqa: E402
+from interop.flashinfer_bench.report import report  # noqa: E402
+
+NAME = workloads.definition()["name"]
+SOLUTION_FOLDER = f"solutions/jax-moe/moe/{NAME}"
+TRACES = f"traces/moe/{NAME}.jsonl"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> pathlib.Path:
+    return export(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def folder(exported, tmp_path) -> pathlib.Path:
+    """A copy to spoil; the blobs are shared."""
+    for path in exported.rglob("*.json*"):
+        target = tmp_path / path.relative_to(exported)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def trace(workload: workloads.Workload, solution: str, latency: float, status="PASSED") -> dict:
+    passed = status == "PASSED"
+    return {
+        "definition": NAME,
+        "workload": {"uuid": workload.uuid, "axes": {"seq_len": workload.num_tokens}, "inputs": {}},
+        "solution": solution,
+        "evaluation": {
+            "status": status,
+            "environment": {"hardware": "NVIDIA H100 80GB HBM3", "libs": {"torch": "2.11.0"}},
+            "timestamp": "2026-01-01T00:00:00",
+            "log": "",
+            "correctness": {
+                "max_relative_error": "Infinity",
+                "max_absolute_error": 1.0,
+                "extra": {"matched_ratio": 0.93},
+            }
+            if passed
+            else None,
+            "performance": {
+                "latency_ms": latency,
+                "reference_latency_ms": 10.0,
+                "speedup_factor": 10.0 / latency,
+            }
+            if passed
+            else None,
+        },
+    }
+
+
+def write_traces(root: pathlib.Path, rows: list[dict]) -> None:
+    path = root / TRACES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_real_package_accepts_the_folder(exported, monkeypatch, tmp_path):
+    pytest.importorskip("flashinfer_bench")
+    from flashinfer_bench.bench.evaluators import resolve_evaluator
+    from flashinfer_bench.bench.utils import load_safetensors
+    from flashinfer_bench.compile import BuilderRegistry
+    from flashinfer_bench.data import TraceSet
+
+    monkeypatch.setenv("FIB_CACHE_PATH", str(tmp_path))
+    found = TraceSet.from_path(str(exported))
+    definition = found.definitions[NAME]
+    assert len(found.workloads[NAME]) == 19
+    for line in found.workloads[NAME]:
+        tensors = load_safetensors(definition, line.workload, found.root)
+        assert tensors["routing_logits"].shape == (line.workload.axes["seq_len"], 256)
+    names = {solution.name for solution in found.solutions[NAME]}
+    assert names == {"jax_moe_mosaic", "sglang_v1", "sglang_v2"}
+    registry = BuilderRegistry.get_instance()
+    for solution in found.solutions[NAME]:
+        assert not registry.build(definition, solution).metadata.destination_passing_style
+    assert resolve_evaluator(definition).__name__ == "LowBitEvaluator"
+
+
+def test_the_reference_source_is_ours_and_runs_alone(exported):
+    record = json.loads((exported / f"definitions/moe/{NAME}.json").read_text())
+    assert record["reference"] == pathlib.Path(workloads.__file__).with_name(
+        "torch_definition.py"
+    ).read_text("utf-8")
+    assert "import interop" not in record["reference"]
+    assert list(record["inputs"]) == list(workloads.definition()["inputs"])
+
+
+def test_our_own_reader_accepts_the_folder(exported):
+    rows = dataset.read_workloads(exported)
+    assert [row.workload.uuid for row in rows] == [row.uuid for row in workloads.workloads()]
+    for row in rows[:3]:
+        logits, bias = dataset.read_routing(exported, row)
+        assert logits.shape == (row.workload.num_tokens, 256)
+        assert set(bias.astype(float)) == {4.9375, 4.96875}
+    assert set(traces.read_solutions(exported)) == {"jax_moe_mosaic", "sglang_v1", "sglang_v2"}
+
+
+def test_stand_ins_are_labelled_and_seeded(exported, tmp_path):
+    from safetensors import safe_open
+
+    blobs = sorted(exported.glob("blob/**/*.safetensors"))
+    assert len(blobs) == 19
+    for blob in blobs:
+        assert blob.name.startswith("stand_in_")
+        with safe_open(blob, "np") as file:
+            assert "not the published blob" in file.metadata()["source"]
+    assert "not the published blob" in (exported / "README.md").read_text()
+    small = next(blob for blob in blobs if "e05c6c03" in blob.name)
+    again, other = export(tmp_path / "a"), export(tmp_path / "b", seed=1)
+    relative = small.relative_to(exported)
+    assert (again / relative).read_bytes() == small.read_bytes()
+    assert (other / relative).read_bytes() != small.read_bytes()
+
+
+def test_a_data_set_with_blobs_is_copied(exported, tmp_path):
+    copied = export(tmp_path, dataset=exported)
+    for ours, theirs in zip(
+        dataset.read_workloads(copied), dataset.read_workloads(exported), strict=True
+    ):
+        assert ours.workload[:3] == theirs.workload[:3]
+        left, right = dataset.read_routing(copied, ours), dataset.read_routing(exported, theirs)
+        assert left[0].tobytes() == right[0].tobytes()
+        assert left[1].tobytes() == right[1].tobytes()
+
+
+def test_nothing_is_written_through_a_symlink(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "blob").symlink_to(outside, target_is_directory=True)
+    with pytest.raises(ValueError, match="leads out of"):
+        export(tmp_path / "inside")
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("name", ["jax_moe_mosaic", "sglang_v1", "sglang_v2"])
+def test_solution_sources_call_with_the_definitions_arguments(name):
+    import ast
+
+    (record,) = [r for r in solutions.records() if r["name"] == name]
+    tree = ast.parse(record["sources"][0]["content"])
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names = list(workloads.definition()["inputs"])
+    assert [argument.arg for argument in function.args.args] == names
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and node.args]
+    assert [argument.id for argument in calls[0].args] == names
+    assert ("synchronize" in ast.unparse(function)) == (name == "jax_moe_mosaic")
+    assert record["spec"]["destination_passing_style"] is False
+
+
+SPOILED_SOLUTIONS = {
+    "absolute path": (lambda s: s["sources"][0].update(path="/etc/x.py"), r"relative path"),
+    "parent path": (lambda s: s["sources"][0].update(path="a/../../x.py"), r"relative path"),
+    "empty path": (lambda s: s["sources"][0].update(path=""), r"relative path"),
+    "source twice": (lambda s: s["sources"].append(s["sources"][0]), "appears twice"),
+    "no source": (lambda s: s.update(sources=[]), "list with an entry"),
+    "no entry": (lambda s: s["spec"].update(entry_point="other.py::run"), "entry_point"),
+    "bad entry": (lambda s: s["spec"].update(entry_point="main.py"), "entry_point"),
+    "unknown definition": (lambda s: s.update(definition="mla"), "unknown definition 'mla'"),
+    "unknown key": (lambda s: s.update(extra=1), "unknown key 'extra'"),
+    "unknown spec key": (lambda s: s["spec"].update(shell="rm"), "unknown key 'shell'"),
+    "name of another": (lambda s: s.update(name="sglang_v2"), "'sglang_v2' appears twice"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED_SOLUTIONS.values(), ids=SPOILED_SOLUTIONS)
+def test_hostile_solutions_are_refused(folder, spoil, message):
+    path = folder / SOLUTION_FOLDER / "sglang_v1.json"
+    record = json.loads(path.read_text())
+    spoil(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        traces.read_solutions(folder)
+
+
+ROW = workloads.workloads()[0]
+SPOILED_TRACES = {
+    "unknown solution": (lambda t: t.update(solution="other"), "unknown solution 'other'"),
+    "unknown workload": (lambda t: t["workload"].update(uuid="x"), "unknown uuid 'x'"),
+    "unknown definition": (lambda t: t.update(definition="x"), "unknown definition 'x'"),
+    "unknown status": (lambda t: t["evaluation"].update(status="FINE"), "unknown status"),
+    "unknown key": (lambda t: t.update(path="../x"), "unknown key 'path'"),
+    "negative time": (
+        lambda t: t["evaluation"]["performance"].update(latency_ms=-1.0), "positive number"
+    ),
+    "no time": (lambda t: t["evaluation"].update(performance=None), "performance: expected"),
+    "workload line": (lambda t: t.update(solution=None, evaluation=None), "unknown solution None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED_TRACES.values(), ids=SPOILED_TRACES)
+def test_hostile_traces_are_refused(folder, spoil, message):
+    row = trace(ROW, "sglang_v1", 1.0)
+    spoil(row)
+    write_traces(folder, [row])
+    with pytest.raises(ValueError, match=message):
+        report(folder)
+    assert not (folder / "flashinfer_bench.md").exists()
+
+
+def test_a_trace_twice_or_outside_is_refused(folder, tmp_path_factory):
+    write_traces(folder, [trace(ROW, "sglang_v1", 1.0)] * 2)
+    with pytest.raises(ValueError, match="two traces"):
+        traces.read_traces(folder)
+    outside = tmp_path_factory.mktemp("outside") / "t.jsonl"
+    outside.write_text(json.dumps(trace(ROW, "sglang_v1", 1.0)))
+    (folder / TRACES).unlink()
+    (folder / TRACES).symlink_to(outside)
+    with pytest.raises(ValueError, match="leads out"):
+        traces.read_traces(folder)
+
+
+def test_the_report_from_traces(folder):
+    latencies = {"jax_moe_mosaic": 0.5, "sglang_v1": 2.0, "sglang_v2": 1.0}
+    rows = [
+        trace(row, name, latency)
+        for row in workloads.workloads()
+        for name, latency in latencies.items()
+    ]
+    rows[1] = trace(workloads.workloads()[0], "sglang_v1", 0, status="TIMEOUT")
+    write_traces(folder, rows)
+    settings = run.Settings(warmup_runs=2, iterations=5, num_trials=1)
+    record = {"command": "flashinfer-bench run", "settings": settings._asdict(), "versions": {}}
+    (folder / run.RECORD).write_text(json.dumps(record))
+    sizes = {"sglang_v1": {row.uuid: 1 << 30 for row in workloads.workloads()}}
+    (folder / "workspace.json").write_text(json.dumps(sizes))
+    text = report(folder).read_text()
+    assert text.startswith("# sglang_v1 vs sglang_v2 vs jax_moe_mosaic\n")
+    assert "- Device: NVIDIA H100 80GB HBM3" in text
+    assert "rtol 0.2, atol 0.1, required_matched_ratio 0.85" in text
+    assert "warmup_runs 2, iterations 5, num_trials 1, timeout 600" in text
+    assert "sglang_v1 18 of 19" in text
+    assert "`jax_moe_mosaic` is 4.00x as fast as `sglang_v1`" in text
+    assert "- `sglang_v1`: 1,073,741,824 bytes" in text
+    assert "| `b8f4f012` | 7 | 192 | TIMEOUT | - | 1.000 | 10.00x |" in text
+
+
+def test_the_command_line_explains_bad_input(tmp_path, capsys):
+    assert __main__.main(["report", str(tmp_path)]) == 2
+    assert "workloads" in capsys.readouterr().err
+    assert __main__.main(["run", str(tmp_path / "none")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["report", str(tmp_path), "--unknown"])
+
+
+def test_a_run_can_be_cut_into_pieces(folder, monkeypatch):
+    seen = {}
+
+    def record(command, env, check):
+        root = pathlib.Path(command[command.index("--local") + 1])
+        lines = (root / f"workloads/moe/{NAME}.jsonl").read_text().splitlines()
+        seen["tokens"] = [json.loads(line)["workload"]["axes"]["seq_len"] for line in lines]
+        seen["solutions"] = len(list((root / "solutions").rglob("*.json")))
+        (root / "traces" / "x").write_text("kept")
+        seen["command"], seen["env"] = command, env
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(run.subprocess, "run", record)
+    assert run.run(folder, tokens=[1, 80], extra=["--use-isolated-runner"]) == 0
+    assert sorted(seen["tokens"]) == [1, 80]
+    assert seen["solutions"] == 3
+    assert (folder / "traces" / "x").read_text() == "kept"
+    assert seen["command"][-1] == "--use-isolated-runner"
+    assert seen["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    with pytest.raises(ValueError, match="no workload"):
+        run.run(folder, tokens=[2])

@@ -1,0 +1,122 @@
+"""The published document: its arithmetic, its sentences, and what it must never show."""
+
+from __future__ import annotations
+
+import pytest
+
+from interop import seed_analysis, seed_report
+from interop.seed_report import PASSED, Measurement, WorkloadRow
+
+# The published speedups: num_tokens, v1, v2.
+PUBLISHED = [
+    (1, 13.8, 23.42), (7, 21.78, 23.02), (14, 22.75, 27.55), (15, 20.64, 28.3), (16, 18.86, 22.36),
+    (32, 21.57, 20.88), (52, 19.61, 22.24), (53, 23.08, 26.9), (54, 23.7, 25.0), (55, 24.9, 26.33),
+    (56, 25.47, 26.61), (57, 24.47, 27.41), (58, 24.27, 24.04), (59, 24.28, 25.54),
+    (62, 23.79, 27.28), (80, 23.78, 25.24), (901, 17.8, 20.44), (11948, 3.8, 4.29),
+    (14107, 4.02, 4.61),
+]  # fmt: skip
+WORKLOADS = [WorkloadRow(f"{tokens:08d}-0000", tokens, 32) for tokens, _, _ in PUBLISHED]
+DESIGNS = {"v1": {"SwiGLU": "copy"}, "v2": {"SwiGLU": "views", "Workspace": "small"}}
+
+
+def published_results() -> dict[str, dict[str, Measurement]]:
+    reference = 15.0
+    return {
+        name: {
+            row.uuid: Measurement(PASSED, reference / speedups[column], reference, 10 * column)
+            for row, speedups in zip(WORKLOADS, PUBLISHED, strict=True)
+        }
+        for column, name in ((1, "v1"), (2, "v2"))
+    }
+
+
+def render(results, workloads=WORKLOADS, **options):
+    return seed_report.render(workloads, results, header={"Device": "B200"}, command="x", **options)
+
+
+def cells(text: str, label: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_means_are_those_of_the_rows():
+    """The published document misprints the first mean as 19.60."""
+    text = render(published_results())
+    assert cells(text, "**mean**")[4::2] == ["20.12x", "22.71x"]
+    assert cells(text, "**mean**")[-1] == "1.14x"
+    assert cells(text, "**geomean**")[-1] == "1.13x"
+
+
+def test_rows_are_sorted_and_ratios_are_of_latencies():
+    text = render(published_results(), workloads=WORKLOADS[::-1])
+    shown = [int(line.split("|")[2]) for line in text.splitlines() if line.startswith("| `")]
+    assert shown == sorted(row.num_tokens for row in WORKLOADS)
+    assert cells(text, "`00000001`")[4:] == ["13.80x", "0.640", "23.42x", "1.70x"]
+
+
+def test_the_analysis_covers_the_regimes_and_nothing_else():
+    headings = [heading for heading, _ in seed_analysis.analysis(WORKLOADS, published_results())]
+    assert headings == [
+        "All workloads (19 workloads)",
+        "T = 1 (1 workload)",
+        "T = 7-32 (5 workloads)",
+        "T = 50-80 (10 workloads)",
+        "T = 901 (1 workload)",
+        "T > 10K (2 workloads)",
+    ]
+    regimes = seed_analysis.REGIMES
+    for tokens in (1, 2, 6, 7, 33, 81, 900, 901, 902, 10_000, 10_001, 10**6):
+        assert sum(regime.holds(tokens) for regime in regimes) == 1
+
+
+def test_sentences_say_what_the_numbers_say():
+    groups = dict(seed_analysis.analysis(WORKLOADS, published_results()))
+    small = groups["T = 7-32 (5 workloads)"]
+    assert (
+        "`v2` is 1.15x as fast as `v1` (geometric mean, 0.97x to 1.37x), faster on 4 of 5." in small
+    )
+    assert "Fastest: `v1` on 1 of 5, `v2` on 4 of 5." in small
+    assert "`v2` is 1.70x as fast as `v1`." in groups["T = 1 (1 workload)"]
+
+
+def test_a_wrong_result_never_shows_a_speed():
+    results = published_results()
+    first = WORKLOADS[0].uuid
+    results["v2"][first] = Measurement("INCORRECT_NUMERICAL", 0.1, 15.0)
+    del results["v2"][WORKLOADS[1].uuid]
+    text = render(results)
+    assert cells(text, "`00000001`")[-3:] == ["INCORRECT_NUMERICAL", "-", "-"]
+    assert cells(text, "`00000007`")[-3:] == ["not run", "-", "-"]
+    assert cells(text, "**mean**")[0] == "**mean** of 17"
+    assert "`v2` has no passing result on 2 of 19." in text
+
+
+def test_a_solution_that_never_passed_does_not_empty_the_means():
+    results = published_results() | {"broken": {WORKLOADS[0].uuid: Measurement("TIMEOUT")}}
+    assert cells(render(results), "**mean**")[0] == "**mean** of 19"
+
+
+def test_differences_and_workspace():
+    text = render(published_results(), designs=DESIGNS)
+    assert cells(text, "SwiGLU")[1:] == ["copy", "views"]
+    assert cells(text, "Workspace")[1:] == ["-", "small"]
+    assert "- `v2`: 20 bytes (at T=1)" in text
+    without = {"v1": {row.uuid: Measurement(PASSED, 1.0, 2.0) for row in WORKLOADS}}
+    assert "- `v1`: not measured in this run" in render(without)
+
+
+def test_documents_are_written_whole(tmp_path):
+    path = seed_report.write(
+        tmp_path / "new", WORKLOADS, published_results(), header={}, command="x", name="report"
+    )
+    assert path == tmp_path / "new" / "report.md"
+    assert "![Speedup against tokens](report.png)" in path.read_text()
+    assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["report.md", "report.png"]
+
+
+def test_bad_rows_are_refused():
+    with pytest.raises(ValueError, match="needs workloads and results"):
+        render({})
+    with pytest.raises(ValueError, match="not listed: nobody"):
+        render({"v1": {"nobody": Measurement(PASSED, 1.0, 2.0)}})
