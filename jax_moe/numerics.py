@@ -36,6 +36,20 @@ def dequantize_weight(
     return (blocks * scales[:, None, :, None]).reshape(values.shape)
 
 
+def to_bits(values: Array) -> Array:
+    """The same bits as unsigned integers.
+
+    Rows of an 8 or 16 bit float array are read and written in this form: XLA's CPU compiler would
+    convert the whole array to a wider type and back for each slice, gather or update.
+    """
+    return lax.bitcast_convert_type(values, jnp.dtype(f"uint{8 * values.dtype.itemsize}"))
+
+
+def take(values: Array, index: Array) -> Array:
+    """`values[index]`, reading no more than that."""
+    return lax.bitcast_convert_type(to_bits(values)[index], values.dtype)
+
+
 def swiglu(gemm1_output: Float32[Array, "R 2*I"]) -> Float32[Array, "R I"]:
     """`silu(second half) * first half`: the gate is the *second* half of the columns.
 
@@ -81,4 +95,4 @@ def _best(ranks: Array, count: int) -> Array:
         best = lax.argmax(ranks, ranks.ndim - 1, jnp.int32)
         return jnp.where(columns == best[..., None], _LOWEST, ranks), best
 
-    return jnp.moveaxis(lax.scan(take, ranks, length=count)[1], 0, -1)
+    return jnp.moveaxis(lax.scan(take, ranks, length=count, unroll=8)[1], 0, -1)

@@ -6,7 +6,7 @@ from jax import Array, lax
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
 from jax_moe.config import MoEConfig
-from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, route, swiglu
+from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, route, swiglu, take
 from jax_moe.transforms import as_varying
 
 _TILE = 512  # tokens of one expert that are in float32 at a time
@@ -40,7 +40,7 @@ def layer(
 
         def one_tile(i: Array, out: Array) -> Array:
             rows = lax.dynamic_slice_in_dim(tokens, i * _TILE, _TILE)
-            x = hidden_states[rows].astype(jnp.float32)
+            x = take(hidden_states, rows).astype(jnp.float32)
             if hidden_states_scale is not None:
                 x = dequantize_rows(x, hidden_states_scale[:, rows])
             hidden = swiglu(matmul(x, dequantize_weight(w13, s13)))

@@ -6,13 +6,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from scipy import special
 
 TINY = np.finfo(np.float32).tiny  # 2**-126
 
 
 def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows to e4m3 values [R,C] and f32 scales [C/128,R]."""
-    blocks = np.asarray(x, np.float32).reshape(x.shape[0], -1, 128)
+    blocks = np.asarray(x, np.float32).reshape(len(x), x.shape[1] // 128, 128)
     blocks = np.where(np.abs(blocks) < TINY, np.float32(0), blocks)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         scales = np.maximum(np.abs(blocks).max(axis=2), 448 * TINY) / np.float32(448)
@@ -53,7 +54,7 @@ def layer(
             continue
         g = x[token] @ _dequantize(w13[local], s13[local]).T
         up, gate = np.split(g, 2, axis=1)
-        hidden = gate / (1 + np.exp(-gate)) * up
+        hidden = gate * special.expit(gate) * up
         if requantize:
             values, scales = quantize(hidden.astype(np.float32))
             hidden = values.astype(np.float64) * np.repeat(scales.T, 128, axis=1)
@@ -62,7 +63,7 @@ def layer(
 
 
 def _scores(logits: Any, bias: Any, config: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    scores = special.expit(np.asarray(logits, np.float64))
     biased = scores + np.asarray(bias, np.float64)
     best = _argsort(_group_scores(biased, config))[:, : config.topk_group]
     kept = (best[:, None, :] == np.arange(config.n_group)[:, None]).any(axis=2)

@@ -10,13 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32, UInt8
+from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, swiglu
+from jax_moe.device import device_of
+from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, swiglu, take, to_bits
 from jax_moe.numerics import route as route
 from jax_moe.transforms import as_varying
 from jax_moe.types import DispatchPlan, Quantized
-from pallas_kernels.shapes import QUANT_BLOCK, cdiv, max_rows
+from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
 NAME = "xla"
 
@@ -43,8 +44,11 @@ def quantize(x: Float[Array, "R C"]) -> Quantized:
 
 
 def _divide(x: Array, y: Array | float) -> Array:
-    """`x / y`, rounded once. XLA makes a plain division by a constant, a broadcast or a quotient
-    a product with a rounded reciprocal; the select is none of these and changes no result."""
+    """`x / y`, rounded once.
+
+    XLA makes a plain division by a constant, a broadcast or a quotient a product with a rounded
+    reciprocal; the select is none of these and changes no result.
+    """
     return x / jnp.where(jnp.isnan(x), x, y)
 
 
@@ -111,25 +115,20 @@ def up_project(
 
     def tile(start: Array, weight: Array, out: Quantized) -> Quantized:
         tokens = lax.dynamic_slice_in_dim(plan.row_token, start, plan.block_m)
-        x = dequantize_rows(hidden_states[tokens], hidden_states_scale[:, tokens])
+        x = dequantize_rows(take(hidden_states, tokens), hidden_states_scale[:, tokens])
         x = jnp.where(tokens[:, None] >= 0, x, 0)
         values, scales = quantize(swiglu(matmul(x, weight)))
         return Quantized(
-            lax.dynamic_update_slice_in_dim(out.values, _bits(values), start, 0),
+            lax.dynamic_update_slice_in_dim(out.values, to_bits(values), start, 0),
             lax.dynamic_update_slice_in_dim(out.scales, scales, start, 1),
         )
 
-    # As bytes: XLA would widen an FP8 array on a CPU, all of it in each turn of the loop.
     out = Quantized(
         jnp.zeros((rows, intermediate), jnp.uint8),
         jnp.zeros((intermediate // QUANT_BLOCK, rows), jnp.float32),
     )
-    out = _for_each_live_tile(tile, gemm1_weights, gemm1_weights_scale, plan, out)
-    return out._replace(values=lax.bitcast_convert_type(out.values, jnp.float8_e4m3fn))
-
-
-def _bits(values: Float8e4m3fn[Array, "R C"]) -> UInt8[Array, "R C"]:
-    return lax.bitcast_convert_type(values, jnp.uint8)
+    bits, scales = _for_each_live_tile(tile, gemm1_weights, gemm1_weights_scale, plan, out)
+    return Quantized(lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), scales)
 
 
 def down_project(
@@ -141,13 +140,14 @@ def down_project(
     """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
 
     def tile(start: Array, weight: Array, out: Array) -> Array:
-        values = lax.dynamic_slice_in_dim(activations.values, start, plan.block_m, 0)
-        scales = lax.dynamic_slice_in_dim(activations.scales, start, plan.block_m, 1)
-        product = matmul(dequantize_rows(values, scales), weight)
-        return lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, 0)
+        rows = start + jnp.arange(plan.block_m, dtype=jnp.int32)
+        x = dequantize_rows(take(activations.values, rows), activations.scales[:, rows])
+        product = matmul(x, weight).astype(jnp.bfloat16)
+        return lax.dynamic_update_slice_in_dim(out, to_bits(product), start, 0)
 
-    out = jnp.zeros((plan.row_token.shape[0], gemm2_weights.shape[1]), jnp.bfloat16)
-    return _for_each_live_tile(tile, gemm2_weights, gemm2_weights_scale, plan, out)
+    out = jnp.zeros((plan.row_token.shape[0], gemm2_weights.shape[1]), jnp.uint16)
+    out = _for_each_live_tile(tile, gemm2_weights, gemm2_weights_scale, plan, out)
+    return lax.bitcast_convert_type(out, jnp.bfloat16)
 
 
 def _for_each_live_tile(
@@ -165,7 +165,7 @@ def _for_each_live_tile(
 
     def one_expert(i: Array, out: Any) -> Any:
         expert = live[i]
-        weight = dequantize_weight(weights[expert], weights_scale[expert])
+        weight = dequantize_weight(take(weights, expert), weights_scale[expert])
         first = plan.group_offsets[expert]
         tiles = (plan.group_sizes[expert] + plan.block_m - 1) // plan.block_m
         return lax.fori_loop(
@@ -186,7 +186,9 @@ def combine(
     total = jnp.zeros((num_tokens, expert_outputs.shape[1]), jnp.float32)
     for choice in range(top_k):
         rows = plan.pair_row[:, choice, None]
-        weighted = expert_outputs[rows[:, 0]].astype(jnp.float32) * topk_weights[:, choice, None]
+        weighted = (
+            take(expert_outputs, rows[:, 0]).astype(jnp.float32) * topk_weights[:, choice, None]
+        )
         total += jnp.where(rows >= 0, weighted, 0)
     return total.astype(jnp.bfloat16)
 
@@ -198,11 +200,13 @@ def workspace_bytes(
     hidden_size: int,
     intermediate_size: int,
 ) -> int:
-    """Bound on the temporary memory; see `jax_moe.workspace_bytes`."""
+    """Bound on the temporary memory for up to 256 experts; see `jax_moe.workspace_bytes`."""
     rows = max_rows(num_tokens, top_k, num_local_experts, _MAX_BLOCK_M)
-    activations = rows * (intermediate_size + 4 * cdiv(intermediate_size, QUANT_BLOCK))
-    expert_outputs = 2 * rows * hidden_size
-    one_expert = 4 * 2 * intermediate_size * hidden_size
+    one_expert = 3 * intermediate_size * hidden_size
+    one_row = intermediate_size + 4 * intermediate_size // QUANT_BLOCK + 2 * hidden_size
     one_tile = 4 * _MAX_BLOCK_M * (hidden_size + 2 * intermediate_size)
-    tokens = num_tokens * (4 * hidden_size + 64 * top_k + 16 * num_local_experts)
-    return activations + expert_outputs + 3 * one_expert + 4 * one_tile + tokens + (1 << 20)
+    one_token = 16 * 256 + 64 * top_k + 16 * num_local_experts  # routing and plan
+    total = rows * one_row + 4 * one_expert + 4 * one_tile + num_tokens * one_token + (1 << 20)
+    if device_of().platform == "cpu":  # there XLA copies e4m3 arrays to see them as bytes
+        total += num_local_experts * one_expert + num_tokens * hidden_size
+    return total

@@ -1,0 +1,216 @@
+"""`apply` under JAX's transformations, with every kind of scalar, and what it compiles."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import api, buckets
+from tests import numpy_oracle
+from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
+
+apply = functools.partial(jax_moe.apply, config=SMALL, backend="xla")
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return on_device(make_inputs(64))
+
+
+@pytest.fixture(scope="module")
+def expected(inputs):
+    return bits(apply(*inputs))
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts how often the layer is traced."""
+    count = []
+    layer = api._layer
+    monkeypatch.setattr(api, "_layer", lambda *a, **k: count.append(1) or layer(*a, **k))
+    api._jitted_layer.clear_cache()
+    yield count
+    api._jitted_layer.clear_cache()
+
+
+def test_jit_equals_eager(inputs, expected):
+    np.testing.assert_array_equal(bits(jax.jit(apply)(*inputs)), expected)
+
+
+def test_numpy_equals_jax(expected):
+    np.testing.assert_array_equal(bits(apply(*make_inputs(64))), expected)
+
+
+@pytest.mark.parametrize("scalar", [int, np.int64, np.uint8, np.asarray, jnp.int32, jnp.int8])
+def test_kinds_of_offset(inputs, expected, scalar):
+    out = apply(*inputs._replace(local_expert_offset=scalar(8)))
+    np.testing.assert_array_equal(bits(out), expected)
+
+
+@pytest.mark.parametrize("scalar", [float, np.float64, np.float16, np.asarray, jnp.float32])
+def test_kinds_of_factor(inputs, expected, scalar):
+    out = apply(*inputs._replace(routed_scaling_factor=scalar(2.5)))
+    np.testing.assert_array_equal(bits(out), expected)
+
+
+def test_new_scalars_do_not_recompile(inputs, traces):
+    for offset, factor in [(0, 1), (8, 2.5), (np.int64(24), np.float64(3)), (jnp.int32(1), 0.0)]:
+        apply(*inputs[:8], offset, factor)
+    assert len(traces) == 1
+    jitted = jax.jit(apply)
+    for offset in range(5):
+        jitted(*inputs[:8], offset, 2.5)
+    assert jitted._cache_size() == 1
+
+
+def test_a_traced_offset_out_of_range_skips_experts_that_do_not_exist(inputs):
+    run = jax.jit(lambda offset: apply(*inputs[:8], offset, 2.5))
+    for offset in (-3, 29, 1000, -(2**31), 2**31 - 1):
+        expected = numpy_oracle.layer(*inputs[:8], offset, 2.5, config=SMALL)
+        out = np.asarray(run(offset), np.float32)
+        if expected.any():
+            assert relative_error(out, expected) < 0.03
+        else:
+            assert not out.any()
+
+
+def test_varying_token_counts_compile_at_most_ten_programs(traces):
+    inputs = make_inputs(256, hidden_size=128)
+    with jax.log_compiles(False), _counting_compilations() as compilations:
+        for n in range(1, 257):
+            inputs_n = inputs._replace(
+                routing_logits=inputs.routing_logits[:n],
+                hidden_states=inputs.hidden_states[:n],
+                hidden_states_scale=inputs.hidden_states_scale[:, :n],
+            )
+            assert apply(*inputs_n).shape == (n, 128)
+    assert len(traces) <= 10
+    assert len(compilations) <= 10
+
+
+class _counting_compilations:  # noqa: N801
+    """Collects one entry for each program that XLA compiles."""
+
+    def __enter__(self):
+        self.durations = []
+        self.listener = lambda event, seconds, **_: (
+            self.durations.append(seconds) if event.endswith("backend_compile_duration") else None
+        )
+        jax.monitoring.register_event_duration_secs_listener(self.listener)
+        return self.durations
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self.listener)
+
+
+def test_buckets_are_few_and_close():
+    assert [buckets.bucket(n) for n in (0, 1, 2, 3, 80, 256, 257, 901, 11948, 14107)] == [
+        0, 1, 2, 4, 128, 256, 288, 960, 12288, 14336,
+    ]  # fmt: skip
+    sizes = {buckets.bucket(n) for n in range(1, 16385)}
+    assert len(sizes) == 9 + 6 * 8
+    assert all(buckets.bucket(size) == size for size in sizes)
+    assert all(n <= buckets.bucket(n) <= 1.125 * n + 1 for n in range(257, 16385))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 65, 200])
+def test_padding_to_a_bucket_changes_no_bit(num_tokens):
+    inputs = make_inputs(num_tokens)
+    exact = jax.jit(lambda: apply(*inputs))
+    jitted = jax.jit(apply)
+    np.testing.assert_array_equal(bits(apply(*inputs)), bits(jitted(*inputs)))
+    np.testing.assert_array_equal(bits(apply(*on_device(inputs))), bits(exact()))
+
+
+def test_num_tokens_marks_the_live_rows(inputs, expected):
+    garbage = inputs._replace(
+        routing_logits=inputs.routing_logits.at[40:].set(jnp.nan),
+        hidden_states_scale=inputs.hidden_states_scale.at[:, 40:].set(jnp.inf),
+    )
+    jitted = jax.jit(lambda n: apply(*garbage, num_tokens=n))
+    for out in (apply(*garbage, num_tokens=40), jitted(40)):
+        np.testing.assert_array_equal(bits(out)[:40], expected[:40])
+        assert not bits(out)[40:].any()
+    for n in (0, 1, 64):
+        out = bits(jax.jit(lambda n: apply(*inputs, num_tokens=n))(n))
+        np.testing.assert_array_equal(out[:n], expected[:n])
+        assert not out[n:].any()
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda f, x: jax.grad(lambda x: f(x).astype(jnp.float32).sum())(x),
+        lambda f, x: jax.jvp(f, (x,), (x,)),
+        lambda f, x: jax.vjp(f, x),
+        lambda f, x: jax.jit(jax.jacfwd(f))(x),
+    ],
+)
+def test_derivatives_are_refused_clearly(inputs, differentiate):
+    for layer in (apply, functools.partial(jax_moe.reference, config=SMALL)):
+        with pytest.raises(NotImplementedError, match="forward only"):
+            differentiate(lambda logits, layer=layer: layer(logits, *inputs[1:]), inputs[0])
+
+
+def test_vmap_runs_one_by_one(inputs):
+    batch = jnp.stack([inputs.routing_logits, inputs.routing_logits[::-1]])
+    offsets = jnp.array([8, 16])
+    out = jax.vmap(lambda logits, offset: apply(logits, *inputs[1:8], offset, 2.5))(batch, offsets)
+    for i in range(2):
+        one = apply(batch[i], *inputs[1:8], offsets[i], 2.5)
+        np.testing.assert_array_equal(bits(out[i]), bits(one))
+
+
+def test_export_round_trip(inputs, expected):
+    pytest.importorskip("flatbuffers")
+    exported = jax.export.export(jax.jit(apply))(*inputs)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(bits(again.call(*inputs)), expected)
+
+
+def test_donated_inputs(inputs, expected):
+    donating = jax.jit(lambda x, *rest: apply(*rest[:2], x, *rest[2:]), donate_argnums=0)
+    x = jnp.array(inputs.hidden_states)
+    rest = (*inputs[:2], *inputs[3:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # XLA may not find a use for the buffer
+        np.testing.assert_array_equal(bits(donating(x, *rest)), expected)
+
+
+def test_debug_nans_with_finite_inputs(inputs, expected):
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(bits(apply(*inputs)), expected)
+        jax_moe.reference(*inputs, config=SMALL)
+
+
+def test_debug_infs_and_transfer_guard(inputs, expected):
+    jitted = jax.jit(apply)
+    arguments = jax.device_put((*inputs[:8], np.int32(8), np.float32(2.5)))
+    jitted(*arguments)
+    with jax.transfer_guard("disallow"):
+        np.testing.assert_array_equal(bits(jitted(*arguments)), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 1024])
+def test_temporary_memory_stays_below_the_stated_bound(num_tokens):
+    inputs = make_inputs(num_tokens, hidden_size=512, intermediate_size=256)
+    compiled = jax.jit(apply).lower(*inputs).compile()
+    bound = jax_moe.workspace_bytes(
+        num_tokens, num_local_experts=8, hidden_size=512, intermediate_size=256, config=SMALL
+    )
+    assert 0 < compiled.memory_analysis().temp_size_in_bytes <= bound
+
+
+def test_workspace_bound_at_full_size():
+    with jax_moe.assume_device("sm_90"):
+        bound = jax_moe.workspace_bytes(
+            14107, num_local_experts=32, hidden_size=7168, intermediate_size=2048, backend="xla"
+        )
+    assert bound <= 2.5e9

@@ -1,0 +1,271 @@
+"""The whole layer on every backend: right, isolated, repeatable."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import DEEPSEEK_V3, MoEConfig
+from tests import numpy_oracle
+from tests.backend_cases import EVERYWHERE, running
+from tests.moe_inputs import (
+    E4M3,
+    SMALL,
+    bits,
+    logits_for,
+    make_inputs,
+    on_device,
+    relative_error,
+)
+
+TO_ORACLE = 0.03  # e4m3 between the matmuls
+TO_REQUANTIZING_ORACLE = 0.004  # a few values round to the neighbour
+PLAIN = MoEConfig(top_k=4, n_group=1, topk_group=1)
+
+
+def apply(case, inputs, config=SMALL):
+    with running(case) as backend:
+        return jax_moe.apply(*inputs, config=config, backend=backend)
+
+
+def check(case, inputs, config=SMALL):
+    out = apply(case, inputs, config)
+    assert out.dtype == jax.numpy.bfloat16
+    assert out.shape == inputs.hidden_states.shape
+    with np.errstate(over="ignore"):
+        expected = numpy_oracle.layer(*inputs, config=config)
+        requantized = numpy_oracle.layer(*inputs, config=config, requantize=True)
+    is_zero = (expected == 0).all(axis=1)
+    assert not bits(out)[is_zero].any(), "a token without a local expert must be exactly zero"
+    if not is_zero.all():
+        assert relative_error(out, expected) < TO_ORACLE
+        assert relative_error(out, requantized) < TO_REQUANTIZING_ORACLE
+    return out
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 63, 64, 65, 601])
+def test_token_counts(case, num_tokens):
+    check(case, make_inputs(num_tokens))
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (DEEPSEEK_V3, dict(num_experts=256, num_local_experts=32, offset=96)),
+        (DEEPSEEK_V3, dict(num_experts=256, num_local_experts=5, offset=251)),
+        (MoEConfig(2, 1, 1), dict(num_experts=9, num_local_experts=9, offset=0)),
+        (SMALL, dict(hidden_size=384, intermediate_size=256)),
+    ],
+)
+def test_other_sizes(case, config, shape):
+    check(case, make_inputs(61, **shape), config)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_unquantized_hidden_states_equal_quantizing_first(case, dtype):
+    inputs = make_inputs(31)
+    x = np.random.default_rng(5).standard_normal((31, 256)).astype(dtype)
+    values, scales = numpy_oracle.quantize(x)
+    first = apply(case, inputs._replace(hidden_states=values, hidden_states_scale=scales))
+    inside = apply(case, inputs._replace(hidden_states=x, hidden_states_scale=None))
+    np.testing.assert_array_equal(bits(inside), bits(first))
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_no_token(case):
+    out = apply(case, make_inputs(0))
+    assert out.shape == (0, 256)
+    assert out.dtype == jax.numpy.bfloat16
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_no_local_token(case):
+    inputs = make_inputs(64)
+    bias = np.zeros(32, np.float32)
+    bias[[0, 1, 2, 3]] = 10
+    assert not bits(apply(case, inputs._replace(routing_bias=bias))).any()
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("num_tokens", [64, 127, 128])
+def test_all_tokens_to_the_same_experts(case, num_tokens):
+    inputs = make_inputs(num_tokens)
+    bias = np.zeros(32, np.float32)
+    bias[[8, 9, 14, 15]] = 10
+    check(case, inputs._replace(routing_bias=bias))
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_every_pattern_of_empty_experts(case):
+    """256 patterns of 8 local experts; token t of a pattern goes to its (t mod n)-th expert."""
+    inputs = on_device(make_inputs(24, num_experts=12, offset=0))
+    with running(case) as backend:
+        run = jax.jit(
+            lambda logits: jax_moe.apply(
+                logits, *inputs[1:], config=MoEConfig(1, 1, 1), backend=backend
+            )
+        )
+        per_expert = {}
+        for size in (1, *range(8, 1, -1), 0):
+            for pattern in itertools.combinations(range(8), size):
+                experts = np.resize(pattern or (11,), 24)
+                out = bits(run(logits_for(experts[:, None], 12, 1)))
+                if size == 1:
+                    per_expert[pattern[0]] = out
+                elsewhere = np.zeros_like(out)
+                expected = [per_expert.get(e, elsewhere)[t] for t, e in enumerate(experts)]
+                np.testing.assert_array_equal(out, expected)
+    assert len(per_expert) == 8
+    logits = logits_for(np.arange(24)[:, None] % 8, 12, 1)
+    expected = numpy_oracle.layer(logits, *inputs[1:], config=MoEConfig(1, 1, 1))
+    out = np.stack([per_expert[t % 8][t] for t in range(24)]).view(ml_dtypes.bfloat16)
+    assert relative_error(out, expected) < TO_ORACLE
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_a_distinct_scale_everywhere_is_exact(case):
+    """Powers of two all along, so that a scale of the wrong row or block shows in the bits.
+
+    Each row and block has one non-zero element. The gate is large, so silu is the identity.
+    """
+    rng = np.random.default_rng(0)
+    tokens, hidden, intermediate, experts = 40, 512, 256, 4
+    blocks = hidden // 128
+
+    def power(*shape, low=-3, high=4):
+        return np.exp2(rng.integers(low, high, shape)).astype(np.float32)
+
+    x = np.zeros((tokens, hidden), E4M3)
+    pick = rng.integers(0, blocks, tokens)  # the one block of a row that is not zero
+    x[np.arange(tokens), pick * 128 + rng.integers(0, 128, tokens)] = 1
+    w13 = np.ones((experts, 2 * intermediate, hidden), E4M3)
+    s13 = power(experts, 2 * intermediate // 128, blocks)
+    s13[:, intermediate // 128 :] = 2.0**7  # the gate: 2^7 times an activation scale of 2^2 up
+    w2 = np.zeros((experts, hidden, intermediate), E4M3)
+    columns = rng.integers(0, intermediate, (experts, hidden))
+    np.put_along_axis(w2, columns[:, :, None], np.ones((experts, hidden, 1), E4M3), axis=2)
+    s2 = power(experts, blocks, intermediate // 128)
+    x_scale = power(blocks, tokens, low=2)
+    choices = np.stack([np.arange(tokens) % 4, np.arange(tokens) % 4 + 4], axis=1)
+    logits = np.full((tokens, 8), -200, np.float32)
+    np.put_along_axis(logits, choices, np.float32(50), axis=1)  # both sigmoids are 1
+    out = apply(
+        case,
+        (logits, np.zeros(8, np.float32), x, x_scale, w13, s13, w2, s2, 0, 2.0),
+        MoEConfig(2, 1, 1),
+    )
+    token, expert = np.arange(tokens), choices[:, 0]
+    scale = x_scale[pick, token]
+    up = scale[:, None] * s13[expert, : intermediate // 128, pick]
+    hidden_blocks = up * (scale * 2.0**7)[:, None]  # [T, I/128]
+    column_block = columns[expert] // 128  # [T, H]
+    expected = np.take_along_axis(hidden_blocks, column_block, axis=1)
+    expected *= s2[expert[:, None], np.arange(hidden) // 128, column_block]
+    np.testing.assert_array_equal(np.asarray(out, np.float32), expected)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["hidden_states", "hidden_states_scale", "routing_logits"])
+def test_poison_in_one_token_stays_there(case, poison, where):
+    inputs = make_inputs(70)
+    clean = bits(apply(case, inputs))
+    victim = int(np.flatnonzero(clean.any(axis=1))[3])
+    value = getattr(inputs, where).copy()
+    if where == "hidden_states":
+        value[victim, 7] = np.nan  # e4m3 has no infinity
+    elif where == "hidden_states_scale":
+        value[1, victim] = poison
+    else:
+        value[victim] = poison
+    out = apply(case, inputs._replace(**{where: value}))
+    others = np.arange(70) != victim
+    np.testing.assert_array_equal(bits(out)[others], clean[others])
+    if where != "routing_logits":
+        assert np.isnan(np.asarray(out, np.float32)[victim]).all()
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 0.0, -1.0, 3e38])
+@pytest.mark.parametrize("where", ["gemm1_weights_scale", "gemm2_weights_scale"])
+def test_poison_in_one_expert_reaches_its_tokens_only(case, poison, where):
+    inputs = make_inputs(70)
+    clean = bits(apply(case, inputs))
+    value = getattr(inputs, where).copy()
+    value[3] = poison
+    out = bits(apply(case, inputs._replace(**{where: value})))
+    ids, _ = numpy_oracle.route(*inputs[:2], 2.5, SMALL)
+    routed = (ids == inputs.local_expert_offset + 3).any(axis=1)
+    assert routed.any()
+    np.testing.assert_array_equal(out[~routed], clean[~routed])
+    assert (out[routed] != clean[routed]).any(axis=1).all()
+    if np.isnan(poison):
+        assert np.isnan(out[routed].view(ml_dtypes.bfloat16).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_unselected_experts_are_never_read_into_a_result(case):
+    inputs = make_inputs(3)
+    clean = bits(apply(case, inputs))
+    ids, _ = numpy_oracle.route(*inputs[:2], 2.5, SMALL)
+    unused = ~np.isin(np.arange(8) + inputs.local_expert_offset, ids)
+    assert 0 < unused.sum() < 8
+    poisoned = {}
+    for name, value in list(inputs.arrays.items())[4:]:
+        poisoned[name] = value.copy()
+        poisoned[name][unused] = np.nan
+    np.testing.assert_array_equal(bits(apply(case, inputs._replace(**poisoned))), clean)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e15])
+def test_activation_scales_of_any_size(case, size):
+    inputs = make_inputs(33)
+    scales = inputs.hidden_states_scale * np.float32(size)
+    weights = inputs.gemm2_weights_scale / np.float32(size)
+    # silu is not homogeneous: the tiny gate is x/2 of a product of two tiny halves.
+    out = apply(case, inputs._replace(hidden_states_scale=scales, gemm2_weights_scale=weights))
+    expected = jax_moe.reference(
+        *inputs._replace(hidden_states_scale=scales, gemm2_weights_scale=weights), config=SMALL
+    )
+    expected = np.asarray(expected, np.float32)
+    assert np.isfinite(expected).all()
+    found = np.asarray(out, np.float32)
+    assert np.isfinite(found).all()
+    assert np.linalg.norm(found - expected) <= TO_ORACLE * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_repeats_bit_for_bit_whatever_ran_in_between(case):
+    small, large = on_device(make_inputs(5)), on_device(make_inputs(300, seed=1))
+    poisoned = large._replace(hidden_states_scale=np.full((2, 300), np.nan, np.float32))
+    first = [bits(apply(case, inputs)) for inputs in (small, large)]
+    for _ in range(3):
+        apply(case, poisoned)
+        again = [bits(apply(case, inputs)) for inputs in (small, large)]
+        np.testing.assert_array_equal(again[0], first[0])
+        np.testing.assert_array_equal(again[1], first[1])
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_stages_compose_to_the_layer(case):
+    inputs = make_inputs(45)
+    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs
+    with running(case) as backend:
+        routing = jax_moe.route(logits, bias, factor, config=SMALL, backend=backend)
+        plan = jax_moe.plan_dispatch(
+            routing.topk_ids, offset, num_local_experts=8, num_experts=32, backend=backend
+        )
+        activations = jax_moe.up_project(x, x_scale, w13, s13, plan, backend=backend)
+        expert_outputs = jax_moe.down_project(activations, w2, s2, plan, backend=backend)
+        out = jax_moe.combine(expert_outputs, routing.topk_weights, plan, backend=backend)
+        whole = jax.jit(lambda: jax_moe.apply(*inputs, config=SMALL, backend=backend))()
+    assert relative_error(out, whole) < 1e-3

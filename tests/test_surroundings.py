@@ -1,0 +1,97 @@
+"""The layer in processes of their own: several devices, 64-bit mode."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+SHARD_MAP = """
+    import functools, jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, PartitionSpec as P
+    import jax_moe
+    from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
+
+    assert jax.device_count() == 4
+    inputs = on_device(make_inputs(33, num_local_experts=32, offset=0))
+    whole = jax_moe.apply(*inputs, config=SMALL, backend="xla")
+
+    def rank(*arrays):
+        offset = jax.lax.axis_index("expert") * arrays[4].shape[0]
+        part = jax_moe.apply(*arrays, offset, 2.5, config=SMALL, backend="xla")
+        return jax.lax.psum(part.astype(jnp.float32), "expert")
+
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
+    specs = (P(), P(), P(), P(), *[P("expert")] * 4)
+    for check_vma in (True, False):
+        layer = jax.shard_map(
+            rank, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma
+        )
+        for run in (layer, jax.jit(layer)):
+            assert relative_error(run(*inputs[:8]), whole) < 5e-3
+
+    # Tokens split over the devices instead: no communication, the same bits.
+    inputs = on_device(make_inputs(64))
+    tokens = jax.shard_map(
+        lambda *arrays: jax_moe.apply(*arrays, 8, 2.5, config=SMALL, backend="xla"),
+        mesh=mesh,
+        in_specs=(P("expert"), P(), P("expert"), P(None, "expert"), P(), P(), P(), P()),
+        out_specs=P("expert"),
+    )
+    whole = jax_moe.apply(*inputs, config=SMALL, backend="xla")
+    assert relative_error(jax.jit(tokens)(*inputs[:8]), whole) < 1e-3
+    oracle = jax.shard_map(
+        lambda *arrays: jax_moe.reference(*arrays, 8, 2.5, config=SMALL),
+        mesh=mesh,
+        in_specs=(P("expert"), P(), P("expert"), P(None, "expert"), P(), P(), P(), P()),
+        out_specs=P("expert"),
+    )
+    assert relative_error(jax.jit(oracle)(*inputs[:8]), whole) < 0.03
+"""
+
+X64 = """
+    import jax, jax.numpy as jnp, numpy as np
+    import jax_moe
+    from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
+
+    assert jnp.arange(3).dtype == jnp.int64
+    inputs = make_inputs(64)
+    out = jax_moe.apply(*inputs, config=SMALL, backend="xla")
+    assert out.dtype == jnp.bfloat16
+    jitted = jax.jit(lambda offset, factor: jax_moe.apply(
+        *inputs[:8], offset, factor, config=SMALL, backend="xla"))
+    assert (bits(jitted(8, 2.5)) == bits(out)).all()
+    assert not bits(jitted(2**32 + 8, 2.5)).any(), "a 64-bit offset must not wrap"
+    assert not bits(jitted(-(2**32) + 8, 2.5)).any()
+    assert relative_error(jax_moe.reference(*inputs, config=SMALL), out) < 0.03
+    routing = jax_moe.route(*inputs[:2], 2.5, config=SMALL, backend="xla")
+    plan = jax_moe.plan_dispatch(
+        routing.topk_ids, 8, num_local_experts=8, num_experts=32, backend="xla")
+    assert {leaf.dtype.name for leaf in plan} == {"int32"}
+    assert routing.topk_weights.dtype == jnp.float32
+"""
+
+
+def run(script: str, **environment: str) -> None:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shard_map_on_four_devices():
+    run(SHARD_MAP, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+
+
+def test_64_bit_mode():
+    run(X64, JAX_ENABLE_X64="1")
+
+
+def test_importing_compiles_and_loads_nothing():
+    run("""
+        import sys, jax_moe
+        assert not {"torch", "triton", "jax_triton"} & set(sys.modules)
+        import jax
+        assert not jax._src.xla_bridge.backends_are_initialized()
+    """)
