@@ -16,32 +16,31 @@ from pallas_kernels.triton.matmul import BLOCK, MatmulConfig, multiply_pair
 def _down_tile(
     values, scales, weights, weights_scale, tile_expert,
     row_tile, column_tile, num_rows, output,
-    H: tl.constexpr, I: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M rows of two blocks of 128 columns."""
-    blocks_k: tl.constexpr = I // BLOCK
-    rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.cast(row_tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK)
     expert = tl.load(tile_expert + row_tile).to(tl.int64)
     block = column_tile * 2
     to_next = 1
-    if H // BLOCK % 2:
+    if N // BLOCK % 2:
         # An odd last block is its own neighbour: computed twice, to the same bits.
-        to_next = tl.minimum(H // BLOCK - 1 - block, 1)
-    left = weights + (expert * H + block * BLOCK) * I + (lanes[None, :] * I + lanes[:, None])
-    left_scales = weights_scale + (expert * (H // BLOCK) + block) * blocks_k
+        to_next = tl.minimum(N // BLOCK - 1 - block, 1)
+    left = weights + (expert * N + block * BLOCK) * K + (lanes[None, :] * K + lanes[:, None])
+    left_scales = weights_scale + (expert * (N // BLOCK) + block) * (K // BLOCK)
     left_acc, right_acc = multiply_pair(
-        values + rows[:, None] * I + lanes[None, :],
+        values + rows[:, None] * K + lanes[None, :],
         scales + rows,
         num_rows,
         left,
         left_scales,
-        left + to_next * (BLOCK * I),
-        left_scales + to_next * blocks_k,
-        blocks_k,
+        left + to_next * (BLOCK * K),
+        left_scales + to_next * (K // BLOCK),
+        K // BLOCK,
         BLOCK_M,
     )
-    out = output + rows[:, None] * H + block * BLOCK + lanes[None, :]
+    out = output + rows[:, None] * N + block * BLOCK + lanes[None, :]
     tl.store(out, left_acc.to(tl.bfloat16))
     tl.store(out + to_next * BLOCK, right_acc.to(tl.bfloat16))
 
@@ -56,18 +55,18 @@ def down_projection_kernel(
     num_tiles,
     num_rows,
     output,
-    H: tl.constexpr,
-    I: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
 ):
     """Every program takes every n-th live tile, columns fastest: neighbours share the rows."""
-    column_tiles: tl.constexpr = (H // BLOCK + 1) // 2
-    tiles = tl.load(num_tiles) * column_tiles
+    tiles = tl.load(num_tiles) * COLUMN_TILES
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _down_tile(
             values, scales, weights, weights_scale, tile_expert,
-            tile // column_tiles, tile % column_tiles, num_rows, output,
-            H, I, BLOCK_M,
+            tile // COLUMN_TILES, tile % COLUMN_TILES, num_rows, output,
+            K, N, BLOCK_M,
         )  # fmt: skip
 
 
@@ -96,13 +95,19 @@ def launch(
     """
     rows, intermediate = values.shape
     hidden_size = gemm2_weights.shape[1]
+    column_tiles = cdiv(hidden_size, 2 * QUANT_BLOCK)
     return Launch(
         kernel=down_projection_kernel,
         inputs=(values, scales, gemm2_weights, gemm2_weights_scale, tile_expert, num_tiles),
         scalars=(rows,),
         outputs=(jax.ShapeDtypeStruct((rows, hidden_size), jnp.bfloat16),),
-        grid=config.grid(tile_expert.shape[0], cdiv(hidden_size, 2 * QUANT_BLOCK), num_sms),
-        constants={"H": hidden_size, "I": intermediate, "BLOCK_M": config.block_m},
+        grid=config.grid(tile_expert.shape[0], column_tiles, num_sms),
+        constants={
+            "K": intermediate,
+            "N": hidden_size,
+            "BLOCK_M": config.block_m,
+            "COLUMN_TILES": column_tiles,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

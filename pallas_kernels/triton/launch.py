@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,7 @@ def call(launch: Launch, compute_capability: int | None = None) -> list[jax.Arra
 
 @functools.cache
 def load_jax_triton() -> ModuleType:
-    """Imports jax-triton and undoes what its import does to the rest of the process.
-
-    It sets TRITON_CACHE_DIR to nothing, after which no kernel can be launched from PyTorch.
+    """Imports jax-triton without the side effects of its version 0.3, and in a form XLA can graph.
 
     Raises:
         ImportError: jax-triton is not installed.
@@ -78,8 +78,31 @@ def load_jax_triton() -> ModuleType:
     before = os.environ.get("TRITON_CACHE_DIR")
     import jax_triton
 
+    # Version 0.3 sets it to "", after which PyTorch can launch no Triton kernel in this process.
     if before is not None:
         os.environ["TRITON_CACHE_DIR"] = before
-    elif not os.environ.get("TRITON_CACHE_DIR", "unset"):
+    elif os.environ.get("TRITON_CACHE_DIR") == "":
         del os.environ["TRITON_CACHE_DIR"]
+    if not hasattr(jax_triton.triton_lib, "CUSTOM_CALL_TARGET_NAME"):
+        _call_typed_ffi(jax_triton.triton_lib)
     return jax_triton
+
+
+def _call_typed_ffi(triton_lib: ModuleType) -> None:
+    """Makes jax-triton 0.3 lower to jaxlib's typed FFI call, as 0.4 does.
+
+    XLA keeps the untyped call that 0.3 lowers to out of CUDA graphs.
+    """
+
+    def lowering(ctx: Any, *args: Any, **params: Any) -> Any:
+        backend = triton_lib.get_cuda_backend
+        results = triton_lib.triton_kernel_call_lowering(backend, ctx, *args, **params)
+        attributes = results[0].owner.attributes
+        kernel = ir.DictAttr.get({"opaque": attributes["backend_config"]})
+        attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+        attributes["mhlo.backend_config"] = kernel
+        attributes["backend_config"] = ir.StringAttr.get("")
+        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 1)
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lowering, platform="cuda")

@@ -80,7 +80,9 @@ class MatmulConfig:
             ("programs_per_sm", range(9)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected one of {list(allowed)}, found {getattr(self, name)}"
+                )
 
     @property
     def smem_bytes(self) -> int:

@@ -18,7 +18,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _sigmoid(x):
-    """`1 / (1 + exp(-x))` with what `t` lost in rounding: the hardware's `2^t` costs 2 ulp alone."""
+    """`1 / (1 + exp(-x))`, with what `t` loses in rounding: `2^t` in hardware costs 2 ulp alone."""
     t = -x * _LOG2_E
     rest = tl.fma(-x, _LOG2_E, -t) - x * _LOG2_E_REST
     power = tl.exp2(t)

@@ -17,41 +17,38 @@ from pallas_kernels.triton.matmul import BLOCK, MatmulConfig, multiply_pair
 def _up_tile(
     hidden_states, hidden_states_scale, weights, weights_scale, row_token, tile_expert,
     row_tile, column_tile, num_tokens, num_rows, values, scales,
-    H: tl.constexpr, I: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M rows of 128 activations, quantized."""
-    blocks_k: tl.constexpr = H // BLOCK
-    column_tiles: tl.constexpr = I // BLOCK
+    first_row = tl.cast(row_tile, tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK)
     expert = tl.load(tile_expert + row_tile).to(tl.int64)
     # Padding rows read token 0: finite or not, nothing reads what comes of them.
-    tokens = tl.maximum(tl.load(row_token + row_tile.to(tl.int64) * BLOCK_M + rows), 0)
+    tokens = tl.maximum(tl.load(row_token + first_row + rows), 0)
     up = (
         weights
-        + (expert * (2 * I) + column_tile * BLOCK) * H
-        + (lanes[None, :] * H + lanes[:, None])
+        + (expert * (2 * N) + column_tile * BLOCK) * K
+        + (lanes[None, :] * K + lanes[:, None])
     )
-    up_scales = weights_scale + (expert * (2 * column_tiles) + column_tile) * blocks_k
+    up_scales = weights_scale + (expert * (2 * (N // BLOCK)) + column_tile) * (K // BLOCK)
     gated, linear = multiply_pair(
-        hidden_states + tokens.to(tl.int64)[:, None] * H + lanes[None, :],
+        hidden_states + tokens.to(tl.int64)[:, None] * K + lanes[None, :],
         hidden_states_scale + tokens,
         num_tokens,
-        up + I * H,
-        up_scales + column_tiles * blocks_k,
+        up + N * K,
+        up_scales + (N // BLOCK) * (K // BLOCK),
         up,
         up_scales,
-        blocks_k,
+        K // BLOCK,
         BLOCK_M,
     )
     # exp(-x) = inf makes this -0, never inf * 0.
     activation = gated / (1 + tl.exp(-gated)) * linear
     tile_values, tile_scales = quantize_tile(activation)
-    first = values + row_tile.to(tl.int64) * (BLOCK_M * I) + column_tile * BLOCK
-    tl.store(first + (rows[:, None] * I + lanes[None, :]), tile_values)
-    tl.store(
-        scales + column_tile.to(tl.int64) * num_rows + row_tile * BLOCK_M + rows, tile_scales
-    )
+    out = values + first_row * N + column_tile * BLOCK + (rows[:, None] * N + lanes[None, :])
+    tl.store(out, tile_values)
+    tl.store(scales + tl.cast(column_tile, tl.int64) * num_rows + first_row + rows, tile_scales)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -67,18 +64,18 @@ def up_projection_kernel(
     num_rows,
     values,
     scales,
-    H: tl.constexpr,
-    I: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
 ):
     """Every program takes every n-th live tile, columns fastest: neighbours share the rows."""
-    column_tiles: tl.constexpr = I // BLOCK
-    tiles = tl.load(num_tiles) * column_tiles
+    tiles = tl.load(num_tiles) * COLUMN_TILES
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _up_tile(
             hidden_states, hidden_states_scale, weights, weights_scale, row_token, tile_expert,
-            tile // column_tiles, tile % column_tiles, num_tokens, num_rows, values, scales,
-            H, I, BLOCK_M,
+            tile // COLUMN_TILES, tile % COLUMN_TILES, num_tokens, num_rows, values, scales,
+            K, N, BLOCK_M,
         )  # fmt: skip
 
 
@@ -128,7 +125,12 @@ def launch(
             jax.ShapeDtypeStruct((blocks, rows), jnp.float32),
         ),
         grid=config.grid(tile_expert.shape[0], blocks, num_sms),
-        constants={"H": hidden_size, "I": intermediate, "BLOCK_M": config.block_m},
+        constants={
+            "K": hidden_size,
+            "N": intermediate,
+            "BLOCK_M": config.block_m,
+            "COLUMN_TILES": blocks,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

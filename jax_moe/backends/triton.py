@@ -1,0 +1,173 @@
+"""Triton kernels through jax-triton: any NVIDIA GPU from Ada (sm_89) on."""
+
+import importlib.util
+from typing import Any
+
+import jax
+from jax import Array
+from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
+
+from jax_moe.config import MoEConfig
+from jax_moe.device import device_of
+from jax_moe.transforms import as_varying
+from jax_moe.types import DispatchPlan, Quantized, Routing
+from pallas_kernels.shapes import QUANT_BLOCK, max_rows
+from pallas_kernels.triton import combine as combine_kernel
+from pallas_kernels.triton import (
+    configs,
+    dispatch,
+    down_projection,
+    group_quant,
+    routing,
+    up_projection,
+)
+from pallas_kernels.triton.launch import Launch, call
+
+NAME = "triton"
+
+_MIN_CAPABILITY = 89  # the first with FP8 tensor cores
+_ASSUMED_SMS = 132  # of an H100, where no GPU can be asked
+
+
+def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
+    """Needs an NVIDIA GPU with FP8, and jax-triton."""
+    if platform != "gpu" or compute_capability is None:
+        return "needs an NVIDIA GPU"
+    if _number(compute_capability) < _MIN_CAPABILITY:
+        return "needs compute capability 8.9 or newer"
+    if importlib.util.find_spec("jax_triton") is None:
+        return "needs jax-triton: install the extra triton"
+    return None
+
+
+def route(
+    routing_logits: Float32[Array, "T E"],
+    routing_bias: Float[Array, " E"],
+    routed_scaling_factor: Float32[Array, ""],
+    *,
+    config: MoEConfig,
+) -> Routing:
+    """Group-limited sigmoid top-k; see `jax_moe.route`."""
+    counts = {"top_k": config.top_k, "n_group": config.n_group, "topk_group": config.topk_group}
+    return Routing(
+        *_run(routing.launch(routing_logits, routing_bias, routed_scaling_factor, **counts))
+    )
+
+
+def quantize(x: Float[Array, "R C"]) -> Quantized:
+    """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+    return Quantized(*_run(group_quant.launch(x)))
+
+
+def plan_dispatch(
+    topk_ids: Int32[Array, "T k"],
+    local_expert_offset: Int32[Array, ""],
+    *,
+    num_local_experts: int,
+    num_experts: int,
+) -> DispatchPlan:
+    """Counting sort of the local pairs by expert; see `jax_moe.plan_dispatch`."""
+    num_tokens, top_k = topk_ids.shape
+    sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
+    counts = None
+    if not dispatch.is_one_block(num_tokens, num_local_experts):
+        (counts,) = _run(dispatch.count_launch(topk_ids, local_expert_offset, **sizes))
+    block_m = configs.choose_block_m(num_tokens * top_k / num_experts, _capability())
+    return DispatchPlan(
+        *_run(dispatch.plan_launch(topk_ids, local_expert_offset, counts, block_m=block_m, **sizes))
+    )
+
+
+def up_project(
+    hidden_states: Float8e4m3fn[Array, "T H"],
+    hidden_states_scale: Float32[Array, "H//128 T"],
+    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
+    gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
+    plan: DispatchPlan,
+) -> Quantized:
+    """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    return Quantized(
+        *_run(
+            up_projection.launch(
+                hidden_states,
+                hidden_states_scale,
+                gemm1_weights,
+                gemm1_weights_scale,
+                plan.row_token,
+                plan.tile_expert,
+                plan.num_tiles,
+                config=configs.choose(plan.block_m, _capability()).up_projection,
+                num_sms=_num_sms(),
+            )
+        )
+    )
+
+
+def down_project(
+    activations: Quantized,
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
+    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
+    plan: DispatchPlan,
+) -> BFloat16[Array, "M H"]:
+    """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
+    (expert_outputs,) = _run(
+        down_projection.launch(
+            *activations,
+            gemm2_weights,
+            gemm2_weights_scale,
+            plan.tile_expert,
+            plan.num_tiles,
+            config=configs.choose(plan.block_m, _capability()).down_projection,
+            num_sms=_num_sms(),
+        )
+    )
+    return expert_outputs
+
+
+def combine(
+    expert_outputs: BFloat16[Array, "M H"],
+    topk_weights: Float32[Array, "T k"],
+    plan: DispatchPlan,
+) -> BFloat16[Array, "T H"]:
+    """Weighted float32 sum of a token's local pairs; see `jax_moe.combine`."""
+    (output,) = _run(combine_kernel.launch(expert_outputs, topk_weights, plan.pair_row))
+    return output
+
+
+def workspace_bytes(
+    num_tokens: int,
+    top_k: int,
+    num_local_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+) -> int:
+    """Bound on the temporary memory; see `jax_moe.workspace_bytes`."""
+    bounds = []
+    for block_m in configs.BLOCK_MS:
+        rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
+        activations = rows * (intermediate_size + 4 * intermediate_size // QUANT_BLOCK)
+        bounds.append(activations + rows * (2 * hidden_size + 8))
+    tokens = num_tokens * (hidden_size + 4 * hidden_size // QUANT_BLOCK + 16 * top_k)
+    return max(bounds) + tokens + (1 << 20)
+
+
+def _run(launch: Launch) -> list[Array]:
+    """Runs a launch; inside `shard_map` the outputs differ between devices as the inputs do."""
+    return as_varying(call(launch, _capability()), launch.inputs)
+
+
+def _capability() -> int:
+    capability = device_of().compute_capability
+    if capability is None:
+        raise NotImplementedError(f"backend='triton': needs an NVIDIA GPU (found: {device_of()})")
+    return _number(capability)
+
+
+def _number(compute_capability: str) -> int:
+    """90 for "9.0"."""
+    return int(compute_capability.replace(".", ""))
+
+
+def _num_sms() -> int:
+    devices: list[Any] = jax.local_devices() if jax.default_backend() == "gpu" else []
+    return devices[0].core_count if devices else _ASSUMED_SMS
