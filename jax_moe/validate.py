@@ -98,7 +98,9 @@ def _format(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+    if value is None:
+        return "None"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def blocked(symbol: str, sizes: Sizes) -> None:

@@ -58,10 +58,10 @@ def test_token_counts(case, num_tokens):
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (DEEPSEEK_V3, dict(num_experts=256, num_local_experts=32, offset=96)),
-        (DEEPSEEK_V3, dict(num_experts=256, num_local_experts=5, offset=251)),
-        (MoEConfig(2, 1, 1), dict(num_experts=9, num_local_experts=9, offset=0)),
-        (SMALL, dict(hidden_size=384, intermediate_size=256)),
+        (DEEPSEEK_V3, {"num_experts": 256, "num_local_experts": 32, "offset": 96}),
+        (DEEPSEEK_V3, {"num_experts": 256, "num_local_experts": 5, "offset": 251}),
+        (MoEConfig(2, 1, 1), {"num_experts": 9, "num_local_experts": 9, "offset": 0}),
+        (SMALL, {"hidden_size": 384, "intermediate_size": 256}),
     ],
 )
 def test_other_sizes(case, config, shape):

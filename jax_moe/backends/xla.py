@@ -36,7 +36,9 @@ def quantize(x: Float[Array, "R C"]) -> Quantized:
     rows, columns = x.shape
     blocks = x.astype(jnp.float32).reshape(rows, columns // QUANT_BLOCK, QUANT_BLOCK)
     blocks = jnp.where(jnp.abs(blocks) < _SMALLEST_NORMAL, 0.0, blocks)
-    amax = jnp.abs(blocks).max(axis=2, keepdims=True)
+    # Magnitudes as integers: XLA's float maximum over many rows may drop a NaN on a CPU.
+    magnitude = lax.bitcast_convert_type(blocks, jnp.int32) & np.int32(0x7FFFFFFF)
+    amax = lax.bitcast_convert_type(magnitude.max(axis=2, keepdims=True), jnp.float32)
     scales = _divide(jnp.maximum(amax, _MAX_E4M3 * _SMALLEST_NORMAL), _MAX_E4M3)
     # The cast alone would turn values above 464 into NaN.
     values = jnp.clip(_divide(blocks, scales), -_MAX_E4M3, _MAX_E4M3).astype(jnp.float8_e4m3fn)

@@ -1,0 +1,140 @@
+"""Which backend a call gets, and what it says where none fits."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_moe
+from jax_moe import backends
+from jax_moe.device import Device, device_of, interpret_params
+from tests.moe_inputs import SMALL, make_inputs
+
+CPU = Device("cpu")
+HOPPER = Device("gpu", "9.0")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand-ins for the kernel backends, so that the choice is tested and not what is installed."""
+
+    def backend(name, fits):
+        return types.SimpleNamespace(
+            NAME=name,
+            unsupported_reason=lambda platform, capability: (
+                None if platform == "gpu" and fits(float(capability)) else f"needs {name}'s GPU"
+            ),
+        )
+
+    stand_ins = {
+        "mosaic": backend("mosaic", lambda capability: capability == 9.0),
+        "triton": backend("triton", lambda capability: capability >= 8.9),
+    }
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: stand_ins.get(name) or load(name))
+    return stand_ins
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (CPU, "xla"),
+        (Device("tpu"), "xla"),
+        (HOPPER, "mosaic"),
+        (Device("gpu", "8.0"), "xla"),
+        (Device("gpu", "8.9"), "triton"),
+        (Device("gpu", "10.0"), "triton"),
+        (Device("gpu", "12.0"), "triton"),
+    ],
+)
+@pytest.mark.usefixtures("kernels")
+def test_auto_takes_the_best(device, expected):
+    assert backends.select("auto", device) == expected
+    assert backends.select("xla", device) == "xla"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_an_unsupported_choice_says_what_was_found():
+    with pytest.raises(NotImplementedError, match=r"backend='mosaic': needs .* \(found: cpu\)"):
+        backends.select("mosaic", CPU)
+    with pytest.raises(NotImplementedError, match=r"found: gpu with compute capability 8\.0"):
+        backends.select("triton", Device("gpu", "8.0"))
+
+
+def test_mosaic_is_refused_on_a_cpu():
+    with (
+        jax_moe.assume_device("cpu"),
+        pytest.raises(NotImplementedError, match=r"backend='mosaic'.*\(found: cpu\)"),
+    ):
+        jax_moe.apply(*make_inputs(3), config=SMALL, backend="mosaic")
+
+
+def test_a_missing_dependency_is_a_reason_not_an_error(monkeypatch):
+    def load(name):
+        if name == "xla":
+            return backends_load(name)
+        raise ImportError(f"No module named '{name}_runtime'")
+
+    backends_load = backends.load
+    monkeypatch.setattr(backends, "load", load)
+    assert backends.select("auto", HOPPER) == "xla"
+    with pytest.raises(NotImplementedError, match="No module named 'triton_runtime'"):
+        backends.select("triton", HOPPER)
+    with jax_moe.assume_device("sm_90"):
+        assert "No module named 'mosaic_runtime'" in jax_moe.describe()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_describe_names_device_choice_and_reasons():
+    with jax_moe.assume_device("sm_89"):
+        device, mosaic, triton, xla = jax_moe.describe().splitlines()
+    assert device == "device: gpu with compute capability 8.9"
+    assert mosaic.split(maxsplit=1) == ["mosaic", "needs mosaic's GPU"]
+    assert triton.split(maxsplit=1) == ["triton", "chosen by auto"]
+    assert xla.split(maxsplit=1) == ["xla", "available"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("sm_90", HOPPER), ("sm_90a", HOPPER), ("sm_100", Device("gpu", "10.0")), ("cpu", CPU)],
+)
+def test_assume_device(name, expected):
+    before = device_of()
+    with jax_moe.assume_device(name):
+        assert device_of(jnp.zeros(3)) == expected
+    assert device_of() == before
+
+
+@pytest.mark.parametrize("name", ["hopper", "sm_", "sm_9", "90", ""])
+def test_assume_device_refuses_other_names(name):
+    with (
+        pytest.raises(ValueError, match='name: expected "cpu" or "sm_<capability>"'),
+        jax_moe.assume_device(name),
+    ):
+        pass
+
+
+def test_contexts_retrace_what_was_jitted_outside():
+    seen = []
+    function = jax.jit(lambda x: seen.append((device_of(), interpret_params())) or x)
+    function(1.0)
+    with jax_moe.assume_device("sm_89"):
+        function(1.0)
+    with jax_moe.interpret_mode():
+        function(1.0)
+    function(1.0)
+    outside, assumed, interpreted = seen
+    assert outside[1] is None
+    assert assumed == (Device("gpu", "8.9"), None)
+    assert interpreted[0] == Device("gpu", "9.0", interpreted=True)
+    assert interpreted[1] is not None
+    assert "interpreted" in str(interpreted[0])
+
+
+def test_the_device_of_concrete_arrays_counts():
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert device_of() == CPU
+        assert device_of({"x": jnp.zeros(3)}, None, 1.0) == CPU

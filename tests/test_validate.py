@@ -1,0 +1,272 @@
+"""Bad input: errors name the argument, what was expected and what came; nothing compiles."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import MoEConfig
+from tests.moe_inputs import E4M3, SMALL, Inputs, bits, make_inputs, on_device
+
+INPUTS = make_inputs(5, hidden_size=384, intermediate_size=128)
+
+
+def call(function=jax_moe.apply, *, config=SMALL, **changes):
+    return function(*INPUTS._replace(**changes), config=config)
+
+
+def refuses(error, *said, function=jax_moe.apply, **changes):
+    """Asserts the error, each text of its message, and that XLA was not asked for anything."""
+    compiled = []
+    listener = lambda event, *_, **__: compiled.append(event) if "compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        with pytest.raises(error) as raised:
+            call(function, **changes)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compiled == []
+    for text in said:
+        assert text in str(raised.value)
+
+
+def test_the_inputs_are_good():
+    assert call().shape == (5, 384)
+
+
+@pytest.mark.parametrize("function", [jax_moe.apply, jax_moe.reference])
+@pytest.mark.parametrize("name", list(INPUTS.arrays))
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, ml_dtypes.float8_e5m2, np.bool_, object])
+def test_dtypes(function, name, dtype):
+    wrong = np.zeros(INPUTS.arrays[name].shape, dtype)
+    wanted = {"routing_bias": "bfloat16 or float32", "hidden_states": "float8_e4m3fn or bfloat16"}
+    expected = wanted.get(name) or np.dtype(INPUTS.arrays[name].dtype).name
+    refuses(TypeError, f"{name}: expected {expected}", "found", function=function, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", sorted(set(INPUTS.arrays) - {"routing_bias", "hidden_states"}))
+def test_half_precision_scales_and_e4m3fnuz_weights(name):
+    value = INPUTS.arrays[name]
+    dtype = ml_dtypes.float8_e4m3fnuz if value.dtype == E4M3 else np.float16
+    refuses(TypeError, f"{name}: expected", np.dtype(dtype).name, **{name: value.astype(dtype)})
+
+
+@pytest.mark.parametrize("name", list(INPUTS.arrays))
+@pytest.mark.parametrize("value", [None, [[1.0]], 3.0, "text"])
+def test_things_that_are_no_arrays(name, value):
+    kind = "None" if value is None else type(value).__name__
+    refuses(TypeError, f"{name}: expected a JAX or NumPy array", kind, **{name: value})
+
+
+@pytest.mark.parametrize("name", list(INPUTS.arrays))
+def test_ranks(name):
+    value = INPUTS.arrays[name]
+    refuses(ValueError, f"{name}: expected rank {value.ndim}", **{name: value[None]})
+    refuses(ValueError, f"{name}: expected rank {value.ndim}", **{name: np.asarray(value[0])})
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "said"),
+    [
+        ("routing_bias", 0, "(E = 32 from routing_logits)"),
+        ("hidden_states", 0, "(T = 5 from routing_logits)"),
+        ("hidden_states_scale", 0, "(H = 384 from hidden_states)"),
+        ("hidden_states_scale", 1, "(T = 5 from routing_logits)"),
+        ("gemm1_weights", 2, "(H = 384 from hidden_states)"),
+        ("gemm1_weights_scale", 0, "(E_local = 8 from gemm1_weights)"),
+        ("gemm1_weights_scale", 1, "(I = 128 from gemm1_weights)"),
+        ("gemm1_weights_scale", 2, "(H = 384 from hidden_states)"),
+        ("gemm2_weights", 0, "(E_local = 8 from gemm1_weights)"),
+        ("gemm2_weights", 1, "(H = 384 from hidden_states)"),
+        ("gemm2_weights", 2, "(I = 128 from gemm1_weights)"),
+        ("gemm2_weights_scale", 0, "(E_local = 8 from gemm1_weights)"),
+        ("gemm2_weights_scale", 1, "(H = 384 from hidden_states)"),
+        ("gemm2_weights_scale", 2, "(I = 128 from gemm1_weights)"),
+    ],
+)
+def test_shapes(name, axis, said):
+    value = INPUTS.arrays[name]
+    wrong = np.concatenate([value, value], axis=axis)
+    found = f"found {np.dtype(value.dtype).name} {list(wrong.shape)}"
+    refuses(ValueError, f"{name}: expected", said, found, f"axis {axis} differs", **{name: wrong})
+
+
+def test_sizes_that_are_no_multiple_of_the_block():
+    narrow = INPUTS.hidden_states[:, :200]
+    refuses(ValueError, "hidden_states: expected H", "128, found 200", hidden_states=narrow)
+    refuses(ValueError, "hidden_states: expected H", "found 0", hidden_states=narrow[:, :0])
+    weights = INPUTS.gemm1_weights[:, :192]
+    refuses(ValueError, "gemm1_weights: expected I", "128, found 96", gemm1_weights=weights)
+    refuses(ValueError, "gemm1_weights: expected", gemm1_weights=weights[:, :191])
+
+
+def test_a_transposed_activation_scale():
+    transposed = INPUTS.hidden_states_scale.T
+    refuses(
+        ValueError,
+        "hidden_states_scale: expected float32 [H/128, T] = [3, 5]",
+        "found float32 [5, 3] (transposed?)",
+        hidden_states_scale=transposed,
+    )
+
+
+def test_a_square_activation_scale_is_taken_as_block_major():
+    square = make_inputs(3, hidden_size=384, intermediate_size=128, seed=4)
+    assert square.hidden_states_scale.shape == (3, 3)
+    one = [
+        jax_moe.apply(
+            *square._replace(
+                routing_logits=square.routing_logits[t : t + 1],
+                hidden_states=square.hidden_states[t : t + 1],
+                hidden_states_scale=square.hidden_states_scale[:, t : t + 1],
+            ),
+            config=SMALL,
+        )
+        for t in range(3)
+    ]
+    np.testing.assert_array_equal(
+        bits(jax_moe.apply(*square, config=SMALL)), bits(np.stack(one)[:, 0])
+    )
+
+
+def test_scale_and_dtype_of_the_activations_must_agree():
+    refuses(TypeError, "hidden_states_scale: expected", "found None", hidden_states_scale=None)
+    refuses(
+        ValueError,
+        "hidden_states_scale: expected None, as hidden_states is bfloat16 [5, 384]",
+        hidden_states=INPUTS.hidden_states.astype(ml_dtypes.bfloat16),
+    )
+
+
+@pytest.mark.parametrize("offset", [-1, 25, 2**40, np.int64(-(2**40)), np.array(25), jnp.int32(-1)])
+def test_known_offsets_out_of_range(offset):
+    refuses(ValueError, "local_expert_offset: expected 0..24, found", local_expert_offset=offset)
+
+
+@pytest.mark.parametrize("offset", [1.0, "8", None, True, np.float32(8), jnp.float32(8), 1j])
+def test_offsets_that_are_no_integers(offset):
+    refuses(TypeError, "local_expert_offset: expected an integer", local_expert_offset=offset)
+
+
+def test_offsets_that_are_no_scalars():
+    refuses(
+        ValueError,
+        "local_expert_offset: expected a scalar, found int64 [1]",
+        local_expert_offset=np.array([8]),
+    )
+
+
+@pytest.mark.parametrize("factor", ["2.5", None, True, 1j, np.complex64(1), np.array(True)])
+def test_factors_that_are_no_numbers(factor):
+    refuses(TypeError, "routed_scaling_factor: expected a real", routed_scaling_factor=factor)
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf, 1e39, np.array([2.5])])
+def test_factors_out_of_range(factor):
+    refuses(ValueError, "routed_scaling_factor: expected a", routed_scaling_factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "said"),
+    [
+        ({"top_k": 0}, ValueError, "top_k: expected at least 1, found 0"),
+        ({"top_k": 2.0}, TypeError, "top_k: expected an integer, found 2.0"),
+        ({"top_k": True}, TypeError, "top_k: expected an integer, found True"),
+        ({"n_group": 0}, ValueError, "n_group: expected at least 1, found 0"),
+        ({"topk_group": 0}, ValueError, "topk_group: expected 1..n_group (= 8), found 0"),
+        ({"topk_group": 9}, ValueError, "topk_group: expected 1..n_group (= 8), found 9"),
+        ({"block_size": 64}, ValueError, "block_size: only 128 is supported, found 64"),
+    ],
+)
+def test_configs(fields, error, said):
+    with pytest.raises(error, match=re.escape(said)):
+        MoEConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MoEConfig(8, 5, 3), "n_group = 5 to split the 32 experts"),
+        (MoEConfig(8, 32, 16), "equal groups of at least 2"),
+        (MoEConfig(17, 4, 2), "top_k of at most 16"),
+        (MoEConfig(33, 1, 1), "top_k of at most 32"),
+    ],
+)
+def test_configs_that_do_not_fit_the_experts(config, said):
+    refuses(ValueError, "config: expected", said, config=config)
+
+
+def test_a_config_that_is_none():
+    refuses(TypeError, "config: expected a jax_moe.MoEConfig, found dict", config={})
+
+
+def test_more_local_experts_than_experts():
+    wrong = make_inputs(5, num_experts=32, num_local_experts=33, hidden_size=384)
+    changes = dict(zip(Inputs._fields[4:8], wrong[4:8], strict=True))
+    refuses(ValueError, "gemm1_weights: expected E_local in 1..E = 1..32, found 33", **changes)
+
+
+def test_more_pairs_than_int32_counts():
+    many = jax.ShapeDtypeStruct((2**28, 32), jnp.float32)
+    with pytest.raises(ValueError, match="T \\* top_k below 2\\^30, found 268435456 \\* 4"):
+        jax.eval_shape(
+            functools.partial(jax_moe.route, routed_scaling_factor=1.0, config=SMALL),
+            many,
+            jax.ShapeDtypeStruct((32,), jnp.float32),
+        )
+
+
+@pytest.mark.parametrize("backend", ["cuda", "", None, "XLA"])
+def test_unknown_backends(backend):
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'mosaic'"):
+        jax_moe.apply(*INPUTS, config=SMALL, backend=backend)
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (6, ValueError), (2.0, TypeError)])
+def test_num_tokens(value, error):
+    with pytest.raises(error, match="num_tokens: expected"):
+        jax_moe.apply(*INPUTS, config=SMALL, num_tokens=value)
+
+
+def test_tracers_are_checked_the_same():
+    wrong = INPUTS._replace(hidden_states_scale=INPUTS.hidden_states_scale.T)
+    with pytest.raises(ValueError, match="transposed"):
+        jax.jit(functools.partial(jax_moe.apply, config=SMALL))(*wrong)
+
+
+def test_stages():
+    good = on_device(INPUTS)
+    _, _, x, x_scale, w13, s13, w2, s2, offset, _ = good
+    with pytest.raises(TypeError, match="x: expected bfloat16 or float16 or float32"):
+        jax_moe.quantize(x)
+    with pytest.raises(ValueError, match="x: expected C to be a positive multiple of 128"):
+        jax_moe.quantize(jnp.zeros((3, 100)))
+    plan_dispatch = functools.partial(jax_moe.plan_dispatch, num_local_experts=8, num_experts=32)
+    ids = jnp.zeros((5, 4), jnp.int32)
+    with pytest.raises(TypeError, match="topk_ids: expected int32"):
+        plan_dispatch(ids.astype(jnp.uint32), offset)
+    with pytest.raises(ValueError, match=r"local_expert_offset: expected 0\.\.24, found 25"):
+        plan_dispatch(ids, 25)
+    with pytest.raises(ValueError, match=r"num_local_experts: expected 1\.\.32, found 33"):
+        plan_dispatch(ids, 0, num_local_experts=33)
+    plan = plan_dispatch(ids, offset)
+    with pytest.raises(TypeError, match=r"plan: expected a jax_moe\.DispatchPlan, found tuple"):
+        jax_moe.up_project(x, x_scale, w13, s13, tuple(plan))
+    with pytest.raises(ValueError, match=r"plan\.pair_row: expected int32 \[T, k\]"):
+        jax_moe.up_project(x[:3], x_scale[:, :3], w13, s13, plan)
+    with pytest.raises(TypeError, match="hidden_states: expected float8_e4m3fn"):
+        jax_moe.up_project(x.astype(jnp.bfloat16), None, w13, s13, plan)
+    activations = jax_moe.up_project(x, x_scale, w13, s13, plan)
+    with pytest.raises(TypeError, match=r"activations: expected a jax_moe\.Quantized"):
+        jax_moe.down_project(tuple(activations), w2, s2, plan)
+    with pytest.raises(ValueError, match=r"gemm2_weights: expected .* \(I = 128 from activations"):
+        jax_moe.down_project(activations, jnp.zeros((8, 384, 256), E4M3), s2, plan)
+    with pytest.raises(ValueError, match=r"plan\.pair_row: expected int32 \[T, k\] = \[6, 4\]"):
+        jax_moe.combine(jnp.zeros((plan.row_token.size, 384)), jnp.zeros((6, 4)), plan)
