@@ -7,6 +7,8 @@ Ownership and order, the whole contract:
   itself.
 - `to_jax`: JAX's kernels wait for what was enqueued before the call on torch's *current* stream of
   the tensor's device.
+- An imported array must outlive the kernels that read it: drop it when they are done
+  (`block_until_ready`) or when torch's current stream waits for their result (`to_torch`).
 - `to_torch`: torch's current stream waits for the array. JAX gets the memory back when the last
   torch view dies, so a view that another stream than the current one still reads must outlive that
   work (synchronize, or keep the tensor).
@@ -16,6 +18,7 @@ Ownership and order, the whole contract:
 
 import collections
 import functools
+import threading
 from typing import Any
 
 import jax
@@ -188,19 +191,22 @@ def export_buffer(array: jax.Array, device: jax.Device) -> torch.Tensor:
 
 
 _in_flight: collections.deque[tuple[torch.cuda.Event, jax.Array]] = collections.deque()
+_in_flight_lock = threading.Lock()
 
 
 def keep_while_read(array: jax.Array, device: torch.device) -> None:
     """Keeps `array` from JAX's allocator until torch's current stream has passed this point.
 
-    For views that die in our own hands while torch still reads them; finished ones are dropped on
-    the way.
+    For views that die in our own hands while torch still reads them. What is done by then is
+    dropped on the way, so at most the last ones are kept.
     """
     if device.type == "cpu":
         return
-    _in_flight.append((torch.cuda.current_stream(device).record_event(), array))
-    while _in_flight[0][0].query() and len(_in_flight) > 1:
-        _in_flight.popleft()
+    event = torch.cuda.current_stream(device).record_event()
+    with _in_flight_lock:
+        _in_flight.append((event, array))
+        while _in_flight and _in_flight[0][0].query():
+            _in_flight.popleft()
 
 
 def _supported() -> str:

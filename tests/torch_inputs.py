@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from interop.workloads import Workload, captured_routing
 from tests.moe_inputs import Inputs, make_inputs
 
 _AS_BYTES = {
@@ -46,3 +47,47 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Difference over expectation in the Frobenius norm."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return float((found - expected).norm() / expected.norm())
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract of `jax_moe.quantize` in PyTorch: e4m3[R,C] and f32[C/128,R]."""
+    tiny = torch.finfo(torch.float32).tiny
+    blocks = x.float().view(len(x), -1, 128)
+    blocks = torch.where(blocks.abs() < tiny, 0.0, blocks)
+    scales = blocks.abs().amax(dim=2).clamp(min=448 * tiny) / 448.0
+    values = (blocks / scales[:, :, None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return values.view(x.shape), scales.t().contiguous()
+
+
+def matched_ratio(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Share of elements within the published tolerance, by flashinfer-bench's formula."""
+    error = (found.float() - expected.float()).abs()
+    relative = error / (expected.float().abs() + 1e-8)
+    return 1.0 - float(((error > 0.1) & (relative > 0.2)).double().mean())
+
+
+def full_size_weights(seed: int = 0) -> list[torch.Tensor]:
+    """The definition's four weight tensors on the GPU: Gaussian, quantized by 128x128 blocks."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    tensors: list[torch.Tensor] = []
+    for n, k, size in ((4096, 7168, 2 / 7168**0.5), (7168, 2048, 4 / 2048**0.5)):
+        values = torch.empty(32, n, k, dtype=torch.float8_e4m3fn, device="cuda")
+        scales = torch.empty(32, n // 128, k // 128, device="cuda")
+        for expert in range(32):
+            dense = torch.randn(n, k, generator=generator, device="cuda") * size
+            blocks = dense.view(n // 128, 128, k // 128, 128)
+            scales[expert] = blocks.abs().amax(dim=(1, 3)) / 448.0
+            blocks = (blocks / scales[expert][:, None, :, None]).clamp(-448.0, 448.0)
+            values[expert] = blocks.view(n, k).to(torch.float8_e4m3fn)
+        tensors += [values, scales]
+    return tensors
+
+
+def full_size_inputs(row: Workload, weights: list[torch.Tensor], seed: int = 0) -> Inputs:
+    """A published workload at full size on the GPU, with captured-like routing."""
+    logits, bias = captured_routing(row.num_tokens, np.random.default_rng([seed, row.num_tokens]))
+    generator = torch.Generator("cuda").manual_seed(seed + row.num_tokens)
+    x = torch.randn(row.num_tokens, 7168, generator=generator, device="cuda")
+    activations = quantize(x)
+    routing = to_tensor(logits, "cuda"), to_tensor(bias, "cuda")
+    return Inputs(*routing, *activations, *weights, row.local_expert_offset, 2.5)
