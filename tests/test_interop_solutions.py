@@ -14,9 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import jax_moe  # noqa: E402
-from interop import to_jax, to_torch  # noqa: E402
+from interop import to_jax, to_torch, torch_definition  # noqa: E402
 from interop.solutions import SOLUTIONS, deepgemm, packages, sgl_library  # noqa: E402
-from tests import cuda_tools  # noqa: E402
+from tests import cuda_tools, fake_sgl_ops  # noqa: E402
 from tests.torch_inputs import relative_error, torch_inputs  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -82,6 +82,21 @@ def test_cpu_solutions_match_the_oracle(name, bound, num_tokens):
         expected = to_torch(jax_moe.reference(*arrays, *inputs[8:]))
         assert relative_error(found, expected) < bound
         assert torch.equal(found[~expected.any(dim=1)], expected[~expected.any(dim=1)])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+@pytest.mark.parametrize("name", ["sglang_v1", "sglang_v2"])
+def test_the_sglang_pipelines_around_their_operators(monkeypatch, name, num_tokens):
+    """The order and arguments of the calls; the operators themselves run on a GPU only."""
+    monkeypatch.setattr(sgl_library, "load", lambda: fake_sgl_ops.OPS)
+    inputs = torch_inputs(num_tokens)
+    found = SOLUTIONS[name].run(*inputs)
+    assert found.shape == (num_tokens, 256)
+    assert found.dtype == torch.bfloat16
+    if num_tokens:
+        expected = torch_definition.run(*inputs)
+        assert relative_error(found, expected) < 0.04
+        assert not found[~expected.any(dim=1)].any()
 
 
 def test_worst_case_rows_hold_every_routing():
