@@ -97,6 +97,7 @@ def _environment(root: Path) -> dict[str, str]:
     return {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "FIB_CACHE_PATH": str(root / ".cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(root / ".cache" / "jax"),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))),
     }
