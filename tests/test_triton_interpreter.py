@@ -29,3 +29,19 @@ def test_kernels_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_jax_triton_leaves_the_cache_of_torch_alone():
+    code = (
+        "import os; from pallas_kernels.triton.launch import load_jax_triton;"
+        "load_jax_triton(); print(os.environ.get('TRITON_CACHE_DIR'))"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    for value in ("/some/folder", None):
+        environment.pop("TRITON_CACHE_DIR", None)
+        if value is not None:
+            environment["TRITON_CACHE_DIR"] = value
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == str(value), done.stderr

@@ -79,10 +79,10 @@ def load_jax_triton() -> ModuleType:
     import jax_triton
 
     # Version 0.3 sets it to "", after which PyTorch can launch no Triton kernel in this process.
-    if before is not None:
+    if before:
         os.environ["TRITON_CACHE_DIR"] = before
-    elif os.environ.get("TRITON_CACHE_DIR") == "":
-        del os.environ["TRITON_CACHE_DIR"]
+    else:
+        os.environ.pop("TRITON_CACHE_DIR", None)
     if not hasattr(jax_triton.triton_lib, "CUSTOM_CALL_TARGET_NAME"):
         _call_typed_ffi(jax_triton.triton_lib)
     return jax_triton
