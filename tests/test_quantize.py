@@ -86,3 +86,20 @@ def test_nan_and_inf_stay_in_their_group(case, poison):
     values[2, 128:256], scales[1, 2] = clean[0][2, 128:256], clean[1][1, 2]
     np.testing.assert_array_equal(bits(values), bits(clean[0]))
     np.testing.assert_array_equal(bits(scales), bits(clean[1]))
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_no_nan_is_dropped_among_many_rows(case):
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((1003, 256)).astype(np.float32)
+    poisoned = rng.random(x.shape) < 0.003
+    x[poisoned] = rng.choice([np.nan, np.inf, -np.inf], poisoned.sum())
+    with running(case) as backend:
+        values, scales = map(np.asarray, jax_moe.quantize(x, backend=backend))
+    expected_values, expected_scales = numpy_oracle.quantize(x)
+    np.testing.assert_array_equal(scales, expected_scales)
+    finite = np.isfinite(expected_scales).T.repeat(128, axis=1)
+    np.testing.assert_array_equal(bits(values)[finite], bits(expected_values)[finite])
+    with np.errstate(invalid="ignore"):
+        dequantized = values.astype(np.float32) * scales.T.repeat(128, axis=1)
+    np.testing.assert_array_equal(np.isnan(dequantized), ~finite)
