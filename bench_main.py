@@ -77,6 +77,11 @@ def _settings() -> Settings:
         ValueError: Flags contradict each other or the machine.
     """
     on_gpu = jax.default_backend() == "gpu"
+    for flag in (_SOLUTIONS, _WORKLOADS):
+        if flag.value is not None and not all(name.strip() for name in flag.value or [""]):
+            raise ValueError(
+                f"--{flag.name}: expected names separated by commas, found an empty one"
+            )
     if (_INPUTS.value == "dataset") != (_DATASET.value is not None):
         raise ValueError("--dataset=FOLDER and --inputs=dataset go together")
     if _SCALING.value and _INPUTS.value == "dataset":

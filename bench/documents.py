@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import breakdown, plots, report
-from bench.results import PASS, Results
+from bench.results import PASS, REFERENCE, Results
 from bench.settings import Settings
-from bench.solutions import REFERENCE
 from bench.tables import aligned, markdown
 from interop import seed_report
 from interop.files import write_atomically
@@ -95,8 +94,8 @@ def _timing_text(settings: Settings) -> str:
     }
     clocks = "; ".join(clock[name] for name in reversed(settings.passes))
     return (
-        f"{clocks}{flush}; {settings.num_trials} trials of {settings.iterations} calls (fewer if "
-        f"slower than 10 ms) after {settings.warmup}"
+        f"{clocks}{flush}; trials: {settings.num_trials}, each of {settings.iterations} calls (fewer "
+        f"if slower than 10 ms) after {settings.warmup} untimed"
     )
 
 
@@ -175,7 +174,7 @@ def _document(results: Results, settings: Settings, options: Options, plot: str)
 def _all_rows(results: Results) -> list[str]:
     lines = []
     for heading, cells in report.grouped(results):
-        lines += [f"**{heading}**", "", *markdown(cells), ""]
+        lines += [f"**{heading}**", "", *markdown(cells, left=2), ""]
     return lines
 
 

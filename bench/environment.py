@@ -53,10 +53,12 @@ def prepare_process(environ: Any = os.environ) -> None:
         ("DISABLE_CUPTI_LAZY_REINIT", "1"),
         ("TEARDOWN_CUPTI", "0"),
         ("KINETO_LOG_LEVEL", "5"),  # one line per profiling session otherwise
+        ("OMP_WAIT_POLICY", "PASSIVE"),  # torch's spinning threads would stall JAX's on a CPU
     ):
         environ.setdefault(name, value)
     if not has_gpu_driver():
         environ.setdefault("JAX_PLATFORMS", "cpu")
+        environ.setdefault("NPROC", "16")  # threads for the interpreter's simulated warpgroups
 
 
 def has_gpu_driver() -> bool:
@@ -69,13 +71,14 @@ def has_gpu_driver() -> bool:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX already has a cache folder.
+    """Keeps GPU programs in the user's cache folder, unless JAX already has a cache folder.
 
     Each row is compiled for the wall pass and again for the GPU pass; the second is then a read.
+    Not on a CPU: programs from the cache hang in the interpreter of the GPU kernels.
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "jax_moe" / "xla"))
 

@@ -106,7 +106,8 @@ def _captured(run: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=side):
+        # JAX's threads may call CUDA meanwhile; only this thread's calls belong to the graph.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             output = run()
     except RuntimeError as error:
         torch.cuda.synchronize()

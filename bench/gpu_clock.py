@@ -71,12 +71,19 @@ class Session:
         self._flush = flusher()
         self._calls = 0
 
-    def record(self, execution: Execution, iterations: int) -> None:
-        """Launches `iterations` calls, each between markers. `execution` must be warmed up."""
+    def record(self, execution: Execution, iterations: int, *, cold: bool = True) -> None:
+        """Launches `iterations` calls, each between markers. `execution` must be warmed up.
+
+        Args:
+            execution: What to call.
+            iterations: How often.
+            cold: Whether the L2 is flushed before each call.
+        """
         import torch
 
         for _ in range(iterations):
-            self._flush()
+            if cold:
+                self._flush()
             torch.cuda._sleep(1)
             torch.cuda.synchronize()
             execution.block(execution.call())
@@ -131,10 +138,10 @@ class GpuClock:
             yield session
         session.finish(_gpu_events(profiler))
 
-    def time(self, execution: Execution, iterations: int) -> list[Sample]:
-        """Times `iterations` warmed-up calls in a session of their own."""
+    def time(self, execution: Execution, iterations: int, *, cold: bool = True) -> list[Sample]:
+        """Times `iterations` warmed-up calls in a session of their own; see `Session.record`."""
         with self.session() as session:
-            session.record(execution, iterations)
+            session.record(execution, iterations, cold=cold)
         return session.samples
 
     def trace(self, execution: Execution, iterations: int, path: str) -> None:

@@ -24,17 +24,18 @@ def write_times(results: Results, path: Path, *, fraction: bool) -> None:
     from matplotlib.figure import Figure
 
     panels = 2 if fraction and results.roofline else 1
-    figure = Figure(figsize=(9, 5.6 if panels == 1 else 9.5), layout="constrained")
+    figure = Figure(figsize=(11, 5.6 if panels == 1 else 9.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
     _draw(axes[0], results, _times(results), f"{_clock(results)} (us)")
     _draw_floor(axes[0], results)
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter(_plain_number)
     axes[0].set_title(_title(results), fontsize=10)
     if panels == 2:
         _draw(axes[1], results, _fractions(results), "fraction of the roofline")
         axes[1].set_ylim(0, 1.05)
-    axes[0].legend(fontsize=8, ncols=2, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside right upper")
     with write_atomically(path, "wb") as file:
         figure.savefig(file, format="png", dpi=130)
 
@@ -89,8 +90,13 @@ def _draw(axes: Any, results: Results, lines: Lines, label: str) -> None:
                 linewidth=1.4,
             )
     axes.set(xscale="log", xlabel="tokens T", ylabel=label)
+    axes.xaxis.set_major_formatter(_plain_number)
     axes.grid(True, which="major", alpha=0.35)
     axes.grid(True, which="minor", alpha=0.12)
+
+
+def _plain_number(value: float, _: int) -> str:
+    return f"{value:,.0f}"
 
 
 def _draw_floor(axes: Any, results: Results) -> None:

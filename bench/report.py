@@ -65,8 +65,8 @@ COLUMNS = (
     Column("p10", _spread("wall", "p10")),
     Column("p90", _spread("wall", "p90")),
     Column("n", _calls),
-    Column("TFLOP/s", _figure("tflops", "{:.1f}")),
-    Column("TB/s", _figure("tb_per_s", "{:.3f}")),
+    Column("TFLOP/s", _figure("tflops", "{:.3g}")),
+    Column("TB/s", _figure("tb_per_s", "{:.3g}")),
     Column("roofline", _figure("roofline_fraction", "{:.1%}")),
     Column("temp MB", _workspace),
     Column("speedup", _figure("speedup", "{:.2f}x")),
@@ -120,24 +120,27 @@ def comparison(results: Results) -> list[list[str]]:
     Returns:
         The header, the workloads, and a last line with each solution's geometric mean of time over
         floor, or of time where there is no floor, over the workloads that all of them passed.
+        Solutions that are checked but not timed have no column.
     """
-    names = results.solutions()
-    header = ["T", "offset", "pairs", "experts", "floor us", *(f"{name} us" for name in names)]
-    lines = []
+    untimed = {row.solution for row in results.rows.values() if _is_untimed(results, row)}
+    names = [name for name in results.solutions() if name not in untimed]
+    has_floor = results.roofline is not None
+    header = ["T", "offset", "pairs", "experts", *(["floor us"] if has_floor else [])]
+    lines = [header + [f"{name} us" for name in names]]
     for _, rows in results.workloads():
         by_name = {row.solution: row for row in rows}
         first = rows[0]
-        lines.append(
-            [
-                str(first.num_tokens),
-                str(first.local_expert_offset),
-                str(first.load.pairs),
-                str(first.load.active_experts),
-                _us(results.figures(first).floor_us),
-                *(_time_cell(results, by_name.get(name)) for name in names),
-            ]
-        )
-    return [header, *lines, _geomeans(results, names)]
+        load = first.load
+        cells = [first.num_tokens, first.local_expert_offset, load.pairs, load.active_experts]
+        line = [str(cell) for cell in cells]
+        line += [_us(results.figures(first).floor_us)] if has_floor else []
+        lines.append(line + [_time_cell(results, by_name.get(name)) for name in names])
+    blank = [""] * (len(header) - 1)
+    return [*lines, _geomeans(results, names, blank)]
+
+
+def _is_untimed(results: Results, row: Row) -> bool:
+    return row.status == PASS and row.time(results.timer) is None
 
 
 def _time_cell(results: Results, row: Row | None) -> str:
@@ -147,16 +150,15 @@ def _time_cell(results: Results, row: Row | None) -> str:
     return row.status if row.status != PASS else _us(times.median if times else None)
 
 
-def _geomeans(results: Results, names: Sequence[str]) -> list[str]:
-    passed = []
-    for _, rows in results.workloads():
-        timed = {row.solution: row for row in rows if row.time(results.timer)}
-        if len(timed) == len(names):
-            passed.append(timed)
-    label = f"geomean of {len(passed)}" + (", x floor" if results.roofline else "")
-    cells = [label, "", "", "", ""]
+def _geomeans(results: Results, names: Sequence[str], blank: list[str]) -> list[str]:
+    timed = [
+        {row.solution: row for row in rows if row.time(results.timer)}
+        for _, rows in results.workloads()
+    ]
+    common = [rows for rows in timed if all(name in rows for name in names)]
+    cells = [f"geomean of {len(common)}" + (" / floor" if results.roofline else ""), *blank]
     for name in names:
-        values = [_relative(results, timed[name]) for timed in passed]
+        values = [_relative(results, rows[name]) for rows in common]
         cells.append(f"{statistics.geometric_mean(values):.2f}" if values else _DASH)
     return cells
 

@@ -57,7 +57,8 @@ def measure(clock: GpuClock | None) -> Roofline | None:
 
 
 def _by_clock(clock: GpuClock) -> Callable[[Execution, int], list[float]]:
-    return lambda execution, n: [sample.span_us for sample in clock.time(execution, n)]
+    # Not cold: the flush's dirty lines would be written back at the read's expense.
+    return lambda execution, n: [s.span_us for s in clock.time(execution, n, cold=False)]
 
 
 def _by_events(execution: Execution, iterations: int) -> list[float]:

@@ -68,12 +68,12 @@ def run(
         trace: Called after a row's last pass, if given, to record a profile.
     """
     done = set(results.rows)
+    weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
     for clock_name in settings.passes:
         clock = GpuClock() if clock_name == "gpu" else None
         jax.clear_caches()
-        if settings.on_gpu:
+        if clock_name == settings.timer:
             results.roofline = roofline.measure(clock)
-        weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
         for workload in workloads:
             open_ = [one for one in solutions.values() if (one.name, workload.uuid) not in done]
             prepared = None
@@ -141,22 +141,27 @@ def measure(
     Returns:
         The row. Whatever the solution raises becomes an `ERROR` row.
     """
+    row = earlier or new_row(settings, solution.name, prepared)
+    try:
+        return _measured(settings, solution, prepared, clock, row, trace)
+    except Exception as error:
+        return without_times(row, ERROR, one_line(error))
+
+
+def new_row(settings: Settings, name: str, prepared: Prepared) -> Row:
+    """A row with nothing measured yet."""
     workload = prepared.workload
-    row = earlier or Row(
-        solution=solution.name,
+    return Row(
+        solution=name,
         uuid=workload.uuid,
         num_tokens=workload.num_tokens,
         local_expert_offset=workload.local_expert_offset,
         status=PASS,
         problem=None,
-        repro=settings.command(solution.name, workload),
+        repro=settings.command(name, workload),
         load=prepared.load,
         work=prepared.work,
     )
-    try:
-        return _measured(settings, solution, prepared, clock, row, trace)
-    except Exception as error:
-        return _without_times(row, ERROR, f"{type(error).__name__}: {_first_line(error)}")
 
 
 def _measured(
@@ -187,7 +192,7 @@ def _measured(
         row, check=check, how=bound.how, workspace_bytes=bound.workspace_bytes
     )
     if check.problem:
-        return _without_times(row, WRONG, check.problem)
+        return without_times(row, WRONG, check.problem)
     if trace:
         trace(bound, solution, prepared.workload, clock)
     if session:
@@ -202,7 +207,7 @@ def _check(solution: Solution, bound: Execution, case: Case, settings: Settings)
     return correctness.check(found, case.reference, settings.tolerance)
 
 
-def _without_times(row: Row, status: str, problem: str) -> Row:
+def without_times(row: Row, status: str, problem: str) -> Row:
     """A row that is not right shows no speed, not even an earlier pass's."""
     return dataclasses.replace(
         row,
@@ -216,9 +221,10 @@ def _without_times(row: Row, status: str, problem: str) -> Row:
     )
 
 
-def _first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
 
 
 def _gpu_fields(samples: Sequence[Sample]) -> dict[str, Any]:

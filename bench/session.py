@@ -7,9 +7,9 @@ from pathlib import Path
 
 import tqdm
 
-from bench import documents, environment, runner, solutions, tracing
+from bench import documents, environment, interpreter, runner, solutions, tracing
 from bench.gpu_clock import ClockError
-from bench.results import Results, Row, load_rows
+from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import SCALING, WORKLOADS, select
 from interop import dataset
@@ -75,7 +75,7 @@ def _choose(settings: Settings) -> tuple[dict[str, Solution], dict[str, str]]:
     """The solutions to run and why the others that were asked for cannot."""
     known = solutions.registry(settings.backend)
     asked = solutions.choose(settings.solutions, known)
-    reference = {solutions.REFERENCE: known[solutions.REFERENCE]}
+    reference = {REFERENCE: known[REFERENCE]}
     reasons = {name: one.unavailable_reason() for name, one in (reference | asked).items()}
     unavailable = {name: why for name, why in reasons.items() if why is not None}
     chosen = {name: one for name, one in (reference | asked).items() if name not in unavailable}
@@ -114,8 +114,10 @@ def _measure(
     results: Results,
     profile: Path | None,
 ) -> int:
-    finished = sum((name, row.uuid) in results.rows for name in chosen for row in workloads)
-    total = (len(chosen) * len(workloads) - finished) * len(settings.passes)
+    timed = {name: one for name, one in chosen.items() if one is not interpreter.SOLUTION}
+    finished = sum((name, row.uuid) in results.rows for name in timed for row in workloads)
+    total = (len(timed) * len(workloads) - finished) * len(settings.passes)
+    total += len(chosen) - len(timed)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:
 
         def done(row: Row) -> None:
@@ -126,7 +128,12 @@ def _measure(
         progress = runner.Progress(start=bar.set_postfix_str, done=done)
         trace = tracing.recorder(profile) if profile else None
         try:
-            runner.run(settings, chosen, workloads, results, progress, trace)
+            runner.run(settings, timed, workloads, results, progress, trace)
+            if len(timed) < len(chosen):
+                progress.start("the kernels in the interpreter")
+                row = interpreter.check(settings)
+                results.put(row)
+                progress.done(row)
         except KeyboardInterrupt:
             bar.write("interrupted: what was finished is kept; --resume goes on from there")
             return INTERRUPTED

@@ -4,11 +4,10 @@ import functools
 from collections.abc import Mapping
 
 import jax_moe
-from bench import ragged_dot
+from bench import interpreter, ragged_dot
+from bench.results import REFERENCE
 from interop.solutions.base import Solution
 from jax_moe import backends
-
-REFERENCE = "torch_reference"  # the denominator of every speedup
 
 _BACKEND_DESIGN = {
     "Rows computed": "local pairs only",
@@ -40,7 +39,8 @@ def registry(backend: str = "auto") -> Mapping[str, Solution]:
     ]
     peers = dict(SOLUTIONS)
     first = {REFERENCE: peers.pop(REFERENCE)}
-    return first | {one.name: one for one in (*ours, ragged_dot.SOLUTION)} | peers
+    ours += [interpreter.SOLUTION, ragged_dot.SOLUTION]
+    return first | {one.name: one for one in ours} | peers
 
 
 def default_names(on_gpu: bool) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def default_names(on_gpu: bool) -> tuple[str, ...]:
     """
     if on_gpu:
         return tuple(name for name in registry() if name != "jax_moe")
-    return (REFERENCE, "jax_moe_xla")
+    return (REFERENCE, "jax_moe_xla", interpreter.SOLUTION.name)
 
 
 def choose(names: tuple[str, ...], known: Mapping[str, Solution]) -> dict[str, Solution]:

@@ -1,0 +1,60 @@
+"""The Hopper kernels on a machine without a GPU: one small row in the CPU interpreter, untimed."""
+
+import dataclasses
+
+import jax
+
+import jax_moe
+from bench import correctness, inputs
+from bench.results import ERROR, PASS, WRONG, Row
+from bench.runner import new_row, one_line, prepare, without_times
+from bench.settings import Settings
+from bench.workloads import select
+from interop.solutions.base import Solution
+
+_NUM_TOKENS = "7"
+
+
+def check(settings: Settings) -> Row:
+    """Runs the layer's Mosaic GPU kernels in the interpreter, on one workload at reduced size.
+
+    Args:
+        settings: Those of a run without a GPU.
+
+    Returns:
+        A row without times, since those of an interpreter mean nothing.
+    """
+    (workload,) = select([_NUM_TOKENS])
+    settings = dataclasses.replace(settings, inputs="realistic", dataset=None, num_trials=1)
+    weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
+    prepared = prepare(settings, workload, weights, settings.timer)
+    row = dataclasses.replace(
+        new_row(settings, SOLUTION.name, prepared), how="CPU interpreter, not timed"
+    )
+    (case,) = prepared.cases
+    try:
+        output = jax.jit(SOLUTION.run)(*case.arguments)
+        found = correctness.check(output, case.reference, settings.tolerance)
+    except Exception as error:
+        return without_times(row, ERROR, one_line(error))
+    status = WRONG if found.problem else PASS
+    return dataclasses.replace(row, status=status, check=found, problem=found.problem)
+
+
+def _run(*arguments: jax.Array) -> jax.Array:
+    with jax_moe.interpret_mode():
+        return jax_moe.apply(*arguments, backend="mosaic")
+
+
+def _gpu_reason() -> str | None:
+    return "there is a GPU: jax_moe_mosaic runs on it" if jax.default_backend() == "gpu" else None
+
+
+SOLUTION = Solution(
+    name="mosaic_interpreted",
+    framework="jax",
+    description=f"the kernels of jax_moe_mosaic in the CPU interpreter, at T={_NUM_TOKENS} only",
+    run=_run,
+    unavailable_reason=_gpu_reason,
+    caveat="checked, not timed",
+)
