@@ -7,8 +7,9 @@ One layout cannot be told from its transpose: where T equals H/128, a `[T, H/128
 square as a `[H/128, T]` one. It is taken for `[H/128, T]`, always.
 """
 
+import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,11 @@ from jax_moe.config import MoEConfig
 from jax_moe.types import DispatchPlan, Quantized
 from pallas_kernels.shapes import QUANT_BLOCK
 
-E4M3 = ("float8_e4m3fn",)
-F32 = ("float32",)
-I32 = ("int32",)
-BIAS = ("bfloat16", "float32")
-UNQUANTIZED = ("bfloat16", "float16", "float32")
+E4M3 = (np.dtype(jnp.float8_e4m3fn),)
+F32 = (np.dtype(np.float32),)
+I32 = (np.dtype(np.int32),)
+BIAS = (np.dtype(jnp.bfloat16), *F32)
+UNQUANTIZED = (np.dtype(jnp.bfloat16), np.dtype(np.float16), *F32)
 
 type Sizes = dict[str, tuple[int, str]]
 """Symbol -> its size and the argument that set it."""
@@ -31,70 +32,88 @@ type Sizes = dict[str, tuple[int, str]]
 _MAX_PAIRS = 2**30
 
 
-def array(name: str, value: Any, dims: str, dtypes: tuple[str, ...], sizes: Sizes) -> None:
+def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes: Sizes) -> None:
     """Checks an array's type, dtype, rank and shape, and learns the symbols that are new.
 
     Args:
         name: The argument's.
         value: What the caller passed.
         dims: Its axes in symbols, such as "E_local 2*I/128 H/128".
-        dtypes: Names of the accepted dtypes.
+        dtypes: The accepted dtypes.
         sizes: Symbols known so far; new ones are added.
 
     Raises:
         TypeError: Not a JAX or NumPy array, or of another dtype.
         ValueError: Of another rank or shape.
     """
-    wanted = f"{' or '.join(dtypes)} [{dims.replace(' ', ', ')}]"
+    axes = _axes(dims)
     if not isinstance(value, jax.Array | np.ndarray):
+        wanted = _wanted(dims, dtypes)
         raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, found {_kind(value)}")
-    if jnp.dtype(value.dtype).name not in dtypes:
-        raise TypeError(f"{name}: expected {wanted}, found {_format(value)}")
-    axes = dims.split()
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {_wanted(dims, dtypes)}, found {_format(value)}")
     if value.ndim != len(axes):
-        raise ValueError(f"{name}: expected rank {len(axes)}, {wanted}, found {_format(value)}")
+        rank = f"rank {len(axes)}, {_wanted(dims, dtypes)}"
+        raise ValueError(f"{name}: expected {rank}, found {_format(value)}")
     for position, (axis, found) in enumerate(zip(axes, value.shape, strict=True)):
         if not _matches(axis, found, name, sizes):
-            shape = ", ".join(str(_size(a, sizes) or a) for a in axes)
-            hint = ""
-            if value.shape == tuple(_size(a, sizes) for a in reversed(axes)):
-                hint = " (transposed?)"
+            expected = [_size(axis, sizes) for axis in axes]
+            hint = " (transposed?)" if list(value.shape) == expected[::-1] else ""
+            known = zip(expected, dims.split(), strict=True)
+            shape = ", ".join(text if size is None else str(size) for size, text in known)
             raise ValueError(
-                f"{name}: expected {wanted} = [{shape}]{_source(axis, sizes)}, "
+                f"{name}: expected {_wanted(dims, dtypes)} = [{shape}]{_source(axis, sizes)}, "
                 f"found {_format(value)}{hint}: axis {position} differs"
             )
 
 
-def _matches(axis: str, found: int, name: str, sizes: Sizes) -> bool:
-    factor, symbol, divisor = _parse(axis)
-    if symbol not in sizes and not symbol.isdecimal():
-        if found * divisor % factor:
+class _Axis(NamedTuple):
+    """`factor * symbol / divisor`, as "2*I/128"; a symbol that is a number stands for itself."""
+
+    factor: int
+    symbol: str
+    divisor: int
+
+
+@functools.cache
+def _axes(dims: str) -> tuple[_Axis, ...]:
+    axes = []
+    for text in dims.split():
+        factor, _, rest = text.rpartition("*")
+        symbol, _, divisor = rest.partition("/")
+        axes.append(_Axis(int(factor or 1), symbol, int(divisor or 1)))
+    return tuple(axes)
+
+
+def _matches(axis: _Axis, found: int, name: str, sizes: Sizes) -> bool:
+    if axis.symbol not in sizes and not axis.symbol.isdecimal():
+        if found * axis.divisor % axis.factor:
             return False
-        sizes[symbol] = (found * divisor // factor, name)
+        sizes[axis.symbol] = (found * axis.divisor // axis.factor, name)
     return found == _size(axis, sizes)
 
 
-def _parse(axis: str) -> tuple[int, str, int]:
-    """Splits "2*I/128" into 2, "I" and 128."""
-    factor, _, rest = axis.rpartition("*")
-    symbol, _, divisor = rest.partition("/")
-    return int(factor or 1), symbol, int(divisor or 1)
+def _size(axis: _Axis, sizes: Sizes) -> int | None:
+    if axis.symbol.isdecimal():
+        return int(axis.symbol)
+    if axis.symbol not in sizes:
+        return None
+    return sizes[axis.symbol][0] * axis.factor // axis.divisor
 
 
-def _size(axis: str, sizes: Sizes) -> int | None:
-    factor, symbol, divisor = _parse(axis)
-    if symbol.isdecimal():
-        return int(symbol)
-    return sizes[symbol][0] * factor // divisor if symbol in sizes else None
+def _source(axis: _Axis, sizes: Sizes) -> str:
+    if axis.symbol not in sizes:
+        return ""
+    size, name = sizes[axis.symbol]
+    return f" ({axis.symbol} = {size} from {name})"
 
 
-def _source(axis: str, sizes: Sizes) -> str:
-    symbol = _parse(axis)[1]
-    return f" ({symbol} = {sizes[symbol][0]} from {sizes[symbol][1]})" if symbol in sizes else ""
+def _wanted(dims: str, dtypes: tuple[np.dtype, ...]) -> str:
+    return f"{' or '.join(dtype.name for dtype in dtypes)} [{dims.replace(' ', ', ')}]"
 
 
 def _format(value: Any) -> str:
-    return f"{jnp.dtype(value.dtype).name} {list(value.shape)}"
+    return f"{value.dtype.name} {list(value.shape)}"
 
 
 def _kind(value: Any) -> str:
@@ -208,7 +227,7 @@ def hidden(hidden_states: Any, hidden_states_scale: Any, sizes: Sizes) -> None:
     """Checks the activations: e4m3 with scales, or bf16/f16/f32 without; sets H."""
     array("hidden_states", hidden_states, "T H", E4M3 + UNQUANTIZED, sizes)
     blocked("H", sizes)
-    if jnp.dtype(hidden_states.dtype).name in E4M3:
+    if hidden_states.dtype in E4M3:
         array("hidden_states_scale", hidden_states_scale, f"H/{QUANT_BLOCK} T", F32, sizes)
     elif hidden_states_scale is not None:
         raise ValueError(
