@@ -127,10 +127,12 @@ def compile_for_h100(fn: Callable[..., Any], *specs: Any) -> ProgramReport:
     with tempfile.TemporaryDirectory() as scratch, _triton_kernels() as triton_kernels:
         mosaic, xla = pathlib.Path(scratch, "mosaic"), pathlib.Path(scratch, "xla")
         mosaic.mkdir()
-        with _environment_variable("MOSAIC_GPU_DUMP_TO", str(mosaic)):
+        with _mosaic_smem_bytes() as smem_bytes:
             lowered = jax.jit(fn).trace(*jax.tree.map(on_h100, specs)).lower()
+        with _environment_variable("MOSAIC_GPU_DUMP_TO", str(mosaic)):
             compiled = lowered.compile(compiler_options={"xla_dump_to": str(xla)})
-        kernels = [assemble(*dumped) for dumped in (*_mosaic_kernels(mosaic), *triton_kernels)]
+        mosaic_kernels = _mosaic_kernels(mosaic, smem_bytes)
+        kernels = [assemble(*kernel) for kernel in (*mosaic_kernels, *triton_kernels)]
         launches, command_buffers, outside = _thunks(xla)
     return ProgramReport(
         kernels=tuple(kernels),
@@ -151,15 +153,32 @@ def compile_triton_kernels(fn: Callable[..., Any], *specs: Any) -> tuple[KernelR
     return tuple(assemble(*kernel) for kernel in kernels)
 
 
-def _mosaic_kernels(folder: pathlib.Path) -> list[tuple[str, str, int]]:
-    """(name, PTX, shared memory bytes) of each kernel dumped; the files are `name_counter.*`."""
+def _mosaic_kernels(folder: pathlib.Path, smem_bytes: dict[str, int]) -> list[tuple[str, str, int]]:
+    """(name, PTX, shared memory bytes) of each kernel dumped; the files are `name_counter.ptx`."""
     dumps = sorted(folder.glob("*.ptx"), key=lambda path: int(find(r"_(\d+)$", path.stem)))
-    kernels = []
-    for path in dumps:
-        resources = path.with_suffix(".resources.txt").read_text()
-        smem_bytes = int(find(r"smem_scratch_bytes=(\d+)", resources))
-        kernels.append((find(r"(.*)_\d+$", path.stem), path.read_text(), smem_bytes))
-    return kernels
+    return [(find(r"(.*)_\d+$", p.stem), p.read_text(), smem_bytes[p.stem]) for p in dumps]
+
+
+@contextlib.contextmanager
+def _mosaic_smem_bytes() -> Iterator[dict[str, int]]:
+    """Records the shared memory of each kernel that Mosaic lowers, by `name_counter`."""
+    from jax.experimental.mosaic.gpu import utils
+
+    found: dict[str, int] = {}
+    original = utils.dump_to_file_or_stdout
+
+    def recording(text: str, file_name: str, _folder: str) -> None:
+        found[file_name.removesuffix(".resources.txt")] = int(
+            find(r"smem_scratch_bytes=(\d+)", text)
+        )
+
+    # Asked for nothing else, Mosaic does not write its (large, slow) logs of the passes.
+    utils.dump_to_file_or_stdout = recording
+    try:
+        with _environment_variable("MOSAIC_GPU_DUMP_RESOURCES", "1"):
+            yield found
+    finally:
+        utils.dump_to_file_or_stdout = original
 
 
 @contextlib.contextmanager

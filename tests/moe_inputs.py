@@ -64,6 +64,25 @@ def _weights(rng: np.random.Generator, experts: int, n: int, k: int) -> tuple[An
     return values, scales.astype(np.float32)
 
 
+def rank_specs(num_tokens: int) -> Inputs:
+    """Shapes and dtypes of the layer on one of DeepSeek-V3's eight ranks: 32 of 256 experts."""
+    num_experts, num_local, hidden, intermediate = 256, 32, 7168, 2048
+    blocks = (hidden // 128, intermediate // 128)
+    shapes = (
+        ((num_tokens, num_experts), jnp.float32),
+        ((num_experts,), jnp.bfloat16),
+        ((num_tokens, hidden), E4M3),
+        ((blocks[0], num_tokens), jnp.float32),
+        ((num_local, 2 * intermediate, hidden), E4M3),
+        ((num_local, 2 * blocks[1], blocks[0]), jnp.float32),
+        ((num_local, hidden, intermediate), E4M3),
+        ((num_local, *blocks), jnp.float32),
+        ((), jnp.int32),
+        ((), jnp.float32),
+    )
+    return Inputs(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+
+
 def logits_for(choices: np.ndarray, num_experts: int, top_k: int) -> np.ndarray:
     """Logits that send each token to the experts of `choices` [T,c], c <= top_k, in that order.
 

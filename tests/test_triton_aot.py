@@ -12,6 +12,7 @@ from pallas_kernels.triton import configs, down_projection, up_projection
 from pallas_kernels.triton.launch import call
 from pallas_kernels.triton.matmul import MatmulConfig
 from tests import h100_target
+from tests.moe_inputs import rank_specs
 
 F8, F32, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
 HOPPER_SMEM, ADA_SMEM = 232448, 101376
@@ -87,22 +88,6 @@ def test_every_tiling_compiles_for_other_generations(capability, smem, rows_per_
         assert kernel.spill_bytes == 0, kernel
 
 
-def layer_specs(num_tokens, *, hidden_size, intermediate_size, num_local):
-    blocks = (hidden_size // 128, intermediate_size // 128)
-    return specs(
-        ((num_tokens, 256), F32),
-        ((256,), jnp.bfloat16),
-        ((num_tokens, hidden_size), F8),
-        ((blocks[0], num_tokens), F32),
-        ((num_local, 2 * intermediate_size, hidden_size), F8),
-        ((num_local, 2 * blocks[1], blocks[0]), F32),
-        ((num_local, hidden_size, intermediate_size), F8),
-        ((num_local, *blocks), F32),
-        ((), I32),
-        ((), F32),
-    )
-
-
 @pytest.mark.parametrize(("num_tokens", "kernels"), [(80, 5), (14107, 6)])
 def test_the_layer_is_one_cuda_graph_within_its_memory(num_tokens, kernels):
     def layer(*arguments):
@@ -110,7 +95,7 @@ def test_the_layer_is_one_cuda_graph_within_its_memory(num_tokens, kernels):
             return jax_moe.apply(*arguments, backend="triton")
 
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
-    report = h100_target.compile_for_h100(layer, *layer_specs(num_tokens, num_local=LOCAL, **sizes))
+    report = h100_target.compile_for_h100(layer, *rank_specs(num_tokens))
     assert len(report.kernels) == kernels
     assert [k.name for k in report.kernels if k.spill_bytes] == []
     assert report.command_buffers == 1

@@ -1,0 +1,37 @@
+"""What the compilers make of the Mosaic kernels and the layer around them, at full size."""
+
+from __future__ import annotations
+
+import pytest
+
+import jax_moe
+from tests import h100_target
+from tests.moe_inputs import rank_specs
+
+TOKENS = (1, 80, 901, 14107)  # at least one of each tile height
+SIZES = {"num_local_experts": 32, "hidden_size": 7168, "intermediate_size": 2048}
+
+
+def layer(*arguments):
+    with jax_moe.assume_device("sm_90"):
+        return jax_moe.apply(*arguments, backend="mosaic")
+
+
+def programs():
+    """For `python -m tests.h100_target tests.test_mosaic_aot:programs`."""
+    for num_tokens in TOKENS:
+        yield f"T={num_tokens}", layer, rank_specs(num_tokens)
+
+
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens):
+    report = h100_target.compile_for_h100(layer, *rank_specs(num_tokens))
+    spilled = {kernel.name: kernel.spill_bytes for kernel in report.kernels if kernel.spill_bytes}
+    assert spilled == {}, f"with ptxas {report.ptxas_version}:\n{report}"
+    multiplying = {kernel.name for kernel in report.kernels if "QGMMA" in kernel.instructions}
+    assert multiplying == {"moe_up_projection", "moe_down_projection"}
+    assert report.command_buffers == 1
+    assert report.launches_outside_command_buffers == 0
+    with jax_moe.assume_device("sm_90"):
+        bound = jax_moe.workspace_bytes(num_tokens, backend="mosaic", **SIZES)
+    assert report.temp_bytes <= bound <= 2.5e9
