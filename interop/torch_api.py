@@ -21,6 +21,8 @@ import torch
 import jax_moe
 from interop import dlpack
 
+_Scalars = tuple[np.int32, np.float32]
+
 
 class TorchMoEWeights(NamedTuple):
     """The expert weights of one layer, as torch tensors on one device.
@@ -86,19 +88,14 @@ def torch_moe(
             scalar out of range; also whatever `jax_moe.apply` refuses.
         RuntimeError: called while torch captures a CUDA graph.
     """
+    device = _device_of("hidden_states", hidden_states)
     weights = TorchMoEWeights(
         gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale
     )
-    return TorchMoE(weights, config=config, backend=backend)(
-        routing_logits,
-        routing_bias,
-        hidden_states,
-        hidden_states_scale,
-        local_expert_offset,
-        routed_scaling_factor,
-        num_tokens=num_tokens,
-        out=out,
-    )
+    activations = _named(routing_logits, routing_bias, hidden_states, hidden_states_scale)
+    arrays = _import(activations | weights._asdict(), device)
+    scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor)
+    return _run(_compiled(config, backend, device.type), arrays, scalars, num_tokens, out, device)
 
 
 class TorchMoE:
@@ -127,15 +124,11 @@ class TorchMoE:
             TypeError, ValueError: a weight that the bridge refuses or on another device than the
                 first.
         """
-        first = weights[0]
-        if not isinstance(first, torch.Tensor):
-            raise TypeError(f"gemm1_weights: expected a torch.Tensor, got {type(first).__name__}")
-        if backend == "auto" and first.device.type == "cpu":
-            backend = "xla"  # "auto" looks at JAX's default device, which may be a GPU
-        self._apply = _compiled(config, backend)
-        self._device = first.device
-        self._weights = _import(TorchMoEWeights(*weights)._asdict(), self._device)
-        self._scalars: tuple[tuple[int, float], Sequence[jax.Array]] | None = None
+        named = TorchMoEWeights(*weights)._asdict()
+        self._device = _device_of(*next(iter(named.items())))
+        self._weights = _import(named, self._device)
+        self._apply = _compiled(config, backend, self._device.type)
+        self._uploaded: tuple[_Scalars, Sequence[jax.Array]] | None = None
 
     def __call__(
         self,
@@ -150,50 +143,66 @@ class TorchMoE:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the layer; arguments, result and errors as for `torch_moe`."""
-        device = self._device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("JAX launches on its own stream: torch cannot capture it in a graph")
-        activations = {
-            "routing_logits": routing_logits,
-            "routing_bias": routing_bias,
-            "hidden_states": hidden_states,
-            "hidden_states_scale": hidden_states_scale,
-        }
-        arrays = [*_import(activations, device), *self._weights]
-        if out is not None:
-            _check_out(out, hidden_states.shape, device)
-        last_offset = routing_logits.shape[-1] - self._weights[0].shape[0]
-        scalars = self._device_scalars(
-            _integer("local_expert_offset", local_expert_offset, last_offset),
-            _number("routed_scaling_factor", routed_scaling_factor),
-        )
-        live = {}
-        if num_tokens is not None:
-            live["num_tokens"] = np.int32(_integer("num_tokens", num_tokens, len(hidden_states)))
-        result = self._apply(*arrays, *scalars, **live)
-        if out is None:
-            return dlpack.to_torch(result)
-        if result.size:
-            out.copy_(dlpack.to_torch(result))
-            dlpack.keep_while_read(result, device)
-        return out
+        activations = _named(routing_logits, routing_bias, hidden_states, hidden_states_scale)
+        arrays = [*_import(activations, self._device), *self._weights]
+        scalars = self._on_device(_scalars(arrays, local_expert_offset, routed_scaling_factor))
+        return _run(self._apply, arrays, scalars, num_tokens, out, self._device)
 
-    def _device_scalars(self, offset: int, factor: float) -> Sequence[jax.Array]:
+    def _on_device(self, scalars: _Scalars) -> Sequence[jax.Array]:
         """The two numbers on the device, uploaded again only when their values change."""
-        if self._scalars is None or self._scalars[0] != (offset, factor):
+        if self._uploaded is None or self._uploaded[0] != scalars:
             where = dlpack.jax_device(self._device)
-            values = jax.device_put((np.int32(offset), np.float32(factor)), where)
-            self._scalars = (offset, factor), values
-        return self._scalars[1]
+            self._uploaded = scalars, jax.device_put(scalars, where)
+        return self._uploaded[1]
 
 
 @functools.cache
-def _compiled(config: jax_moe.MoEConfig, backend: str) -> Any:
+def _compiled(config: jax_moe.MoEConfig, backend: str, device_type: str) -> Any:
+    if backend == "auto" and device_type == "cpu":
+        backend = "xla"  # "auto" looks at JAX's default device, which may be a GPU
     return jax.jit(functools.partial(jax_moe.apply, config=config, backend=backend))
+
+
+def _run(
+    apply: Any,
+    arrays: Sequence[Any],
+    scalars: Sequence[Any],
+    num_tokens: int | None,
+    out: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    shape = arrays[2].shape  # hidden_states
+    if out is not None:
+        _check_out(out, shape, device)
+    live = {}
+    if num_tokens is not None:
+        live["num_tokens"] = np.int32(_integer("num_tokens", num_tokens, shape[0]))
+    result = apply(*arrays, *scalars, **live)
+    if out is None:
+        return dlpack.to_torch(result)
+    if result.size:
+        out.copy_(dlpack.to_torch(result))
+        dlpack.keep_while_read(result, device)
+    return out
+
+
+def _named(
+    logits: torch.Tensor, bias: torch.Tensor, hidden: torch.Tensor, scale: torch.Tensor | None
+) -> dict[str, torch.Tensor | None]:
+    names = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
+    return dict(zip(names, (logits, bias, hidden, scale), strict=True))
+
+
+def _device_of(name: str, tensor: Any) -> torch.device:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    return tensor.device
 
 
 def _import(tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> list[Any]:
     """Imports all tensors after one hand-over between the streams; None stays None."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("JAX launches on its own stream: torch cannot capture it in a graph")
     ready = []
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.device != device:
@@ -202,6 +211,14 @@ def _import(tensors: Mapping[str, torch.Tensor | None], device: torch.device) ->
     target = dlpack.jax_device(device, next(iter(tensors)))
     stream = dlpack.order_after_torch(device, target)
     return [None if t is None else dlpack.import_buffer(t, target, stream) for t in ready]
+
+
+def _scalars(arrays: Sequence[Any], offset: Any, factor: Any) -> _Scalars:
+    """The two numbers, checked; a known offset must leave room for the local experts."""
+    logits, gemm1_weights = arrays[0], arrays[4]
+    last = (logits.shape or (0,))[-1] - (gemm1_weights.shape or (0,))[0]
+    number = _number("routed_scaling_factor", factor)
+    return np.int32(_integer("local_expert_offset", offset, last)), np.float32(number)
 
 
 def _integer(name: str, value: Any, last: int) -> int:

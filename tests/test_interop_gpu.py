@@ -72,11 +72,11 @@ def test_what_cannot_be_shared_is_copied(make):
 def test_wrong_devices_are_named(inputs):
     tensors = list(inputs)
     tensors[4] = tensors[4].cpu()
-    with pytest.raises(ValueError, match="expected a tensor on cpu, got cuda:0"):
+    with pytest.raises(ValueError, match="gemm1_weights: expected a tensor on cuda:0, got cpu"):
         torch_moe(*tensors)
-    tensors = [*inputs[:2], inputs[2].cpu(), *inputs[3:]]
+    handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
     with pytest.raises(ValueError, match="hidden_states: expected a tensor on cuda:0, got cpu"):
-        torch_moe(*tensors)
+        handle(*inputs[:2], inputs[2].cpu(), inputs[3], *inputs[8:])
     with pytest.raises(ValueError, match="x: pinned host memory"):
         to_jax(torch.ones(8).pin_memory(), "x")
     with pytest.raises(ValueError, match=r"local_expert_offset: .* tensor on cuda"):
@@ -164,7 +164,7 @@ def test_a_destination_outlives_the_result(inputs, expected):
 
 def test_a_torch_graph_capture_is_refused(inputs):
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="cannot capture"), torch.cuda.graph(graph):
+    with pytest.raises(RuntimeError, match="cannot capture it"), torch.cuda.graph(graph):
         torch_moe(*inputs)
 
 
