@@ -14,11 +14,11 @@ HEADER = ("kernel", "stage", "us", "share", "launches", "TB/s", "TFLOP/s", "of i
 # Our kernels' names, whichever backend; other solutions' kernels have time and share only.
 _STAGES = {
     "route": r"rout",
-    "plan": r"moe_plan",
+    "plan": r"plan|count_kernel",
     "gather": r"permute_rows",
     "up": r"up_projection",
     "down": r"down_projection",
-    "combine": r"moe_combine",
+    "combine": r"combine",
 }
 
 

@@ -11,6 +11,8 @@ from bench.tables import aligned, markdown
 from interop import seed_report
 from interop.files import write_atomically
 
+_TERMINAL_BREAKDOWNS = 20
+
 
 class Options(NamedTuple):
     """What to write besides the results.
@@ -94,7 +96,7 @@ def _timing_text(settings: Settings) -> str:
     }
     clocks = "; ".join(clock[name] for name in reversed(settings.passes))
     return (
-        f"{clocks}{flush}; trials: {settings.num_trials}, each of {settings.iterations} calls (fewer "
+        f"{clocks}{flush}; trials: {settings.num_trials}, {settings.iterations} calls each (fewer "
         f"if slower than 10 ms) after {settings.warmup} untimed"
     )
 
@@ -104,6 +106,8 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
     if not results.rows:
         return "no rows were finished"
     parts = [report.terminal_table(results), "", *aligned(report.comparison(results), left=0)]
+    against = report.against_peers(results)
+    parts += ["", *aligned(against, left=0)] if len(against) > 1 else []
     if options.breakdown:
         parts += ["", *_breakdown(results, settings, in_markdown=False)]
     failures = report.failure_lines(results)
@@ -114,7 +118,10 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
 
 def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> list[str]:
     lines = []
-    for row in breakdown.rows_to_show(results):
+    rows = breakdown.rows_to_show(results)
+    if not in_markdown and len(rows) > _TERMINAL_BREAKDOWNS:
+        return [f"The breakdown of {len(rows)} rows is in {settings.stem}.md."]
+    for row in rows:
         cells = [breakdown.HEADER, *breakdown.table(row, settings.sizes, results.roofline)]
         title = f"{row.solution}, T={row.num_tokens}"
         lines += [f"### {title}" if in_markdown else title, ""]
@@ -133,7 +140,7 @@ def write_all(results: Results, settings: Settings, options: Options) -> list[Pa
     if not results.rows:
         return written
     plot = folder / f"{stem}.png"
-    plots.write_times(results, plot, fraction=settings.scaling)
+    plots.write(results, plot)
     document = folder / f"{stem}.md"
     _write(document, _document(results, settings, options, plot.name))
     written += [document, plot]
@@ -162,6 +169,9 @@ def _document(results: Results, settings: Settings, options: Options, plot: str)
     lines += ["", "```bash", settings.command(), "```", "", f"![Time against tokens]({plot})", ""]
     clock = "GPU" if results.timer == "gpu" else "wall"
     lines += [f"## Median {clock} time", "", *markdown(report.comparison(results), left=0), ""]
+    against = report.against_peers(results)
+    if len(against) > 1:
+        lines += ["## Against the fastest other solution", "", *markdown(against, left=0), ""]
     if failures := report.failure_lines(results):
         lines += ["## Failures", "", "```", *failures, "```", ""]
     lines += ["## Every row", "", *_all_rows(results)]
@@ -196,9 +206,9 @@ def _seed_report(results: Results, settings: Settings) -> list[Path]:
         seed_report.WorkloadRow(uuid, rows[0].num_tokens, rows[0].local_expert_offset)
         for uuid, rows in results.workloads()
     ]
-    measured: dict[str, dict[str, Any]] = {
-        name: {} for name in results.solutions() if name != REFERENCE
-    }
+    asked = [name for name in settings.solutions if name in results.solutions()]
+    names = dict.fromkeys([*asked, *results.solutions()])  # the first is the ratios' baseline
+    measured: dict[str, dict[str, Any]] = {name: {} for name in names if name != REFERENCE}
     for row in results.rows.values():
         if row.solution in measured:
             measured[row.solution][row.uuid] = _measurement(results, row)

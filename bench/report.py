@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bench.results import PASS, Results, Row
+from bench.results import PASS, REFERENCE, Results, Row
 from bench.tables import aligned
 
 _DASH = "-"
@@ -25,6 +25,11 @@ def _us(value: float | None) -> str:
     if value is None:
         return _DASH
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _rate(value: float | None) -> str:
+    """Three digits: a rate may be 0.012 on a CPU and 1,126 on a GPU."""
+    return _optional("{:,.0f}" if value and value >= 100 else "{:.3g}", value)
 
 
 def _spread(kind: str, name: str) -> Callable[[Results, Row], str]:
@@ -65,8 +70,8 @@ COLUMNS = (
     Column("p10", _spread("wall", "p10")),
     Column("p90", _spread("wall", "p90")),
     Column("n", _calls),
-    Column("TFLOP/s", _figure("tflops", "{:.3g}")),
-    Column("TB/s", _figure("tb_per_s", "{:.3g}")),
+    Column("TFLOP/s", lambda results, row: _rate(results.figures(row).tflops)),
+    Column("TB/s", lambda results, row: _rate(results.figures(row).tb_per_s)),
     Column("roofline", _figure("roofline_fraction", "{:.1%}")),
     Column("temp MB", _workspace),
     Column("speedup", _figure("speedup", "{:.2f}x")),
@@ -167,6 +172,49 @@ def _relative(results: Results, row: Row) -> float:
     times = row.time(results.timer)
     floor = results.figures(row).floor_us
     return (times.median if times else float("nan")) / (floor or 1.0)
+
+
+def against_peers(results: Results) -> list[list[str]]:
+    """Our fastest backend beside the fastest other solution, one line a workload.
+
+    Returns:
+        The header and the workloads that both passed; the header alone if there are none.
+    """
+    lines = [
+        [
+            "T",
+            "floor us",
+            "ours",
+            "us",
+            "/ floor",
+            "- floor us",
+            "fastest other",
+            "us",
+            "other / ours",
+        ]
+    ]
+    for _, rows in results.workloads():
+        timed = {row.solution: times.median for row in rows if (times := row.time(results.timer))}
+        ours = {name: us for name, us in timed.items() if name.startswith("jax_moe")}
+        others = {name: us for name, us in timed.items() if name not in {*ours, REFERENCE}}
+        if not ours or not others:
+            continue
+        best, peer = min(ours, key=lambda n: timed[n]), min(others, key=lambda n: timed[n])
+        floor = results.figures(rows[0]).floor_us
+        lines.append(
+            [
+                str(rows[0].num_tokens),
+                _us(floor),
+                best,
+                _us(timed[best]),
+                _optional("{:.2f}", timed[best] / floor if floor else None),
+                _us(timed[best] - floor if floor else None),
+                peer,
+                _us(timed[peer]),
+                f"{timed[peer] / timed[best]:.2f}x",
+            ]
+        )
+    return lines
 
 
 def failure_lines(results: Results) -> list[str]:

@@ -1,11 +1,13 @@
 """What the benchmark times: a `Solution` takes the definition's ten arguments and returns the layer's output.
 
-A solution is data plus one plain function, so that every framework is timed the same way: the benchmark jits a
-JAX function (one XLA command buffer on a GPU) and captures a PyTorch function in a CUDA graph (its best case),
-falling back to eager where capture fails, and says which in the results.
+A solution is data plus one plain function, so that every framework is timed the same way: the
+benchmark jits a JAX function (one XLA command buffer on a GPU) and captures a PyTorch function in a
+CUDA graph (its best case), falling back to eager where capture fails, and says which in the
+results.
 
-`interop.solutions.SOLUTIONS` maps names to the solutions of this package. Importing it never fails because an
-optional package is missing: `unavailable_reason` says so in one line instead, and `run` imports what it needs.
+`interop.solutions.SOLUTIONS` maps names to the solutions of this package. Importing it never fails
+because an optional package is missing: `unavailable_reason` says so in one line instead, and `run`
+imports what it needs.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ Framework = Literal["jax", "torch"]
 class Arguments(NamedTuple):
     """The definition's ten arguments, in its call order, as arrays of one framework on one device.
 
-    JAX and PyTorch see the same device memory: one side's arrays are DLPack views of the other's. Nobody writes
-    to them. JAX solutions get the two scalars as device scalars (`i32[]`, `f32[]`), PyTorch ones as Python numbers.
+    JAX and PyTorch see the same device memory: one side's arrays are DLPack views of the other's.
+    Nobody writes to them. JAX solutions get the two scalars as device scalars (`i32[]`, `f32[]`),
+    PyTorch ones as Python numbers.
     """
 
     routing_logits: Any  # f32[T, E]
@@ -44,21 +47,25 @@ def always_available() -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """One way to compute the layer, for the configuration `jax_moe.DEEPSEEK_V3` and any shapes it allows.
+    """One way to compute the layer: configuration `jax_moe.DEEPSEEK_V3`, any shapes it allows.
 
     Attributes:
         name: Identifier on the command line and in results.
         framework: Whose arrays `run` takes and returns. A JAX `run` must be traceable by `jax.jit`.
         description: One line on what it is, shown by `bench_main.py --list`.
-        run: `run(*Arguments) -> bf16[T, H]`. It must not keep anything between calls that is derived from its
-            arguments (outputs, dequantized or re-laid-out weights); compiled code may be kept.
-        unavailable_reason: Returns None where the solution can run, else one line that says why not. It must be
-            cheap, must not raise and must work without a GPU.
-        prepare: Untimed step that turns the ten arguments into those of `run`, for a solution whose weights would
-            lie in another form in practice (say, dequantized). None passes the ten arguments on.
+        run: `run(*Arguments) -> bf16[T, H]`. It must not keep anything between calls that is
+            derived from its arguments (outputs, dequantized or re-laid-out weights); compiled code
+            may be kept.
+        unavailable_reason: Returns None where the solution can run, else one line that says why
+            not. It must be cheap, must not raise and must work without a GPU.
+        prepare: Untimed step that turns the ten arguments into those of `run`, for a solution whose
+            weights would lie in another form in practice (say, dequantized). None passes the ten
+            arguments on.
         capturable: Whether a PyTorch `run` may be captured in a CUDA graph (no host sync inside).
-        caveat: What a reader must know about its figures: favourable or unfavourable conditions. Empty if none.
-        design: Facts for the report's differences table, for example `{"SwiGLU": "...", "GEMM workspace": "..."}`.
+        caveat: What a reader must know about its figures: favourable or unfavourable conditions.
+            Empty if none.
+        design: Facts for the report's differences table, for example `{"SwiGLU": "...", "GEMM
+            workspace": "..."}`.
     """
 
     name: str
