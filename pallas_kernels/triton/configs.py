@@ -23,7 +23,7 @@ _OTHERS = {
     # 8 warps and 99 KiB of shared memory also suit Ada, whose tensor cores work from registers.
     16: Configs(MatmulConfig(16, 4, 3), MatmulConfig(16, 4, 3)),
     32: Configs(MatmulConfig(32, 8, 3), MatmulConfig(32, 8, 3)),
-    64: Configs(MatmulConfig(64, 8, 3), MatmulConfig(64, 8, 3)),
+    64: Configs(MatmulConfig(64, 8, 3), MatmulConfig(64, 8, 2)),
 }
 
 BLOCK_MS = tuple(_HOPPER)
