@@ -5,11 +5,15 @@ program made outside of it.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+
+_INTERPRETER_THREADS = 16
+_LEAST_INTERPRETER_THREADS = 8
 
 
 class Device(NamedTuple):
@@ -89,12 +93,18 @@ def assume_device(name: str) -> Iterator[None]:
 def interpret_mode(params: Any = None) -> Iterator[None]:
     """Runs Pallas Mosaic GPU kernels in JAX's CPU interpreter, so `backend="mosaic"` needs no GPU.
 
-    Slow: meant for tests at toy sizes.
+    Slow: meant for tests at toy sizes. The interpreter blocks one thread of XLA's CPU pool for each
+    simulated warpgroup, so the pool must be larger than a small machine's default: where JAX has
+    not made its CPU client yet this sets `NPROC=16`, later it can only check.
 
     Args:
         params: A `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`; None is its default.
             `InterpretGPUParams(detect_races=True)` looks for races as well.
+
+    Raises:
+        RuntimeError: JAX's CPU client already runs with too few threads; says what to set.
     """
+    _ensure_interpreter_threads()
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     params = plgpu.InterpretGPUParams() if params is None else params
@@ -104,6 +114,21 @@ def interpret_mode(params: Any = None) -> Iterator[None]:
         plgpu.force_gpu_interpret_mode(params),
     ):
         yield
+
+
+def _ensure_interpreter_threads() -> None:
+    """A pool smaller than the simulated warpgroups deadlocks, so refuse it."""
+    from jax._src.xla_bridge import backends_are_initialized
+
+    if not backends_are_initialized():
+        os.environ.setdefault("NPROC", str(_INTERPRETER_THREADS))
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    if threads < _LEAST_INTERPRETER_THREADS:
+        raise RuntimeError(
+            f"interpret_mode: expected XLA's CPU pool to have at least "
+            f"{_LEAST_INTERPRETER_THREADS} threads, found {threads}; set the environment variable "
+            f"NPROC={_INTERPRETER_THREADS} before JAX is first used"
+        )
 
 
 def interpret_params() -> Any:

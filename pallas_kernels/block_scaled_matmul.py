@@ -21,10 +21,10 @@ persistent; tiles go expert by expert, rows fastest, so that weights are read fr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -47,7 +47,7 @@ class MatmulConfig:
     """Shape of a tile and depth of the ring.
 
     Attributes:
-        block_m: Tokens of a tile, 16 to 256, a multiple of 16; rows of an expert are padded to it.
+        block_m: Tokens of a tile, 16 or a multiple of 32 up to 256; experts are padded to it.
         num_stages: Slots of the TMA ring, at least 2.
         widths: Narrower tile widths for an expert's last rows, ascending, multiples of 16.
         sms: CTAs; None takes one for each multiprocessor.
@@ -59,14 +59,17 @@ class MatmulConfig:
     sms: int | None = None
 
     def __post_init__(self):
-        if self.block_m % 16 or not 16 <= self.block_m <= 256:
-            raise ValueError(f"block_m: expected a multiple of 16 in 16..256, got {self.block_m}")
+        if self.block_m != 16 and (self.block_m % 32 or not 32 <= self.block_m <= 256):
+            raise ValueError(
+                f"block_m: expected 16 or a multiple of 32 up to 256, got {self.block_m}"
+            )
         if self.num_stages < 2:
             raise ValueError(f"num_stages: expected at least 2, got {self.num_stages}")
         ascending = (0, *self.widths, self.block_m)
-        if any(a >= b or b % 16 for a, b in zip(ascending, ascending[1:], strict=False)):
+        if any(a >= b or b % 16 for a, b in itertools.pairwise(ascending)):
             raise ValueError(
-                f"widths: expected ascending multiples of 16 below {self.block_m}, got {self.widths}"
+                f"widths: expected ascending multiples of 16 below block_m={self.block_m}, "
+                f"got {self.widths}"
             )
 
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
@@ -223,7 +226,7 @@ class _Walk(NamedTuple):
     tile_expert: Any
     total: Any
 
-    def count(self):
+    def num_tiles(self):
         """Tiles of this CTA."""
         return lax.div(self.total - lax.axis_index("sm") + (self.sms - 1), jnp.int32(self.sms))
 
@@ -256,7 +259,7 @@ def _for_each_tile(walk: _Walk, config: MatmulConfig, tile_body) -> None:
             narrower = width
         return tuple(upcoming)
 
-    lax.fori_loop(0, walk.count(), step, tuple(walk.tile(0)))
+    lax.fori_loop(0, walk.num_tiles(), step, tuple(walk.tile(0)))
 
 
 def _produce(walk, slots, x, x_scales, w, weight_blocks, config, num_steps):
@@ -287,7 +290,7 @@ def _produce(walk, slots, x, x_scales, w, weight_blocks, config, num_steps):
                 )
 
     _for_each_tile(walk, config, fill)
-    steps = walk.count() * num_steps
+    steps = walk.num_tiles() * num_steps
 
     # Every completed phase must be observed before the barriers go away.
     @pl.loop(lax.max(steps - config.num_stages, 0), steps)
@@ -306,11 +309,12 @@ def _accumulate(slots, w_scales, tile, blocks, first_step, num_steps, width, con
     my_scales = pl.ds(_scale_offset(tile.row, config), width)
     my_rows = pl.ds(lax.axis_index("warpgroup") * WEIGHT_ROWS, WEIGHT_ROWS)
 
-    def product(slot, i):
+    def promoted_product(slot, i, x_scales, scale):
         def multiply(accumulator):
             tokens = slots.x.at[slot, pl.ds(0, width)]
             plgpu.wgmma(accumulator, slots.weights.at[slot, i, my_rows], tokens.T)
-            return accumulator[...]
+            factor = x_scales * scale  # while the tensor cores work
+            return accumulator[...] * lax.broadcast_in_dim(factor, shape, [1])
 
         return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
@@ -323,12 +327,12 @@ def _accumulate(slots, w_scales, tile, blocks, first_step, num_steps, width, con
         plgpu.barrier_wait(slots.full.at[slot])
         upcoming = weight_scales(lax.min(k + 1, jnp.int32(num_steps - 1)))
         x_scales = plgpu.load(slots.x_scales.at[slot, my_scales], layout=_COLUMN_SCALES)
-        updated = []
-        for i, (total, scale) in enumerate(zip(sums, scales, strict=True)):
-            part = product(slot, i)
-            updated.append(total + part * lax.broadcast_in_dim(x_scales * scale, shape, [1]))
+        updated = tuple(
+            total + promoted_product(slot, i, x_scales, scale)
+            for i, (total, scale) in enumerate(zip(sums, scales, strict=True))
+        )
         plgpu.barrier_arrive(slots.empty.at[slot])
-        return tuple(updated), upcoming
+        return updated, upcoming
 
     zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
     initial = ((zero,) * len(blocks), weight_scales(jnp.int32(0)))

@@ -62,13 +62,14 @@ def plan_dispatch(
 
     Returns:
         `group_sizes`, `group_offsets`, `row_token`, `pair_row`, `tile_expert`, `num_tiles`.
-        Padding rows of `row_token` and dead tiles of `tile_expert` are left unwritten.
+        `row_token` holds -1 in padding rows; past the last live tile it is unwritten.
     """
     num_tokens, top_k = topk_ids.shape
     rows = round_up(max_rows(num_tokens, top_k, num_local_experts, block_m), 32)
     num_blocks = cdiv(num_tokens, _BLOCK)
     padded_experts = round_up(num_local_experts, _BLOCK)
-    bounds = jnp.stack([local_expert_offset.astype(jnp.int32), jnp.int32(num_experts)])
+    offset = jnp.reshape(local_expert_offset, (1,)).astype(jnp.int32)
+    extent = {"num_experts": num_experts, "num_local_experts": num_local_experts}
     make = functools.partial(
         plgpu.kernel,
         grid_names=("block",),
@@ -78,17 +79,17 @@ def plan_dispatch(
     histogram = []
     if num_blocks > 1:
         count = make(
-            functools.partial(_count, num_local_experts=num_local_experts, interpret=interpret),
-            out_type=jax.ShapeDtypeStruct((num_blocks, padded_experts), jnp.int32),
-            grid=(num_blocks,),
+            functools.partial(_count, **extent, interpret=interpret),
+            out_type=jax.ShapeDtypeStruct(
+                (round_up(num_blocks, _BLOCK), padded_experts), jnp.int32
+            ),
+            grid=(round_up(num_blocks, _BLOCK),),
             kernel_name="moe_plan_count",
         )
-        histogram = [count(topk_ids, bounds)]
+        histogram = [count(topk_ids, offset)]
     tiles = (plgpu.TilingTransform((8, _EXPERT_CHUNK)), plgpu.SwizzleTransform(64))
     place = make(
-        functools.partial(
-            _place, num_local_experts=num_local_experts, block_m=block_m, interpret=interpret
-        ),
+        functools.partial(_place, **extent, block_m=block_m, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct((num_local_experts,), jnp.int32),
             jax.ShapeDtypeStruct((num_local_experts,), jnp.int32),
@@ -105,24 +106,28 @@ def plan_dispatch(
         grid=(num_blocks,),
         kernel_name="moe_plan_place",
     )
-    return place(topk_ids, bounds, *histogram)
+    return place(topk_ids, offset, *histogram)
 
 
-def _count(ids_gmem, bounds_gmem, histogram_gmem, *, num_local_experts, interpret):
+def _count(ids_gmem, offset_gmem, histogram_gmem, *, num_experts, num_local_experts, interpret):
     block = lax.axis_index("block")
-    choices = _local_choices(ids_gmem, bounds_gmem, block, num_local_experts, interpret)
+    choices = _local_choices(
+        ids_gmem, offset_gmem[0], block, num_experts, num_local_experts, interpret
+    )
     for chunk in range(histogram_gmem.shape[1] // _EXPERT_CHUNK):
         counts = jnp.sum(_membership(choices, chunk), axis=0)
         histogram_gmem[block, pl.ds(chunk * _EXPERT_CHUNK, _EXPERT_CHUNK)] = counts
 
 
-def _place(ids_gmem, bounds_gmem, *refs, num_local_experts, block_m, interpret):
+def _place(ids_gmem, offset_gmem, *refs, num_experts, num_local_experts, block_m, interpret):
     *histogram, sizes_gmem, offsets_gmem, row_token_gmem, pair_row_gmem, tiles_gmem, \
         num_tiles_gmem, member_smem, earlier_smem, padded_smem = refs  # fmt: skip
     num_tokens, top_k = ids_gmem.shape
     block = lax.axis_index("block")
     chunks = range(cdiv(num_local_experts, _EXPERT_CHUNK))
-    choices = _local_choices(ids_gmem, bounds_gmem, block, num_local_experts, interpret)
+    choices = _local_choices(
+        ids_gmem, offset_gmem[0], block, num_experts, num_local_experts, interpret
+    )
     members = [_membership(choices, chunk) for chunk in chunks]
 
     sizes, before = [], []
@@ -176,12 +181,12 @@ def _place(ids_gmem, bounds_gmem, *refs, num_local_experts, block_m, interpret):
             put(offsets_gmem, expert, offsets[chunk], expert < num_local_experts)
             last = expert - (num_local_experts - 1)  # num_tiles[0] is where the last expert ends
             put(num_tiles_gmem, last, ends[chunk], last == 0)
+            _mark_padding(row_token_gmem, sizes[chunk], offsets[chunk], block_m, interpret)
 
 
-def _local_choices(ids_gmem, bounds_gmem, block, num_local_experts, interpret):
+def _local_choices(ids_gmem, offset, block, num_experts, num_local_experts, interpret):
     """`top_k` vectors `i32[64]`: the local expert of each token's k-th choice, or -1."""
     num_tokens, top_k = ids_gmem.shape
-    offset, num_experts = bounds_gmem[0], bounds_gmem[1]
     token = layouts.iota((_BLOCK,), 0, _ROWS) + block * _BLOCK
     start = lax.min(token, jnp.int32(num_tokens - 1)) * top_k
     choices = []
@@ -217,17 +222,20 @@ def _round_up(counts, multiple):
 
 def _sum_histogram(histogram_gmem, chunk, block):
     """Sums the block histograms: all of them, and those before `block`."""
-    num_blocks = histogram_gmem.shape[0]
-    total = earlier = plgpu.layout_cast(jnp.zeros((_EXPERT_CHUNK,), jnp.int32), _COLUMNS)
+    zero = plgpu.layout_cast(jnp.zeros((_EXPERT_CHUNK,), jnp.int32), _COLUMNS)
 
-    def add(index, carry):
-        counts = plgpu.load(
-            histogram_gmem.at[index, _expert_slice(chunk)], layout=_COLUMNS, optimized=False
-        )
+    def add(step, carry):
         total, earlier = carry
-        return total + counts, earlier + counts * (index < block).astype(jnp.int32)
+        counts = plgpu.load(
+            histogram_gmem.at[pl.ds(step * _BLOCK, _BLOCK), _expert_slice(chunk)],
+            layout=_MATRIX,
+            optimized=False,
+        )
+        index = layouts.iota(counts.shape, 0, _MATRIX) + step * _BLOCK
+        before = jnp.where(index < block, counts, 0)
+        return total + jnp.sum(counts, axis=0), earlier + jnp.sum(before, axis=0)
 
-    return lax.fori_loop(0, num_blocks, add, (total, earlier))
+    return lax.fori_loop(0, histogram_gmem.shape[0] // _BLOCK, add, (zero, zero))
 
 
 def _exclusive_sum(padded_smem, chunk):
@@ -251,6 +259,18 @@ def _rank_in_block(earlier_smem, member_smem, chunk):
 
     ranks = pl.run_scoped(multiply, plgpu.ACC((_BLOCK, _EXPERT_CHUNK), jnp.float32))
     return ranks.astype(jnp.int32)
+
+
+def _mark_padding(row_token_gmem, sizes, offsets, block_m, interpret):
+    """Writes -1 to the rows between an expert's last token and its last tile's end."""
+    shape = (_BLOCK, _EXPERT_CHUNK)
+    across = functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[1])
+    first, padding = across(offsets + sizes), across(_round_up(sizes, block_m) - sizes)
+    for start in range(0, block_m, _BLOCK):
+        index = layouts.iota(shape, 0, _MATRIX) + start
+        nobody = lax.min(index, -1)
+        store = functools.partial(store_at, layout=_MATRIX, interpret=interpret)
+        store(row_token_gmem, first + index, nobody, index < padding)
 
 
 def _store_tiles(tiles_gmem, ends, num_local_experts, block, ids_gmem, interpret):

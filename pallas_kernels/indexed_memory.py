@@ -7,7 +7,6 @@ meaning is spelled with ordinary indexing.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
@@ -24,7 +23,7 @@ def load_at(ref, offsets: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret
     """`ref.ravel()[offsets]`; every offset must be in range.
 
     Args:
-        ref: Contiguous array in global memory, 4-byte elements.
+        ref: Contiguous array in global memory.
         offsets: `i32[...]` flat element offsets, held in `layout`.
         layout: Register layout of `offsets` and of the result.
         interpret: The kernel's `interpret` argument.
@@ -63,10 +62,10 @@ def store_at(
 
     Args:
         ref: Contiguous array in global memory, 4-byte elements.
-        offsets: `i32[n]` flat element offsets, held in `layout`.
-        values: `[n]`, the dtype of `ref`, held in `layout`.
-        mask: `bool[n]`, which elements to store.
-        layout: Register layout of the three vectors.
+        offsets: `i32[...]` flat element offsets, held in `layout`.
+        values: `[...]`, the dtype of `ref`, held in `layout`.
+        mask: `bool[...]`, which elements to store.
+        layout: Register layout of the three.
         interpret: The kernel's `interpret` argument.
     """
     if interpret:
@@ -94,15 +93,15 @@ def store_at(
 
 
 def _store_one_by_one(ref, offsets, values, mask):
-    shape = ref.shape
+    offsets, values, mask = offsets.ravel(), values.ravel(), mask.ravel()
 
     @pl.loop(0, offsets.shape[0])
     def _element(i):
         @pl.when(lax.dynamic_index_in_dim(mask, i, keepdims=False))
         def _store():
             offset = lax.dynamic_index_in_dim(offsets, i, keepdims=False)
-            position = []
-            for extent in reversed(shape):
+            position: list[Array] = []
+            for extent in reversed(ref.shape):
                 position.insert(0, lax.rem(offset, jnp.int32(extent)))
                 offset = lax.div(offset, jnp.int32(extent))
             ref[tuple(position)] = lax.dynamic_index_in_dim(values, i, keepdims=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS_PER_WARPGROUP = 4

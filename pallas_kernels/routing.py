@@ -59,7 +59,7 @@ def route(
     Returns:
         `topk_ids i32[T, k]`, best first, and `topk_weights f32[T, k]`, factor included.
     """
-    num_tokens, num_experts = routing_logits.shape
+    num_tokens = routing_logits.shape[0]
     kernel = plgpu.kernel(
         functools.partial(
             _kernel, n_group=n_group, topk_group=topk_group, top_k=top_k, interpret=interpret
@@ -75,7 +75,7 @@ def route(
     )
     return kernel(
         routing_logits,
-        routing_bias.astype(jnp.float32),
+        routing_bias,
         jnp.reshape(routed_scaling_factor, (1,)).astype(jnp.float32),
     )
 
@@ -98,7 +98,7 @@ def _kernel(
     decay = jnp.exp(-load(logits_gmem, row * num_experts + column))
     one = plgpu.layout_cast(jnp.ones(shape, jnp.float32), layout)
     scores = divide(one, one + decay, layout=layout, interpret=interpret)
-    keys = _to_key(scores + load(bias_gmem, column))
+    keys = _to_key(scores + load(bias_gmem, column).astype(jnp.float32))
     keys = jnp.where(in_range, keys, _TAKEN)
 
     keys = _drop_groups(keys, expert, num_experts // n_group, n_group, topk_group)

@@ -35,7 +35,8 @@ def check_plan(plan, ids, offset, num_local_experts, num_experts):
     """Compares with the plan as its docstring tells it, built token by token."""
     num_tokens, top_k = ids.shape
     block_m = plan.block_m
-    assert len(plan.row_token) == max_rows(num_tokens, top_k, num_local_experts, block_m)
+    least = max_rows(num_tokens, top_k, num_local_experts, block_m)
+    assert least <= len(plan.row_token) < least + 32  # a backend may round up for its copies
     in_range = (ids >= 0) & (ids < num_experts)
     groups = [
         np.flatnonzero(((ids == offset + e) & in_range).any(axis=1))

@@ -67,13 +67,14 @@ def plan_dispatch(
     num_experts: int,
 ) -> DispatchPlan:
     """Local pairs to expert-major rows; see `jax_moe.plan_dispatch`."""
+    num_tokens, top_k = topk_ids.shape
     return DispatchPlan(
         *dispatch.plan_dispatch(
             topk_ids,
             jnp.asarray(local_expert_offset),
             num_local_experts=num_local_experts,
             num_experts=num_experts,
-            block_m=tuning.block_m(*topk_ids.shape, num_experts),
+            block_m=tuning.block_m(num_tokens, top_k, num_experts),
             interpret=interpret_params(),
         )
     )

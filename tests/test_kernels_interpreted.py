@@ -1,0 +1,207 @@
+"""Every Mosaic GPU kernel in the CPU interpreter, at toy sizes, with race detection.
+
+The layer as a whole, on this path, is in test_backends.py. `uninitialized memory is NaN` and
+`out-of-bounds reads raise` in the interpreter, so a stray read shows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import combine, dispatch, group_quant, permute, routing
+from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.down_projection import down_projection
+from pallas_kernels.up_projection import up_projection
+from tests import numpy_oracle
+
+E4M3 = ml_dtypes.float8_e4m3fn
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def run(kernel, *args, **options):
+    return jax.tree.map(
+        np.asarray, jax.jit(functools.partial(kernel, interpret=INTERPRET, **options))(*args)
+    )
+
+
+def grouped_rows(sizes, block_m, columns, seed=0):
+    """Integers times powers of two, a scale of its own for each (row, block); NaN as padding."""
+    rng = np.random.default_rng(seed)
+    sizes = np.array(sizes, np.int32)
+    tiles = -(-sizes // block_m)
+    offsets = (np.cumsum(tiles) - tiles).astype(np.int32) * block_m
+    num_rows = -(-(int(tiles.sum()) + 1) * block_m // 32) * 32
+    tile_expert = np.zeros(num_rows // block_m, np.int32)
+    tile_expert[: tiles.sum()] = np.repeat(np.arange(len(sizes)), tiles)
+    live = np.zeros(num_rows, bool)
+    for offset, size in zip(offsets, sizes, strict=True):
+        live[offset : offset + size] = True
+    values = np.full((num_rows, columns), np.nan, np.float32)
+    values[live] = rng.integers(-3, 4, (live.sum(), columns))
+    scales = np.full((columns // 128, num_rows), np.nan, np.float32)
+    scales[:, live] = 2.0 ** rng.integers(-3, 4, (columns // 128, live.sum()))
+    num_tiles = np.array([tiles.sum()], np.int32)
+    return GroupedRows(values.astype(E4M3), scales, sizes, offsets, tile_expert, num_tiles), live
+
+
+def weights(experts, rows, columns, empty=(), seed=1):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-2, 3, (experts, rows, columns)).astype(np.float32)
+    values[list(empty)] = np.nan  # an expert without rows must not be read into a result
+    scales = 2.0 ** rng.integers(-3, 3, (experts, rows // 128, columns // 128))
+    return values.astype(E4M3), scales.astype(np.float32)
+
+
+def exact_product(rows, values, scales):
+    """`f64[M, N]`, every live row times its expert's weights."""
+    x = rows.values.astype(np.float64).reshape(len(rows.values), -1, 128)
+    x = (x * rows.scales.T[:, :, None]).reshape(rows.values.shape)
+    experts, n, k = values.shape
+    w = values.astype(np.float64).reshape(experts, n // 128, 128, k // 128, 128)
+    w = (w * scales[:, :, None, :, None]).reshape(values.shape)
+    out = np.full((len(x), n), np.nan)
+    for expert, (offset, size) in enumerate(zip(rows.group_offsets, rows.group_sizes, strict=True)):
+        out[offset : offset + size] = x[offset : offset + size] @ w[expert].T
+    return out
+
+
+SIZES = [
+    pytest.param(16, (), [5, 0, 20, 16], id="empty expert, full tile"),
+    pytest.param(16, (), [0, 0, 0, 0], id="no rows"),
+    pytest.param(64, (32, 48), [33, 0, 65, 64], id="tile +-1, narrow tails"),
+    pytest.param(128, (32, 64, 96), [0, 130, 0, 0], id="one expert takes all"),
+]
+
+
+@pytest.mark.parametrize(("block_m", "widths", "sizes"), SIZES)
+@pytest.mark.parametrize("hidden_size", [256, 384])
+def test_down_projection_is_exact(block_m, widths, sizes, hidden_size):
+    """Representable values and distinct scales: the bf16 result must be right to the bit."""
+    rows, live = grouped_rows(sizes, block_m, columns=256)
+    empty = [expert for expert, size in enumerate(sizes) if size == 0]
+    w, w_scale = weights(len(sizes), hidden_size, 256, empty)
+    config = MatmulConfig(block_m, num_stages=2, widths=widths, sms=2)
+    out = run(down_projection, rows, w, w_scale, config=config)
+    expected = exact_product(rows, w, w_scale)[live].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(out[live], expected)
+
+
+@pytest.mark.parametrize(("block_m", "widths", "sizes"), SIZES)
+def test_up_projection(block_m, widths, sizes):
+    rows, live = grouped_rows(sizes, block_m, columns=256)
+    empty = [expert for expert, size in enumerate(sizes) if size == 0]
+    w, w_scale = weights(len(sizes), 512, 256, empty)
+    config = MatmulConfig(block_m, num_stages=3, widths=widths, sms=2)
+    values, scales = run(up_projection, rows, w, w_scale, config=config)
+    up, gate = np.split(exact_product(rows, w, w_scale)[live], 2, axis=1)
+    expected = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
+    blocks = expected.reshape(len(expected), 2, 128)
+    amax = np.abs(blocks).max(axis=2)
+    np.testing.assert_allclose(scales.T[live] * 448, amax, rtol=0.005)  # bf16 before the amax
+    found = values[live].astype(np.float64).reshape(blocks.shape) * scales.T[live][:, :, None]
+    # Half an ulp of e4m3 at the top of its range is 16 of 448; bf16 adds 1 / 256.
+    assert (np.abs(found - blocks) <= amax[:, :, None] * (16 / 448 + 1 / 256)).all()
+
+
+def test_matmul_config_rejects_what_does_not_fit():
+    with pytest.raises(ValueError, match="block_m: expected 16 or a multiple of 32"):
+        MatmulConfig(block_m=24, num_stages=4)
+    with pytest.raises(ValueError, match="num_stages: expected at least 2, got 1"):
+        MatmulConfig(block_m=64, num_stages=1)
+    with pytest.raises(ValueError, match="widths: expected ascending multiples of 16"):
+        MatmulConfig(block_m=64, num_stages=4, widths=(32, 16))
+    rows, _ = grouped_rows([1], 128, columns=256)
+    w, w_scale = weights(1, 256, 256)
+    with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory of 232448"):
+        down_projection(rows, w, w_scale, config=MatmulConfig(block_m=128, num_stages=6))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 21])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_group_quant_bits(rows, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, 256)) * 10 ** rng.uniform(-4, 4, (rows, 1))
+    x[0, :128] = 0
+    x[-1, 128:132] = 447.9, -0.0, 464, 1e-40
+    x = x.astype(dtype)
+    values, scales = run(group_quant.quantize, x)
+    expected_values, expected_scales = numpy_oracle.quantize(x.astype(np.float32))
+    np.testing.assert_array_equal(scales, expected_scales)
+    np.testing.assert_array_equal(values.view(np.uint8), expected_values.view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "n_group", "topk_group"),
+    [(5, 256, 8, 8, 4), (3, 32, 4, 4, 2), (6, 40, 3, 1, 1)],
+)
+def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((num_tokens, num_experts)).astype(np.float32)
+    logits[0] = 0.5  # ties everywhere: the lowest ids win
+    logits[1, ::3] = np.nan
+    bias = np.where(rng.random(num_experts) < 0.4, 4.96875, 4.9375).astype(ml_dtypes.bfloat16)
+    bias[:] = np.where(np.arange(num_experts) < 0, 0, bias)
+    options = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
+    ids, topk_weights = run(routing.route, logits, bias, np.float32(2.5), **options)
+    import jax_moe
+
+    config = jax_moe.MoEConfig(**options)
+    expected = jax_moe.route(logits, bias, 2.5, config=config, backend="xla")
+    np.testing.assert_array_equal(ids, expected.topk_ids)
+    np.testing.assert_allclose(topk_weights, expected.topk_weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_local_experts", "offset", "block_m"),
+    [(5, 8, 8, 16), (70, 8, 24, 32), (130, 80, 100, 128)],
+)
+def test_plan(num_tokens, num_local_experts, offset, block_m):
+    from jax_moe.types import DispatchPlan
+    from tests.test_dispatch import check_plan, draw_ids
+
+    num_experts = 256 if num_local_experts == 80 else 32
+    ids = draw_ids(num_tokens, num_experts, 4)
+    plan = run(
+        dispatch.plan_dispatch,
+        ids,
+        np.int32(offset),
+        num_local_experts=num_local_experts,
+        num_experts=num_experts,
+        block_m=block_m,
+    )
+    check_plan(DispatchPlan(*plan), ids, offset, num_local_experts, num_experts)
+
+
+def test_permute_and_combine():
+    rng = np.random.default_rng(0)
+    pair_row = np.array([[-1, -1], [0, 9], [-1, -1], [3, -1], [-1, 11]], np.int32)
+    x = rng.standard_normal((5, 256)).astype(E4M3)
+    x_scale = rng.random((2, 5)).astype(np.float32)
+    rows, row_scales = run(permute.permute_rows, x, x_scale, pair_row, num_rows=12)
+    token, choice = np.nonzero(pair_row >= 0)
+    taken = pair_row[token, choice]
+    np.testing.assert_array_equal(rows[taken].view(np.uint8), x[token].view(np.uint8))
+    np.testing.assert_array_equal(row_scales[:, taken], x_scale[:, token])
+
+    outputs = np.full((12, 256), np.nan, ml_dtypes.bfloat16)
+    outputs[taken] = rng.standard_normal((len(taken), 256))
+    topk_weights = rng.random((5, 2)).astype(np.float32)
+    found = run(combine.combine, outputs, topk_weights, pair_row)
+    expected = np.zeros((5, 256), np.float32)
+    for t, k in zip(token, choice, strict=True):
+        expected[t] += topk_weights[t, k] * outputs[pair_row[t, k]].astype(np.float32)
+    np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
+
+
+def test_outputs_are_jax_arrays():
+    """The wrappers take numpy and jax arrays alike."""
+    x = jnp.ones((4, 128), jnp.bfloat16)
+    values, scales = group_quant.quantize(x, interpret=INTERPRET)
+    assert values.dtype == jnp.float8_e4m3fn and scales.shape == (1, 4)
