@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from bench import breakdown, plots, report
 from bench.results import PASS, REFERENCE, Results
 from bench.settings import Settings
+from bench.solutions import registry
 from bench.tables import aligned, markdown
 from interop import seed_report
 from interop.files import write_atomically
@@ -220,6 +221,7 @@ def _seed_report(results: Results, settings: Settings) -> list[Path]:
         measured,
         header=dict(_header(results, settings)),
         command=settings.command() + " --report",
+        designs={name: one.design for name, one in registry(settings.backend).items()},
     )
     return [document, document.with_suffix(".png")]
 

@@ -39,9 +39,9 @@ _COMMAND_BUFFERS = "--xla_enable_command_buffers_during_profiling=true"
 def prepare_process(environ: Any = os.environ) -> None:
     """Sets what the GPU clock and the shared GPU need. Call it before jax or torch is imported.
 
-    XLA would leave CUDA graphs out while a profiler is active; CUPTI must stay attached, or CUDA
-    graphs captured in between break; and JAX must leave memory to torch. Without a GPU driver
-    JAX's CUDA plugin would print a stack trace, so it is left alone. A user's own setting wins.
+    XLA would leave CUDA graphs out while a profiler is active, and JAX must leave memory to torch.
+    Without a GPU driver JAX's CUDA plugin would print a stack trace, so it is left alone. A user's
+    own setting wins.
 
     Args:
         environ: The environment to change.
@@ -50,8 +50,6 @@ def prepare_process(environ: Any = os.environ) -> None:
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {_COMMAND_BUFFERS}".strip()
     for name, value in (
         ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
-        ("DISABLE_CUPTI_LAZY_REINIT", "1"),
-        ("TEARDOWN_CUPTI", "0"),
         ("KINETO_LOG_LEVEL", "5"),  # one line per profiling session otherwise
         ("OMP_WAIT_POLICY", "PASSIVE"),  # torch's spinning threads would stall JAX's on a CPU
     ):

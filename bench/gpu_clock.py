@@ -11,6 +11,7 @@ between kernels are. The profiler must be attached before any CUDA graph is capt
 built that it is to see into: make the one `GpuClock` of a process first.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -125,6 +126,8 @@ class GpuClock:
             raise ClockError(reason)
         import torch
 
+        # CUPTI must stay attached between sessions, or CUDA graphs captured in between break.
+        os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
         probe = torch.zeros(1024, device="cuda")
         self.time(Execution(probe.clone, no_wait, "eager", None), iterations=2)
 

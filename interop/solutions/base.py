@@ -1,4 +1,4 @@
-"""What the benchmark times: a `Solution` takes the definition's ten arguments and returns the layer's output.
+"""What the benchmark times: `Solution.run` maps the definition's ten arguments to the output.
 
 A solution is data plus one plain function, so that every framework is timed the same way: the
 benchmark jits a JAX function (one XLA command buffer on a GPU) and captures a PyTorch function in a
