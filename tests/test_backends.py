@@ -245,8 +245,8 @@ def test_activation_scales_of_any_size(case, size):
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_repeats_bit_for_bit_whatever_ran_in_between(case):
-    small, large = on_device(make_inputs(5)), on_device(make_inputs(300, seed=1))
-    poisoned = large._replace(hidden_states_scale=np.full((2, 300), np.nan, np.float32))
+    small, large = on_device(make_inputs(5)), on_device(make_inputs(120, seed=1))
+    poisoned = large._replace(hidden_states_scale=np.full((2, 120), np.nan, np.float32))
     first = [bits(apply(case, inputs)) for inputs in (small, large)]
     for _ in range(3):
         apply(case, poisoned)
@@ -257,7 +257,7 @@ def test_repeats_bit_for_bit_whatever_ran_in_between(case):
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_stages_compose_to_the_layer(case):
-    inputs = make_inputs(45)
+    inputs = make_inputs(64)
     logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs
     with running(case) as backend:
         routing = jax_moe.route(logits, bias, factor, config=SMALL, backend=backend)
@@ -267,5 +267,5 @@ def test_stages_compose_to_the_layer(case):
         activations = jax_moe.up_project(x, x_scale, w13, s13, plan, backend=backend)
         expert_outputs = jax_moe.down_project(activations, w2, s2, plan, backend=backend)
         out = jax_moe.combine(expert_outputs, routing.topk_weights, plan, backend=backend)
-        whole = jax.jit(lambda: jax_moe.apply(*inputs, config=SMALL, backend=backend))()
-    assert relative_error(out, whole) < 1e-3
+        whole = jax_moe.apply(*inputs, config=SMALL, backend=backend)
+    np.testing.assert_array_equal(bits(out), bits(whole))

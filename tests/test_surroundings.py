@@ -28,8 +28,7 @@ SHARD_MAP = """
         layer = jax.shard_map(
             rank, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma
         )
-        for run in (layer, jax.jit(layer)):
-            assert relative_error(run(*inputs[:8]), whole) < 5e-3
+        assert relative_error(jax.jit(layer)(*inputs[:8]), whole) < 5e-3
 
     # Tokens split over the devices instead: no communication, the same bits.
     inputs = on_device(make_inputs(64))
@@ -65,11 +64,9 @@ X64 = """
     assert not bits(jitted(2**32 + 8, 2.5)).any(), "a 64-bit offset must not wrap"
     assert not bits(jitted(-(2**32) + 8, 2.5)).any()
     assert relative_error(jax_moe.reference(*inputs, config=SMALL), out) < 0.03
-    routing = jax_moe.route(*inputs[:2], 2.5, config=SMALL, backend="xla")
     plan = jax_moe.plan_dispatch(
-        routing.topk_ids, 8, num_local_experts=8, num_experts=32, backend="xla")
+        np.zeros((3, 4), np.int32), 8, num_local_experts=8, num_experts=32, backend="xla")
     assert {leaf.dtype.name for leaf in plan} == {"int32"}
-    assert routing.topk_weights.dtype == jnp.float32
 """
 
 

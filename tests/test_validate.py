@@ -249,7 +249,7 @@ def test_stages():
     with pytest.raises(ValueError, match="x: expected C to be a positive multiple of 128"):
         jax_moe.quantize(jnp.zeros((3, 100)))
     plan_dispatch = functools.partial(jax_moe.plan_dispatch, num_local_experts=8, num_experts=32)
-    ids = jnp.zeros((5, 4), jnp.int32)
+    ids = jnp.tile(jnp.arange(4, dtype=jnp.int32), (5, 1))
     with pytest.raises(TypeError, match="topk_ids: expected int32"):
         plan_dispatch(ids.astype(jnp.uint32), offset)
     with pytest.raises(ValueError, match=r"local_expert_offset: expected 0\.\.24, found 25"):
