@@ -93,11 +93,14 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str:
-    """The commit of this checkout, "-dirty" if tracked files differ, or "unknown"."""
+    """The commit of this checkout, "-dirty" if tracked files differ.
+
+    A copy without its history has the one that `GIT_COMMIT` names, else "unknown".
+    """
     root = folder or Path(__file__).resolve().parent.parent
     commit = _output_of("git", "-C", str(root), "rev-parse", "HEAD")
     if commit is None:
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")
     changed = _output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if changed else commit
 

@@ -133,7 +133,7 @@ def compile_for_h100(fn: Callable[..., Any], *specs: Any) -> ProgramReport:
             compiled = lowered.compile(compiler_options={"xla_dump_to": str(xla)})
         mosaic_kernels = _mosaic_kernels(mosaic, smem_bytes)
         kernels = [assemble(*kernel) for kernel in (*mosaic_kernels, *triton_kernels)]
-        launches, command_buffers, outside = _thunks(xla)
+        launches, command_buffers, outside = thunks(xla)
     return ProgramReport(
         kernels=tuple(kernels),
         launches=launches,
@@ -205,7 +205,7 @@ def _triton_kernels() -> Iterator[list[tuple[str, str, int]]]:
         triton_lib.compile_ttir_inplace = original
 
 
-def _thunks(folder: pathlib.Path) -> tuple[dict[str, int], int, int]:
+def thunks(folder: pathlib.Path) -> tuple[dict[str, int], int, int]:
     """Reads XLA's launch list: launches by kind, command buffers, launches outside of them."""
     # The first file exists only where the passes (command buffers among them) changed something.
     names = ("*thunk_sequence_after_thunk_passes.txt", "*thunk_sequence.txt")

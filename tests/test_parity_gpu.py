@@ -16,7 +16,7 @@ from jax_moe.backends import unsupported_reason  # noqa: E402
 from tests import torch_inputs  # noqa: E402
 from tests.torch_inputs import bits, matched_ratio, relative_error  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("full_size_torch")]
 
 TWO_ULP = 2 * float(np.spacing(np.float32(5.0)))
 PEERS = ("sglang_v1", "sglang_v2", "deepgemm64", "deepgemm128")
@@ -28,11 +28,11 @@ def weights():
     return torch_inputs.full_size_weights()
 
 
-def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+def check(found: torch.Tensor, expected: torch.Tensor, name: str = "found") -> None:
     assert found.dtype == torch.bfloat16
-    assert found.isfinite().all()
-    assert matched_ratio(found, expected) >= 0.93
-    assert relative_error(found, expected) <= 0.03
+    assert found.isfinite().all(), name
+    assert matched_ratio(found, expected) >= 0.93, name
+    assert relative_error(found, expected) <= 0.03, name
     idle = ~expected.any(dim=1)
     assert not found[idle].any(), "a token without local experts must be exactly zero"
 
@@ -45,10 +45,10 @@ def test_all_solutions_on_the_published_workloads(row, weights):
     arrays = [to_jax(tensor) for tensor in inputs[:8]]
     for backend in ("mosaic", "triton"):
         if unsupported_reason(backend) is None:
-            check(to_torch(jax_moe.apply(*arrays, *inputs[8:], backend=backend)), expected)
+            check(to_torch(jax_moe.apply(*arrays, *inputs[8:], backend=backend)), expected, backend)
     for name in PEERS:
         if SOLUTIONS[name].unavailable_reason() is None:
-            check(SOLUTIONS[name].run(*inputs), expected)
+            check(SOLUTIONS[name].run(*inputs), expected, name)
 
 
 @pytest.mark.parametrize("name", ["jax_v1", "jax_v2"])

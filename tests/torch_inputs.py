@@ -44,9 +44,10 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Difference over expectation in the Frobenius norm."""
+    """Difference over expectation in the Frobenius norm; 0 where both are all zeros."""
     found, expected = found.double().cpu(), expected.double().cpu()
-    return float((found - expected).norm() / expected.norm())
+    error, norm = float((found - expected).norm()), float(expected.norm())
+    return error / norm if norm else (0.0 if error == 0 else float("inf"))
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

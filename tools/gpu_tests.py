@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from bench import environment
 from interop.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parent.parent
+MOST_WORKERS = 8
 
 
 def outcome(junit: pathlib.Path) -> dict[str, Any]:
@@ -35,6 +37,11 @@ def outcome(junit: pathlib.Path) -> dict[str, Any]:
     return {**counts, "seconds": float(suite.get("time", 0)), "failed": failed}
 
 
+def workers() -> int:
+    """Test processes that share the GPU: half of the cores, at most `MOST_WORKERS`."""
+    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
+
+
 def main(argv: list[str]) -> int:
     """Command line; the exit code is pytest's, or 2 where no GPU test ran."""
     if not argv:
@@ -45,7 +52,9 @@ def main(argv: list[str]) -> int:
     junit = folder / "junit.xml"
     junit.unlink(missing_ok=True)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={junit}", *argv[1:]]
+    parallel = ["-n", str(workers()), "--dist", "loadgroup"]  # compiling dominates
+    options = ["-m", "gpu", f"--junitxml={junit}", *parallel, *argv[1:]]
+    command = [sys.executable, "-m", "pytest", *options]
     exit_code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if not junit.exists():
         return exit_code

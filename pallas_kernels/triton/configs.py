@@ -12,11 +12,12 @@ class Configs(NamedTuple):
     down_projection: MatmulConfig
 
 
+# Measured by `python -m pallas_kernels.triton.tune` on an H100 (docs/performance_log.md).
 _HOPPER = {
-    16: Configs(MatmulConfig(16, 4, 4), MatmulConfig(16, 4, 4)),
+    16: Configs(MatmulConfig(16, 8, 4), MatmulConfig(16, 8, 4)),
     32: Configs(MatmulConfig(32, 4, 4), MatmulConfig(32, 4, 4)),
     64: Configs(MatmulConfig(64, 4, 2, 2), MatmulConfig(64, 4, 2, 2)),
-    128: Configs(MatmulConfig(128, 8, 4, 1), MatmulConfig(128, 8, 4, 1)),
+    128: Configs(MatmulConfig(128, 8, 3, 1), MatmulConfig(128, 8, 3, 1)),
 }
 
 _OTHERS = {
