@@ -70,8 +70,10 @@ def run(
     done = set(results.rows)
     weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
     for clock_name in settings.passes:
-        clock = GpuClock() if clock_name == "gpu" else None
-        jax.clear_caches()
+        clock = None
+        if clock_name == "gpu":
+            clock = GpuClock()
+            jax.clear_caches()
         if clock_name == settings.timer:
             results.roofline = roofline.measure(clock)
         for workload in workloads:

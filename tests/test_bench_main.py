@@ -1,0 +1,165 @@
+"""The command line: what it lists, what it refuses, how it fills in what was left open."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl.testing import flagsaver
+
+import bench_main
+from bench import session
+from bench.solutions import default_names, registry
+from bench.workloads import FULL, REDUCED
+
+ROOT = pathlib.Path(__file__).parent.parent
+on_cpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="about a machine without a GPU")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Runs the command line up to where work would start; returns exit code and settings."""
+    seen = []
+
+    def execute(settings, options, **others):
+        seen.append((settings, options, others))
+        return session.OK
+
+    monkeypatch.setattr(session, "execute", execute)
+
+    def run(*flags):
+        with flagsaver.flagsaver():
+            code = bench_main.main(bench_main._parse(["bench_main.py", *flags]))
+        return code, seen[-1] if seen else None
+
+    return run
+
+
+@on_cpu
+def test_no_flags_do_the_right_thing_without_a_gpu(asked):
+    code, (settings, options, others) = asked()
+    assert code == session.OK
+    assert settings.solutions == ("torch_reference", "jax_moe_xla", "mosaic_interpreted")
+    assert settings.workloads == ("all",)
+    assert settings.sizes == REDUCED
+    assert (settings.iterations, settings.timer, settings.inputs) == (3, "wall", "realistic")
+    assert settings.tolerance == (0.2, 0.1, 0.85)
+    assert not any(options)
+    assert others == {"resume": False, "profile": None}
+
+
+def test_no_flags_do_the_right_thing_on_a_gpu(asked, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(bench_main.gpu_clock, "unavailable_reason", lambda: None)
+    _, (settings, _, _) = asked()
+    assert settings.sizes == FULL
+    assert (settings.warmup, settings.iterations, settings.num_trials) == (10, 100, 5)
+    assert (settings.timer, settings.passes) == ("gpu", ("wall", "gpu"))
+    assert settings.solutions == default_names(on_gpu=True)
+    assert set(settings.solutions) == set(registry()) - {"jax_moe"}
+
+
+@on_cpu
+def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
+    flags = [
+        "--solutions=jax_moe,jax_ragged_dot",
+        "--workloads=80,e05c",
+        "--backend=xla",
+        "--inputs=flashinfer",
+        "--routing=zipf",
+        "--seed=11",
+        "--warmup=2",
+        "--iterations=7",
+        "--num_trials=4",
+        "--rtol=0.01",
+        "--atol=0.02",
+        "--required_matched_ratio=0.5",
+        "--timer=wall",
+        "--nowall_time",
+    ]
+    _, (settings, _, _) = asked(*flags, "--report", "--breakdown", "--profile=traces")
+    assert set(settings.command().split()) == {"python", "bench_main.py", *flags}
+    assert bench_main.Options(True, True) == asked(*flags, "--report", "--breakdown")[1][1]
+    _, (settings, _, _) = asked("--backend=xla")
+    assert settings.solutions == ("jax_moe",)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--timer=gpu", "--timer=gpu: needs a GPU, JAX found cpu"),
+        ("--inputs=dataset", "--dataset=FOLDER and --inputs=dataset go together"),
+        ("--dataset=/tmp", "--dataset=FOLDER and --inputs=dataset go together"),
+        ("--workloads=", "--workloads: expected names"),
+        ("--solutions=a,,b", "--solutions: expected names"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_flags_that_contradict_the_machine_or_each_other(asked, capsys, flag, message):
+    code, seen = asked(flag)
+    assert (code, seen) == (bench_main.USAGE_ERROR, None)
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"bench_main.py: {message}")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--nope",
+        "--seed=x",
+        "--seed=-1",
+        "--seed=2147483648",
+        "--rtol=nan",
+        "--atol=inf",
+        "--required_matched_ratio=1.1",
+        "--num_trials=0",
+        "--inputs=other",
+        "--timer=sundial",
+        "--backend=cuda",
+        "--routing=none",
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(asked, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        asked(flag)
+    assert caught.value.code == bench_main.USAGE_ERROR
+    shown = capsys.readouterr().err
+    assert shown.startswith("bench_main.py: ")
+    assert shown.count("\n") == 1
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--solutions=foo", "--solutions: unknown solution 'foo'; expected 'all' or some of"),
+        ("--workloads=3", "--workloads: unknown workload '3'; expected 'all', a uuid prefix"),
+    ],
+)
+def test_unknown_names_end_before_anything_is_measured(capsys, tmp_path, flag, message):
+    with flagsaver.flagsaver():
+        argv = bench_main._parse(["bench_main.py", flag, f"--output={tmp_path / 'out'}"])
+        assert bench_main.main(argv) == bench_main.USAGE_ERROR
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"bench_main.py: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_list_names_every_solution_and_says_why_not():
+    done = subprocess.run(
+        [sys.executable, "bench_main.py", "--list"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    states = {line.split()[0]: line for line in lines if not line.startswith(" ")}
+    assert set(states) == set(registry())
+    assert all(" available" in line or "not available: " in line for line in states.values())
+    if jax.default_backend() != "gpu":
+        assert "not available: needs an NVIDIA GPU" in states["jax_moe_mosaic"]
+        assert states["jax_moe_xla"].endswith(" available")

@@ -1,0 +1,212 @@
+"""Tables, breakdown and plots of made-up GPU rows, where every figure is known."""
+
+import math
+import re
+
+import matplotlib.image
+import pytest
+
+from bench import breakdown, documents, plots, report
+from bench.correctness import Check
+from bench.results import PASS, WRONG, KernelTime, Results, Row
+from bench.roofline import Roofline
+from bench.routing import LocalLoad
+from bench.settings import Settings
+from bench.timers import Statistics
+from bench.work import Work
+from bench.workloads import FULL, select
+
+ROOFLINE = Roofline(read_bytes_per_s=2e12, fp8_flops_per_s=1e15, probes="made up")
+LOAD = LocalLoad(pairs=100, active_experts=10, max_per_expert=20, tokens=40)
+WORK = Work(bytes=200_000_000, flops=50_000_000_000)  # floors: 100 us by bytes, 50 us by flops
+
+
+def row(solution, tokens, us, status=PASS, **fields):
+    (workload,) = select([str(tokens)])
+    times = None if us is None else Statistics(us, us - 1, us + 1, 500)
+    problem = None if status == PASS else "too far off"
+    checked = Check(0.98, 0.99, 0.023, problem)
+    return Row(
+        solution=solution,
+        uuid=workload.uuid,
+        num_tokens=tokens,
+        local_expert_offset=workload.local_expert_offset,
+        status=status,
+        problem=problem,
+        repro=f"repeat {solution}",
+        load=LOAD,
+        work=WORK,
+        check=checked,
+        how="jit",
+        workspace_bytes=3_000_000,
+        gpu=times,
+        wall=times,
+        **fields,
+    )
+
+
+@pytest.fixture
+def results(tmp_path):
+    settings = Settings(solutions=("jax_moe_mosaic", "deepgemm"), output=tmp_path)
+    device = {"kind": "Made-up GPU", "compute_capability": "9.0", "platform": "gpu"}
+    about = {
+        "device": device,
+        "versions": {"jax": "1"},
+        "git_commit": "abc",
+        "settings": settings.comparable(),
+        "complete": True,
+        "gpu_state_before": {"driver_version": "580", "temperature.gpu": "33"},
+        "gpu_state_after": {"driver_version": "580", "temperature.gpu": "61"},
+    }
+    found = Results(tmp_path / "results.json", about, "gpu", roofline=ROOFLINE)
+    for one in (
+        row("torch_reference", 7, 16_000),
+        row("jax_moe_mosaic", 7, 125),
+        row("deepgemm", 7, 200),
+        row("torch_reference", 80, 20_000),
+        row("jax_moe_mosaic", 80, 160),
+        row("deepgemm", 80, None, WRONG),
+        row("sglang_v2", 80, 400),
+    ):
+        found.rows[one.solution, one.uuid] = one
+    return found, settings
+
+
+def test_figures_follow_from_time_work_and_roofline(results):
+    found, _ = results
+    figures = found.figures(found.rows["jax_moe_mosaic", select(["7"])[0].uuid])
+    assert figures.floor_us == pytest.approx(100)
+    assert figures.roofline_fraction == pytest.approx(0.8)
+    assert figures.tflops == pytest.approx(400)
+    assert figures.tb_per_s == pytest.approx(1.6)
+    assert figures.speedup == pytest.approx(128)
+    wrong = found.figures(found.rows["deepgemm", select(["80"])[0].uuid])
+    assert wrong == (pytest.approx(100), None, None, None, None)
+
+
+def test_comparison_has_a_mean_over_common_passes_only(results):
+    found, _ = results
+    header, seven, eighty, means = report.comparison(found)
+    names = ["torch_reference", "jax_moe_mosaic", "deepgemm", "sglang_v2"]
+    assert header[5:] == [f"{name} us" for name in names]
+    assert seven[5:] == ["16,000", "125.0", "200.0", "-"]
+    assert eighty[5:] == ["20,000", "160.0", "WRONG", "400.0"]
+    assert means[0] == "geomean of 0 / floor"
+    del found.rows["sglang_v2", select(["80"])[0].uuid]
+    found.rows["deepgemm", select(["80"])[0].uuid] = row("deepgemm", 80, 320)
+    *_, means = report.comparison(found)
+    assert means[0] == "geomean of 2 / floor"
+    assert means[-2:] == [f"{math.sqrt(1.25 * 1.6):.2f}", f"{math.sqrt(2 * 3.2):.2f}"]
+
+
+def test_ours_is_compared_with_the_fastest_passing_peer(results):
+    found, _ = results
+    _, seven, eighty = report.against_peers(found)
+    assert seven == [
+        "7",
+        "100.0",
+        "jax_moe_mosaic",
+        "125.0",
+        "1.25",
+        "25.0",
+        "deepgemm",
+        "200.0",
+        "1.60x",
+    ]
+    assert eighty[-3:] == ["sglang_v2", "400.0", "2.50x"]
+
+
+def test_the_terminal_table_fits_and_a_wrong_row_has_no_speed(results):
+    found, settings = results
+    shown = documents.conclusion(found, settings, documents.Options())
+    assert max(map(len, report.terminal_table(found).splitlines())) <= 150
+    assert "T=80 offset=96 8f1ff9f1: 100 local pairs on 10 experts (at most 20 on one)" in shown
+    (line,) = [one for one in shown.splitlines() if re.match(r"deepgemm +WRONG", one)]
+    assert line.split() == [
+        "deepgemm",
+        "WRONG",
+        "0.9800",
+        "0.9900",
+        "0.0230",
+        *["-"] * 10,
+        "3.0",
+        "-",
+    ]
+    assert "WRONG: deepgemm at T=80: too far off" in shown
+    assert "repeat: repeat deepgemm" in shown
+    assert "6 of 7 rows PASS" in shown
+
+
+def test_documents_hold_what_a_reader_needs(results):
+    found, settings = results
+    written = documents.write_all(found, settings, documents.Options(report=True, breakdown=True))
+    names = [path.name for path in written]
+    assert names == [
+        "results.json",
+        "results.md",
+        "results.png",
+        "seed_report.md",
+        "seed_report.png",
+    ]
+    text = written[1].read_text()
+    for needed in ("Made-up GPU (sm_90)", "temperature.gpu 61", "2.000 TB/s", "seed 0", "made up"):
+        assert needed in text
+    assert text.count("| deepgemm | WRONG |") == 1
+    seed = written[3].read_text()
+    assert seed.startswith("# jax_moe_mosaic vs deepgemm")
+    assert "| Rows computed |" in seed
+    assert "128.00x" in seed
+
+
+def test_breakdown_accounts_for_the_whole_call():
+    kernels = (
+        KernelTime("moe_routing", 5.0, 1),
+        KernelTime("moe_up_projection", 60.0, 1),
+        KernelTime("moe_down_projection", 40.0, 1),
+        KernelTime("moe_combine", 10.0, 1),
+    )
+    ours = row("jax_moe_mosaic", 7, 125, kernels=kernels, busy_us=115.0, launches=1)
+    table = breakdown.table(ours, FULL, ROOFLINE)
+    assert [line[1] for line in table] == ["route", "up", "down", "combine", "-", "all"]
+    assert [line[2] for line in table[-2:]] == ["10.0", "125.0"]
+    assert sum(float(line[2]) for line in table[:-1]) == pytest.approx(125)
+    assert sum(float(line[3].rstrip("%")) for line in table[:-1]) == pytest.approx(100, abs=0.3)
+    up = breakdown.stage_work("up", ours, FULL)
+    assert up.flops == 2 * 100 * 4096 * 7168
+    assert up.bytes == 10 * (4096 * 7168 + 4 * 32 * 56) + 100 * (7168 + 4 * 56 + 2048 + 4 * 16)
+    assert table[1][5] == f"{up.bytes / 60 / 1e6:.3f}"
+    assert table[1][7] == f"{up.bytes / 2e12 / 60e-6:.1%}"
+    stages = ("up", "down")
+    assert sum(breakdown.stage_work(s, ours, FULL).flops for s in stages) == 100 * 88_080_384
+
+
+def test_a_breakdown_without_kernel_times_says_so(results):
+    found, settings = results
+    shown = documents.conclusion(found, settings, documents.Options(breakdown=True))
+    assert "a breakdown needs --timer=gpu" in shown
+
+
+def test_triton_kernels_have_stages_and_other_solutions_have_none():
+    names = (
+        "routing_kernel",
+        "count_kernel",
+        "plan_kernel",
+        "up_projection_kernel",
+        "combine_kernel",
+    )
+    kernels = tuple(KernelTime(name, 1.0, 1) for name in names)
+    ours = row("jax_moe_triton", 7, 9, kernels=kernels)
+    found = [stage.name for stage in breakdown.stages(ours, FULL)]
+    assert found == ["route", "plan", "plan", "up", "combine"]
+    peer = row("sglang_v2", 7, 9, kernels=kernels)
+    assert {stage.work for stage in breakdown.stages(peer, FULL)} == {None}
+
+
+def test_the_plot_has_two_panels_with_a_roofline_and_one_without(results, tmp_path):
+    found, _ = results
+    plots.write(found, tmp_path / "two.png")
+    found.roofline = None
+    plots.write(found, tmp_path / "one.png")
+    two, one = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("two", "one"))
+    assert two.shape[0] > 1.8 * one.shape[0]
+    assert two.std() > 0.05

@@ -1,0 +1,254 @@
+"""Whole runs of the benchmark on a CPU: verdicts, exit codes, interruption, resuming, files."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import pytest
+
+import jax_moe
+from bench import documents, inputs, routing, session, solutions
+from bench.correctness import Tolerance
+from bench.results import ERROR, PASS, WRONG
+from bench.settings import Settings
+from bench.workloads import REDUCED, select
+from interop.solutions.base import Solution
+
+pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
+
+
+def solution(name, run, **fields):
+    return Solution(name=name, framework="jax", description=f"test {name}", run=run, **fields)
+
+
+def right(*arguments):
+    return jax_moe.apply(*arguments, backend="xla")
+
+
+def wrong(*arguments):
+    return right(*arguments) * jnp.bfloat16(1.5)
+
+
+def broken(*arguments):
+    raise RuntimeError("no luck\nat all")
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that holds what the test puts there; its reference is the oracle itself."""
+    found = {"torch_reference": solution("torch_reference", jax_moe.reference)}
+    monkeypatch.setattr(solutions, "registry", lambda backend="auto": found)
+    monkeypatch.setattr(documents, "registry", lambda backend="auto": found)
+
+    def put(*added):
+        found.update({one.name: one for one in added})
+
+    return put
+
+
+def settings(tmp_path, *names, **fields):
+    few = {"warmup": 1, "iterations": 2, "num_trials": 2, "timer": "wall", "on_gpu": False}
+    return Settings(
+        solutions=names, output=tmp_path / "out", **{**few, "workloads": ("1",), **fields}
+    )
+
+
+def execute(chosen, *, resume=False, profile=None, **options):
+    return session.execute(chosen, documents.Options(**options), resume=resume, profile=profile)
+
+
+def rows_of(chosen):
+    content = json.loads((chosen.output / f"{chosen.stem}.json").read_text())
+    return {(row["solution"], row["num_tokens"]): row for row in content["rows"]}, content
+
+
+def test_a_right_solution_passes_and_everything_is_recorded(tmp_path, registry, capsys):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", workloads=("1", "7"))
+    assert execute(chosen, report=True) == session.OK
+    rows, content = rows_of(chosen)
+    assert set(rows) == {(n, t) for n in ("torch_reference", "ours") for t in (1, 7)}
+    row = rows["ours", 7]
+    assert row["status"] == PASS
+    assert row["wall"]["n"] == 4
+    assert row["wall"]["p10"] <= row["wall"]["median"] <= row["wall"]["p90"]
+    assert 0.9 < row["check"]["matched_ratio"] <= row["check"]["matched_ratio_sum"] <= 1
+    assert 0 < row["check"]["relative_error"] < 0.03
+    assert row["figures"]["speedup"] == pytest.approx(
+        rows["torch_reference", 7]["wall"]["median"] / row["wall"]["median"]
+    )
+    assert row["figures"]["tflops"] == pytest.approx(
+        row["work"]["flops"] / row["wall"]["median"] / 1e6
+    )
+    assert row["figures"]["roofline_fraction"] is None
+    assert content["complete"] is True
+    assert content["device"]["platform"] == "cpu"
+    assert content["settings"]["seed"] == 0
+    assert {"jax", "python", "numpy"} <= set(content["versions"])
+    assert len(content["git_commit"]) >= 7
+    shown = capsys.readouterr().out
+    assert "sizes are REDUCED" in shown
+    assert "4 of 4 rows PASS" in shown
+    assert (chosen.output / "results.md").read_text().count("| ours | PASS |") == 2
+    for name in ("results.png", "seed_report.png"):
+        assert matplotlib.image.imread(chosen.output / name).shape[2] == 4
+    seed_report = (chosen.output / "seed_report.md").read_text()
+    assert "`e05c6c03`" in seed_report
+    assert not [p for p in chosen.output.iterdir() if p.name.startswith(".")]
+
+
+def test_a_wrong_solution_shows_no_speed_and_fails_the_run(tmp_path, registry, capsys):
+    registry(solution("ours", right), solution("off", wrong))
+    chosen = settings(tmp_path, "ours", "off", seed=3)
+    assert execute(chosen, report=True) == session.FAILED
+    rows, _ = rows_of(chosen)
+    row = rows["off", 1]
+    assert row["status"] == WRONG
+    assert row["check"]["matched_ratio"] < 0.85
+    assert row["wall"] is row["gpu"] is None
+    assert row["figures"]["speedup"] is row["figures"]["tflops"] is None
+    assert rows["ours", 1]["figures"]["speedup"] is not None
+    shown = capsys.readouterr().out
+    titles, off = (
+        next(re.split(r"\s{2,}", one) for one in shown.splitlines() if one.startswith(name))
+        for name in ("solution ", "off ")
+    )
+    cells = dict(zip(titles, off, strict=True))
+    assert cells["status"] == WRONG
+    speeds = ("wall us", "p10", "p90", "n", "TFLOP/s", "TB/s", "speedup")
+    assert {cells[title] for title in speeds} == {"-"}
+    assert "repeat: python bench_main.py --solutions=off --workloads=e05c6c03 --seed=3" in shown
+    report = (chosen.output / "seed_report.md").read_text()
+    assert "WRONG | - |" in report
+
+
+def test_one_bad_trial_makes_the_row_wrong(tmp_path, registry):
+    def largest_scale(trial):
+        workload = select(["1"])[0]
+        weights = inputs.draw_weights("realistic", REDUCED, 0)
+        routed = routing.draw(workload, REDUCED, 0)
+        drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, trial, weights, routed)
+        return float(drawn.hidden_states_scale.max())
+
+    first, last = largest_scale(0), largest_scale(2)
+    assert first != last
+
+    def run(*arguments):
+        is_last = arguments[3].max() == last
+        return right(*arguments) * jnp.where(is_last, jnp.inf, 1).astype(jnp.bfloat16)
+
+    registry(solution("sometimes", run))
+    assert execute(settings(tmp_path, "sometimes", num_trials=2)) == session.OK
+    chosen = settings(tmp_path, "sometimes", num_trials=3)
+    assert execute(chosen) == session.FAILED
+    row = rows_of(chosen)[0]["sometimes", 1]
+    assert (row["status"], row["problem"]) == (WRONG, "output holds Inf or NaN")
+
+
+def test_a_solution_that_raises_does_not_stop_the_others(tmp_path, registry, capsys):
+    registry(solution("bad", broken), solution("ours", right))
+    chosen = settings(tmp_path, "bad", "ours")
+    assert execute(chosen) == session.FAILED
+    rows, _ = rows_of(chosen)
+    assert rows["bad", 1]["status"] == ERROR
+    assert rows["bad", 1]["problem"] == "RuntimeError: no luck"
+    assert rows["ours", 1]["status"] == PASS
+    assert "ERROR: bad at T=1: RuntimeError: no luck" in capsys.readouterr().out
+
+
+def test_an_unavailable_solution_is_one_line(tmp_path, registry, capsys):
+    registry(solution("absent", right, unavailable_reason=lambda: "no such package"))
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "absent", "ours")
+    assert execute(chosen) == session.OK
+    assert "skipped: absent: no such package" in capsys.readouterr().out
+    assert rows_of(chosen)[1]["unavailable"] == {"absent": "no such package"}
+    with pytest.raises(ValueError, match="none of those asked for can run here: absent: no such"):
+        execute(dataclasses.replace(chosen, solutions=("absent",)))
+
+
+def test_an_interrupted_run_keeps_its_rows_and_can_be_resumed(tmp_path, registry, capsys):
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments[0].shape[0])
+        if arguments[0].shape[0] == 7 and calls.count(7) == 1:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    registry(solution("ours", interrupted))
+    chosen = settings(tmp_path, "ours", workloads=("1", "7"), num_trials=1)
+    assert execute(chosen) == session.INTERRUPTED
+    rows, content = rows_of(chosen)
+    assert set(rows) == {("torch_reference", 1), ("ours", 1), ("torch_reference", 7)}
+    assert content["complete"] is False
+    assert "**Incomplete**" in (chosen.output / "results.md").read_text()
+    first = rows["ours", 1]
+    assert execute(chosen, resume=True) == session.OK
+    rows, content = rows_of(chosen)
+    assert set(rows) == {(n, t) for n in ("torch_reference", "ours") for t in (1, 7)}
+    assert rows["ours", 1] == first
+    assert calls.count(1) == 1, "the finished row was measured again"
+    assert (content["complete"], content["resumed_rows"]) == (True, 3)
+
+
+def test_only_comparable_and_whole_files_are_resumed(tmp_path, registry):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours")
+    with pytest.raises(ValueError, match=r"cannot read .*results\.json: No such file"):
+        execute(chosen, resume=True)
+    assert execute(chosen) == session.OK
+    for field, value in (("seed", 7), ("tolerance", Tolerance(rtol=0.5)), ("inputs", "flashinfer")):
+        other = dataclasses.replace(chosen, **{field: value})
+        with pytest.raises(ValueError, match=f"measured with another settings: {field}"):
+            execute(other, resume=True)
+    path = chosen.output / "results.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "versions": {}}))
+    with pytest.raises(ValueError, match="measured with another versions"):
+        execute(chosen, resume=True)
+    path.write_text(json.dumps({**content, "rows": [{"solution": "ours"}]}))
+    with pytest.raises(ValueError, match="damaged row"):
+        execute(chosen, resume=True)
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ValueError, match="not valid JSON"):
+        execute(chosen, resume=True)
+
+
+def test_failed_rows_are_measured_again_when_resumed(tmp_path, registry):
+    registry(solution("ours", wrong))
+    chosen = settings(tmp_path, "ours", num_trials=1)
+    assert execute(chosen) == session.FAILED
+    registry(solution("ours", right))
+    assert execute(chosen, resume=True) == session.OK
+    assert rows_of(chosen)[0]["ours", 1]["status"] == PASS
+
+
+def test_untimed_preparation_reaches_the_solution(tmp_path, registry):
+    def doubled(arguments):
+        return (*arguments[:9], arguments[9] * 2, jnp.float32(0.5))
+
+    def run(*arguments):
+        *ten, half = arguments
+        return (right(*ten) * half).astype(jnp.bfloat16)
+
+    registry(solution("prepared", run, prepare=doubled))
+    assert execute(settings(tmp_path, "prepared")) == session.OK
+
+
+def test_a_profile_leaves_a_trace_that_perfetto_opens(tmp_path, registry):
+    registry(solution("ours", right))
+    execute(settings(tmp_path, "ours", num_trials=1), profile=tmp_path / "traces")
+    found = list((tmp_path / "traces" / "ours_T1").rglob("perfetto_trace.json.gz"))
+    assert len(found) == 1
+
+
+def test_scaling_runs_on_powers_of_two(tmp_path, registry):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", scaling=True, workloads=("1",), num_trials=1)
+    assert execute(chosen) == session.OK
+    assert {row["uuid"] for row in rows_of(chosen)[0].values()} == {"scaling-1"}
+    assert (chosen.output / "scaling.png").exists()
