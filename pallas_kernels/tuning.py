@@ -6,15 +6,16 @@ from pallas_kernels.block_scaled_matmul import MatmulConfig
 
 MAX_BLOCK_M = 128
 
+# Measured on an H100 (docs/performance_log.md).
 _UP = {
     16: MatmulConfig(block_m=16, num_stages=6),
     64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48)),
-    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96)),
+    128: MatmulConfig(block_m=128, num_stages=4, widths=(64,)),
 }
 _DOWN = {
     16: MatmulConfig(block_m=16, num_stages=6),
     64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48)),
-    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96)),
+    128: MatmulConfig(block_m=128, num_stages=4),
 }
 
 

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
     junit.unlink(missing_ok=True)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     parallel = ["-n", str(workers()), "--dist", "loadgroup"]  # compiling dominates
-    options = ["-m", "gpu", f"--junitxml={junit}", *parallel, *argv[1:]]
+    # pytest-benchmark, where it is installed, warns under xdist, and warnings are errors here.
+    options = ["-m", "gpu", "-p", "no:benchmark", f"--junitxml={junit}", *parallel, *argv[1:]]
     command = [sys.executable, "-m", "pytest", *options]
     exit_code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if not junit.exists():
