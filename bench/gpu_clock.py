@@ -137,7 +137,7 @@ class GpuClock:
         from torch.profiler import ProfilerActivity, profile
 
         session = Session()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with _quiet(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
             yield session
         session.finish(_gpu_events(profiler))
 
@@ -158,9 +158,18 @@ class GpuClock:
         from torch.profiler import ProfilerActivity, profile
 
         session = Session()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with _quiet(), profile(activities=both) as profiler:
             session.record(execution, iterations)
         profiler.export_chrome_trace(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Each session reads its own events, so torch's warning that older ones go is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events", UserWarning)
+        yield
 
 
 def _gpu_events(profiler: Any) -> list[Event]:

@@ -2,6 +2,7 @@
 
 import datetime
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,10 +25,10 @@ def list_solutions(backend: str) -> str:
     lines = []
     for name, solution in solutions.registry(backend).items():
         reason = solution.unavailable_reason()
-        lines.append(f"{name:16} {'available' if reason is None else f'not available: {reason}'}")
-        lines.append(f"{'':16} {solution.description} [{solution.framework}]")
+        lines.append(f"{name:18} {'available' if reason is None else f'not available: {reason}'}")
+        lines.append(f"{'':18} {solution.description} [{solution.framework}]")
         if solution.caveat:
-            lines.append(f"{'':16} note: {solution.caveat}")
+            lines.append(f"{'':18} note: {solution.caveat}")
     return "\n".join(lines)
 
 
@@ -139,6 +140,12 @@ def _measure(
             return INTERRUPTED
         except ClockError as error:
             bar.write(f"GPU timer: {error}; --timer=wall needs no profiler")
+            return FAILED
+        except ValueError:
+            raise  # a data set that does not fit: one line for the user
+        except Exception:
+            bar.write(traceback.format_exc())
+            bar.write("stopped: the device failed outside of a solution; finished rows are kept")
             return FAILED
     results.about["complete"] = True
     return FAILED if results.failures() else OK

@@ -8,12 +8,17 @@ from bench import interpreter, ragged_dot
 from bench.results import REFERENCE
 from interop.solutions.base import Solution
 from jax_moe import backends
+from jax_moe.device import device_of
 
-_BACKEND_DESIGN = {
+_FUSED = {
     "Rows computed": "local pairs only",
     "SwiGLU": "in the epilogue of GEMM1",
     "Intermediate quantization": "in the epilogue of GEMM1",
     "GEMM workspace": "none",
+}
+_UNFUSED = _FUSED | {
+    "SwiGLU": "float32, after GEMM1",
+    "Intermediate quantization": "jnp, after SwiGLU",
 }
 
 
@@ -28,7 +33,8 @@ def registry(backend: str = "auto") -> Mapping[str, Solution]:
     """
     from interop.solutions import SOLUTIONS
 
-    ours = [_jax_moe("jax_moe", backend, f"jax_moe.apply, backend={backend!r}")]
+    meant = backends.select("auto", device_of()) if backend == "auto" else backend
+    ours = [_jax_moe("jax_moe", meant, f"jax_moe.apply, what --backend={backend} means: {meant}")]
     ours += [
         _jax_moe(f"jax_moe_{name}", name, f"jax_moe.apply, {what}")
         for name, what in (
@@ -46,11 +52,12 @@ def registry(backend: str = "auto") -> Mapping[str, Solution]:
 def default_names(on_gpu: bool) -> tuple[str, ...]:
     """What a run without `--solutions` measures: everything on a GPU, the basics on a CPU.
 
-    `jax_moe` is left out: it would repeat the backend that it picks.
+    `jax_moe` is left out, since it would repeat the backend that it means.
     """
+    interpreted = interpreter.SOLUTION.name
     if on_gpu:
-        return tuple(name for name in registry() if name != "jax_moe")
-    return (REFERENCE, "jax_moe_xla", interpreter.SOLUTION.name)
+        return tuple(name for name in registry() if name not in ("jax_moe", interpreted))
+    return (REFERENCE, "jax_moe_xla", interpreted)
 
 
 def choose(names: tuple[str, ...], known: Mapping[str, Solution]) -> dict[str, Solution]:
@@ -74,10 +81,6 @@ def _jax_moe(name: str, backend: str, description: str) -> Solution:
         framework="jax",
         description=description,
         run=functools.partial(jax_moe.apply, backend=backend),
-        unavailable_reason=functools.partial(_unsupported, backend),
-        design=_BACKEND_DESIGN,
+        unavailable_reason=functools.partial(backends.unsupported_reason, backend),
+        design=_UNFUSED if backend == "xla" else _FUSED,
     )
-
-
-def _unsupported(backend: str) -> str | None:
-    return None if backend == "auto" else backends.unsupported_reason(backend)
