@@ -167,10 +167,9 @@ def _mosaic_smem_bytes() -> Iterator[dict[str, int]]:
     found: dict[str, int] = {}
     original = utils.dump_to_file_or_stdout
 
-    def recording(text: str, file_name: str, _folder: str) -> None:
-        found[file_name.removesuffix(".resources.txt")] = int(
-            find(r"smem_scratch_bytes=(\d+)", text)
-        )
+    def recording(content: str, name: str, path: str) -> None:
+        smem_bytes = int(find(r"smem_scratch_bytes=(\d+)", content))
+        found[name.removesuffix(".resources.txt")] = smem_bytes
 
     # Asked for nothing else, Mosaic does not write its (large, slow) logs of the passes.
     utils.dump_to_file_or_stdout = recording
@@ -184,9 +183,11 @@ def _mosaic_smem_bytes() -> Iterator[dict[str, int]]:
 @contextlib.contextmanager
 def _triton_kernels() -> Iterator[list[tuple[str, str, int]]]:
     """Records (name, PTX, shared memory bytes) of each kernel that jax-triton compiles."""
+    from pallas_kernels.triton.launch import load_jax_triton
+
     kernels: list[tuple[str, str, int]] = []
     try:
-        from jax_triton import triton_lib
+        triton_lib = load_jax_triton().triton_lib
     except ImportError:  # without jax-triton there are no Triton kernels to record
         yield kernels
         return

@@ -6,13 +6,13 @@ import json
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import pytest
 import triton
 import triton.language as tl
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.triton.launch import load_jax_triton
 from tests import h100_target
 
 F8 = jnp.float8_e4m3fn
@@ -122,7 +122,7 @@ def test_reports_triton_kernels_of_every_generation(compute_capability, architec
     operand = jax.ShapeDtypeStruct((side, side), F8)
 
     def tile_matmul(x, w):
-        return jax_triton.triton_call(
+        return load_jax_triton().triton_call(
             x,
             w,
             kernel=_triton_tile,
