@@ -12,6 +12,7 @@ built that it is to see into: make the one `GpuClock` of a process first.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ class GpuClock:
         profiler.export_chrome_trace(path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Each session reads its own events, so torch's warning that older ones go is no news."""
     with warnings.catch_warnings():

@@ -25,9 +25,10 @@ from pallas_kernels.indexed_memory import load_at, store_at
 from pallas_kernels.rounding import divide
 from pallas_kernels.shapes import cdiv, round_up
 
+# Keys below those of all numbers, -inf included, lowest first.
 _TAKEN = -(2**31)
-_NOT_A_NUMBER = _TAKEN + 1
-_DROPPED = -(2**31) + (2**23)  # the key of the smallest finite f32
+_DROPPED = _TAKEN + 1
+_NOT_A_NUMBER = _TAKEN + 2
 _WIDTH = 128
 
 
@@ -121,7 +122,7 @@ def _kernel(
 
 
 def _drop_groups(keys, expert, group_size, n_group, topk_group):
-    """Lowers the keys of all but the `topk_group` best groups to the smallest finite f32."""
+    """Lowers the keys of all but the `topk_group` best groups below all others."""
     if topk_group == n_group:
         return keys
     group = lax.div(expert, jnp.int32(group_size))

@@ -24,7 +24,8 @@ from tests.moe_inputs import (
 )
 
 TO_ORACLE = 0.03  # e4m3 between the matmuls
-TO_REQUANTIZING_ORACLE = 0.004  # a few values round to the neighbour
+# A few values round to the neighbour; `mosaic` stages C in bf16, which makes them a few percent.
+TO_REQUANTIZING_ORACLE = {"xla": 0.004, "triton": 0.006, "mosaic": 0.02}
 PLAIN = MoEConfig(top_k=4, n_group=1, topk_group=1)
 
 
@@ -43,8 +44,9 @@ def check(case, inputs, config=SMALL):
     is_zero = (expected == 0).all(axis=1)
     assert not bits(out)[is_zero].any(), "a token without a local expert must be exactly zero"
     if not is_zero.all():
+        bound = TO_REQUANTIZING_ORACLE[case.removeprefix("interpreted_")]
         assert relative_error(out, expected) < TO_ORACLE
-        assert relative_error(out, requantized) < TO_REQUANTIZING_ORACLE
+        assert relative_error(out, requantized) < bound
     return out
 
 

@@ -15,7 +15,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 
 
 def bits_of(array):
-    return np.asarray(array).view(np.uint8)
+    return np.atleast_1d(np.asarray(array)).view(np.uint8)
 
 
 def test_e4m3_rounding_equals_a_single_correct_rounding():

@@ -132,6 +132,7 @@ def test_without_a_gpu_there_is_no_gpu_clock_and_nothing_to_flush():
 
 
 @pytest.mark.gpu
+@pytest.mark.timing
 def test_the_gpu_clock_agrees_with_cuda_events():
     torch = pytest.importorskip("torch")
     from bench.gpu_clock import GpuClock
@@ -152,6 +153,7 @@ def test_the_gpu_clock_agrees_with_cuda_events():
 
 
 @pytest.mark.gpu
+@pytest.mark.timing
 def test_the_gpu_clock_sees_every_kernel_of_jax_and_of_a_cuda_graph():
     torch = pytest.importorskip("torch")
     import jax

@@ -196,6 +196,7 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
     assert after[1] - before[1] <= 8 << 20, f"jax: {before[1]} to {after[1]} bytes"
 
 
+@pytest.mark.timing
 def test_host_time_of_a_handle_call(record_property):
     """What a call costs the host while the GPU is busy with something else."""
     inputs = torch_inputs(1, "cuda")

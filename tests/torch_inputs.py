@@ -55,7 +55,8 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tiny = torch.finfo(torch.float32).tiny
     blocks = x.float().view(len(x), -1, 128)
     blocks = torch.where(blocks.abs() < tiny, 0.0, blocks)
-    scales = blocks.abs().amax(dim=2).clamp(min=448 * tiny) / 448.0
+    largest = torch.tensor(448.0, device=x.device)  # CUDA turns a Python divisor into a product
+    scales = blocks.abs().amax(dim=2).clamp(min=448 * tiny) / largest
     values = (blocks / scales[:, :, None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
     return values.view(x.shape), scales.t().contiguous()
 

@@ -2,7 +2,8 @@
 
     python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]
 
-`junit.xml` in the same folder holds the single tests.
+`junit.xml` and, for those that measure time and so run alone, `junit_timing.xml` in the same folder
+hold the single tests.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from interop.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parent.parent
 MOST_WORKERS = 8
+NOTHING_SELECTED = 5  # pytest's exit code
 
 
 def outcome(junit: pathlib.Path) -> dict[str, Any]:
-    """Counts, seconds and the names of what failed, from pytest's JUnit file."""
+    """Counts, seconds and the names of what failed, from one of pytest's JUnit files."""
     suite = ElementTree.parse(junit).getroot().find("testsuite")
     if suite is None:
         raise ValueError(f"{junit}: expected a testsuite element, found none")
@@ -35,6 +37,15 @@ def outcome(junit: pathlib.Path) -> dict[str, Any]:
     ]
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     return {**counts, "seconds": float(suite.get("time", 0)), "failed": failed}
+
+
+def run_pytest(markers: str, junit: pathlib.Path, options: list[str]) -> int:
+    """Runs one selection of the tests; the exit code is pytest's, 0 where nothing was selected."""
+    # pytest-benchmark, where it is installed, warns under xdist, and warnings are errors here.
+    fixed = ["-m", markers, "-p", "no:benchmark", f"--junitxml={junit}"]
+    command = [sys.executable, "-m", "pytest", *fixed, *options]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    return 0 if code == NOTHING_SELECTED else code
 
 
 def workers() -> int:
@@ -49,21 +60,24 @@ def main(argv: list[str]) -> int:
         return 2
     folder = pathlib.Path(argv[0]).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    junit = folder / "junit.xml"
-    junit.unlink(missing_ok=True)
+    parallel, alone = folder / "junit.xml", folder / "junit_timing.xml"
+    for junit in (parallel, alone):
+        junit.unlink(missing_ok=True)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    parallel = ["-n", str(workers()), "--dist", "loadgroup"]  # compiling dominates
-    # pytest-benchmark, where it is installed, warns under xdist, and warnings are errors here.
-    options = ["-m", "gpu", "-p", "no:benchmark", f"--junitxml={junit}", *parallel, *argv[1:]]
-    command = [sys.executable, "-m", "pytest", *options]
-    exit_code = subprocess.run(command, cwd=ROOT, check=False).returncode
-    if not junit.exists():
+    spread = ["-n", str(workers()), "--dist", "loadgroup"]  # compiling dominates
+    codes = [
+        run_pytest("gpu and timing", alone, argv[1:]),
+        run_pytest("gpu and not timing", parallel, [*spread, *argv[1:]]),
+    ]
+    exit_code = next((code for code in codes if code), 0)
+    outcomes = [outcome(junit) for junit in (parallel, alone) if junit.exists()]
+    if not outcomes:
         return exit_code
     environment.prepare_process()  # JAX starts here, after the tests have left the GPU
     summary = {
         "started": started,
         "exit_code": exit_code,
-        **outcome(junit),
+        **{key: sum((one[key] for one in outcomes[1:]), outcomes[0][key]) for key in outcomes[0]},
         "device": environment.device(),
         "gpu": environment.gpu_state(),
         "versions": environment.versions(),

@@ -13,7 +13,7 @@ from pallas_kernels.triton.launch import Launch
 _BLOCK_R = 32
 _MAX_E4M3 = tl.constexpr(448.0)
 _SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)  # 2^-126
-_FLOOR_BITS = tl.constexpr(0x04600000)  # 448 * 2^-126
+_FLOOR_BITS = tl.constexpr(0x04E00000)  # 448 * 2^-126
 
 
 @triton.jit
