@@ -43,8 +43,12 @@ def layer(
             x = take(hidden_states, rows).astype(jnp.float32)
             if hidden_states_scale is not None:
                 x = dequantize_rows(x, hidden_states_scale[:, rows])
-            hidden = swiglu(matmul(x, dequantize_weight(w13, s13)))
-            y = matmul(hidden, dequantize_weight(w2, s2))
+            # Unfused operands have the same shapes for every T, so a GPU tunes these matmuls once.
+            x, up, down = lax.optimization_barrier(
+                (x, dequantize_weight(w13, s13), dequantize_weight(w2, s2))
+            )
+            hidden = lax.optimization_barrier(swiglu(matmul(x, up)))
+            y = matmul(hidden, down)
             return out.at[rows].add(y * weight[rows, None], mode="drop")
 
         tiles = (is_chosen.any(axis=1).sum(dtype=jnp.int32) + _TILE - 1) // _TILE

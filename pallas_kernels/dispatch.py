@@ -143,7 +143,7 @@ def _place(ids_gmem, offset_gmem, *refs, num_experts, num_local_experts, block_m
         member_smem[:, _expert_slice(chunk)] = members[chunk].astype(jnp.bfloat16)
     for chunk in range(len(chunks), padded_smem.shape[0] // _EXPERT_CHUNK):
         nobody = layouts.iota((_EXPERT_CHUNK,), 0, _COLUMNS) < 0  # a bare zero cannot be stored
-        padded_smem[_expert_slice(chunk)] = nobody.astype(jnp.int32)
+        padded_smem[_expert_slice(chunk)] = layouts.as_int(nobody)
     matrix = (_BLOCK, _BLOCK)
     earlier = layouts.iota(matrix, 1, _MATRIX) < layouts.iota(matrix, 0, _MATRIX)
     earlier_smem[...] = jnp.where(earlier, 1.0, 0.0).astype(jnp.bfloat16)
@@ -210,7 +210,7 @@ def _membership(choices, chunk):
     """`i32[64 tokens, 32 experts]`, 1 where the token chose the expert."""
     expert = _expert_ids(chunk)
     hits = [
-        (expert == lax.broadcast_in_dim(choice, expert.shape, [0])).astype(jnp.int32)
+        layouts.as_int(expert == lax.broadcast_in_dim(choice, expert.shape, [0]))
         for choice in choices
     ]
     return sum(hits[1:], hits[0])
@@ -285,7 +285,7 @@ def _store_tiles(tiles_gmem, ends, num_local_experts, block, ids_gmem, interpret
         for chunk, end in enumerate(ends):
             ended = tile >= lax.broadcast_in_dim(end, tile.shape, [1])
             counted = ended & (_expert_ids(chunk) < num_local_experts)
-            passed += jnp.sum(counted.astype(jnp.int32), axis=1)
+            passed += jnp.sum(layouts.as_int(counted), axis=1)
         index = layouts.iota((_BLOCK,), 0, _ROWS) + tile_block * _BLOCK
         expert = jnp.where(passed < num_local_experts, passed, 0)
         store_at(tiles_gmem, index, expert, index < num_tiles, layout=_ROWS, interpret=interpret)

@@ -16,6 +16,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int32
 
+from pallas_kernels import layouts
+
 _PTX_STORE = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }}"
 
 
@@ -89,7 +91,7 @@ def store_at(
                     has_side_effects=True,
                 )
 
-    scatter(ref, offsets, values, mask.astype(jnp.int32))
+    scatter(ref, offsets, values, layouts.as_int(mask))
 
 
 def _store_one_by_one(ref, offsets, values, mask):

@@ -29,7 +29,7 @@ from pallas_kernels.shapes import cdiv, round_up
 _TAKEN = -(2**31)
 _DROPPED = _TAKEN + 1
 _NOT_A_NUMBER = _TAKEN + 2
-_WIDTH = 128
+_WIDTH = 32  # an expert a lane, so a group of 32 is one register
 
 
 def route(
@@ -128,14 +128,18 @@ def _drop_groups(keys, expert, group_size, n_group, topk_group):
     group = lax.div(expert, jnp.int32(group_size))
     group_keys = []
     for g in range(n_group):
-        members = jnp.where(group == g, keys, _TAKEN)
-        best, where = _best(members, expert)
-        members = jnp.where(expert == _across(where, keys.shape), _TAKEN, members)
-        second = jnp.max(members, axis=1)
+        if group_size % _WIDTH == 0:
+            columns = slice(g * group_size, (g + 1) * group_size)
+            members, ids = keys[:, columns], expert[:, columns]
+        else:
+            members, ids = jnp.where(group == g, keys, _TAKEN), expert
+        best, where = _best(members, ids)
+        others = jnp.where(ids == _across(where, ids.shape), _TAKEN, members)
+        second = jnp.max(others, axis=1)
         group_keys.append(_to_key(_from_key(best) + _from_key(second)))
     for g in range(n_group):
         better = [
-            (other >= group_keys[g] if h < g else other > group_keys[g]).astype(jnp.int32)
+            layouts.as_int(other >= group_keys[g] if h < g else other > group_keys[g])
             for h, other in enumerate(group_keys)
             if h != g
         ]
