@@ -116,9 +116,8 @@ def up_project(
     rows, intermediate = plan.row_token.shape[0], gemm1_weights.shape[1] // 2
 
     def tile(start: Array, weight: Array, out: Quantized) -> Quantized:
-        tokens = lax.dynamic_slice_in_dim(plan.row_token, start, plan.block_m)
+        tokens = lax.dynamic_slice_in_dim(plan.row_token, start, plan.block_m)  # -1: any row
         x = dequantize_rows(take(hidden_states, tokens), hidden_states_scale[:, tokens])
-        x = jnp.where(tokens[:, None] >= 0, x, 0)
         values, scales = quantize(swiglu(matmul(x, weight)))
         return Quantized(
             lax.dynamic_update_slice_in_dim(out.values, to_bits(values), start, 0),
