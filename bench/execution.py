@@ -4,32 +4,28 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import serialize_executable
 
 from bench.timers import Execution, no_wait
 from interop.solutions.base import Arguments, Solution
 
+Binder = Callable[[Arguments], Execution]
 
-def bind(solution: Solution, arguments: Arguments) -> Execution:
-    """Prepares a solution to be called on these arguments, and runs it at least once.
+
+def binder(solution: Solution, *, reload: bool) -> Binder:
+    """Returns a function that prepares a solution to be called on some arguments, and runs it once.
+
+    It takes JAX arrays and raises whatever the solution raises. A JAX solution is jitted with all
+    ten arguments as parameters: on a GPU XLA makes it one CUDA graph where it can. A PyTorch one
+    gets DLPack views and is captured in a CUDA graph if it says that it can be; its output is
+    filled with NaN after the capture, so that only a replay can make it right.
 
     Args:
         solution: What to run.
-        arguments: JAX arrays; a PyTorch solution gets DLPack views of them.
-
-    Returns:
-        The bound calls. A JAX solution is jitted with all ten arguments as parameters (on a GPU XLA
-        makes it one CUDA graph where it can). A PyTorch one is captured in a CUDA graph if it says
-        that it can be; its output is filled with NaN after the capture, so that only a replay can
-        make it right.
-
-    Raises:
-        Exception: Whatever the solution raises.
+        reload: Load a JAX program anew though it was compiled before: a profiler sees into its CUDA
+            graph only if that is built while it is attached.
     """
-    return (
-        _bind_jax(solution, arguments)
-        if solution.framework == "jax"
-        else _bind_torch(solution, arguments)
-    )
+    return _jax_binder(solution, reload) if solution.framework == "jax" else _torch_binder(solution)
 
 
 def to_jax(solution: Solution, output: Any) -> jax.Array:
@@ -41,47 +37,64 @@ def to_jax(solution: Solution, output: Any) -> jax.Array:
     return dlpack.to_jax(output)
 
 
-def _bind_jax(solution: Solution, arguments: Arguments) -> Execution:
-    prepared = solution.prepare(arguments) if solution.prepare else tuple(arguments)
-    jax.block_until_ready(prepared)
+def _jax_binder(solution: Solution, reload: bool) -> Binder:
     jitted = jax.jit(solution.run)
-    jax.block_until_ready(jitted(*prepared))
-    # Finds the program that the call just compiled.
-    analysis = jitted.lower(*prepared).compile().memory_analysis()
-    return Execution(
-        call=lambda: jitted(*prepared),
-        block=jax.block_until_ready,
-        how="jit",
-        workspace_bytes=getattr(analysis, "temp_size_in_bytes", None),
-    )
+    loaded: dict[Any, Callable[..., jax.Array]] = {}
+
+    def bind(arguments: Arguments) -> Execution:
+        prepared = solution.prepare(arguments) if solution.prepare else tuple(arguments)
+        jax.block_until_ready(prepared)
+        compiled = jitted.lower(*prepared).compile()  # `jitted` calls this very program
+        shapes = tuple((array.shape, array.dtype) for array in prepared)
+        if shapes not in loaded:
+            loaded[shapes] = _loaded_again(compiled, solution.run) if reload else jitted
+        run = loaded[shapes]
+        jax.block_until_ready(run(*prepared))
+        return Execution(
+            call=lambda: run(*prepared),
+            block=jax.block_until_ready,
+            how="jit",
+            workspace_bytes=getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
+        )
+
+    return bind
 
 
-def _bind_torch(solution: Solution, arguments: Arguments) -> Execution:
+def _loaded_again(compiled: Any, run: Callable[..., Any]) -> Callable[..., jax.Array]:
+    try:
+        return serialize_executable.deserialize_and_load(*serialize_executable.serialize(compiled))
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+        # Some programs cannot be serialized; a new function object is compiled again.
+        return jax.jit(lambda *arguments: run(*arguments))
+
+
+def _torch_binder(solution: Solution) -> Binder:
     import torch
 
     from interop import dlpack
 
-    tensors = {
-        name: dlpack.to_torch(array) for name, array in list(arguments._asdict().items())[:8]
-    }
-    views = Arguments(
-        **tensors,
-        local_expert_offset=int(arguments.local_expert_offset),
-        routed_scaling_factor=float(arguments.routed_scaling_factor),
-    )
-    with torch.no_grad():
-        prepared = solution.prepare(views) if solution.prepare else tuple(views)
+    def bind(arguments: Arguments) -> Execution:
+        names = Arguments._fields[:8]
+        views = Arguments(
+            **{name: dlpack.to_torch(getattr(arguments, name)) for name in names},
+            local_expert_offset=int(arguments.local_expert_offset),
+            routed_scaling_factor=float(arguments.routed_scaling_factor),
+        )
+        with torch.no_grad():
+            prepared = solution.prepare(views) if solution.prepare else tuple(views)
 
-        @torch.no_grad()
-        def run() -> Any:
-            return solution.run(*prepared)
+            @torch.no_grad()
+            def run() -> Any:
+                return solution.run(*prepared)
 
-        run()
-        if not views.hidden_states.is_cuda:
-            return Execution(run, no_wait, "eager", None)
-        workspace = _torch_workspace(run)
-        call, how = _captured(run) if solution.capturable else (run, "eager")
-    return Execution(call, lambda _: torch.cuda.synchronize(), how, workspace)
+            run()
+            if not views.hidden_states.is_cuda:
+                return Execution(run, no_wait, "eager", None)
+            workspace = _torch_workspace(run)
+            call, how = _captured(run) if solution.capturable else (run, "eager")
+        return Execution(call, lambda _: torch.cuda.synchronize(), how, workspace)
+
+    return bind
 
 
 def _torch_workspace(run: Callable[[], Any]) -> int:

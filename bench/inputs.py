@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float8e4m3fn, Float32
 
 from bench.gaussian import BLOCK, clipped_gaussian_e4m3, gaussian, key_for, quantized_gaussian
@@ -26,6 +27,7 @@ from interop.workloads import ROUTED_SCALING_FACTOR, Workload
 
 KINDS = ("realistic", "flashinfer", "dataset")
 _WEIGHTS, _ACTIVATIONS = 0, 1  # streams of the seed
+_DRAWN_TOKENS = (64, 1024, 16384, 2**20)
 
 
 class Weights(NamedTuple):
@@ -87,6 +89,11 @@ def _draw_activations(
     return values, scales.T
 
 
+def padded_tokens(num_tokens: int) -> int:
+    """The token count that inputs are drawn at: one of few, since each needs its own programs."""
+    return next(rows for rows in _DRAWN_TOKENS if rows >= num_tokens)
+
+
 def make_arguments(
     kind: str,
     workload: Workload,
@@ -97,7 +104,7 @@ def make_arguments(
     routing: HostRouting,
     factor: float = ROUTED_SCALING_FACTOR,
 ) -> Arguments:
-    """Completes the ten arguments of one trial.
+    """Completes the ten arguments of one trial, for `padded_tokens(T)` tokens.
 
     Args:
         kind: One of `KINDS`.
@@ -110,14 +117,16 @@ def make_arguments(
         factor: The `routed_scaling_factor`.
 
     Returns:
-        JAX arrays on the default device; offset and factor as device scalars, i32[] and f32[].
+        JAX arrays on the default device; offset and factor as device scalars, i32[] and f32[]. The
+        first T tokens are the workload's (`head` takes them), the others have zero logits.
     """
+    tokens = padded_tokens(workload.num_tokens)
     key = key_for(seed, _ACTIVATIONS, workload.num_tokens, workload.local_expert_offset, trial)
-    values, scales = _draw_activations(
-        kind == "realistic", workload.num_tokens, sizes.hidden_size, key
-    )
-    arguments = Arguments(
-        routing_logits=jnp.asarray(routing.logits),
+    values, scales = _draw_activations(kind == "realistic", tokens, sizes.hidden_size, key)
+    logits = np.zeros((tokens, routing.logits.shape[1]), np.float32)
+    logits[: workload.num_tokens] = routing.logits
+    return Arguments(
+        routing_logits=jnp.asarray(logits),
         routing_bias=jnp.asarray(routing.bias),
         hidden_states=values,
         hidden_states_scale=scales,
@@ -128,4 +137,13 @@ def make_arguments(
         local_expert_offset=jnp.int32(sizes.offset(workload)),
         routed_scaling_factor=jnp.float32(factor),
     )
-    return jax.block_until_ready(arguments)
+
+
+def head(arguments: Arguments, num_tokens: int) -> Arguments:
+    """The arguments of the first `num_tokens` tokens, in memory of their own."""
+    taken = arguments._replace(
+        routing_logits=arguments.routing_logits[:num_tokens],
+        hidden_states=arguments.hidden_states[:num_tokens],
+        hidden_states_scale=arguments.hidden_states_scale[:, :num_tokens],
+    )
+    return jax.block_until_ready(taken)

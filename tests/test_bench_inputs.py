@@ -82,7 +82,7 @@ def test_arguments_have_the_shapes_and_the_distribution_that_the_kind_promises(k
     weights = inputs.draw_weights(kind, REDUCED, 0)
     routed = routing.draw(workload, REDUCED, 0)
     first, second = (
-        inputs.make_arguments(kind, workload, REDUCED, 0, trial, weights, routed)
+        inputs.head(inputs.make_arguments(kind, workload, REDUCED, 0, trial, weights, routed), 15)
         for trial in (0, 1)
     )
     tokens, hidden, intermediate = 15, REDUCED.hidden_size, REDUCED.intermediate_size

@@ -1,5 +1,6 @@
 """The command line: what it lists, what it refuses, how it fills in what was left open."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -163,3 +164,26 @@ def test_list_names_every_solution_and_says_why_not():
     if jax.default_backend() != "gpu":
         assert "not available: needs an NVIDIA GPU" in states["jax_moe_mosaic"]
         assert states["jax_moe_xla"].endswith(" available")
+
+
+@pytest.mark.gpu
+@pytest.mark.timing
+def test_a_gpu_run_has_both_clocks_the_roofline_and_one_launch_a_call(tmp_path):
+    flags = ["--solutions=jax_moe", "--workloads=80", "--iterations=10", "--num_trials=2"]
+    flags += [f"--output={tmp_path}", f"--profile={tmp_path / 'traces'}", "--breakdown"]
+    command = [sys.executable, "bench_main.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == session.OK, done.stdout[-2000:] + done.stderr[-2000:]
+    content = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["solution"]: row for row in content["rows"]}
+    ours = rows["jax_moe"]
+    assert (ours["status"], ours["launches"], ours["gpu"]["n"]) == ("PASS", 1, 20)
+    assert 0 < ours["busy_us"] <= ours["gpu"]["median"] < ours["wall"]["median"]
+    assert 0 < ours["figures"]["roofline_fraction"] < 1
+    assert ours["figures"]["speedup"] > 1
+    names = " ".join(kernel["name"] for kernel in ours["kernels"])
+    assert "up_projection" in names
+    assert "down_projection" in names
+    assert 1e12 < content["roofline"]["read_bytes_per_s"] < 1e13
+    assert content["gpu_state_after"]["temperature.gpu"]
+    assert (tmp_path / "traces" / "jax_moe_T80.json.gz").stat().st_size > 1000

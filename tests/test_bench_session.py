@@ -131,7 +131,7 @@ def test_one_bad_trial_makes_the_row_wrong(tmp_path, registry):
         weights = inputs.draw_weights("realistic", REDUCED, 0)
         routed = routing.draw(workload, REDUCED, 0)
         drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, trial, weights, routed)
-        return float(drawn.hidden_states_scale.max())
+        return float(inputs.head(drawn, 1).hidden_states_scale.max())
 
     first, last = largest_scale(0), largest_scale(2)
     assert first != last

@@ -1,0 +1,97 @@
+"""Binding solutions: both frameworks see the same arguments, programs load anew when asked to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import serialize_executable
+
+import jax_moe
+from bench import execution, inputs, routing
+from bench.workloads import REDUCED, select
+from interop.solutions.base import Solution
+
+pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
+
+
+def solution(run, **fields):
+    return Solution(name="test", framework="jax", description="test", run=run, **fields)
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    workload = select(["7"])[0]
+    weights = inputs.draw_weights("realistic", REDUCED, 0)
+    routed = routing.draw(workload, REDUCED, 0)
+    drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, 0, weights, routed)
+    return inputs.head(drawn, 7)
+
+
+def test_padding_for_the_oracle_changes_no_row_of_the_workload(arguments):
+    workload = select(["7"])[0]
+    weights = inputs.draw_weights("realistic", REDUCED, 0)
+    routed = routing.draw(workload, REDUCED, 0)
+    padded = inputs.make_arguments("realistic", workload, REDUCED, 0, 0, weights, routed)
+    assert padded.hidden_states.shape[0] == inputs.padded_tokens(7) == 64
+    np.testing.assert_array_equal(padded.routing_logits[:7], routed.logits)
+    whole = np.asarray(jax_moe.reference(*padded)[:7].astype(jnp.float32))
+    alone = np.asarray(jax_moe.reference(*arguments).astype(jnp.float32))
+    np.testing.assert_allclose(whole, alone, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_reloaded_program_is_another_one_with_the_same_results(arguments, monkeypatch, fails):
+    def run(*ten):
+        return jax_moe.apply(*ten, backend="xla")
+
+    if fails:
+
+        def refuse(compiled):
+            raise ValueError("Compilation does not support serialization")
+
+        monkeypatch.setattr(serialize_executable, "serialize", refuse)
+    first = execution.binder(solution(run), reload=False)(arguments)
+    again = execution.binder(solution(run), reload=True)(arguments)
+    np.testing.assert_array_equal(
+        np.asarray(first.call()).view(np.uint16), np.asarray(again.call()).view(np.uint16)
+    )
+    assert first.workspace_bytes == again.workspace_bytes > 0
+    assert first.how == again.how == "jit"
+
+
+def test_one_program_serves_all_trials(arguments):
+    traced = []
+
+    def run(*ten):
+        traced.append(1)
+        return jax_moe.apply(*ten, backend="xla")
+
+    bind = execution.binder(solution(run), reload=True)
+    one = bind(arguments)
+    other = bind(arguments._replace(hidden_states_scale=arguments.hidden_states_scale * 2))
+    assert len(traced) == 1
+    assert (np.asarray(one.call()) != np.asarray(other.call())).any()
+
+
+def test_torch_sees_the_memory_of_the_jax_arrays():
+    torch = pytest.importorskip("torch")
+    seen = []
+
+    def run(*ten):
+        seen.append(ten)
+        return torch.zeros(ten[2].shape, dtype=torch.bfloat16)
+
+    workload = select(["7"])[0]
+    weights = inputs.draw_weights("realistic", REDUCED, 0)
+    routed = routing.draw(workload, REDUCED, 0)
+    drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, 0, weights, routed)
+    chosen = Solution(name="test", framework="torch", description="test", run=run)
+    bound = execution.binder(chosen, reload=False)(drawn)
+    output = execution.to_jax(chosen, bound.call())
+    assert isinstance(output, jax.Array)
+    assert output.dtype == jnp.bfloat16
+    *tensors, offset, factor = seen[0]
+    assert (offset, factor) == (REDUCED.offset(workload), 2.5)
+    for tensor, array in zip(tensors, drawn[:8], strict=True):
+        assert tensor.data_ptr() == array.unsafe_buffer_pointer()
+    assert not tensors[0].requires_grad
