@@ -7,6 +7,7 @@ python bench_main.py --solutions=sglang_v1,sglang_v2,jax_moe --report
 python bench_main.py --scaling --breakdown --output=results/scaling
 """
 
+import logging
 import math
 import signal
 import sys
@@ -124,6 +125,7 @@ def main(argv: Sequence[str]) -> int:
         if _LIST.value:
             print(session.list_solutions(_BACKEND.value))
             return session.OK
+        logging.getLogger("jax").setLevel(logging.WARNING)  # absl shows INFO, such as "no TPU"
         environment.enable_compilation_cache()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is done
         return session.execute(
