@@ -6,7 +6,10 @@ The layer as a whole, on this path, is in test_backends.py. `uninitialized memor
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +18,35 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import jax_moe
+from jax_moe.types import DispatchPlan
 from pallas_kernels import combine, dispatch, group_quant, permute, routing
 from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
 from pallas_kernels.down_projection import down_projection
 from pallas_kernels.up_projection import up_projection
 from tests import numpy_oracle
+from tests.test_dispatch import check_plan, draw_ids
 
 E4M3 = ml_dtypes.float8_e4m3fn
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
-def run(kernel, *args, **options):
-    return jax.tree.map(
-        np.asarray, jax.jit(functools.partial(kernel, interpret=INTERPRET, **options))(*args)
-    )
+# The detector wants a proxy fence between plain reads of shared memory and the TMA copy that
+# reuses it. On the GPU the mbarrier hand-off of the slot orders the two.
+SCALES_OF_A_REUSED_SLOT = {"_accumulate.<locals>.step", "_produce.<locals>.fill.<locals>._step"}
+# The last rows of an odd count are quantized by two blocks, to the same bits.
+OVERLAPPING_ROWS = {"_kernel"}
+
+
+def run(kernel, *args, known_races=frozenset(), **options):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        jitted = jax.jit(functools.partial(kernel, interpret=INTERPRET, **options))
+        result = jax.tree.map(np.asarray, jitted(*args))
+    accesses = re.findall(r"^ *(?:read|write) of .*\(([^()]*)\)$", printed.getvalue(), re.MULTILINE)
+    assert ("RACE DETECTED" in printed.getvalue()) == bool(accesses)
+    assert set(accesses) <= set(known_races)
+    return result
 
 
 def grouped_rows(sizes, block_m, columns, seed=0):
@@ -88,7 +106,7 @@ def test_down_projection_is_exact(block_m, widths, sizes, hidden_size):
     empty = [expert for expert, size in enumerate(sizes) if size == 0]
     w, w_scale = weights(len(sizes), hidden_size, 256, empty)
     config = MatmulConfig(block_m, num_stages=2, widths=widths, sms=2)
-    out = run(down_projection, rows, w, w_scale, config=config)
+    out = run(down_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT)
     expected = exact_product(rows, w, w_scale)[live].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(out[live], expected)
 
@@ -99,7 +117,9 @@ def test_up_projection(block_m, widths, sizes):
     empty = [expert for expert, size in enumerate(sizes) if size == 0]
     w, w_scale = weights(len(sizes), 512, 256, empty)
     config = MatmulConfig(block_m, num_stages=3, widths=widths, sms=2)
-    values, scales = run(up_projection, rows, w, w_scale, config=config)
+    values, scales = run(
+        up_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT
+    )
     up, gate = np.split(exact_product(rows, w, w_scale)[live], 2, axis=1)
     expected = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
     blocks = expected.reshape(len(expected), 2, 128)
@@ -131,7 +151,7 @@ def test_group_quant_bits(rows, dtype):
     x[0, :128] = 0
     x[-1, 128:132] = 447.9, -0.0, 464, 1e-40
     x = x.astype(dtype)
-    values, scales = run(group_quant.quantize, x)
+    values, scales = run(group_quant.quantize, x, known_races=OVERLAPPING_ROWS)
     expected_values, expected_scales = numpy_oracle.quantize(x.astype(np.float32))
     np.testing.assert_array_equal(scales, expected_scales)
     np.testing.assert_array_equal(values.view(np.uint8), expected_values.view(np.uint8))
@@ -147,11 +167,8 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     logits[0] = 0.5  # ties everywhere: the lowest ids win
     logits[1, ::3] = np.nan
     bias = np.where(rng.random(num_experts) < 0.4, 4.96875, 4.9375).astype(ml_dtypes.bfloat16)
-    bias[:] = np.where(np.arange(num_experts) < 0, 0, bias)
     options = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
     ids, topk_weights = run(routing.route, logits, bias, np.float32(2.5), **options)
-    import jax_moe
-
     config = jax_moe.MoEConfig(**options)
     expected = jax_moe.route(logits, bias, 2.5, config=config, backend="xla")
     np.testing.assert_array_equal(ids, expected.topk_ids)
@@ -163,9 +180,6 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     [(5, 8, 8, 16), (70, 8, 24, 32), (130, 80, 100, 16)],
 )
 def test_plan(num_tokens, num_local_experts, offset, block_m):
-    from jax_moe.types import DispatchPlan
-    from tests.test_dispatch import check_plan, draw_ids
-
     num_experts = 256 if num_local_experts == 80 else 32
     ids = draw_ids(num_tokens, num_experts, 4)
     plan = run(
@@ -204,4 +218,5 @@ def test_outputs_are_jax_arrays():
     """The wrappers take numpy and jax arrays alike."""
     x = jnp.ones((4, 128), jnp.bfloat16)
     values, scales = group_quant.quantize(x, interpret=INTERPRET)
-    assert values.dtype == jnp.float8_e4m3fn and scales.shape == (1, 4)
+    assert values.dtype == jnp.float8_e4m3fn
+    assert scales.shape == (1, 4)

@@ -42,7 +42,15 @@ def outcome(junit: pathlib.Path) -> dict[str, Any]:
 def run_pytest(markers: str, junit: pathlib.Path, options: list[str]) -> int:
     """Runs one selection of the tests; the exit code is pytest's, 0 where nothing was selected."""
     # pytest-benchmark, where it is installed, warns under xdist, and warnings are errors here.
-    fixed = ["-m", markers, "-p", "no:benchmark", f"--junitxml={junit}"]
+    fixed = [
+        "-m",
+        markers,
+        "-p",
+        "no:benchmark",
+        f"--junitxml={junit}",
+        "-o",
+        "junit_family=xunit1",
+    ]
     command = [sys.executable, "-m", "pytest", *fixed, *options]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     return 0 if code == NOTHING_SELECTED else code
