@@ -139,7 +139,8 @@ def main(argv: Sequence[str]) -> int:
         if _LIST.value:
             print(session.list_solutions(_BACKEND.value))
             return session.OK
-        logging.getLogger("jax").setLevel(logging.WARNING)  # absl shows INFO, such as "no TPU"
+        for chatty in ("jax", "matplotlib"):  # absl shows INFO, such as "no TPU"
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         environment.enable_compilation_cache()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is done
         return session.execute(

@@ -121,7 +121,7 @@ def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> li
     lines = []
     rows = breakdown.rows_to_show(results)
     if not in_markdown and len(rows) > _TERMINAL_BREAKDOWNS:
-        return [f"The breakdown of {len(rows)} rows is in {settings.stem}.md."]
+        return [f"The breakdown of {len(rows)} rows is in {_breakdown_name(settings)}."]
     for row in rows:
         cells = [breakdown.HEADER, *breakdown.table(row, settings.sizes, results.roofline)]
         title = f"{row.solution}, T={row.num_tokens}"
@@ -143,8 +143,13 @@ def write_all(results: Results, settings: Settings, options: Options) -> list[Pa
     plot = folder / f"{stem}.png"
     plots.write(results, plot)
     document = folder / f"{stem}.md"
-    _write(document, _document(results, settings, options, plot.name))
+    _write(document, _document(results, settings, plot.name))
     written += [document, plot]
+    if options.breakdown:
+        path = folder / _breakdown_name(settings)
+        title = f"# GPU time by kernel on {results.about['device']['kind']}"
+        _write(path, [title, "", *_breakdown(results, settings, in_markdown=True)])
+        written.append(path)
     if options.report:
         written += _seed_report(results, settings)
     return written
@@ -155,7 +160,11 @@ def _write(path: Path, lines: Sequence[str]) -> None:
         file.write("\n".join(lines).rstrip() + "\n")
 
 
-def _document(results: Results, settings: Settings, options: Options, plot: str) -> list[str]:
+def _breakdown_name(settings: Settings) -> str:
+    return f"{settings.stem}_breakdown.md"
+
+
+def _document(results: Results, settings: Settings, plot: str) -> list[str]:
     title = "Scaling" if settings.scaling else "The 19 workloads"
     lines = [f"# {title} on {results.about['device']['kind']}", ""]
     lines += [f"- {label}: {text}" for label, text in _header(results, settings)]
@@ -177,8 +186,6 @@ def _document(results: Results, settings: Settings, options: Options, plot: str)
         lines += ["## Failures", "", "```", *failures, "```", ""]
     lines += ["## Every row", "", *_all_rows(results)]
     lines += ["## How each solution was launched", "", *_launches(results), ""]
-    if options.breakdown:
-        lines += ["## Breakdown", "", *_breakdown(results, settings, in_markdown=True)]
     return lines
 
 
@@ -195,7 +202,8 @@ def _launches(results: Results) -> list[str]:
         rows = [row for row in results.rows.values() if row.solution == name and row.how]
         hows = sorted({row.how for row in rows})
         counts = sorted({row.launches for row in rows if row.launches is not None})
-        launches = f", {counts[0]} to {counts[-1]} host launches a call" if counts else ""
+        span = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else ""
+        launches = f", host launches a call: {span}" if span else ""
         if hows:
             lines.append(f"- `{name}`: {'; '.join(hows)}{launches}")
     return lines

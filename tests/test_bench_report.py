@@ -145,6 +145,7 @@ def test_documents_hold_what_a_reader_needs(results):
         "results.json",
         "results.md",
         "results.png",
+        "results_breakdown.md",
         "seed_report.md",
         "seed_report.png",
     ]
@@ -152,7 +153,7 @@ def test_documents_hold_what_a_reader_needs(results):
     for needed in ("Made-up GPU (sm_90)", "temperature.gpu 61", "2.000 TB/s", "seed 0", "made up"):
         assert needed in text
     assert text.count("| deepgemm | WRONG |") == 1
-    seed = written[3].read_text()
+    seed = written[4].read_text()
     assert seed.startswith("# jax_moe_mosaic vs deepgemm")
     assert "| Rows computed |" in seed
     assert "128.00x" in seed
