@@ -129,7 +129,7 @@ def compile_for_h100(fn: Callable[..., Any], *specs: Any) -> ProgramReport:
         mosaic.mkdir()
         with _mosaic_smem_bytes() as smem_bytes:
             lowered = jax.jit(fn).trace(*jax.tree.map(on_h100, specs)).lower()
-        with _environment_variable("MOSAIC_GPU_DUMP_TO", str(mosaic)):
+        with _environment_variable("MOSAIC_GPU_DUMP_TO", str(mosaic)), no_compilation_cache():
             compiled = lowered.compile(compiler_options={"xla_dump_to": str(xla)})
         mosaic_kernels = _mosaic_kernels(mosaic, smem_bytes)
         kernels = [assemble(*kernel) for kernel in (*mosaic_kernels, *triton_kernels)]
@@ -204,6 +204,23 @@ def _triton_kernels() -> Iterator[list[tuple[str, str, int]]]:
         yield kernels
     finally:
         triton_lib.compile_ttir_inplace = original
+
+
+@contextlib.contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """Compiles for real: a program from JAX's persistent cache would leave no dump."""
+    import jax
+
+    from jax.experimental.compilation_cache import compilation_cache
+
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once a process whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def thunks(folder: pathlib.Path) -> tuple[dict[str, int], int, int]:
