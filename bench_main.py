@@ -21,7 +21,7 @@ environment.prepare_process()  # before jax and torch are imported
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from bench import compile_ahead, gpu_clock, inputs, routing, session, solutions  # noqa: E402
+from bench import gpu_clock, inputs, routing, session, solutions  # noqa: E402
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
@@ -59,13 +59,6 @@ _TIMER = flags.DEFINE_enum(
     "timer", None, ["gpu", "wall"], "Whose times count. Default: gpu if there is one and torch."
 )
 _WALL_TIME = flags.DEFINE_bool("wall_time", True, "Also take host times in a --timer=gpu run.")
-_COMPILE_WORKERS = flags.DEFINE_integer(
-    "compile_workers",
-    None,
-    "Processes that compile before anything is timed; 0: none. Default: half of the cores, at most "
-    f"{compile_ahead.MAX_WORKERS}, on a GPU, none on a CPU.",
-    lower_bound=0,
-)
 _OUTPUT = flags.DEFINE_string("output", "out/bench", "Folder of results, report and plots.")
 _RESUME = flags.DEFINE_bool("resume", False, "Keep the finished rows in --output, do the rest.")
 _LIST = flags.DEFINE_bool("list", False, "List the solutions and what they need, then stop.")
@@ -120,15 +113,8 @@ def _settings() -> Settings:
         wall_time=_WALL_TIME.value,
         scaling=_SCALING.value,
         on_gpu=on_gpu,
-        compile_workers=_compile_workers(on_gpu),
         output=Path(_OUTPUT.value),
     )
-
-
-def _compile_workers(on_gpu: bool) -> int:
-    if _COMPILE_WORKERS.value is not None:
-        return _COMPILE_WORKERS.value
-    return compile_ahead.default_workers() if on_gpu else 0
 
 
 def main(argv: Sequence[str]) -> int:

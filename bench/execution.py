@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import serialize_executable
 
-from bench.compile_ahead import Program, Programs
 from bench.timers import Execution, no_wait
 from interop.solutions.base import Arguments, Solution
 
 Binder = Callable[[Arguments], Execution]
 
 
-def binder(solution: Solution, programs: Programs, *, reload: bool) -> Binder:
+def binder(solution: Solution, *, reload: bool) -> Binder:
     """Returns a function that prepares a solution to be called on some arguments, and runs it once.
 
     It takes JAX arrays and raises whatever the solution raises. A JAX solution is jitted with all
@@ -22,13 +22,10 @@ def binder(solution: Solution, programs: Programs, *, reload: bool) -> Binder:
 
     Args:
         solution: What to run.
-        programs: Compiled ahead; what is missing is compiled here.
-        reload: Load a JAX program anew though it was loaded before: a profiler sees into its CUDA
+        reload: Load a JAX program anew though it was compiled before: a profiler sees into its CUDA
             graph only if that is built while it is attached.
     """
-    if solution.framework == "torch":
-        return _torch_binder(solution)
-    return _jax_binder(solution, programs, reload)
+    return _jax_binder(solution, reload) if solution.framework == "jax" else _torch_binder(solution)
 
 
 def to_jax(solution: Solution, output: Any) -> jax.Array:
@@ -40,43 +37,32 @@ def to_jax(solution: Solution, output: Any) -> jax.Array:
     return dlpack.to_jax(output)
 
 
-def _jax_binder(solution: Solution, programs: Programs, reload: bool) -> Binder:
+def _jax_binder(solution: Solution, reload: bool) -> Binder:
     jitted = jax.jit(solution.run)
-    found: dict[Any, tuple[Callable[..., jax.Array], Any]] = {}
+    loaded: dict[Any, Callable[..., jax.Array]] = {}
 
     def bind(arguments: Arguments) -> Execution:
         prepared = solution.prepare(arguments) if solution.prepare else tuple(arguments)
         jax.block_until_ready(prepared)
+        compiled = jitted.lower(*prepared).compile()  # `jitted` calls this very program
         shapes = tuple((array.shape, array.dtype) for array in prepared)
-        if shapes not in found:
-            ahead = _load(programs.get((solution.name, arguments.hidden_states.shape[0])))
-            compiled = ahead or jitted.lower(*prepared).compile()
-            again = reload and ahead is None
-            run = ahead or (_loaded_again(compiled, solution.run) if again else jitted)
-            found[shapes] = run, compiled.memory_analysis()
-        run, memory = found[shapes]
+        if shapes not in loaded:
+            loaded[shapes] = _loaded_again(compiled, solution.run) if reload else jitted
+        run = loaded[shapes]
         jax.block_until_ready(run(*prepared))
         return Execution(
             call=lambda: run(*prepared),
             block=jax.block_until_ready,
             how="jit",
-            workspace_bytes=getattr(memory, "temp_size_in_bytes", None),
+            workspace_bytes=getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
         )
 
     return bind
 
 
-def _load(program: Program | None) -> jax.stages.Compiled | None:
-    """A program of its own, or None where there is none or this process cannot load it."""
-    try:
-        return program.load() if program else None
-    except (ValueError, jax.errors.JaxRuntimeError):
-        return None
-
-
 def _loaded_again(compiled: Any, run: Callable[..., Any]) -> Callable[..., jax.Array]:
     try:
-        return Program.of(compiled).load()
+        return serialize_executable.deserialize_and_load(*serialize_executable.serialize(compiled))
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
         # Some programs cannot be serialized; a new function object is compiled again.
         return jax.jit(lambda *arguments: run(*arguments))

@@ -139,25 +139,6 @@ def make_arguments(
     )
 
 
-def argument_specs(num_tokens: int, sizes: Sizes) -> Arguments:
-    """Shapes and dtypes of the ten arguments, to compile for them without drawing any."""
-    experts, local, hidden, intermediate = sizes
-    blocks = hidden // BLOCK
-    shapes = {
-        "routing_logits": ((num_tokens, experts), jnp.float32),
-        "routing_bias": ((experts,), jnp.bfloat16),
-        "hidden_states": ((num_tokens, hidden), jnp.float8_e4m3fn),
-        "hidden_states_scale": ((blocks, num_tokens), jnp.float32),
-        "gemm1_weights": ((local, 2 * intermediate, hidden), jnp.float8_e4m3fn),
-        "gemm1_weights_scale": ((local, 2 * intermediate // BLOCK, blocks), jnp.float32),
-        "gemm2_weights": ((local, hidden, intermediate), jnp.float8_e4m3fn),
-        "gemm2_weights_scale": ((local, blocks, intermediate // BLOCK), jnp.float32),
-        "local_expert_offset": ((), jnp.int32),
-        "routed_scaling_factor": ((), jnp.float32),
-    }
-    return Arguments(**{name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()})
-
-
 def head(arguments: Arguments, num_tokens: int) -> Arguments:
     """The arguments of the first `num_tokens` tokens, in memory of their own."""
     taken = arguments._replace(

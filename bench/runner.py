@@ -10,13 +10,11 @@ import jax
 
 import jax_moe
 from bench import correctness, execution, inputs, roofline, routing
-from bench.compile_ahead import Programs
 from bench.correctness import Check
 from bench.gpu_clock import GpuClock, Sample, busy_us
 from bench.results import ERROR, PASS, WRONG, KernelTime, Results, Row
 from bench.settings import Settings
 from bench.timers import Execution, calls_to_time, statistics_of, wall_times, warm_up
-from bench.tracing import Recorder
 from bench.work import Work, work_of
 from interop import dataset
 from interop.solutions.base import Arguments, Solution
@@ -48,30 +46,13 @@ class Progress(NamedTuple):
     done: Callable[[Row], None]
 
 
-class Means(NamedTuple):
-    """With what a row is measured.
-
-    Attributes:
-        settings: Iterations and tolerances.
-        programs: JAX programs that were compiled ahead.
-        clock: The GPU clock; None takes host times.
-        trace: Records a profile of a right row; None records none.
-    """
-
-    settings: Settings
-    programs: Programs
-    clock: GpuClock | None = None
-    trace: Recorder | None = None
-
-
 def run(
     settings: Settings,
     solutions: Mapping[str, Solution],
     workloads: Sequence[Workload],
     results: Results,
     progress: Progress,
-    programs: Programs,
-    trace: Recorder | None = None,
+    trace: Callable[[Execution, Solution, Workload, GpuClock | None], None] | None = None,
 ) -> None:
     """Measures every solution on every workload, with each clock in turn.
 
@@ -84,15 +65,14 @@ def run(
         workloads: The chosen rows.
         results: Filled and written as rows are finished; rows already there are kept.
         progress: Told of each row.
-        programs: JAX programs that were compiled ahead.
         trace: Called after a row's last pass, if given, to record a profile.
     """
     done = set(results.rows)
     weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
     for clock_name in settings.passes:
-        clock = GpuClock() if clock_name == "gpu" else None
-        recorder = trace if clock_name == settings.passes[-1] else None
-        means = Means(settings, programs, clock, recorder)
+        clock = None
+        if clock_name == "gpu":
+            clock = GpuClock()
         if clock_name == settings.timer:
             results.roofline = roofline.measure(clock)
         for workload in workloads:
@@ -103,7 +83,8 @@ def run(
                 prepared = prepared or prepare(settings, workload, weights, clock_name)
                 row = results.rows.get((solution.name, workload.uuid))
                 if row is None or row.status == PASS:
-                    row = measure(means, solution, prepared, row)
+                    recorder = trace if clock_name == settings.passes[-1] else None
+                    row = measure(settings, solution, prepared, clock, row, recorder)
                     results.put(row)
                 progress.done(row)
                 _release_torch_memory()
@@ -144,22 +125,29 @@ def _routing(settings: Settings, workload: Workload) -> tuple[routing.HostRoutin
 
 
 def measure(
-    means: Means, solution: Solution, prepared: Prepared, earlier: Row | None = None
+    settings: Settings,
+    solution: Solution,
+    prepared: Prepared,
+    clock: GpuClock | None,
+    earlier: Row | None = None,
+    trace: Callable[..., None] | None = None,
 ) -> Row:
     """Checks a solution on every trial and times it while it is right.
 
     Args:
-        means: Settings, programs and clock.
+        settings: Iterations and tolerances.
         solution: What to measure.
         prepared: The workload.
+        clock: The GPU clock; None takes host times.
         earlier: The row of an earlier pass, to be completed.
+        trace: As for `run`.
 
     Returns:
         The row. Whatever the solution raises becomes an `ERROR` row.
     """
-    row = earlier or new_row(means.settings, solution.name, prepared)
+    row = earlier or new_row(settings, solution.name, prepared)
     try:
-        return _measured(means, solution, prepared, row)
+        return _measured(settings, solution, prepared, clock, row, trace)
     except Exception as error:
         return without_times(row, ERROR, one_line(error))
 
@@ -180,11 +168,17 @@ def new_row(settings: Settings, name: str, prepared: Prepared) -> Row:
     )
 
 
-def _measured(means: Means, solution: Solution, prepared: Prepared, row: Row) -> Row:
-    settings, clock = means.settings, means.clock
+def _measured(
+    settings: Settings,
+    solution: Solution,
+    prepared: Prepared,
+    clock: GpuClock | None,
+    row: Row,
+    trace: Callable[..., None] | None,
+) -> Row:
     times: list[float] = []
     check, bound = row.check, None
-    bind = execution.binder(solution, means.programs, reload=clock is not None)
+    bind = execution.binder(solution, reload=clock is not None)
     with clock.session() if clock else contextlib.nullcontext() as session:
         for case in prepared.cases:
             bound = bind(case.arguments)
@@ -204,8 +198,8 @@ def _measured(means: Means, solution: Solution, prepared: Prepared, row: Row) ->
     )
     if check.problem:
         return without_times(row, WRONG, check.problem)
-    if means.trace:
-        means.trace(bound, solution, prepared.workload, clock)
+    if trace:
+        trace(bound, solution, prepared.workload, clock)
     if session:
         return dataclasses.replace(row, **_gpu_fields(session.samples))
     return dataclasses.replace(row, wall=statistics_of(times))

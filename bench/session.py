@@ -9,7 +9,6 @@ from pathlib import Path
 import tqdm
 
 from bench import documents, environment, interpreter, runner, solutions, tracing
-from bench.compile_ahead import Programs, compile_ahead
 from bench.gpu_clock import ClockError
 from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
@@ -130,8 +129,7 @@ def _measure(
         progress = runner.Progress(start=bar.set_postfix_str, done=done)
         trace = tracing.recorder(profile) if profile else None
         try:
-            programs = _programs(settings, timed, workloads, results)
-            runner.run(settings, timed, workloads, results, progress, programs, trace)
+            runner.run(settings, timed, workloads, results, progress, trace)
             if len(timed) < len(chosen):
                 progress.start("the kernels in the interpreter")
                 row = interpreter.check(settings)
@@ -151,23 +149,3 @@ def _measure(
             return FAILED
     results.about["complete"] = True
     return FAILED if results.failures() else OK
-
-
-def _programs(
-    settings: Settings,
-    timed: Mapping[str, Solution],
-    workloads: Sequence[Workload],
-    results: Results,
-) -> Programs:
-    """Compiles ahead what the unfinished rows need, with a progress bar of its own."""
-    if not settings.compile_workers:
-        return {}
-    fixed = [one.name for one in timed.values() if one.framework == "jax" and one.prepare is None]
-    jobs = [
-        (name, row.num_tokens)
-        for row in reversed(workloads)  # many tokens compile longest, so they come first
-        for name in fixed
-        if (name, row.uuid) not in results.rows
-    ]
-    with tqdm.tqdm(total=len(jobs), desc="compiling", unit="program", file=sys.stderr) as bar:
-        return compile_ahead(settings, jobs, bar.update)

@@ -43,7 +43,6 @@ class Settings:
         wall_time: Whether a "gpu" run also takes host times, in a pass of its own.
         scaling: Powers of two instead of the 19 workloads.
         on_gpu: Whether JAX's default device is a GPU.
-        compile_workers: Processes that compile before anything is timed; 0 compiles in between.
         output: Folder of results and reports.
     """
 
@@ -62,7 +61,6 @@ class Settings:
     wall_time: bool = True
     scaling: bool = False
     on_gpu: bool = True
-    compile_workers: int = 0
     output: Path = Path("out/bench")
 
     @property
@@ -83,7 +81,7 @@ class Settings:
     def comparable(self) -> dict[str, Any]:
         """What must be equal for rows of two runs to stand in one table."""
         fields = dataclasses.asdict(self)
-        for free in ("solutions", "workloads", "output", "compile_workers"):
+        for free in ("solutions", "workloads", "output"):
             del fields[free]
         return fields | {"tolerance": self.tolerance._asdict(), "sizes": self.sizes._asdict()}
 
