@@ -210,7 +210,6 @@ def _triton_kernels() -> Iterator[list[tuple[str, str, int]]]:
 def no_compilation_cache() -> Iterator[None]:
     """Compiles for real: a program from JAX's persistent cache would leave no dump."""
     import jax
-
     from jax.experimental.compilation_cache import compilation_cache
 
     enabled = jax.config.jax_enable_compilation_cache
