@@ -41,7 +41,8 @@ class DispatchPlan(NamedTuple):
     Attributes:
         group_sizes: i32[E_local], live rows of each local expert.
         group_offsets: i32[E_local], first row of each expert, a multiple of block_m.
-        row_token: i32[M], source token of each row; -1 in padding rows.
+        row_token: i32[M], source token of each row; -1 in the padding of live tiles, anything past
+            them.
         pair_row: i32[T,k], row of each (token, choice) pair; -1 where the expert is not local.
         tile_expert: i32[M/block_m], local expert of each tile; 0 in dead tiles.
         num_tiles: i32[1], live tiles; the rest is skipped.
