@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
+from pallas_kernels import launch
 from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -192,7 +193,7 @@ def grouped_matmul(
             _for_each_tile(walk, config, tile_body)
             plgpu.wait_smem_to_gmem(0)
 
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         body,
         out_type=out_type,
         scratch_types=[*ring, *scratch_types],

@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
+from pallas_kernels import launch
+
 
 def combine(
     expert_outputs: BFloat16[Array, "M H"],
@@ -35,7 +37,7 @@ def combine(
     """
     num_tokens = pair_row.shape[0]
     hidden_size = expert_outputs.shape[1]
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         _kernel,
         out_type=jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),
         grid=(num_tokens,),

@@ -12,7 +12,8 @@ _H100_SMS = 132
 
 def num_sms() -> int:
     """Multiprocessors of the target: an abstract device's, the first GPU's, else an H100's."""
-    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.num_cores:
         return abstract.num_cores
     device = jax.devices()[0]
     return device.core_count if device.platform == "gpu" else _H100_SMS

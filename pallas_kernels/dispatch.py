@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from pallas_kernels import layouts
+from pallas_kernels import launch, layouts
 from pallas_kernels.indexed_memory import load_at, store_at
 from pallas_kernels.shapes import cdiv, max_rows, round_up
 
@@ -71,7 +71,7 @@ def plan_dispatch(
     offset = jnp.reshape(local_expert_offset, (1,)).astype(jnp.int32)
     extent = {"num_experts": num_experts, "num_local_experts": num_local_experts}
     make = functools.partial(
-        plgpu.kernel,
+        launch.kernel,
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=16384),
         interpret=interpret,

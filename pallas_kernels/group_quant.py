@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
-from pallas_kernels import layouts
+from pallas_kernels import launch, layouts
 from pallas_kernels.rounding import divide
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 
@@ -47,7 +47,7 @@ def quantize(
         values, scales = quantize(padded, interpret=interpret)
         return values[:num_rows], scales[:, :num_rows]
     rows = _ROWS if num_rows >= _ROWS else layouts.ROWS_PER_WARPGROUP
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         functools.partial(_kernel, rows=rows, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import layouts
+from pallas_kernels import launch, layouts
 from pallas_kernels.indexed_memory import load_at, store_at
 from pallas_kernels.shapes import round_up
 
@@ -42,7 +42,7 @@ def permute_rows(
         `e4m3[M, H]` and `f32[H/128, M]`; rows that no pair names are unwritten.
     """
     num_tokens, hidden_size = hidden_states.shape
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         functools.partial(_kernel, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct((num_rows, hidden_size), hidden_states.dtype),

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import layouts
+from pallas_kernels import launch, layouts
 from pallas_kernels.indexed_memory import load_at, store_at
 from pallas_kernels.rounding import divide
 from pallas_kernels.shapes import cdiv, round_up
@@ -61,7 +61,7 @@ def route(
         `topk_ids i32[T, k]`, best first, and `topk_weights f32[T, k]`, factor included.
     """
     num_tokens = routing_logits.shape[0]
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         functools.partial(
             _kernel, n_group=n_group, topk_group=topk_group, top_k=top_k, interpret=interpret
         ),
