@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 import jax_moe
@@ -35,3 +36,14 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens):
     with jax_moe.assume_device("sm_90"):
         bound = jax_moe.workspace_bytes(num_tokens, backend="mosaic", **SIZES)
     assert report.temp_bytes <= bound <= 2.5e9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_quantizer_does_not_spill(dtype):
+    def quantize(x):
+        with jax_moe.assume_device("sm_90"):
+            return jax_moe.quantize(x, backend="mosaic")
+
+    x = jax.ShapeDtypeStruct((901, 7168), dtype)
+    (kernel,) = h100_target.compile_for_h100(quantize, x).kernels
+    assert kernel.spill_bytes == 0
