@@ -6,7 +6,7 @@ WORKERS ?= 2
 RESULTS ?= out/test-gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-slow test-gpu lint format clean
+.PHONY: help bench test test-gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -19,9 +19,6 @@ bench: $(READY) ## the 19 workloads, checked and timed; ARGS="--workloads 1,901"
 
 test: $(READY) ## all tests that need no GPU and end within minutes
 	$(VENV_PYTHON) -m pytest -m "not gpu and not slow" -n $(WORKERS) $(ARGS)
-
-test-slow: $(READY) ## the long tests that need no GPU
-	$(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) $(ARGS)
 
 test-gpu: ## the tests that need a GPU; a summary goes to RESULTS=folder
 	@tools/gpu_tests.sh $(RESULTS) $(ARGS)
