@@ -145,7 +145,7 @@ def integer(name: str, value: Any, low: int, high: int) -> Array | np.int32:
         high: Greatest concrete value allowed.
 
     Returns:
-        The int32 scalar. A traced one is clipped to +-2^30, so that the cast cannot wrap.
+        The int32 scalar. A traced one of a wider type is clipped, so that the cast cannot wrap.
 
     Raises:
         TypeError: Not an integer.
@@ -153,9 +153,10 @@ def integer(name: str, value: Any, low: int, high: int) -> Array | np.int32:
     """
     _scalar(name, value, "an integer", (int, np.integer), jnp.integer)
     if isinstance(value, jax.core.Tracer):
-        limit = min(2**30, jnp.iinfo(value.dtype).max)
-        low = max(-limit, int(jnp.iinfo(value.dtype).min))
-        return jnp.clip(value, low, limit).astype(jnp.int32)
+        if not np.can_cast(value.dtype, np.int32):  # clipping would cost the others a launch
+            least = 0 if jnp.issubdtype(value.dtype, jnp.unsignedinteger) else -(2**30)
+            value = jnp.clip(value, least, 2**30)
+        return value.astype(jnp.int32)
     number = operator.index(value)
     if not low <= number <= high:
         raise ValueError(f"{name}: expected {low}..{high}, found {number}")
