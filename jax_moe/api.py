@@ -13,10 +13,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, buckets, validate
+from jax_moe import backends, buckets, memory, validate
 from jax_moe import reference as oracle
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
-from jax_moe.device import device_of
+from jax_moe.device import device_of, holder_of
 from jax_moe.transforms import forward_only
 
 
@@ -80,6 +80,8 @@ def apply(
         ValueError: A shape, size or known scalar does not fit; names the argument, what was
             expected and what was found.
         NotImplementedError: The backend does not run on this device, or the call is differentiated.
+        MemoryError: An eager call needs more memory (from 256 MiB on) than its GPU has; nothing was
+            launched. Under your own `jit`, XLA reports that.
     """
     arrays = (
         routing_logits,
@@ -99,7 +101,9 @@ def apply(
         return jnp.zeros((0, hidden_size), jnp.bfloat16)
     if buckets.is_eager(arrays):
         live = np.int32(rows) if live is None else live
-        arrays = _pad_tokens(arrays, buckets.bucket(rows))
+        padded = buckets.bucket(rows)
+        memory.require(holder_of(arrays), _bytes_of(arrays, padded, config, chosen), "apply")
+        arrays = _pad_tokens(arrays, padded)
     out = _jitted_layer(*arrays, *scalars, live, config=config, backend=chosen)
     return buckets.head(out, rows) if out.shape[0] != rows else out
 
@@ -127,6 +131,20 @@ def _pad_tokens(arrays: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
     hidden_states = buckets.pad(hidden_states, 0, rows)
     logits = buckets.pad(logits, 0, rows)
     return logits, bias, hidden_states, hidden_states_scale, w13, s13, w2, s2
+
+
+def _bytes_of(arrays: tuple[Any, ...], padded: int, config: MoEConfig, backend: str) -> int:
+    """What an eager call may allocate: the workspace, the result, copies of the arguments."""
+    (rows, hidden_size), w13 = arrays[2].shape, arrays[4]
+    needed = backends.load(backend).workspace_bytes(
+        padded, config.top_k, w13.shape[0], hidden_size, w13.shape[1] // 2
+    )
+    needed += 2 * padded * hidden_size
+    if padded != rows:
+        per_token = (arrays[0], arrays[2], arrays[3])
+        needed += sum(a.nbytes for a in per_token if a is not None) * padded // rows
+        needed += 2 * rows * hidden_size
+    return needed + sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "backend"))

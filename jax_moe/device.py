@@ -52,15 +52,18 @@ def device_of(*arrays: Any) -> Device:
         array, else JAX's default device. A jitted function that is to run elsewhere than on the
         default device needs an explicit `backend`.
     """
-    if _assumed.value is not None:
-        return _assumed.value
+    return _describe(holder_of(arrays)) if _assumed.value is None else _assumed.value
+
+
+def holder_of(*arrays: Any) -> jax.Device:
+    """The device of the first concrete JAX array, JAX's default device where there is none."""
     for array in jax.tree.leaves(arrays):
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
-            return _describe(next(iter(array.devices())))
+            return next(iter(array.devices()))
     default = jax.config.jax_default_device
     if default is None or isinstance(default, str):
-        default = jax.local_devices(backend=default)[0]
-    return _describe(default)
+        return jax.local_devices(backend=default)[0]
+    return default
 
 
 def _describe(device: jax.Device) -> Device:

@@ -30,6 +30,7 @@ type Sizes = dict[str, tuple[int, str]]
 """Symbol -> its size and the argument that set it."""
 
 _MAX_PAIRS = 2**30
+_MAX_LOGITS = 2**31
 
 
 def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes: Sizes) -> None:
@@ -215,7 +216,12 @@ def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -
             f"config: expected top_k of at most {kept}, which is what {config.topk_group} of "
             f"{config.n_group} groups of {num_experts} experts hold, found {config.top_k}"
         )
-    pair_count("routing_logits", sizes["T"][0], config.top_k)
+    num_tokens = sizes["T"][0]
+    pair_count("routing_logits", num_tokens, config.top_k)
+    if num_tokens * num_experts > _MAX_LOGITS:  # kernels find a logit by an int32 offset
+        raise ValueError(
+            f"routing_logits: expected T * E of at most 2^31, found {num_tokens} * {num_experts}"
+        )
 
 
 def pair_count(name: str, num_tokens: int, top_k: int) -> None:

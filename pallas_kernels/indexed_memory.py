@@ -7,6 +7,8 @@ meaning is spelled with ordinary indexing.
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
@@ -18,6 +20,7 @@ from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import layouts
 
+_REACH = 2**31
 _PTX_STORE = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }}"
 
 
@@ -32,7 +35,11 @@ def load_at(ref, offsets: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret
 
     Returns:
         An array of `offsets.shape` and the dtype of `ref`.
+
+    Raises:
+        ValueError: `ref` has more elements than int32 offsets reach.
     """
+    _check_extent(ref)
     if interpret:
         return jnp.take(ref[...].reshape(-1), offsets)
 
@@ -69,7 +76,11 @@ def store_at(
         mask: `bool[...]`, which elements to store.
         layout: Register layout of the three.
         interpret: The kernel's `interpret` argument.
+
+    Raises:
+        ValueError: `ref` has more elements than int32 offsets reach.
     """
+    _check_extent(ref)
     if interpret:
         _store_one_by_one(ref, offsets, values, mask)
         return
@@ -92,6 +103,14 @@ def store_at(
                 )
 
     scatter(ref, offsets, values, layouts.as_int(mask))
+
+
+def _check_extent(ref) -> None:
+    if math.prod(ref.shape) > _REACH:
+        raise ValueError(
+            f"expected an array of at most 2^31 elements, which int32 offsets reach, "
+            f"got {list(ref.shape)}"
+        )
 
 
 def _store_one_by_one(ref, offsets, values, mask):

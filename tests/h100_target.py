@@ -115,6 +115,30 @@ def compile_for_h100(fn: Callable[..., Any], *specs: Any) -> ProgramReport:
     Returns:
       A `ProgramReport`; kernels in the order of their compilation, Mosaic's before Triton's.
     """
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled, kernels = _compile(fn, specs, pathlib.Path(scratch))
+        launches, command_buffers, outside = thunks(pathlib.Path(scratch))
+    return ProgramReport(
+        kernels=tuple(assemble(*kernel) for kernel in kernels),
+        launches=launches,
+        command_buffers=command_buffers,
+        launches_outside_command_buffers=outside,
+        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        ptxas_version=ptxas_version(),
+    )
+
+
+def ptx_for_h100(fn: Callable[..., Any], *specs: Any) -> dict[str, str]:
+    """The PTX of each Mosaic or Triton kernel of `jax.jit(fn)`, by name; see `compile_for_h100`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _, kernels = _compile(fn, specs, pathlib.Path(scratch))
+    return {name: ptx for name, ptx, _ in kernels}
+
+
+def _compile(
+    fn: Callable[..., Any], specs: Any, scratch: pathlib.Path
+) -> tuple[Any, list[tuple[str, str, int]]]:
+    """The program and (name, PTX, shared memory bytes) of its kernels; XLA dumps to `scratch`."""
     import jax
 
     sharding = h100_sharding()
@@ -124,24 +148,14 @@ def compile_for_h100(fn: Callable[..., Any], *specs: Any) -> ProgramReport:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return leaf
 
-    with tempfile.TemporaryDirectory() as scratch, _triton_kernels() as triton_kernels:
-        mosaic, xla = pathlib.Path(scratch, "mosaic"), pathlib.Path(scratch, "xla")
-        mosaic.mkdir()
+    mosaic = scratch / "mosaic"
+    mosaic.mkdir()
+    with _triton_kernels() as triton_kernels:
         with _mosaic_smem_bytes() as smem_bytes:
             lowered = jax.jit(fn).trace(*jax.tree.map(on_h100, specs)).lower()
         with _environment_variable("MOSAIC_GPU_DUMP_TO", str(mosaic)), no_compilation_cache():
-            compiled = lowered.compile(compiler_options={"xla_dump_to": str(xla)})
-        mosaic_kernels = _mosaic_kernels(mosaic, smem_bytes)
-        kernels = [assemble(*kernel) for kernel in (*mosaic_kernels, *triton_kernels)]
-        launches, command_buffers, outside = thunks(xla)
-    return ProgramReport(
-        kernels=tuple(kernels),
-        launches=launches,
-        command_buffers=command_buffers,
-        launches_outside_command_buffers=outside,
-        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        ptxas_version=ptxas_version(),
-    )
+            compiled = lowered.compile(compiler_options={"xla_dump_to": str(scratch)})
+    return compiled, [*_mosaic_kernels(mosaic, smem_bytes), *triton_kernels]
 
 
 def compile_triton_kernels(fn: Callable[..., Any], *specs: Any) -> tuple[KernelReport, ...]:

@@ -64,9 +64,15 @@ def _weights(rng: np.random.Generator, experts: int, n: int, k: int) -> tuple[An
     return values, scales.astype(np.float32)
 
 
-def rank_specs(num_tokens: int) -> Inputs:
-    """Shapes and dtypes of the layer on one of DeepSeek-V3's eight ranks: 32 of 256 experts."""
-    num_experts, num_local, hidden, intermediate = 256, 32, 7168, 2048
+def rank_specs(
+    num_tokens: int,
+    *,
+    num_experts: int = 256,
+    num_local: int = 32,
+    hidden: int = 7168,
+    intermediate: int = 2048,
+) -> Inputs:
+    """Shapes and dtypes of the layer; the defaults are one of DeepSeek-V3's eight ranks."""
     blocks = (hidden // 128, intermediate // 128)
     shapes = (
         ((num_tokens, num_experts), jnp.float32),

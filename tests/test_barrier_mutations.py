@@ -1,0 +1,28 @@
+"""The interpreter notices when a barrier, a fence or a wait is missing from a Mosaic kernel."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import barrier_mutations
+from tests.barrier_mutations import record, remove, verdicts
+
+
+def test_a_sample_of_removals_is_caught():
+    sites = record(first_only=True)
+    assert {site.operation for site in sites} >= {"barrier_arrive", "barrier_wait", "commit_smem"}
+    for operation in ("barrier_wait", "wait_smem_to_gmem"):
+        site = next(site for site in sorted(sites) if site.operation == operation)
+        verdict = remove(site, sites[site])
+        assert verdict.how not in (None, "hang"), verdict
+
+
+@pytest.mark.slow
+def test_every_removal_is_caught_or_explained():
+    found = list(verdicts(record()))
+    print("\n".join(map(str, found)))
+    assert len(found) >= 8
+    assert [str(v) for v in found if v.how is None and v.excuse is None] == []
+    unseen = {v.site.place for v in found if v.how is None}
+    stale = {key for key in barrier_mutations.UNSEEN if " in " in key} - unseen
+    assert stale == set(), "seen by now: no explanation needed"
