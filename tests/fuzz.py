@@ -1,0 +1,220 @@
+"""Random cases against the oracle for as long as asked; a line repeats each failure.
+
+    python -m tests.fuzz --minutes 10 --seed 0 --output results/fuzz_h100
+    python -m tests.fuzz --case 12345 --backend mosaic
+
+`fuzz.json` in the output folder says what ran, on what, and how it went; `running.txt` stays there
+only if the process died, and names the case. Exit code 1 on a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tqdm
+
+from bench import environment
+from interop.files import write_atomically
+
+INTERPRETED = "interpreted_mosaic"
+_COMPILING = 0.4  # share of the time that may go into opening new slots
+_MOST_FAILURES = 20
+_SEED_STRIDE = 1_000_000
+
+
+def case_numbers(seed: int, slots: list[int], num_slots: int) -> Iterator[list[int]]:
+    """Yields, round after round, one fresh case number for each slot."""
+    for count in range(_SEED_STRIDE):
+        yield [(seed * _SEED_STRIDE + count) * num_slots + slot for slot in slots]
+
+
+class Campaign:
+    """Runs cases and keeps count.
+
+    Attributes:
+        failures: One record for each case and backend that failed.
+        count: Cases run.
+    """
+
+    def __init__(self, backends: list[str], tell: Callable[[str], Any] = print) -> None:
+        from tests import fuzz_cases  # JAX starts with it
+
+        self.cases, self.backends, self.tell = fuzz_cases, backends, tell
+        self.failures: list[dict[str, Any]] = []
+        self.count = self.rows = 0
+        self.worst = dict.fromkeys(backends, 0.0)
+        self.kinds: collections.Counter[str] = collections.Counter()
+        self.slots: collections.Counter[int] = collections.Counter()
+
+    def run(self, number: int) -> None:
+        """Draws one case and checks it on every backend."""
+        self.count += 1
+        self.slots[self.cases.slot_of(number)] += 1
+        case = self.cases.draw(number)
+        expected = self.cases.oracle(case)
+        self.kinds[f"routing: {case.routing}"] += 1
+        self.kinds[f"fault: {case.fault or 'none, run twice'}"] += 1
+        for backend in self.backends:
+            outcome = self._check(case, expected, backend)
+            self.rows += outcome.rows
+            self.worst[backend] = max(self.worst[backend], outcome.worst)
+            if outcome.problem:
+                command = repro(number, backend)
+                fields = {"case": str(case), "backend": backend, "problem": outcome.problem}
+                self.failures.append({**fields, "repeat": command})
+                self.tell(f"FAILED on {backend}, {case}: {outcome.problem}\n  {command}")
+
+    def _check(self, case: Any, expected: Any, backend: str) -> Any:
+        try:
+            return self.cases.check(case, expected, backend)
+        except Exception as error:  # whatever it raises is a finding
+            message = str(error).strip().split("\n")[0][:200]
+            return self.cases.Outcome(f"{type(error).__name__}: {message}", 0, 0.0)
+
+    def summary(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {
+            "cases": self.count,
+            "checks": self.count * len(self.backends),
+            "failed": len(self.failures),
+            "failures": self.failures,
+            "rows_compared": self.rows,
+            "worst_row_error": self.worst,
+            "kinds": dict(sorted(self.kinds.items())),
+            "shapes": {self.cases.label(slot): count for slot, count in sorted(self.slots.items())},
+        }
+
+
+def repro(number: int, backend: str) -> str:
+    """The command that repeats a case."""
+    return f"python -m tests.fuzz --case {number} --backend {backend}"
+
+
+def fuzz(campaign: Campaign, seed: int, seconds: float, slots: list[int], running: Any) -> bool:
+    """Runs cases until the time is over: known shapes by turns, new ones as time allows.
+
+    Args:
+        campaign: Runs them.
+        seed: Which numbers.
+        seconds: How long.
+        slots: The slots to use, in the order of their opening.
+        running: A file that always holds the command of the case at hand.
+
+    Returns:
+        Whether it went on to the end.
+    """
+    started = now = time.monotonic()
+    opening, opened = 0.0, 0
+    with tqdm.tqdm(total=round(seconds), unit="s", dynamic_ncols=True, disable=None) as bar:
+        campaign.tell = bar.write
+        for numbers in case_numbers(seed, slots, len(campaign.cases.SLOTS)):
+            may_open = not opened or opening <= _COMPILING * (now - started)
+            for position, number in enumerate(numbers[: opened + may_open]):
+                running.seek(0)
+                running.truncate()
+                running.write(repro(number, ",".join(campaign.backends)) + "\n")
+                running.flush()
+                before = now
+                campaign.run(number)
+                now = time.monotonic()
+                if position == opened:
+                    opened, opening = opened + 1, opening + now - before
+                bar.set_postfix_str(
+                    f"{campaign.count} cases, {len(campaign.failures)} failed", refresh=False
+                )
+                bar.update(min(round(now - started), bar.total) - bar.n)
+                if len(campaign.failures) >= _MOST_FAILURES:
+                    return False
+                if now - started > seconds:
+                    return True
+    return True
+
+
+def usable(names: str | None) -> list[str]:
+    """The backends to run, by default the kernels on a GPU and `xla` on a CPU.
+
+    Raises:
+        ValueError: One does not exist or does not run here.
+    """
+    import jax
+
+    from jax_moe import backends
+
+    if names is None:
+        on_gpu = [n for n in ("mosaic", "triton") if backends.unsupported_reason(n) is None]
+        return on_gpu if jax.default_backend() == "gpu" and on_gpu else ["xla"]
+    for name in names.split(","):
+        if name not in (*backends.NAMES, INTERPRETED):
+            raise ValueError(f"--backend: expected some of {[*backends.NAMES, INTERPRETED]}")
+        if name != INTERPRETED and (reason := backends.unsupported_reason(name)):
+            raise ValueError(f"--backend: {name} {reason}")
+    return names.split(",")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="which cases, 0 or more")
+    parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
+    parser.add_argument("--case", type=int, help="runs this one case alone")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/fuzz"))
+    args = parser.parse_args(argv)
+    if args.seed < 0 or args.minutes <= 0 or (args.case or 0) < 0:
+        parser.error("--seed, --case: expected 0 or more; --minutes: expected more than 0")
+    environment.prepare_process()
+    try:
+        campaign = Campaign(usable(args.backend))
+    except ValueError as error:
+        parser.error(str(error))
+    if args.case is not None:
+        print(campaign.cases.draw(args.case))
+        campaign.run(args.case)
+        print("failed" if campaign.failures else f"passed on {', '.join(campaign.backends)}")
+        return 1 if campaign.failures else 0
+    about = run_for(campaign, args.seed, 60 * args.minutes, args.output)
+    with write_atomically(args.output / "fuzz.json") as file:
+        json.dump(about | campaign.summary(), file, indent=2)
+        file.write("\n")
+    failed = len(campaign.failures)
+    print(f"{campaign.count} cases on {', '.join(campaign.backends)}: {failed} failures")
+    print(f"wrote {args.output / 'fuzz.json'}")
+    return 1 if failed else 0
+
+
+def run_for(campaign: Campaign, seed: int, seconds: float, output: pathlib.Path) -> dict[str, Any]:
+    """Fuzzes; returns when, how long, and what on."""
+    output.mkdir(parents=True, exist_ok=True)
+    slots = list(range(len(campaign.cases.SLOTS)))
+    if INTERPRETED in campaign.backends:
+        slots = list(campaign.cases.INTERPRETED_SLOTS)
+    started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
+    with (output / "running.txt").open("w") as running:
+        try:
+            complete = fuzz(campaign, seed, seconds, slots, running)
+        except KeyboardInterrupt:
+            complete = False
+    (output / "running.txt").unlink()
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - before, 1),
+        "complete": complete,
+        "seed": seed,
+        "backends": campaign.backends,
+        "device": environment.device(),
+        "gpu": environment.gpu_state(),
+        "versions": environment.versions(),
+        "commit": environment.git_commit(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

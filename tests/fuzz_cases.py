@@ -1,0 +1,376 @@
+"""Random cases of the layer, each made from its number alone, and what must hold for them.
+
+A number names a slot, the shapes that a program is compiled for, and the seed of all data: routing
+pattern, spread and sign of scales, offset, factor, live rows, and a fault to inject. The oracle is
+`jax_moe.reference`. Tokens whose choice of experts hangs on the last bits of a score are left out
+of comparisons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import jax_moe
+from jax_moe import DEEPSEEK_V3, MoEConfig, buckets
+from tests import numpy_oracle
+from tests.backend_cases import running
+from tests.moe_inputs import E4M3, SMALL, Inputs, bits
+
+BF16 = ml_dtypes.bfloat16
+# Sum form, |d| <= ATOL * rms of the row + RTOL * |reference|: e4m3 between the matmuls costs 2.5 %
+# of a row's norm, so 0.1 is four standard deviations.
+RTOL, ATOL, LEAST_MATCHED = 0.2, 0.1, 0.97
+MOST_ROW_ERROR = 0.06  # of its norm; half an ulp of e4m3 is 1/16 of one element at most
+TINY, HUGE = 1e-25, 1e30  # rows all below count as zero, rows above are not compared
+
+
+class Model(NamedTuple):
+    """What is compiled for besides T: routing, sizes, dtypes."""
+
+    config: MoEConfig
+    num_experts: int
+    num_local: int
+    hidden: int
+    intermediate: int
+    dtype: Any = E4M3
+    bias_dtype: Any = BF16
+
+
+_A = Model(SMALL, 32, 8, 256, 128)
+_B = Model(DEEPSEEK_V3, 256, 32, 512, 256)
+_C = Model(MoEConfig(2, 1, 1), 9, 9, 384, 256)  # an odd count of blocks, all experts local
+_D = Model(MoEConfig(1, 1, 1), 8, 3, 128, 128, BF16, np.float32)
+_E = Model(MoEConfig(6, 3, 2), 24, 24, 1024, 384)
+_F = Model(MoEConfig(8, 4, 2), 16, 5, 256, 512, np.float32)  # all that the kept groups hold
+_G = Model(MoEConfig(3, 3, 2), 72, 70, 256, 256, np.float16, np.float32)
+
+SLOTS = (
+    (_A, 16), (_B, 256), (_C, 64), (_D, 1024), (_F, 256), (_E, 1024), (_A, 1), (_G, 64),
+    (_B, 1024), (_A, 256), (_C, 1024), (_D, 16), (_A, 1024), (_E, 64), (_B, 16), (_G, 1024),
+)  # fmt: skip
+"""Model and padded token count: one program each on every backend."""
+
+INTERPRETED_SLOTS = (0, 6, 11)
+"""Those small enough for the CPU interpreter."""
+
+ROUTINGS = (
+    "normal", "sharp", "grid", "one expert", "zipf", "nobody", "everybody", "subset", "equal",
+    "extreme",
+)  # fmt: skip
+FAULTS = ("token", "scale", "logit", "logits", "expert", "dead rows", "huge", "tiny")
+
+
+@dataclasses.dataclass
+class Case:
+    """One number's inputs.
+
+    Attributes:
+        number: What it was made from.
+        model: Shapes and dtypes.
+        padded: T that the program is compiled for.
+        routing: One of `ROUTINGS`.
+        fault: One of `FAULTS`, or None.
+        num_tokens: Live rows, or None for all.
+        inputs: The ten arguments, without the fault.
+        spoiled: The same with it; `inputs` if there is none.
+        touched: bool[T], tokens that the fault may reach.
+        clear: bool[T], tokens whose experts do not hang on rounding.
+        ids: i64[T, k], the experts by the float64 oracle.
+    """
+
+    number: int
+    model: Model
+    padded: int
+    routing: str
+    fault: str | None
+    num_tokens: int | None
+    inputs: Inputs
+    spoiled: Inputs
+    touched: np.ndarray
+    clear: np.ndarray
+    ids: np.ndarray
+
+    def __str__(self) -> str:
+        """For people who look at a failure."""
+        return (
+            f"case {self.number} ({label(slot_of(self.number))}): {len(self.ids)} tokens, "
+            f"live {self.num_tokens}, offset {self.inputs.local_expert_offset}, factor "
+            f"{self.inputs.routed_scaling_factor}, routing {self.routing!r}, fault {self.fault!r}"
+        )
+
+
+def slot_of(number: int) -> int:
+    """Index of a case's slot."""
+    return number % len(SLOTS)
+
+
+def label(slot: int) -> str:
+    """A slot in words."""
+    model, padded = SLOTS[slot]
+    config = model.config
+    return (
+        f"T={padded} top {config.top_k} of {model.num_experts} in {config.topk_group}/"
+        f"{config.n_group} groups, {model.num_local} local, H={model.hidden} "
+        f"I={model.intermediate} {np.dtype(model.dtype).name}"
+    )
+
+
+def draw(number: int) -> Case:
+    """Makes a case from its number."""
+    model, padded = SLOTS[slot_of(number)]
+    rng = np.random.default_rng([number, 5])
+    tokens = int(rng.choice(_token_counts(padded)))
+    x, x_scale = _activations(rng, tokens, model)
+    w13, s13, w2, s2 = _weights(slot_of(number), int(rng.integers(2)))
+    offset = int(rng.integers(model.num_experts - model.num_local + 1))
+    routing = str(rng.choice(ROUTINGS))
+    logits = _logits(rng, routing, tokens, model, offset)
+    bias = rng.standard_normal(model.num_experts) * rng.choice([0.0, 0.1, 10.0])
+    inputs = Inputs(
+        logits,
+        bias.astype(model.bias_dtype),
+        x,
+        x_scale,
+        w13,
+        _spread(rng, s13),
+        w2,
+        _spread(rng, s2),
+        offset,
+        float(rng.choice([2.5, 1.0, -1.5, 1e-6, 1e4, 0.0])),
+    )
+    live = None if rng.random() < 0.75 else int(rng.integers(tokens + 1))
+    ids, _ = numpy_oracle.route(*inputs[:2], 1.0, model.config)
+    largest = 1 + np.abs(inputs.routing_bias.astype(np.float64)).max()
+    gaps = numpy_oracle.routing_gaps(*inputs[:2], model.config)
+    fault = str(rng.choice(FAULTS)) if rng.random() < 0.6 else None
+    spoiled, touched = _spoil(rng, fault, inputs, ids, live)
+    clear = gaps > 2.0**-20 * largest
+    return Case(
+        number, model, padded, routing, fault, live, inputs, spoiled, touched, clear, ids
+    )  # fmt: skip
+
+
+def _token_counts(padded: int) -> list[int]:
+    """A few token counts that are padded to the same size: each costs a small program on a GPU."""
+    fitting = [n for n in range(padded // 2, padded + 1) if buckets.bucket(n) == padded]
+    return [fitting[0], fitting[len(fitting) // 3], fitting[-1], fitting[-1]]
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(slot: int, kind: int) -> tuple[Any, Any, Any, Any]:
+    """Gaussian values, or any finite ones, on the device, and even scales for outputs near one."""
+    model = SLOTS[slot][0]
+    rng = np.random.default_rng([slot, kind])
+    arrays: list[Any] = []
+    for n, k in ((2 * model.intermediate, model.hidden), (model.hidden, model.intermediate)):
+        shape = (model.num_local, n, k)
+        if kind:
+            values, size = _any_finite(rng, shape), 64.0
+        else:
+            values, size = rng.standard_normal(shape, np.float32).astype(E4M3), 1.0
+        scales = np.full((model.num_local, n // 128, k // 128), 1 / size / k**0.5, np.float32)
+        arrays += [jnp.asarray(values), scales]
+    return tuple(arrays)  # type: ignore[return-value]
+
+
+def _any_finite(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    raw = rng.integers(0, 256, shape, np.uint8)
+    raw[raw & 0x7F == 0x7F] = 0x7E  # NaN becomes 448
+    return raw.view(E4M3)
+
+
+def _spread(rng: np.random.Generator, scales: np.ndarray) -> np.ndarray:
+    """Scales that differ by block, some negative, some zero."""
+    decades = rng.choice([0.0, 0.5, 2.0])
+    spread = scales * 10 ** rng.uniform(-decades, decades, scales.shape)
+    if rng.random() < 0.3:
+        spread *= rng.choice([-1, 1], scales.shape)
+    if rng.random() < 0.2:
+        spread *= rng.random(scales.shape) < 0.8
+    return spread.astype(np.float32)
+
+
+def _activations(
+    rng: np.random.Generator, tokens: int, model: Model
+) -> tuple[np.ndarray, np.ndarray | None]:
+    shape = (tokens, model.hidden)
+    x = rng.standard_normal(shape, np.float32)
+    if rng.random() < 0.3:  # outliers
+        x *= np.where(rng.random(shape) < 0.01, 100, 1).astype(np.float32)
+    if rng.random() < 0.3:  # groups of zeros, of either sign
+        zero = rng.random((tokens, model.hidden // 128)) < 0.2
+        x *= np.where(zero.repeat(128, axis=1), rng.choice([-0.0, 0.0]), 1).astype(np.float32)
+    decades = rng.choice([0.0, 2.0] if model.dtype == np.float16 else [0.0, 2.0, 6.0])
+    rows = 10 ** rng.uniform(-decades, decades, (tokens, 1))
+    if model.dtype != E4M3:
+        return (x * rows).astype(model.dtype), None
+    values, scales = numpy_oracle.quantize(x)
+    if rng.random() < 0.2:
+        values, scales = _any_finite(rng, shape), scales / 64
+    return values, _spread(rng, scales * rows.T.astype(np.float32))
+
+
+def _logits(
+    rng: np.random.Generator, routing: str, tokens: int, model: Model, offset: int
+) -> np.ndarray:
+    shape = (tokens, model.num_experts)
+    logits = rng.standard_normal(shape)
+    local = np.arange(model.num_experts) - offset
+    is_local = (local >= 0) & (local < model.num_local)
+    if routing == "sharp":
+        logits *= 4
+    elif routing == "grid":
+        logits = np.round(logits * 4) / 4
+    elif routing == "one expert":
+        logits[:, offset + rng.integers(model.num_local)] += 12
+    elif routing == "zipf":
+        order = rng.permutation(model.num_experts)
+        logits = logits - 2 * np.log1p(order)
+    elif routing in ("nobody", "everybody"):
+        logits += np.where(is_local, -15 if routing == "nobody" else 15, 0)
+    elif routing == "subset":
+        logits += np.where(is_local & (rng.random(model.num_experts) < 0.5), -15, 0)
+    elif routing == "equal":
+        logits[:] = rng.choice([0.0, 3.25, 1e4, -1e4])
+    elif routing == "extreme":
+        logits = rng.choice([-1e4, -60.0, -20.0, 0.0, 5.0, 1e4], shape)
+    return logits.astype(np.float32)
+
+
+def _spoil(
+    rng: np.random.Generator, fault: str | None, inputs: Inputs, ids: np.ndarray, live: int | None
+) -> tuple[Inputs, np.ndarray]:
+    """The inputs with a fault in them, and which tokens it may reach."""
+    tokens = len(ids)
+    touched = np.zeros(tokens, bool)
+    if fault is None:
+        return inputs, touched
+    logits, x = inputs.routing_logits.copy(), inputs.hidden_states.copy()
+    scale = None if inputs.hidden_states_scale is None else inputs.hidden_states_scale.copy()
+    s13, s2 = inputs.gemm1_weights_scale.copy(), inputs.gemm2_weights_scale.copy()
+    poison = rng.choice(np.array([np.nan, np.inf, -np.inf], np.float32))
+    victims = rng.random(tokens) < rng.choice([0.02, 0.5])
+    victims[rng.integers(tokens)] = True
+    if fault == "expert":
+        expert = int(rng.integers(len(s2)))
+        (s13 if rng.random() < 0.5 else s2)[expert] = poison
+        touched = (ids == inputs.local_expert_offset + expert).any(axis=1)
+    elif fault == "dead rows":
+        victims = np.arange(tokens) >= (tokens if live is None else live)
+        logits[victims], x[victims] = poison, np.nan
+    else:
+        touched = victims
+        if fault == "logits":
+            logits[victims] = poison
+        elif fault == "logit":
+            logits[victims, rng.integers(logits.shape[1])] = poison
+        elif fault == "token" or scale is None:
+            x[victims, rng.integers(x.shape[1])] = np.nan
+        else:
+            value = {"scale": poison, "huge": 1e30, "tiny": 1e-30}[fault]
+            scale[rng.integers(len(scale)), victims] = value
+    spoiled = inputs._replace(
+        routing_logits=logits,
+        hidden_states=x,
+        hidden_states_scale=scale,
+        gemm1_weights_scale=s13,
+        gemm2_weights_scale=s2,
+    )
+    return spoiled, touched
+
+
+class Outcome(NamedTuple):
+    """What checking a case on one backend found.
+
+    Attributes:
+        problem: None if all held, else one line.
+        rows: Rows compared with the oracle.
+        worst: Their largest relative error.
+    """
+
+    problem: str | None
+    rows: int
+    worst: float
+
+
+def oracle(case: Case) -> np.ndarray:
+    """`f32[T, H]` from `jax_moe.reference`, run at the padded size, of which there are few.
+
+    Activations that the layer quantizes are quantized before, by NumPy.
+    """
+    arrays = list(case.inputs[:8])
+    if arrays[3] is None:
+        arrays[2:4] = numpy_oracle.quantize(np.asarray(arrays[2], np.float32))
+    for i, axis in ((0, 0), (2, 0), (3, 1)):
+        if arrays[i] is not None:
+            arrays[i] = buckets.pad(arrays[i], axis, case.padded)
+    out = jax_moe.reference(*arrays, *case.inputs[8:], config=case.model.config)
+    return np.asarray(out, np.float32)[: len(case.ids)]
+
+
+def check(case: Case, expected: np.ndarray, backend: str) -> Outcome:
+    """Runs a case on a backend, with and without its fault, and twice."""
+
+    def run(inputs: Inputs) -> np.ndarray:
+        with running(backend) as name:
+            out = jax_moe.apply(
+                *inputs, config=case.model.config, backend=name, num_tokens=case.num_tokens
+            )
+        if out.dtype != jnp.bfloat16 or out.shape != expected.shape:
+            raise TypeError(f"expected bfloat16 {expected.shape}, found {out.dtype} {out.shape}")
+        return np.asarray(out)
+
+    clean = run(case.inputs)
+    outcome = compare(case, np.asarray(clean, np.float32), expected)
+    if outcome.problem is None:
+        again = run(case.spoiled)
+        differ = (bits(again) != bits(clean)).any(axis=1) & case.clear & ~case.touched
+        if differ.any():
+            what = "a second run" if case.fault is None else f"the fault {case.fault!r}"
+            row = int(np.argmax(differ))
+            outcome = outcome._replace(problem=f"{what} changed {differ.sum()} rows: {row}, ...")
+    return outcome
+
+
+def compare(case: Case, found: np.ndarray, expected: np.ndarray) -> Outcome:
+    """Holds the rows of a fault-free run, `[T, H]`, to the oracle's."""
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    tokens = np.arange(len(found))
+    live = tokens < (len(found) if case.num_tokens is None else case.num_tokens)
+    local = case.ids - case.inputs.local_expert_offset
+    has_local = ((local >= 0) & (local < case.model.num_local)).any(axis=1)
+    zero = ~live | (case.clear & ~has_local)
+    if found[zero].any():
+        row = tokens[zero][np.argmax(found[zero].any(axis=1))]
+        return Outcome(f"row {row} has no expert here and is not zero", 0, 0.0)
+    size = np.abs(expected).max(axis=1)
+    rows = case.clear & live & (size < HUGE)  # NaN compares false
+    found, expected, tokens = found[rows], expected[rows], tokens[rows]
+    if not np.isfinite(found).all():
+        row = tokens[np.argmax(~np.isfinite(found).all(axis=1))]
+        return Outcome(f"row {row} is not finite, the oracle's is", 0, np.inf)
+    small = size[rows] < TINY
+    if (np.abs(found[small]) > 2 * TINY).any():
+        return Outcome("a row that should be zero or tiny is not", 0, np.inf)
+    found, expected, tokens = (x[~small] for x in (found, expected, tokens))
+    if not len(found):
+        return Outcome(None, int(small.sum()), 0.0)
+    difference, norm = np.abs(found - expected), np.linalg.norm(expected, axis=1)
+    errors = np.linalg.norm(difference, axis=1) / norm
+    rms = norm[:, None] / expected.shape[1] ** 0.5
+    matched = (difference <= ATOL * rms + RTOL * np.abs(expected)).mean(axis=1)
+    bad = (errors > MOST_ROW_ERROR) | (matched < LEAST_MATCHED)
+    problem = None
+    if bad.any():
+        i = int(np.argmax(np.where(bad, errors, 0)))
+        problem = (
+            f"{bad.sum()} of {len(bad)} rows differ, row {tokens[i]} by {errors[i]:.3f} of its "
+            f"norm with {matched[i]:.3f} of it matched"
+        )
+    return Outcome(problem, int(rows.sum()), float(errors.max()))

@@ -1,0 +1,162 @@
+"""The fuzzer: it finds planted defects, its cases can be repeated, and a short run finds nothing.
+
+`python -m tests.fuzz --minutes 10` is the long run, on a GPU too.
+"""
+
+from __future__ import annotations
+
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_moe
+from tests import fuzz, fuzz_cases
+from tests.backend_cases import EVERYWHERE
+from tests.moe_inputs import bits
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("slot", [0, 2, 4])
+def test_a_few_cases(case, slot):
+    for count in range(20):
+        number = 7000 * len(fuzz_cases.SLOTS) + count * len(fuzz_cases.SLOTS) + slot
+        drawn = fuzz_cases.draw(number)
+        outcome = fuzz_cases.check(drawn, fuzz_cases.oracle(drawn), case)
+        assert outcome.problem is None, drawn
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels run for real there")
+@hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
+@hypothesis.given(st.integers(0, 2**24))
+def test_cases_in_the_interpreter(count):
+    slots = fuzz_cases.INTERPRETED_SLOTS
+    drawn = fuzz_cases.draw(count * len(fuzz_cases.SLOTS) + slots[count % len(slots)])
+    outcome = fuzz_cases.check(drawn, fuzz_cases.oracle(drawn), fuzz.INTERPRETED)
+    assert outcome.problem is None, drawn
+
+
+def test_a_number_is_always_the_same_case():
+    first, second = fuzz_cases.draw(4321), fuzz_cases.draw(4321)
+    for left, right in zip(first.spoiled, second.spoiled, strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+    assert str(first) == str(second) != str(fuzz_cases.draw(4321 + len(fuzz_cases.SLOTS)))
+
+
+def test_every_kind_of_routing_and_fault_is_drawn():
+    numbers = range(0, 150 * len(fuzz_cases.SLOTS), len(fuzz_cases.SLOTS))
+    drawn = [fuzz_cases.draw(number) for number in numbers]
+    assert {one.routing for one in drawn} == set(fuzz_cases.ROUTINGS)
+    assert {one.fault for one in drawn} == {*fuzz_cases.FAULTS, None}
+    assert np.mean([one.clear.mean() for one in drawn]) > 0.95
+
+
+def off_by_a_tenth(out, inputs, calls):
+    return out.at[3].multiply(1.1)
+
+
+def one_element(out, inputs, calls):
+    return out.at[2, ::8].multiply(-1)
+
+
+def garbage_in_idle_rows(out, inputs, calls):
+    return jnp.where(out == 0, 1e-6, out).astype(out.dtype)
+
+
+def not_repeatable(out, inputs, calls):
+    return out.at[1, 0].multiply(1 + 2.0**-7 * (len(calls) % 2))
+
+
+def spreads_nan(out, inputs, calls):
+    poisoned = jnp.isnan(jnp.asarray(inputs.hidden_states, jnp.float32)).any()
+    return jnp.where(poisoned, jnp.nan, out).astype(out.dtype)
+
+
+def stops(out, inputs, calls):
+    raise RuntimeError("an illegal memory access was encountered\nmore")
+
+
+DEFECTS = {
+    off_by_a_tenth: "differ",
+    one_element: "differ",
+    garbage_in_idle_rows: "is not zero",
+    not_repeatable: "changed",
+    spreads_nan: "the fault 'token' changed",
+    stops: "RuntimeError: an illegal memory access",
+}
+
+
+@pytest.mark.parametrize(
+    ("defect", "said"), DEFECTS.items(), ids=lambda d: getattr(d, "__name__", "")
+)
+def test_planted_defects_are_found(monkeypatch, defect, said):
+    apply, calls = jax_moe.apply, []
+
+    def spoiled(*inputs, **options):
+        calls.append(1)
+        return defect(apply(*inputs, **options), fuzz_cases.Inputs(*inputs), calls)
+
+    monkeypatch.setattr(jax_moe, "apply", spoiled)
+    told = []
+    campaign = fuzz.Campaign(["xla"], told.append)
+    for count in range(60):
+        campaign.run(count * len(fuzz_cases.SLOTS))
+    problems = [failure["problem"] for failure in campaign.failures]
+    assert any(said in problem for problem in problems), problems
+    assert len(told) == len(problems)
+    assert f"\n  {campaign.failures[0]['repeat']}" in told[0]
+
+
+def test_the_oracle_is_the_reference():
+    drawn = fuzz_cases.draw(2)
+    expected = jax_moe.reference(*drawn.inputs, config=drawn.model.config)
+    found = fuzz_cases.oracle(drawn).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def test_the_command_line_writes_what_ran(tmp_path, capsys):
+    arguments = ["--minutes", "0.05", "--seed", "1", "--backend", "xla"]
+    assert fuzz.main([*arguments, "--output", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "fuzz.json").read_text())
+    assert content["cases"] == content["checks"] == sum(content["shapes"].values()) > 0
+    assert content["complete"] is True
+    assert content["failures"] == []
+    assert content["seconds"] >= 3
+    assert {"device", "versions", "commit", "seed", "rows_compared"} <= set(content)
+    assert [path.name for path in tmp_path.iterdir()] == ["fuzz.json"]
+    assert "0 failures" in capsys.readouterr().out
+
+
+def test_the_command_line_repeats_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(jax_moe, "apply", lambda *_, **__: stops(None, None, None))
+    assert fuzz.main(["--case", "16", "--backend", "xla"]) == 1
+    shown = capsys.readouterr().out
+    assert "python -m tests.fuzz --case 16 --backend xla" in shown
+    with pytest.raises(SystemExit, match="2"):
+        fuzz.main(["--backend", "cuda"])
+
+
+def test_slots_open_as_time_allows(monkeypatch, tmp_path):
+    """Opening costs ten times what a case costs: most of the time goes to known shapes."""
+    now, ran = [0.0], []
+    campaign = fuzz.Campaign(["xla"])
+
+    def run(number):
+        slot = fuzz_cases.slot_of(number)
+        now[0] += 1.0 if slot in map(fuzz_cases.slot_of, ran) else 10.0
+        ran.append(number)
+
+    monkeypatch.setattr(campaign, "run", run)
+    monkeypatch.setattr(fuzz.time, "monotonic", lambda: now[0])
+    slots = list(range(len(fuzz_cases.SLOTS)))
+    with (tmp_path / "running.txt").open("w") as running:
+        assert fuzz.fuzz(campaign, 3, 300.0, slots, running)
+    assert len(set(ran)) == len(ran)
+    opened = {fuzz_cases.slot_of(number) for number in ran}
+    assert 8 <= len(opened) < len(slots)
+    assert len(ran) > 150
+    assert (tmp_path / "running.txt").read_text() == fuzz.repro(ran[-1], "xla") + "\n"
