@@ -105,31 +105,44 @@ def test_all_tokens_to_the_same_experts(case, num_tokens):
     check(case, inputs._replace(routing_bias=bias))
 
 
-@pytest.mark.parametrize("case", EVERYWHERE)
-def test_every_pattern_of_empty_experts(case):
-    """256 patterns of 8 local experts; token t of a pattern goes to its (t mod n)-th expert."""
-    inputs = on_device(make_inputs(24, num_experts=12, offset=0))
+ONE_EACH = [(expert,) for expert in range(8)]
+PATTERNS = [p for size in range(2, 9) for p in itertools.combinations(range(8), size)]
+
+
+def check_patterns(case, patterns, num_tokens):
+    """Token t of a pattern goes to its (t mod n)-th expert: the bits of that expert alone."""
+    inputs = on_device(make_inputs(num_tokens, num_experts=12, offset=0))
+    config = MoEConfig(1, 1, 1)
+    tokens = np.arange(num_tokens)
     with running(case) as backend:
         run = jax.jit(
-            lambda logits: jax_moe.apply(
-                logits, *inputs[1:], config=MoEConfig(1, 1, 1), backend=backend
-            )
+            lambda logits: jax_moe.apply(logits, *inputs[1:], config=config, backend=backend)
         )
-        per_expert = {}
-        for size in (1, *range(8, 1, -1), 0):
-            for pattern in itertools.combinations(range(8), size):
-                experts = np.resize(pattern or (11,), 24)
-                out = bits(run(logits_for(experts[:, None], 12, 1)))
-                if size == 1:
-                    per_expert[pattern[0]] = out
-                elsewhere = np.zeros_like(out)
-                expected = [per_expert.get(e, elsewhere)[t] for t, e in enumerate(experts)]
-                np.testing.assert_array_equal(out, expected)
-    assert len(per_expert) == 8
-    logits = logits_for(np.arange(24)[:, None] % 8, 12, 1)
-    expected = numpy_oracle.layer(logits, *inputs[1:], config=MoEConfig(1, 1, 1))
-    out = np.stack([per_expert[t % 8][t] for t in range(24)]).view(ml_dtypes.bfloat16)
+
+        def taken_by(experts):
+            return bits(run(logits_for(np.resize(experts, num_tokens)[:, None], 12, 1)))
+
+        alone = np.stack([taken_by(expert) for expert in ONE_EACH])
+        assert not taken_by((11,)).any(), "no expert has a token: the 256th pattern"
+        for pattern in patterns:
+            expected = alone[np.resize(pattern, num_tokens), tokens]
+            np.testing.assert_array_equal(taken_by(pattern), expected, err_msg=str(pattern))
+    mixed = logits_for(tokens[:, None] % 8, 12, 1)
+    expected = numpy_oracle.layer(mixed, *inputs[1:], config=config)
+    out = alone[tokens % 8, tokens].view(ml_dtypes.bfloat16)
     assert relative_error(out, expected) < TO_ORACLE
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_every_pattern_of_empty_experts(case):
+    """All 256 of 8 local experts."""
+    assert len(ONE_EACH) + len(PATTERNS) + 1 == 256
+    check_patterns(case, PATTERNS, num_tokens=24)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="all patterns run for real there")
+def test_sixteen_patterns_of_empty_experts_in_the_interpreter():
+    check_patterns("interpreted_mosaic", PATTERNS[3::38], num_tokens=9)
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
@@ -211,6 +224,22 @@ def test_poison_in_one_expert_reaches_its_tokens_only(case, poison, where):
     assert (out[routed] != clean[routed]).any(axis=1).all()
     if np.isnan(poison):
         assert np.isnan(out[routed].view(ml_dtypes.bfloat16).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("where", ["gemm1_weights", "gemm2_weights"])
+def test_one_nan_weight_reaches_the_tokens_of_its_expert_only(case, where):
+    inputs = make_inputs(70)
+    clean = bits(apply(case, inputs))
+    value = getattr(inputs, where).copy()
+    value[3, 5, 11] = np.nan
+    out = apply(case, inputs._replace(**{where: value}))
+    ids, _ = numpy_oracle.route(*inputs[:2], 2.5, SMALL)
+    routed = (ids == inputs.local_expert_offset + 3).any(axis=1)
+    np.testing.assert_array_equal(bits(out)[~routed], clean[~routed])
+    spread = np.isnan(np.asarray(out, np.float32)).mean(axis=1)
+    # One row of gemm2_weights makes one output; one of gemm1_weights spoils a block, so all.
+    np.testing.assert_array_equal(spread, routed * (1.0 if where == "gemm1_weights" else 1 / 256))
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)

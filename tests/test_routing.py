@@ -82,6 +82,18 @@ def test_all_equal(case, logit):
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize(("low", "high"), [(-80, -60), (-60, -40), (-48, -44), (60, 90)])
+def test_weight_sums_near_zero(case, low, high):
+    """The 1e-20 in the denominator is part of the definition: tiny scores give tiny weights."""
+    logits = np.random.default_rng(0).uniform(low, high, (9, 256)).astype(np.float32)
+    ids, weights = route(case, logits, np.zeros(256, ml_dtypes.bfloat16))
+    assert_valid(ids, 256)
+    scores = 1 / (1 + np.exp(-np.take_along_axis(logits, ids, axis=1).astype(np.float64)))
+    expected = scores / (scores.sum(axis=1, keepdims=True) + 1e-20) * 2.5
+    np.testing.assert_allclose(weights, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
 def test_a_tie_made_by_the_bias(case):
     logits = np.zeros((1, 256), np.float32)
     bias = np.zeros(256, ml_dtypes.bfloat16)
