@@ -3,10 +3,10 @@ SHELL := bash
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 WORKERS ?= 2
-RESULTS ?= out/test-gpu
+RESULTS ?= out/$@
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-gpu lint format clean
+.PHONY: help bench test test-slow test-gpu sanitize lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -20,8 +20,14 @@ bench: $(READY) ## the 19 workloads, checked and timed; ARGS="--workloads 1,901"
 test: $(READY) ## all tests that need no GPU and end within minutes
 	$(VENV_PYTHON) -m pytest -m "not gpu and not slow" -n $(WORKERS) $(ARGS)
 
+test-slow: $(READY) ## tests that need no GPU and take minutes each
+	$(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) $(ARGS)
+
 test-gpu: ## the tests that need a GPU; a summary goes to RESULTS=folder
-	@tools/gpu_tests.sh $(RESULTS) $(ARGS)
+	@tools/gpu_python.sh -m tools.gpu_tests $(RESULTS) $(ARGS)
+
+sanitize: ## compute-sanitizer on every GPU kernel; a summary goes to RESULTS=folder
+	@tools/gpu_python.sh -m tests.sanitize $(RESULTS) $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the GPU tests with the first interpreter that holds the pinned packages: the current one, else .venv.
-# Installs and downloads nothing. Usage: tools/gpu_tests.sh RESULTS_FOLDER [pytest arguments]
+# Runs the first Python that holds the packages that the GPU tests need: the current one, else .venv.
+# Installs and downloads nothing. Usage: tools/gpu_python.sh -m tools.gpu_tests RESULTS_FOLDER
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 for python in ${PYTHON:-python3 python} .venv/bin/python; do
   if "$python" tools/check_pins.py --extras triton,torch >/dev/null 2>&1; then
-    exec "$python" -m tools.gpu_tests "$@"
+    exec "$python" "$@"
   fi
 done
 

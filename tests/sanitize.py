@@ -1,0 +1,246 @@
+"""compute-sanitizer on every GPU kernel: memory errors, races, uninitialized reads, barriers.
+
+    python -m tests.sanitize RESULTS_FOLDER [--tools memcheck,racecheck] [--backends mosaic]
+
+Each tool runs `tests.sanitizer_target` on each backend in a process with a time limit. The folder
+gets a log of each run, `sanitize.json` and `sanitize.md`. What ran before there, at the same commit
+on the same kind of GPU, is kept, so the tools may run one by one. Exit code 1 where a report is not
+explained, 2 where nothing could run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+from bench import environment
+from interop.files import write_atomically
+from tests.cuda_tools import wheel_bin
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOOLS = {
+    # XLA probes the driver with calls that may fail. TMA is not looked at by default.
+    "memcheck": ("--report-api-errors", "no", "--check-tensor-ops", "yes"),
+    "racecheck": ("--racecheck-report", "analysis", "--check-tensor-ops", "yes"),
+    "initcheck": (),
+    "synccheck": (),
+}
+BACKENDS = ("mosaic", "triton")
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("initcheck", "moe_up_projection"): (
+        "the rows that pad an expert to whole tiles are loaded with them, unwritten, and no result "
+        "reads what comes of them (test_padding_rows_are_never_read_into_a_result)"
+    ),
+    ("initcheck", "moe_down_projection"): "as moe_up_projection",
+}
+"""(tool, kernel) whose reports are expected, and why."""
+
+# One cudaMalloc an array, so that its bounds are seen; launches apart from each other.
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+    "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+
+_SUMMARY = re.compile(
+    r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) err"
+)
+_KERNEL = re.compile(r"\b(?:(moe_[a-z_]+)_mosaic_gpu_kernel|([a-z_]+_kernel))\b")
+# A first line beside the margin, then indented ones.
+_REPORT = re.compile(
+    r"^========= (?! |COMPUTE-SANITIZER|.*SUMMARY)(?=.*(?:Err|err|Warn|Invalid|Uninit|Race|hit)).*"
+    r"(?:\n=========  .*)*",
+    re.MULTILINE,
+)
+_MOST_LOG = 200_000  # characters of a log that are kept, from its end
+
+
+def find_sanitizer() -> str | None:
+    """The tool on PATH, of a CUDA toolkit, or of the wheel nvidia-cuda-sanitizer-api."""
+    on_path = shutil.which(
+        "compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
+    )
+    if on_path:
+        return on_path
+    try:
+        return str(wheel_bin("compute-sanitizer") / "compute-sanitizer")
+    except FileNotFoundError:
+        return None
+
+
+def reports_of(log: str) -> dict[str, int]:
+    """Reports by kernel; "" for those that name none."""
+    found: collections.Counter[str] = collections.Counter()
+    for report in _REPORT.findall(log):
+        kernel = _KERNEL.search(report)
+        found[(kernel[1] or kernel[2]) if kernel else ""] += 1
+    return dict(found)
+
+
+def verdict(tool: str, log: str, code: int | None) -> dict[str, Any]:
+    """What one run says: its state and the reports by kernel.
+
+    Args:
+        tool: Which one.
+        log: What it wrote.
+        code: Its exit code, None where it ran out of time.
+
+    Returns:
+        `state`: "clean", "explained", "errors", "timeout", or "failed" where the tool or the
+        program under it did not get to the end.
+    """
+    summary = _SUMMARY.search(log)
+    reports = reports_of(log)
+    count = int(summary[1] or summary[2]) if summary else None
+    if code is None:
+        state = "timeout"
+    elif summary is None or '"relative_errors"' not in log:
+        state = "failed"
+    elif count == 0 and not reports:
+        state = "clean" if code == 0 else "failed"
+    elif reports and all((tool, kernel) in EXPLAINED for kernel in reports):
+        state = "explained"
+    else:
+        state = "errors"
+    return {"state": state, "errors": count, "reports": reports, "exit_code": code}
+
+
+def run(sanitizer: str, tool: str, backend: str, timeout: float) -> tuple[dict[str, Any], str]:
+    """Runs one tool on one backend; the verdict and the log, the program's output included."""
+    command = [sanitizer, "--tool", tool, "--target-processes", "application-only"]
+    command += ["--print-limit", "50", "--launch-timeout", "120", *TOOLS[tool]]
+    command += [sys.executable, "-m", "tests.sanitizer_target", backend]
+    before = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that its children end with it
+    )
+    try:
+        log, _ = process.communicate(timeout=timeout)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        log, _ = process.communicate()
+        code = None
+    found = verdict(tool, log, code)
+    seconds = round(time.monotonic() - before, 1)
+    return {"tool": tool, "backend": backend, **found, "seconds": seconds}, log
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary in Markdown."""
+    lines = [
+        "# compute-sanitizer",
+        "",
+        f"{summary['device']['kind']}, commit {summary['commit']}, {summary['sanitizer']}.",
+        "",
+        "| tool | backend | state | reports by kernel | seconds |",
+        "|---|---|---|---|--:|",
+    ]
+    for one in summary["runs"]:
+        reports = ", ".join(f"{k or '(no kernel)'}: {n}" for k, n in one["reports"].items())
+        cells = (one["tool"], one["backend"], one["state"], reports or "none", one["seconds"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    met = {
+        (one["tool"], kernel) for one in summary["runs"] for kernel in one["reports"]
+    } & EXPLAINED.keys()
+    lines += [
+        "",
+        *[f"- {tool}, `{kernel}`: {EXPLAINED[tool, kernel]}." for tool, kernel in sorted(met)],
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def earlier_runs(path: pathlib.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of an earlier summary, if it is of the same commit and kind of device."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    same = all(content.get(key) == about[key] for key in ("commit", "device", "versions"))
+    return content["runs"] if same else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitize")
+    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--timeout", type=float, default=540.0, help="seconds a run may take")
+    parser.add_argument("--sanitizer", help="path of compute-sanitizer")
+    args = parser.parse_args(argv)
+    tools, backends = args.tools.split(","), args.backends.split(",")
+    for name, chosen, known in (("tools", tools, TOOLS), ("backends", backends, BACKENDS)):
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--{name}: expected some of {', '.join(known)}; got {sorted(unknown)}")
+    sanitizer = args.sanitizer or find_sanitizer()
+    if sanitizer is None:
+        print(
+            "compute-sanitizer not found: it comes with the CUDA toolkit, and with "
+            "`pip install nvidia-cuda-sanitizer-api`",
+            file=sys.stderr,
+        )
+        return 2
+    about = _about(sanitizer)
+    if about["device"]["platform"] != "gpu":
+        print(f"no GPU; JAX's device here is {about['device']['kind']!r}", file=sys.stderr)
+        return 2
+    args.results.mkdir(parents=True, exist_ok=True)
+    summary = {**about, "runs": earlier_runs(args.results / "sanitize.json", about)}
+    for backend in backends:
+        for tool in tools:
+            print(f"{tool} on {backend} ...", end=" ", flush=True)
+            found, log = run(sanitizer, tool, backend, args.timeout)
+            print(f"{found['state']} {found['reports'] or ''} ({found['seconds']} s)", flush=True)
+            (args.results / f"{tool}_{backend}.log").write_text(log[-_MOST_LOG:])
+            kept = [r for r in summary["runs"] if (r["tool"], r["backend"]) != (tool, backend)]
+            summary["runs"] = sorted([*kept, found], key=lambda r: (r["backend"], r["tool"]))
+            _write(args.results, summary)
+    good = all(one["state"] in ("clean", "explained") for one in summary["runs"])
+    return 0 if good else 1
+
+
+def _about(sanitizer: str) -> dict[str, Any]:
+    """Of the surroundings, found in a process of its own: this one leaves the GPU alone."""
+    code = (
+        "import json; from bench import environment as e; e.prepare_process();"
+        "print(json.dumps({'device': dict(e.device()), 'versions': e.versions(),"
+        "'commit': e.git_commit(), 'gpu': e.gpu_state()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"Version .*", version.stdout)
+    about = json.loads(done.stdout.splitlines()[-1])
+    return {**about, "sanitizer": f"compute-sanitizer {found[0] if found else 'unknown'}"}
+
+
+def _write(folder: pathlib.Path, summary: dict[str, Any]) -> None:
+    with write_atomically(folder / "sanitize.json") as file:
+        json.dump(summary, file, indent=2)
+        file.write("\n")
+    with write_atomically(folder / "sanitize.md") as file:
+        file.write(table(summary))
+
+
+if __name__ == "__main__":
+    environment.prepare_process()
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Runs every GPU kernel of a backend at small shapes, and checks what comes out.
+
+    python -m tests.sanitizer_target mosaic
+
+`make sanitize` runs this under compute-sanitizer. Its token counts meet every tile height.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import jax_moe
+from tests import numpy_oracle
+from tests.moe_inputs import SMALL, Inputs, bits, make_inputs, relative_error
+
+TOKENS = (7, 100, 250, 1100)
+"""1, 16, 32 and 144 rows expected of each of 32 experts, after padding; the last need more than one
+program for the plan."""
+
+TO_ORACLE = 0.03
+
+
+def layers() -> Iterator[Inputs]:
+    """Arguments of `apply`: with quantized activations, and once with others."""
+    for num_tokens in TOKENS:
+        yield make_inputs(num_tokens, seed=num_tokens)
+    inputs = make_inputs(21)
+    x = np.random.default_rng(1).standard_normal(inputs.hidden_states.shape, np.float32)
+    yield inputs._replace(hidden_states=x, hidden_states_scale=None)
+
+
+def run(backend: str) -> dict[str, Any]:
+    """Runs the layer on all of them.
+
+    Raises:
+        AssertionError: A result is wrong.
+    """
+    errors = {}
+    for inputs in layers():
+        out = jax_moe.apply(*inputs, config=SMALL, backend=backend)
+        values = inputs
+        if inputs.hidden_states_scale is None:
+            x = numpy_oracle.quantize(inputs.hidden_states)
+            values = inputs._replace(hidden_states=x[0], hidden_states_scale=x[1])
+        expected = numpy_oracle.layer(*values, config=SMALL)
+        error = relative_error(out, expected)
+        assert error < TO_ORACLE, f"T={len(expected)}: {error}"
+        assert not bits(out)[~expected.any(axis=1)].any()
+        errors[f"T={len(expected)} {inputs.hidden_states.dtype.name}"] = round(error, 4)
+    return {"backend": backend, "relative_errors": errors}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(sys.argv[1])), flush=True)

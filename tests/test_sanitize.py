@@ -1,0 +1,183 @@
+"""What `make sanitize` runs and how it reads compute-sanitizer, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import jax_moe
+from jax_moe.backends import triton as triton_backend
+from tests import sanitize, sanitizer_target
+from tests.moe_inputs import SMALL
+from tests.test_tools import executable
+
+ROOT = pathlib.Path(__file__).parent.parent
+RAN = '{"backend": "mosaic", "relative_errors": {"T=7": 0.02}}\n'
+CLEAN = f"========= COMPUTE-SANITIZER\n{RAN}========= ERROR SUMMARY: 0 errors\n"
+INVALID = f"""========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at moe_combine_mosaic_gpu_kernel+0x90
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x87654320 is out of bounds
+=========
+========= Invalid __global__ read of size 16 bytes
+=========     at plan_kernel+0x1b0
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: main [0xae66] in python3
+=========
+{RAN}========= ERROR SUMMARY: 2 errors
+"""
+RACE = f"""========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at moe_up_projection_mosaic_gpu_kernel+0x90
+=========     and Read access at moe_up_projection_mosaic_gpu_kernel+0x100 [508 hazards]
+=========
+{RAN}========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+UNINITIALIZED = f"""========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at KERNEL+0x70
+=========     by thread (31,0,0) in block (1,0,0)
+=========
+{RAN}========= ERROR SUMMARY: 1 error
+"""
+DIED = """========= COMPUTE-SANITIZER
+Traceback (most recent call last):
+AssertionError: T=7: 0.5
+========= Target application returned an error
+========= ERROR SUMMARY: 0 errors
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "log", "code", "state", "reports"),
+    [
+        ("memcheck", CLEAN, 0, "clean", {}),
+        ("memcheck", CLEAN, 1, "failed", {}),
+        ("memcheck", INVALID, 0, "errors", {"moe_combine": 1, "plan_kernel": 1}),
+        ("racecheck", RACE, 0, "errors", {"moe_up_projection": 1}),
+        ("memcheck", DIED, 1, "failed", {"": 1}),
+        ("memcheck", "========= COMPUTE-SANITIZER\n", 0, "failed", {}),
+        ("synccheck", "cannot attach", 255, "failed", {}),
+        ("synccheck", "", None, "timeout", {}),
+    ],
+)
+def test_logs_are_read(tool, log, code, state, reports):
+    found = sanitize.verdict(tool, log, code)
+    assert (found["state"], found["reports"]) == (state, reports)
+
+
+def test_an_explanation_is_for_one_tool_and_kernel():
+    name = "moe_up_projection_mosaic_gpu_kernel"
+    log = UNINITIALIZED.replace("KERNEL", name)
+    assert sanitize.verdict("initcheck", log, 0)["state"] == "explained"
+    assert sanitize.verdict("memcheck", log, 0)["state"] == "errors"
+    other = UNINITIALIZED.replace("KERNEL", "moe_combine_mosaic_gpu_kernel")
+    assert sanitize.verdict("initcheck", other, 0)["state"] == "errors"
+
+
+def kernels_of_the_tree():
+    """Names of all GPU kernels in the source, by backend."""
+    found = {"mosaic": set(), "triton": set()}
+    for path in (ROOT / "pallas_kernels").rglob("*.py"):
+        found["mosaic"] |= set(re.findall(r'name="(moe_\w+)"', path.read_text()))
+        found["triton"] |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    return found
+
+
+@pytest.mark.parametrize("backend", sanitize.BACKENDS)
+def test_every_kernel_of_a_backend_runs_under_the_tools(backend, monkeypatch):
+    traced = set()
+    kernel, run = plgpu.kernel, triton_backend._run
+
+    def noting_mosaic(body, **options):
+        traced.add(options["kernel_name"])
+        return kernel(body, **options)
+
+    def noting_triton(launch):
+        traced.add(launch.kernel.__name__)
+        return run(launch)
+
+    monkeypatch.setattr(plgpu, "kernel", noting_mosaic)
+    monkeypatch.setattr(triton_backend, "_run", noting_triton)
+    with jax_moe.assume_device("sm_90"):
+        for inputs in sanitizer_target.layers():
+            jax.eval_shape(lambda *a: jax_moe.apply(*a, config=SMALL, backend=backend), *inputs)
+    names = kernels_of_the_tree()[backend]
+    assert len(names) >= 7
+    assert names <= traced
+
+
+def test_the_target_checks_its_results(monkeypatch):
+    assert set(sanitizer_target.run("xla")["relative_errors"]) >= {"T=7 float8_e4m3fn"}
+    apply = jax_moe.apply
+    monkeypatch.setattr(jax_moe, "apply", lambda *a, **k: apply(*a, **k) * 2)
+    with pytest.raises(AssertionError, match="T=7: "):
+        sanitizer_target.run("xla")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    about = {
+        "device": {"platform": "gpu", "kind": "NVIDIA H100"},
+        "versions": {},
+        "commit": "abc",
+        "sanitizer": "compute-sanitizer 1",
+    }
+    monkeypatch.setattr(sanitize, "_about", lambda sanitizer: dict(about))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_run_of_all_tools_is_summarized(tmp_path):
+    """With a stand-in for the tool that finds a race, and hangs under synccheck on triton."""
+    script = f"""
+case "$*" in
+  *synccheck*triton) sleep 60;;
+  *racecheck*mosaic) cat <<'END'
+{RACE}END
+  ;;
+  *) cat <<'END'
+{CLEAN}END
+  ;;
+esac
+test "$XLA_PYTHON_CLIENT_PREALLOCATE" = false || exit 3
+"""
+    tool = executable(tmp_path / "compute-sanitizer", script)
+    results = tmp_path / "results"
+    options = [str(results), "--sanitizer", str(tool), "--timeout", "2"]
+    assert sanitize.main(options) == 1
+    content = json.loads((results / "sanitize.json").read_text())
+    states = {(one["tool"], one["backend"]): one["state"] for one in content["runs"]}
+    assert len(states) == 8
+    assert states.pop(("racecheck", "mosaic")) == "errors"
+    assert states.pop(("synccheck", "triton")) == "timeout"
+    assert set(states.values()) == {"clean"}
+    shown = (results / "sanitize.md").read_text()
+    assert "| racecheck | mosaic | errors | moe_up_projection: 1 |" in shown
+    assert "Race reported" in (results / "racecheck_mosaic.log").read_text()
+
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{CLEAN}END\n")
+    assert sanitize.main([*options, "--tools", "racecheck", "--backends", "mosaic"]) == 1
+    assert sanitize.main([*options, "--tools", "synccheck", "--backends", "triton"]) == 0
+    again = json.loads((results / "sanitize.json").read_text())["runs"]
+    assert {one["state"] for one in again} == {"clean"}
+    assert len(again) == 8
+
+
+def test_what_is_missing_is_one_clear_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    assert sanitize.main([str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("compute-sanitizer not found")
+    assert shown.count("\n") == 1
+    about = {"device": {"platform": "cpu", "kind": "cpu"}}
+    monkeypatch.setattr(sanitize, "_about", lambda sanitizer: about)
+    assert sanitize.main([str(tmp_path), "--sanitizer", sys.executable]) == 2
+    assert capsys.readouterr().err == "no GPU; JAX's device here is 'cpu'\n"
+    with pytest.raises(SystemExit, match="2"):
+        sanitize.main([str(tmp_path), "--tools", "valgrind"])
