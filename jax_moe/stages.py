@@ -2,7 +2,8 @@
 
 The data flows as `quantize`, `route`, `plan_dispatch`, `up_project`, `down_project`, `combine`.
 Keep to one backend along the way: rows of a tile and the form of `expert_outputs` are its choice.
-All are forward only, run one by one under `jax.vmap`, and are jitted when called eagerly.
+All are forward only, run one by one under `jax.vmap`, and are jitted when called eagerly. What a
+plan of your own holds is checked under `jax.experimental.checkify` (`jax_moe.debug`).
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, validate
+from jax_moe import backends, debug, validate
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
@@ -163,6 +164,7 @@ def up_project(
     validate.hidden(hidden_states, hidden_states_scale, sizes)
     validate.gemm1(gemm1_weights, gemm1_weights_scale, sizes)
     validate.plan(plan, sizes)
+    debug.check_plan(plan)
     arrays = (hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale)
     return _run("up_project", backend, *arrays, plan)
 
@@ -196,6 +198,7 @@ def down_project(
     validate.plan(plan, sizes)
     validate.quantized("activations", activations, "M I", sizes)
     validate.gemm2(gemm2_weights, gemm2_weights_scale, sizes)
+    debug.check_plan(plan)
     return _run("down_project", backend, activations, gemm2_weights, gemm2_weights_scale, plan)
 
 
@@ -227,6 +230,7 @@ def combine(
     sizes: validate.Sizes = {}
     validate.array("topk_weights", topk_weights, "T k", validate.F32, sizes)
     validate.plan(plan, sizes)
+    debug.check_plan(plan)
     return _run("combine", backend, expert_outputs, topk_weights, plan)
 
 
