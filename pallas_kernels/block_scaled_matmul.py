@@ -1,21 +1,22 @@
 """Block-scaled FP8 grouped matmul for Hopper: the part that both projections share.
 
-Weights are the wide operand: a tile is 128 weight rows of each of one or two weight blocks times
-`block_m` tokens, so tokens are the n side of `wgmma`, where tiles may be as narrow as 16, and an
-expert's last, partly filled tile runs at a narrower width instead of multiplying padding.
+A tile is `block_m` tokens of one expert times 128 rows of each of one or two weight blocks.
 
     producer warpgroup                       consumer warpgroups 0, 1
     ------------------                       ------------------------
-    wait empty[s]                            wait full[s]
-    TMA x[block_m, 128], its scales,    -->  for each weight block:
-        weights[blocks, 128, 128]                wgmma 64 weight rows x tokens x 128
-        -> slot s, full[s]                       accumulator += product * (x scale * w scale)
+    wait empty[s]                            for each weight block:
+    TMA x[block_m, 128], its scales,    -->      wait full[s, block]
+        weights[blocks, 128, 128]                wgmma 64 rows x columns x 128
+        -> slot s, full[s, block]                accumulator += product * (x scale * w scale)
     next slot, into the next tile       <--  arrive empty[s]
                                              after the last 128 columns: epilogue of the tile
 
-Consumer w takes rows 64 w .. 64 w + 63 of every weight block. Each 128-column step is promoted to
+A full tile of 128 tokens has its tokens on the 64-row side of `wgmma`, consumer w takes tokens
+64 w .. 64 w + 63. Narrower tiles, those of few tokens and an expert's last one, have the weights
+there (consumer w takes rows 64 w .. 64 w + 63 of every block) and the tokens on the n side, which
+may be as narrow as 16, so that little padding is multiplied. Each 128-column step is promoted to
 f32 registers with its own scales (DeepSeek-V3 technical report, section 3.3.2). CTAs are
-persistent; tiles go expert by expert, rows fastest, so that weights are read from HBM once.
+persistent; `tile_walk` has the order of tiles, `matmul_ring` the slots.
 """
 
 from __future__ import annotations
@@ -31,16 +32,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import launch
+from pallas_kernels import launch, matmul_ring, tickets
 from pallas_kernels.device import SMEM_BYTES, num_sms
+from pallas_kernels.matmul_ring import Ring, ring_types
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.tile_walk import MAILBOX_BYTES, Mailbox, Walk, mailbox_types
 
 NUM_CONSUMERS = 2
-WEIGHT_ROWS = QUANT_BLOCK // NUM_CONSUMERS
-_MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
-_COLUMN_SCALES = plgpu.Layout.WGMMA.reduce(0)
-_F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-_BARRIER_BYTES = 1024
+CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
+_BARRIER_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +52,16 @@ class MatmulConfig:
         num_stages: Slots of the TMA ring, at least 2.
         widths: Narrower tile widths for an expert's last rows, ascending, multiples of 16.
         sms: CTAs; None takes one for each multiprocessor.
+        k_blocks: Slots that the producer fills together, a power of two up to `num_stages`: a
+            weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
+            of 128-column steps is not a multiple of it.
     """
 
     block_m: int
     num_stages: int
     widths: tuple[int, ...] = ()
     sms: int | None = None
+    k_blocks: int = 1
 
     def __post_init__(self):
         if self.block_m != 16 and (self.block_m % 32 or not 32 <= self.block_m <= 256):
@@ -66,6 +70,11 @@ class MatmulConfig:
             )
         if self.num_stages < 2:
             raise ValueError(f"num_stages: expected at least 2, got {self.num_stages}")
+        if self.k_blocks not in (1, 2, 4) or self.k_blocks > self.num_stages:
+            raise ValueError(
+                f"k_blocks: expected 1, 2 or 4, up to num_stages={self.num_stages}, "
+                f"got {self.k_blocks}"
+            )
         ascending = (0, *self.widths, self.block_m)
         if any(a >= b or b % 16 for a, b in itertools.pairwise(ascending)):
             raise ValueError(
@@ -73,17 +82,17 @@ class MatmulConfig:
                 f"got {self.widths}"
             )
 
+    @property
+    def has_row_tiles(self) -> bool:
+        """Whether some tiles have their tokens on the 64-row side of `wgmma`."""
+        return any(_tokens_are_rows(width) for width in (*self.widths, self.block_m))
+
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
         """Raises ValueError if the ring and the epilogue do not fit in shared memory."""
-        slot = (self.block_m + num_blocks * QUANT_BLOCK) * QUANT_BLOCK + 4 * self.scale_slots
-        needed = self.num_stages * slot + epilogue_bytes + _BARRIER_BYTES
+        ring = self.num_stages * matmul_ring.slot_bytes(self.block_m, num_blocks)
+        needed = ring + epilogue_bytes + MAILBOX_BYTES + _BARRIER_BYTES
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
-
-    @property
-    def scale_slots(self) -> int:
-        """Token scales of a ring slot."""
-        return max(self.block_m, _MIN_SCALES)
 
 
 class GroupedRows(NamedTuple):
@@ -97,15 +106,6 @@ class GroupedRows(NamedTuple):
     num_tiles: Int32[Array, "1"]
 
 
-class Tile(NamedTuple):
-    """One unit of work: `live` rows from `row` on times one column of weight blocks."""
-
-    expert: Any
-    row: Any
-    live: Any
-    column: Any
-
-
 def grouped_matmul(
     rows: GroupedRows,
     weights: Float8e4m3fn[Array, "E N K"],
@@ -115,6 +115,7 @@ def grouped_matmul(
     num_columns: int,
     weight_blocks: Callable[[Any], tuple],
     epilogue: Callable[..., None],
+    row_epilogue: Callable[..., None],
     out_type: Any,
     scratch_types: Sequence[Any],
     name: str,
@@ -131,6 +132,8 @@ def grouped_matmul(
         weight_blocks: Maps a column to the 128-row blocks of N that its tile multiplies.
         epilogue: `epilogue(accumulators, tile, width, outputs, scratch)`, called by both consumer
             warpgroups with one `f32[64, width]` accumulator a weight block, weights x tokens.
+        row_epilogue: The same for a full tile of 128 tokens, with accumulators
+            `f32[64, 128]`, tokens x weights.
         out_type: Shapes of the results.
         scratch_types: The epilogue's scratch.
         name: Kernel name.
@@ -140,29 +143,21 @@ def grouped_matmul(
         Arrays of `out_type`; rows that no tile covers are unwritten.
     """
     num_blocks = len(weight_blocks(0))
-    ring = [
-        plgpu.SMEM(
-            (config.num_stages, config.block_m, QUANT_BLOCK),
-            jnp.float8_e4m3fn,
-            transforms=_F8_TILES,
-        ),
-        plgpu.SMEM((config.num_stages, config.scale_slots), jnp.float32),
-        plgpu.SMEM(
-            (config.num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK),
-            jnp.float8_e4m3fn,
-            transforms=_F8_TILES,
-        ),
-        plgpu.Barrier(num_arrivals=2 + num_blocks, num_barriers=config.num_stages),
-        plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=config.num_stages),
-    ]
+    num_steps = rows.values.shape[1] // QUANT_BLOCK
+    together = config.k_blocks if num_steps % config.k_blocks == 0 else 1
+    box_rows = QUANT_BLOCK // together
+    ring_scratch = ring_types(
+        config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS
+    )
+    mail = mailbox_types(NUM_CONSUMERS)
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
     sms = config.sms or num_sms()
 
-    def body(x, x_scales, sizes, offsets, tile_expert, num_tiles, w, w_scales, *refs):
+    def body(x, x_scales, sizes, offsets, tile_expert, num_tiles, w, w_scales, counter, *refs):
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
-        slots = _Ring(*refs[: len(ring)])
-        scratch = refs[len(ring) :]
-        walk = _Walk(
+        ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
+        mailbox, scratch = Mailbox(*refs[: len(mail)]), refs[len(mail) :]
+        walk = Walk(
             config.block_m,
             num_columns,
             sms,
@@ -170,33 +165,48 @@ def grouped_matmul(
             offsets,
             tile_expert,
             num_tiles[0] * num_columns,
+            counter,
+            interpret,
         )
-        num_steps = x.shape[1] // QUANT_BLOCK
         role = lax.axis_index("warpgroup")
+        producer_registers, consumer_registers = (40, 232) if together > 1 else (24, 240)
 
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
-            plgpu.set_max_registers(24, action="decrease")
-            _produce(walk, slots, x, x_scales, w, weight_blocks, config, num_steps)
+            plgpu.set_max_registers(producer_registers, action="decrease")
+
+            def fill_tile(index, tile, width, look_ahead):
+                blocks = weight_blocks(tile.column)
+
+                @pl.loop(0, num_steps // together)
+                def _steps(group):
+                    pl.when(group == num_steps // together // 2)(look_ahead)
+                    ks = [group * together + i for i in range(together)]
+                    sources = (x, x_scales, w)
+                    first_step = index * num_steps
+                    matmul_ring.fill(ring, sources, tile, width, blocks, first_step, ks, box_rows)
+
+            count = walk.produce(mailbox, _by_width(config, fill_tile))
+            matmul_ring.drain(ring, count * num_steps)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(consumer_registers, action="increase")
 
             def tile_body(index, tile, width):
                 blocks = weight_blocks(tile.column)
-                accumulators = _accumulate(
-                    slots, w_scales, tile, blocks, index * num_steps, num_steps, width, config
-                )
-                epilogue(accumulators, tile, width, results, scratch)
+                first_step = index * num_steps
+                sums = _accumulate(ring, w_scales, tile, blocks, first_step, num_steps, width)
+                finish = row_epilogue if _tokens_are_rows(width) else epilogue
+                finish(sums, tile, width, results, scratch)
 
-            _for_each_tile(walk, config, tile_body)
+            walk.consume(mailbox, _by_width(config, tile_body))
             plgpu.wait_smem_to_gmem(0)
 
     kernel = launch.kernel(
         body,
         out_type=out_type,
-        scratch_types=[*ring, *scratch_types],
+        scratch_types=[*ring_scratch, *mail, *scratch_types],
         grid=(sms,),
         grid_names=("sm",),
         num_threads=NUM_CONSUMERS + 1,
@@ -205,117 +215,56 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    return kernel(*rows, weights, weights_scale)
+    return kernel(*rows, weights, weights_scale, jnp.zeros(tickets.COUNTER_SHAPE, jnp.int32))
 
 
-class _Ring(NamedTuple):
-    x: Any
-    x_scales: Any
-    weights: Any
-    full: Any
-    empty: Any
+def _by_width(config: MatmulConfig, tile_body):
+    """`tile_body(index, tile, width, ...)` at the narrowest width that holds the live rows."""
 
-
-class _Walk(NamedTuple):
-    """The order of tiles: expert by expert; inside one, rows fastest, so weights stay in L2."""
-
-    block_m: int
-    num_columns: int
-    sms: int
-    sizes: Any
-    offsets: Any
-    tile_expert: Any
-    total: Any
-
-    def num_tiles(self):
-        """Tiles of this CTA."""
-        return lax.div(self.total - lax.axis_index("sm") + (self.sms - 1), jnp.int32(self.sms))
-
-    def tile(self, index) -> Tile:
-        """This CTA's `index`-th tile; past its last one, some valid tile."""
-        linear = lax.min(lax.axis_index("sm") + index * self.sms, lax.max(self.total - 1, 0))
-        expert = self.tile_expert[lax.div(linear, jnp.int32(self.num_columns))]
-        size, offset = self.sizes[expert], self.offsets[expert]
-        row_tiles = lax.max(lax.div(size + (self.block_m - 1), jnp.int32(self.block_m)), 1)
-        inside = linear - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
-        first = lax.rem(inside, row_tiles) * self.block_m
-        live = lax.min(size - first, jnp.int32(self.block_m))
-        return Tile(expert, offset + first, live, lax.div(inside, row_tiles))
-
-
-def _for_each_tile(walk: _Walk, config: MatmulConfig, tile_body) -> None:
-    """Calls `tile_body(index, tile, width)`; the next tile's place is looked up a tile ahead."""
-
-    def step(index, fields):
-        upcoming = walk.tile(index + 1)
-        tile = Tile(*fields)
-        tile = tile._replace(row=pl.multiple_of(tile.row, config.block_m))
+    def body(index, tile, *more):
         narrower = 0
         for width in (*config.widths, config.block_m):
 
             @pl.when((tile.live > narrower) & (tile.live <= width))
             def _at_width(width=width):
-                tile_body(index, tile, width)
+                tile_body(index, tile, width, *more)
 
             narrower = width
-        return tuple(upcoming)
 
-    lax.fori_loop(0, walk.num_tiles(), step, tuple(walk.tile(0)))
-
-
-def _produce(walk, slots, x, x_scales, w, weight_blocks, config, num_steps):
-    def fill(index, tile, width):
-        blocks = weight_blocks(tile.column)
-
-        @pl.loop(0, num_steps)
-        def _step(k):
-            step = index * num_steps + k
-            slot = lax.rem(step, jnp.int32(config.num_stages))
-
-            @pl.when(step >= config.num_stages)
-            def _reuse():
-                plgpu.barrier_wait(slots.empty.at[slot])
-
-            full = slots.full.at[slot]
-            columns = pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)
-            plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(tile.row, width), columns], slots.x.at[slot, pl.ds(0, width)], full
-            )
-            scales = pl.ds(tile.row - _scale_offset(tile.row, config), config.scale_slots)
-            plgpu.copy_gmem_to_smem(x_scales.at[k, scales], slots.x_scales.at[slot], full)
-            for i, block in enumerate(blocks):
-                plgpu.copy_gmem_to_smem(
-                    w.at[tile.expert, pl.ds(block * QUANT_BLOCK, QUANT_BLOCK), columns],
-                    slots.weights.at[slot, i],
-                    full,
-                )
-
-    _for_each_tile(walk, config, fill)
-    steps = walk.num_tiles() * num_steps
-
-    # Every completed phase must be observed before the barriers go away.
-    @pl.loop(lax.max(steps - config.num_stages, 0), steps)
-    def _drain(step):
-        plgpu.barrier_wait(slots.empty.at[lax.rem(step, jnp.int32(config.num_stages))])
+    return body
 
 
-def _scale_offset(row, config):
-    """Where a tile's token scales start in their slot, which may be wider than the tile."""
-    return pl.multiple_of(lax.rem(row, jnp.int32(config.scale_slots)), config.block_m)
+def _tokens_are_rows(width: int) -> bool:
+    """Whether a tile of that width has its tokens on the 64-row side of `wgmma`.
+
+    There a thread holds two token scales instead of a quarter of all, so promotion costs half as
+    many instructions; but only tiles of 128 tokens give both consumers 64 rows.
+    """
+    return width == NUM_CONSUMERS * CONSUMER_ROWS
 
 
-def _accumulate(slots, w_scales, tile, blocks, first_step, num_steps, width, config):
-    """`f32[64, width]` a weight block: the promoted sum over all 128-column steps."""
-    shape = (WEIGHT_ROWS, width)
-    my_scales = pl.ds(_scale_offset(tile.row, config), width)
-    my_rows = pl.ds(lax.axis_index("warpgroup") * WEIGHT_ROWS, WEIGHT_ROWS)
+def _accumulate(ring: Ring, w_scales, tile, blocks, first_step, num_steps, width):
+    """A weight block's promoted sum over all 128-column steps.
+
+    `f32[64 tokens, 128]` if tokens are rows, else `f32[64 weight rows, width]`.
+    """
+    my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
+    token_rows = _tokens_are_rows(width)
+    shape = (CONSUMER_ROWS, QUANT_BLOCK if token_rows else width)
+    token_axis = 0 if token_rows else 1
+    scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
+    my_scales = my_rows if token_rows else pl.ds(ring.scale_offset(tile.row), width)
+
+    def operands(slot, i):
+        if token_rows:
+            return ring.x.at[slot, my_rows], ring.weights.at[slot, i].T
+        return ring.weights.at[slot, i, my_rows], ring.x.at[slot, pl.ds(0, width)].T
 
     def promoted_product(slot, i, x_scales, scale):
         def multiply(accumulator):
-            tokens = slots.x.at[slot, pl.ds(0, width)]
-            plgpu.wgmma(accumulator, slots.weights.at[slot, i, my_rows], tokens.T)
-            factor = x_scales * scale  # while the tensor cores work
-            return accumulator[...] * lax.broadcast_in_dim(factor, shape, [1])
+            plgpu.wgmma(accumulator, *operands(slot, i))
+            factor = lax.broadcast_in_dim(x_scales * scale, shape, [token_axis])
+            return accumulator[...] * factor
 
         return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
@@ -324,16 +273,17 @@ def _accumulate(slots, w_scales, tile, blocks, first_step, num_steps, width, con
 
     def step(k, carry):
         sums, scales = carry
-        slot = lax.rem(first_step + k, jnp.int32(config.num_stages))
-        plgpu.barrier_wait(slots.full.at[slot])
+        slot = ring.slot(first_step + k)
+        plgpu.barrier_wait(ring.full(slot, 0))
         upcoming = weight_scales(lax.min(k + 1, jnp.int32(num_steps - 1)))
-        x_scales = plgpu.load(slots.x_scales.at[slot, my_scales], layout=_COLUMN_SCALES)
-        updated = tuple(
-            total + promoted_product(slot, i, x_scales, scale)
-            for i, (total, scale) in enumerate(zip(sums, scales, strict=True))
-        )
-        plgpu.barrier_arrive(slots.empty.at[slot])
-        return updated, upcoming
+        x_scales = plgpu.load(ring.x_scales.at[slot, my_scales], layout=scale_layout)
+        updated = []
+        for i, (total, scale) in enumerate(zip(sums, scales, strict=True)):
+            if i:
+                plgpu.barrier_wait(ring.full(slot, i))
+            updated.append(total + promoted_product(slot, i, x_scales, scale))
+        plgpu.barrier_arrive(ring.empty.at[slot])
+        return tuple(updated), upcoming
 
     zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
     initial = ((zero,) * len(blocks), weight_scales(jnp.int32(0)))

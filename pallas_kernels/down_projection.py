@@ -2,9 +2,13 @@
 
 epilogue, per weight block:  f32[64, tokens] -> bf16, transposed on the way to shared memory
                              (stmatrix.trans) -> TMA store of [tokens, 64]
+of a full tile:              f32[64 tokens, 128] -> bf16 -> two TMA stores of [64, 64]
 """
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +18,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
 
 from pallas_kernels.block_scaled_matmul import (
+    CONSUMER_ROWS,
     NUM_CONSUMERS,
-    WEIGHT_ROWS,
     GroupedRows,
     MatmulConfig,
     grouped_matmul,
 )
-from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 
 
 def down_projection(
@@ -48,8 +52,14 @@ def down_projection(
     """
     hidden_size = gemm2_weights.shape[1]
     blocks = 1 if hidden_size // QUANT_BLOCK % 2 else 2
-    config.check_smem(blocks, NUM_CONSUMERS * config.block_m * WEIGHT_ROWS * 2)
-    out_tiles = (plgpu.TilingTransform((8, WEIGHT_ROWS)), plgpu.SwizzleTransform(128))
+    staged = (
+        NUM_CONSUMERS,
+        blocks * cdiv(config.block_m, CONSUMER_ROWS),
+        min(config.block_m, CONSUMER_ROWS),
+        CONSUMER_ROWS,
+    )
+    config.check_smem(blocks, math.prod(staged) * 2)
+    out_tiles = (plgpu.TilingTransform((8, CONSUMER_ROWS)), plgpu.SwizzleTransform(128))
     return grouped_matmul(
         rows,
         gemm2_weights,
@@ -57,25 +67,43 @@ def down_projection(
         config=config,
         num_columns=hidden_size // (blocks * QUANT_BLOCK),
         weight_blocks=lambda column: tuple(column * blocks + i for i in range(blocks)),
-        epilogue=_store_bf16,
+        epilogue=_store_columns,
+        row_epilogue=_store_rows,
         out_type=jax.ShapeDtypeStruct((rows.values.shape[0], hidden_size), jnp.bfloat16),
-        scratch_types=[
-            plgpu.SMEM(
-                (NUM_CONSUMERS, config.block_m, WEIGHT_ROWS), jnp.bfloat16, transforms=out_tiles
-            )
-        ],
+        scratch_types=[plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles)],
         name="moe_down_projection",
         interpret=interpret,
     )
 
 
-def _store_bf16(accumulators, tile, width, outputs, scratch):
+def _store_columns(accumulators, tile, width, outputs, scratch):
+    """Weights x tokens: consumer w holds 64 columns of H of every block for all tokens."""
     (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
-    mine = staging.at[warpgroup, pl.ds(0, width)]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    buffers = itertools.count()
     for i, accumulator in enumerate(accumulators):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        mine.T[...] = accumulator.astype(jnp.bfloat16)
+        values = accumulator.astype(jnp.bfloat16)
+        column = (tile.column * len(accumulators) + i) * QUANT_BLOCK + warpgroup * CONSUMER_ROWS
+        for first in range(0, width, staging.shape[2]):
+            tokens = min(width - first, staging.shape[2])
+            mine = staging.at[warpgroup, next(buffers), pl.ds(0, tokens)]
+            mine.T[...] = values[:, first : first + tokens]
+            plgpu.commit_smem()
+            rows = pl.ds(tile.row + first, tokens)
+            plgpu.copy_smem_to_gmem(mine, out.at[rows, pl.ds(column, CONSUMER_ROWS)])
+
+
+def _store_rows(accumulators, tile, width, outputs, scratch):
+    """Tokens x weights: consumer w holds 64 tokens, 128 columns of H a block."""
+    (out,), (staging,) = outputs, scratch
+    warpgroup = lax.axis_index("warpgroup")
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)
+    pieces = itertools.product(enumerate(accumulators), range(0, QUANT_BLOCK, CONSUMER_ROWS))
+    for buffer, ((i, accumulator), first) in enumerate(pieces):
+        mine = staging.at[warpgroup, buffer]
+        mine[...] = accumulator[:, first : first + CONSUMER_ROWS].astype(jnp.bfloat16)
         plgpu.commit_smem()
-        column = (tile.column * len(accumulators) + i) * QUANT_BLOCK + warpgroup * WEIGHT_ROWS
-        plgpu.copy_smem_to_gmem(mine, out.at[pl.ds(tile.row, width), pl.ds(column, WEIGHT_ROWS)])
+        column = (tile.column * len(accumulators) + i) * QUANT_BLOCK + first
+        plgpu.copy_smem_to_gmem(mine, out.at[rows, pl.ds(column, CONSUMER_ROWS)])

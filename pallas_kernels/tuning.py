@@ -8,14 +8,14 @@ MAX_BLOCK_M = 128
 
 # Measured on an H100 (docs/performance_log.md).
 _UP = {
-    16: MatmulConfig(block_m=16, num_stages=6),
-    64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48)),
-    128: MatmulConfig(block_m=128, num_stages=4, widths=(64,)),
+    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2),
+    64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48), k_blocks=2),
+    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96)),
 }
 _DOWN = {
-    16: MatmulConfig(block_m=16, num_stages=6),
-    64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48)),
-    128: MatmulConfig(block_m=128, num_stages=4),
+    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2),
+    64: MatmulConfig(block_m=64, num_stages=4, widths=(16, 32, 48), k_blocks=2),
+    128: MatmulConfig(block_m=128, num_stages=3, widths=(32, 64, 96)),
 }
 
 

@@ -1,17 +1,21 @@
 """Up-projection: block-scaled grouped matmul with SwiGLU and 1x128 requantization fused in.
 
 a tile multiplies block j of the up half and block j of the gate half of gemm1_weights
-epilogue, 64 tokens at a time:
+epilogue of weights x tokens, 32 or 64 tokens at a time:
     consumer w    silu(gate) * up, f32[64, tokens] -> bf16, transposed to shared memory
     both          barrier
     consumer w    half of the tokens, one row a warp: amax over the 128 columns -> scale
                   -> e4m3 -> global memory
     both          barrier
+epilogue of tokens x weights, a full tile:
+    consumer w    silu(gate) * up, f32[64 tokens, 128] -> bf16, amax over the 128 columns
+                  -> scale -> e4m3 -> TMA store
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +26,8 @@ from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels import layouts
 from pallas_kernels.block_scaled_matmul import (
+    CONSUMER_ROWS,
     NUM_CONSUMERS,
-    WEIGHT_ROWS,
     GroupedRows,
     MatmulConfig,
     grouped_matmul,
@@ -31,7 +35,7 @@ from pallas_kernels.block_scaled_matmul import (
 from pallas_kernels.group_quant import E4M3_MAX, SMALLEST_NORMAL
 from pallas_kernels.shapes import QUANT_BLOCK
 
-_EPILOGUE_TOKENS = 64
+_STAGED_TOKENS = 64
 
 
 def up_projection(
@@ -60,9 +64,14 @@ def up_projection(
     num_rows = rows.values.shape[0]
     intermediate_size = gemm1_weights.shape[1] // 2
     num_columns = intermediate_size // QUANT_BLOCK
-    tokens = min(config.block_m, _EPILOGUE_TOKENS)
-    config.check_smem(2, NUM_CONSUMERS * tokens * WEIGHT_ROWS * 2)
-    staging_tiles = (plgpu.TilingTransform((8, WEIGHT_ROWS)), plgpu.SwizzleTransform(128))
+    columns_staged = (
+        NUM_CONSUMERS,
+        min(config.block_m, _STAGED_TOKENS // 2 if config.has_row_tiles else _STAGED_TOKENS),
+        CONSUMER_ROWS,
+    )
+    rows_staged = (NUM_CONSUMERS, 2, CONSUMER_ROWS if config.has_row_tiles else 8, CONSUMER_ROWS)
+    config.check_smem(2, math.prod(columns_staged) * 2 + math.prod(rows_staged))
+    tiling = plgpu.TilingTransform((8, CONSUMER_ROWS))
     return grouped_matmul(
         rows,
         gemm1_weights,
@@ -70,14 +79,18 @@ def up_projection(
         config=config,
         num_columns=num_columns,
         weight_blocks=lambda column: (column, num_columns + column),
-        epilogue=_swiglu_quantize,
+        epilogue=_swiglu_quantize_columns,
+        row_epilogue=_swiglu_quantize_rows,
         out_type=(
             jax.ShapeDtypeStruct((num_rows, intermediate_size), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((num_columns, num_rows), jnp.float32),
         ),
         scratch_types=[
             plgpu.SMEM(
-                (NUM_CONSUMERS, tokens, WEIGHT_ROWS), jnp.bfloat16, transforms=staging_tiles
+                columns_staged, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(128))
+            ),
+            plgpu.SMEM(
+                rows_staged, jnp.float8_e4m3fn, transforms=(tiling, plgpu.SwizzleTransform(64))
             ),
             plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         ],
@@ -86,14 +99,16 @@ def up_projection(
     )
 
 
-def _swiglu_quantize(accumulators, tile, width, outputs, scratch):
-    (values, scales), (staging, both) = outputs, scratch
+def _swiglu_quantize_columns(accumulators, tile, width, outputs, scratch):
+    """Weights x tokens: a token's 128 columns lie in both consumers, who meet over them."""
+    (values, scales), (staging, _, both) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
-    layout = layouts.row_per_warp(WEIGHT_ROWS)
+    layout = layouts.row_per_warp(CONSUMER_ROWS)
     up, gate = accumulators
-    activated = (gate * jax.nn.sigmoid(gate) * up).astype(jnp.bfloat16)
-    for first in range(0, width, _EPILOGUE_TOKENS):
-        tokens = min(width - first, _EPILOGUE_TOKENS)
+    activated = _swiglu(up, gate)
+    chunk = staging.shape[1]
+    for first in range(0, width, chunk):
+        tokens = min(width - first, chunk)
         staging.at[warpgroup, pl.ds(0, tokens)].T[...] = activated[:, first : first + tokens]
         _meet(both)
         mine = tokens // NUM_CONSUMERS
@@ -103,15 +118,45 @@ def _swiglu_quantize(accumulators, tile, width, outputs, scratch):
         ]
         halves = [half.astype(jnp.float32) for half in halves]
         amax = functools.reduce(lax.max, [jnp.max(jnp.abs(half), axis=1) for half in halves])
-        scale = lax.max(amax, jnp.float32(E4M3_MAX * SMALLEST_NORMAL)) / E4M3_MAX
-        inverse = lax.broadcast_in_dim(1.0 / scale, (mine, WEIGHT_ROWS), [0])
+        scale = _scale_of(amax)
+        inverse = lax.broadcast_in_dim(1.0 / scale, (mine, CONSUMER_ROWS), [0])
         row = pl.ds(tile.row + first + warpgroup * mine, mine)
         for i, half in enumerate(halves):
-            column = tile.column * QUANT_BLOCK + i * WEIGHT_ROWS
-            quantized = jnp.clip(half * inverse, -E4M3_MAX, E4M3_MAX)
-            values[row, pl.ds(column, WEIGHT_ROWS)] = quantized.astype(jnp.float8_e4m3fn)
+            column = tile.column * QUANT_BLOCK + i * CONSUMER_ROWS
+            values[row, pl.ds(column, CONSUMER_ROWS)] = _to_e4m3(half * inverse)
         scales[tile.column, row] = scale
         _meet(both)
+
+
+def _swiglu_quantize_rows(accumulators, tile, width, outputs, scratch):
+    """Tokens x weights: consumer w holds its 64 tokens' 128 columns, so nobody has to wait."""
+    (values, scales), (_, staging, _) = outputs, scratch
+    warpgroup = lax.axis_index("warpgroup")
+    activated = _swiglu(*accumulators).astype(jnp.float32)
+    scale = _scale_of(jnp.max(jnp.abs(activated), axis=1))
+    quantized = _to_e4m3(activated * lax.broadcast_in_dim(1.0 / scale, activated.shape, [0]))
+    rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for half in range(QUANT_BLOCK // CONSUMER_ROWS):
+        first = half * CONSUMER_ROWS
+        mine = staging.at[warpgroup, half]
+        mine[...] = quantized[:, first : first + CONSUMER_ROWS]
+        plgpu.commit_smem()
+        columns = pl.ds(tile.column * QUANT_BLOCK + first, CONSUMER_ROWS)
+        plgpu.copy_smem_to_gmem(mine, values.at[rows, columns])
+    scales[tile.column, rows] = scale
+
+
+def _swiglu(up, gate):
+    return (gate * jax.nn.sigmoid(gate) * up).astype(jnp.bfloat16)
+
+
+def _scale_of(amax):
+    return lax.max(amax, jnp.float32(E4M3_MAX * SMALLEST_NORMAL)) / E4M3_MAX
+
+
+def _to_e4m3(scaled):
+    return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
 
 
 def _meet(barrier):

@@ -8,7 +8,7 @@ import pytest
 
 import jax_moe
 from jax_moe import DEEPSEEK_V3
-from pallas_kernels.triton import configs, down_projection, up_projection
+from pallas_kernels.triton import configs, down_projection, tune, up_projection
 from pallas_kernels.triton.launch import call
 from pallas_kernels.triton.matmul import MatmulConfig
 from tests import h100_target
@@ -59,7 +59,7 @@ def compile_down(config, capability, tiles=900):
 
 @pytest.mark.parametrize("block_m", configs.BLOCK_MS)
 @pytest.mark.parametrize(("compile_one", "index"), [(compile_up, 0), (compile_down, 1)])
-def test_no_shipped_tiling_spills_on_hopper(block_m, compile_one, index):
+def test_shipped_tilings_multiply_in_fp8_and_spill_nothing_on_hopper(block_m, compile_one, index):
     config = configs.choose(block_m, 90)[index]
     kernel = compile_one(config, 90)
     assert kernel.architecture == "sm_90a"
@@ -68,10 +68,8 @@ def test_no_shipped_tiling_spills_on_hopper(block_m, compile_one, index):
     residents = max(config.programs_per_sm, 1)
     assert residents * (kernel.smem_bytes + 1024) <= HOPPER_SMEM + 1024
     assert residents * kernel.registers * 32 * config.num_warps <= 65536
-    if block_m >= 64:
-        assert kernel.fp8_instructions == 8  # two dots of four steps of 32 bytes
-    else:
-        assert kernel.instructions["HMMA"] > 0
+    assert kernel.instructions["QGMMA"] == 8  # two dots of four steps of 32 bytes
+    assert "HMMA" not in kernel.instructions
 
 
 @pytest.mark.parametrize(("capability", "smem"), [(89, ADA_SMEM), (100, HOPPER_SMEM)])
@@ -86,6 +84,8 @@ def test_every_tiling_compiles_for_other_generations(capability, smem, rows_per_
         assert kernel.architecture.startswith(f"sm_{capability}")
         assert kernel.smem_bytes <= smem
         assert kernel.spill_bytes == 0, kernel
+        assert kernel.fp8_instructions > 0
+        assert "HMMA" not in kernel.instructions
 
 
 @pytest.mark.parametrize(("num_tokens", "kernels"), [(80, 5), (14107, 6)])
@@ -116,9 +116,24 @@ def test_the_tilings_form_a_ladder():
             assert {c.block_m for c in configs.choose(block_m, capability)} == {block_m}
 
 
+def test_the_tuner_offers_what_fits_and_what_is_shipped():
+    candidates = {config for some in tune.CANDIDATES.values() for config in some}
+    for config in candidates:
+        assert config.smem_bytes <= HOPPER_SMEM
+        assert config.programs_per_sm * (config.smem_bytes + 1024) <= HOPPER_SMEM + 1024
+    for block_m in configs.BLOCK_MS:
+        assert candidates >= set(configs.choose(block_m, 90))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_m", 48), ("num_warps", 3), ("num_stages", 0), ("programs_per_sm", -1)],
+    [
+        ("block_m", 48),
+        ("num_warps", 3),
+        ("num_stages", 0),
+        ("programs_per_sm", -1),
+        ("swap_ab", 2),
+    ],
 )
 def test_a_tiling_out_of_range_is_refused(field, value):
     fields = {"block_m": 64, field: value}

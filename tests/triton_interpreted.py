@@ -218,7 +218,11 @@ def layer(inputs, config, tiling, num_sms=2):
 
 @pytest.mark.parametrize(
     ("tiling", "hidden_size", "intermediate_size"),
-    [(MatmulConfig(16), 384, 256), (MatmulConfig(32, programs_per_sm=1), 256, 128)],
+    [
+        (MatmulConfig(16), 384, 256),
+        (MatmulConfig(16, swap_ab=True), 384, 256),
+        (MatmulConfig(32, programs_per_sm=1, swap_ab=True), 256, 128),
+    ],
 )
 def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size):
     inputs = make_inputs(
@@ -243,7 +247,8 @@ def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size):
     assert not bits(out)[(plan.pair_row < 0).all(axis=1)].any()
 
 
-def test_distinct_scales_and_exact_values_are_exact():
+@pytest.mark.parametrize("swap_ab", [False, True])
+def test_distinct_scales_and_exact_values_are_exact(swap_ab):
     """Powers of two per (row, block) and small integers: nothing rounds before the bf16 store."""
     rng = np.random.default_rng(5)
     rows, hidden_size, intermediate_size, experts = 32, 384, 256, 2
@@ -260,7 +265,7 @@ def test_distinct_scales_and_exact_values_are_exact():
         to_torch(weights_scale),
         to_torch(np.array([1, 0], np.int32)),
         to_torch(np.array([2], np.int32)),
-        config=MatmulConfig(16),
+        config=MatmulConfig(16, swap_ab=swap_ab),
         num_sms=1,
     )
     (found,) = run(launch)
@@ -274,14 +279,14 @@ def test_nan_stays_with_its_token_and_its_expert():
     inputs = make_inputs(
         13, num_experts=16, num_local_experts=4, hidden_size=128, intermediate_size=128, offset=4
     )
-    clean_plan, _, _, clean = layer(inputs, SMALL, MatmulConfig(16))
+    clean_plan, _, _, clean = layer(inputs, SMALL, MatmulConfig(16, swap_ab=True))
     poisoned = inputs._replace(
         hidden_states_scale=inputs.hidden_states_scale.copy(),
         gemm1_weights_scale=inputs.gemm1_weights_scale.copy(),
     )
     poisoned.hidden_states_scale[:, 0] = np.nan  # padding rows read token 0
     poisoned.gemm1_weights_scale[2] = np.nan
-    _, _, _, out = layer(poisoned, SMALL, MatmulConfig(16))
+    _, _, _, out = layer(poisoned, SMALL, MatmulConfig(16, swap_ab=True))
     first, last = clean_plan.group_offsets[2:4]
     reached = np.isin(np.arange(13), clean_plan.row_token[first:last]) | (np.arange(13) == 0)
     local = (clean_plan.pair_row >= 0).any(axis=1)

@@ -16,7 +16,7 @@ from pallas_kernels.triton.matmul import BLOCK, MatmulConfig, multiply_pair
 def _down_tile(
     values, scales, weights, weights_scale, tile_expert,
     row_tile, column_tile, num_rows, output,
-    K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, SWAP_AB: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M rows of two blocks of 128 columns."""
     rows = tl.cast(row_tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -27,7 +27,7 @@ def _down_tile(
     if N // BLOCK % 2:
         # An odd last block is its own neighbour: computed twice, to the same bits.
         to_next = tl.minimum(N // BLOCK - 1 - block, 1)
-    left = weights + (expert * N + block * BLOCK) * K + (lanes[None, :] * K + lanes[:, None])
+    left = weights + (expert * N + block * BLOCK) * K + (lanes[:, None] * K + lanes[None, :])
     left_scales = weights_scale + (expert * (N // BLOCK) + block) * (K // BLOCK)
     left_acc, right_acc = multiply_pair(
         values + rows[:, None] * K + lanes[None, :],
@@ -39,6 +39,7 @@ def _down_tile(
         left_scales + to_next * (K // BLOCK),
         K // BLOCK,
         BLOCK_M,
+        SWAP_AB,
     )
     out = output + rows[:, None] * N + block * BLOCK + lanes[None, :]
     tl.store(out, left_acc.to(tl.bfloat16))
@@ -58,6 +59,7 @@ def down_projection_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SWAP_AB: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
 ):
     """Every program takes every n-th live tile, columns fastest: neighbours share the rows."""
@@ -66,7 +68,7 @@ def down_projection_kernel(
         _down_tile(
             values, scales, weights, weights_scale, tile_expert,
             tile // COLUMN_TILES, tile % COLUMN_TILES, num_rows, output,
-            K, N, BLOCK_M,
+            K, N, BLOCK_M, SWAP_AB,
         )  # fmt: skip
 
 
@@ -106,6 +108,7 @@ def launch(
             "K": intermediate,
             "N": hidden_size,
             "BLOCK_M": config.block_m,
+            "SWAP_AB": config.swap_ab,
             "COLUMN_TILES": column_tiles,
         },
         num_warps=config.num_warps,

@@ -3,6 +3,10 @@
 A program holds one tile of rows against *two* blocks of 128 weight rows: gate and up of the same
 columns in the up-projection, neighbours in the down-projection. Both dot products share the loaded
 activations, as one tile of 256 columns would, yet only one of them has a partial sum alive.
+
+`wgmma` takes 64 rows of its first operand and as few as 8 of its second, so tiles of fewer than
+64 rows put the weights first ("swap AB"). With the activations first, Triton 3.6 has no FP8
+instruction for them on sm_90 and sm_100, and multiplies in f16.
 """
 
 import dataclasses
@@ -17,9 +21,18 @@ _TILE_N = 2 * QUANT_BLOCK
 
 
 @triton.jit
+def _dot(x, w, SWAP_AB: tl.constexpr):
+    """`x @ w.T` of e4m3[M,K] and e4m3[N,K], in f32."""
+    if SWAP_AB:
+        # On Hopper neither transposition moves data: they rename layouts.
+        return tl.dot(w, x.T).T
+    return tl.dot(x, w.T)
+
+
+@triton.jit
 def multiply_pair(
     x, x_scales, x_scales_stride, w0, w0_scales, w1, w1_scales,
-    BLOCKS_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCKS_K: tl.constexpr, BLOCK_M: tl.constexpr, SWAP_AB: tl.constexpr,
 ):  # fmt: skip
     """`x @ w0.T` and `x @ w1.T` in f32, each 128 of K scaled and added apart.
 
@@ -29,12 +42,13 @@ def multiply_pair(
         x: Pointers to e4m3[BLOCK_M,128], the first block of K.
         x_scales: Pointers to f32[BLOCK_M].
         x_scales_stride: From the scales of one block of K to those of the next.
-        w0: Pointers to e4m3[128,128] with K as the first axis.
+        w0: Pointers to e4m3[128,128], the first block of K.
         w0_scales: Pointer to f32[BLOCKS_K].
         w1: As `w0`.
         w1_scales: As `w0_scales`.
         BLOCKS_K: K / 128.
         BLOCK_M: Rows.
+        SWAP_AB: Whether the weights are the first operand.
     """
     acc0 = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     acc1 = tl.zeros((BLOCK_M, BLOCK), tl.float32)
@@ -47,8 +61,8 @@ def multiply_pair(
         w0_tile = tl.load(w0 + k * BLOCK)
         w1_tile = tl.load(w1 + k * BLOCK)
         x_scales += x_scales_stride
-        acc0 += tl.dot(x_tile, w0_tile) * (x_scale * w0_scale)[:, None]
-        acc1 += tl.dot(x_tile, w1_tile) * (x_scale * w1_scale)[:, None]
+        acc0 += _dot(x_tile, w0_tile, SWAP_AB) * (x_scale * w0_scale)[:, None]
+        acc1 += _dot(x_tile, w1_tile, SWAP_AB) * (x_scale * w1_scale)[:, None]
     return acc0, acc1
 
 
@@ -62,6 +76,7 @@ class MatmulConfig:
         num_stages: Depth of the software pipeline, 1 to 8.
         programs_per_sm: Programs that fit on an SM; each then works through several tiles. 0 makes
             one program a tile and leaves the rest to the hardware.
+        swap_ab: Whether the weights are the first operand of the matrix instruction.
 
     Raises:
         ValueError: A field is out of its range.
@@ -71,6 +86,7 @@ class MatmulConfig:
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 0
+    swap_ab: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -78,6 +94,7 @@ class MatmulConfig:
             ("num_warps", (4, 8)),
             ("num_stages", range(1, 9)),
             ("programs_per_sm", range(9)),
+            ("swap_ab", (False, True)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -87,8 +104,9 @@ class MatmulConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory that the pipeline takes on Hopper."""
-        # `wgmma`, which needs 64 rows, reads a tile while the next ones arrive.
-        buffers = self.num_stages if self.block_m >= 64 else self.num_stages - 1
+        # `wgmma` reads a tile while the next ones arrive; other instructions copy it first.
+        wgmma = self.swap_ab or self.block_m >= 64
+        buffers = self.num_stages if wgmma else self.num_stages - 1
         return buffers * (self.block_m + _TILE_N) * QUANT_BLOCK
 
     def grid(self, row_tiles: int, column_tiles: int, num_sms: int) -> tuple[int]:

@@ -9,6 +9,7 @@ result differs from the first one's is printed with the reason and no time.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -28,23 +29,31 @@ from pallas_kernels.triton.launch import call
 from pallas_kernels.triton.matmul import MatmulConfig
 
 HIDDEN, INTERMEDIATE, EXPERTS, LOCAL_EXPERTS, TOP_K = 7168, 2048, 256, 32, 8
+_SMEM_OF_PROGRAM = 227 * 1024  # Hopper
+_SMEM_OF_SM = 228 * 1024  # each program takes 1 KiB more than it asks for
 
+
+def swapped(block_m: int, *num_warps: int) -> tuple[MatmulConfig, ...]:
+    """Tilings with the weights first: one program a tile, and as many as an SM holds, up to 2."""
+    candidates = []
+    for warps, stages in itertools.product(num_warps, range(3, 7)):
+        smem_bytes = MatmulConfig(block_m, warps, stages, swap_ab=True).smem_bytes
+        if smem_bytes <= _SMEM_OF_PROGRAM:
+            residents = min(_SMEM_OF_SM // (smem_bytes + 1024), 2)
+            candidates += [MatmulConfig(block_m, warps, stages, n, True) for n in (0, residents)]
+    return tuple(candidates)
+
+
+# By number of tokens. The first multiplies in f16 where there are fewer than 64 rows: it checks the
+# others. 64 rows with the weights first spill registers with 4 warps.
 CANDIDATES = {
-    80: (
-        MatmulConfig(16, 4, 4),
-        MatmulConfig(16, 4, 3),
-        MatmulConfig(16, 4, 6),
-        MatmulConfig(16, 4, 4, 2),
-        MatmulConfig(16, 4, 3, 3),
-        MatmulConfig(16, 8, 4),
-        MatmulConfig(64, 4, 3),
-    ),
+    80: (MatmulConfig(16, 8, 4), *swapped(16, 4, 8)),
+    384: (MatmulConfig(32, 4, 4), MatmulConfig(64, 4, 2, 2), *swapped(32, 4, 8)),
     901: (
         MatmulConfig(64, 4, 2),
         MatmulConfig(64, 4, 2, 2),
-        MatmulConfig(64, 4, 3),
-        MatmulConfig(64, 4, 5),
-        MatmulConfig(32, 4, 4),
+        *swapped(32, 8),
+        *swapped(64, 8),
     ),
     14107: (
         MatmulConfig(128, 8, 4, 1),

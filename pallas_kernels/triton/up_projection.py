@@ -17,7 +17,7 @@ from pallas_kernels.triton.matmul import BLOCK, MatmulConfig, multiply_pair
 def _up_tile(
     hidden_states, hidden_states_scale, weights, weights_scale, row_token, tile_expert,
     row_tile, column_tile, num_tokens, num_rows, values, scales,
-    K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, SWAP_AB: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M rows of 128 activations, quantized."""
     first_row = tl.cast(row_tile, tl.int64) * BLOCK_M
@@ -29,7 +29,7 @@ def _up_tile(
     up = (
         weights
         + (expert * (2 * N) + column_tile * BLOCK) * K
-        + (lanes[None, :] * K + lanes[:, None])
+        + (lanes[:, None] * K + lanes[None, :])
     )
     up_scales = weights_scale + (expert * (2 * (N // BLOCK)) + column_tile) * (K // BLOCK)
     gated, linear = multiply_pair(
@@ -42,6 +42,7 @@ def _up_tile(
         up_scales,
         K // BLOCK,
         BLOCK_M,
+        SWAP_AB,
     )
     # exp(-x) = inf makes this -0, never inf * 0.
     activation = gated / (1 + tl.exp(-gated)) * linear
@@ -67,6 +68,7 @@ def up_projection_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SWAP_AB: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
 ):
     """Every program takes every n-th live tile, columns fastest: neighbours share the rows."""
@@ -75,7 +77,7 @@ def up_projection_kernel(
         _up_tile(
             hidden_states, hidden_states_scale, weights, weights_scale, row_token, tile_expert,
             tile // COLUMN_TILES, tile % COLUMN_TILES, num_tokens, num_rows, values, scales,
-            K, N, BLOCK_M,
+            K, N, BLOCK_M, SWAP_AB,
         )  # fmt: skip
 
 
@@ -129,6 +131,7 @@ def launch(
             "K": hidden_size,
             "N": intermediate,
             "BLOCK_M": config.block_m,
+            "SWAP_AB": config.swap_ab,
             "COLUMN_TILES": blocks,
         },
         num_warps=config.num_warps,

@@ -1,0 +1,140 @@
+"""The ring of shared memory slots between the producer and the consumers of a grouped matmul.
+
+A slot holds one 128-column step of a tile: activations, their scales, and the weight blocks. The
+first weight block and the activations share a barrier; every further block has its own, so that
+consumers start on the first while the second is under way. That second wait has another merit: it
+keeps ptxas from starting the second product before the first is promoted, which would spill.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.shapes import QUANT_BLOCK
+
+_F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+_MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
+
+
+class Ring(NamedTuple):
+    """The slots and their barriers; `first_full` covers block 0, `next_full` the other blocks."""
+
+    x: Any
+    x_scales: Any
+    weights: Any
+    first_full: Any
+    next_full: Any
+    empty: Any
+
+    @property
+    def num_stages(self) -> int:
+        """Slots."""
+        return self.x.shape[0]
+
+    @property
+    def block_m(self) -> int:
+        """Tokens of a slot."""
+        return self.x.shape[1]
+
+    def slot(self, step):
+        """Where a step, counted over all tiles of the CTA, lies."""
+        return lax.rem(step, jnp.int32(self.num_stages))
+
+    def full(self, slot, block: int):
+        """The barrier of a weight block."""
+        if block == 0:
+            return self.first_full.at[slot]
+        return self.next_full.at[slot + (block - 1) * self.num_stages]
+
+    def scale_offset(self, row):
+        """Where a tile's token scales start in their slot, which may be wider than the tile."""
+        return pl.multiple_of(lax.rem(row, jnp.int32(self.x_scales.shape[1])), self.block_m)
+
+
+def scale_slots(block_m: int) -> int:
+    """Token scales of a slot."""
+    return max(block_m, _MIN_SCALES)
+
+
+def slot_bytes(block_m: int, num_blocks: int) -> int:
+    """Shared memory of a slot without its barriers."""
+    return (block_m + num_blocks * QUANT_BLOCK) * QUANT_BLOCK + 4 * scale_slots(block_m)
+
+
+def ring_types(
+    block_m: int, num_stages: int, num_blocks: int, box_rows: int, num_consumers: int
+) -> list[Any]:
+    """Scratch types of a `Ring`.
+
+    Args:
+        block_m: Tokens of a slot.
+        num_stages: Slots.
+        num_blocks: Weight blocks of a slot.
+        box_rows: Weight rows of a copy, a divisor of 128.
+        num_consumers: Warpgroups that release a slot.
+    """
+    copies = QUANT_BLOCK // box_rows
+    e4m3 = jnp.float8_e4m3fn
+    weights = (num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK)
+    return [
+        plgpu.SMEM((num_stages, block_m, QUANT_BLOCK), e4m3, transforms=_F8_TILES),
+        plgpu.SMEM((num_stages, scale_slots(block_m)), jnp.float32),
+        plgpu.SMEM(weights, e4m3, transforms=_F8_TILES),
+        plgpu.Barrier(num_arrivals=2 + copies, num_barriers=num_stages),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages * max(num_blocks - 1, 1)),
+        plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_stages),
+    ]
+
+
+def fill(ring: Ring, sources, tile, width: int, blocks, first_step, ks, box_rows: int) -> None:
+    """Producer: copies the 128-column steps `ks` of a tile into the next slots.
+
+    Copies of one weight row in several steps follow each other: they lie side by side in memory,
+    and HBM reads 256 bytes in a row faster than 128 here and 128 there.
+
+    Args:
+        ring: The ring.
+        sources: `x`, `x_scales` and `weights` in global memory.
+        tile: The tile.
+        width: Its tokens.
+        blocks: Its weight blocks.
+        first_step: The CTA's count of steps before this tile.
+        ks: Steps of the tile.
+        box_rows: Weight rows of a copy.
+    """
+    x, x_scales, weights = sources
+    slots = [ring.slot(first_step + k) for k in ks]
+    for k, slot in zip(ks, slots, strict=True):
+
+        @pl.when(first_step + k >= ring.num_stages)
+        def _reuse(slot=slot):
+            plgpu.barrier_wait(ring.empty.at[slot])
+
+    scales = pl.ds(tile.row - ring.scale_offset(tile.row), ring.x_scales.shape[1])
+    for k, slot in zip(ks, slots, strict=True):
+        full = ring.full(slot, 0)
+        tokens = x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
+        plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
+        plgpu.copy_gmem_to_smem(x_scales.at[k, scales], ring.x_scales.at[slot], full)
+    for i, block in enumerate(blocks):
+        for first in range(0, QUANT_BLOCK, box_rows):
+            rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
+            for k, slot in zip(ks, slots, strict=True):
+                plgpu.copy_gmem_to_smem(
+                    weights.at[tile.expert, rows, pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)],
+                    ring.weights.at[slot, i, pl.ds(first, box_rows)],
+                    ring.full(slot, i),
+                )
+
+
+def drain(ring: Ring, steps) -> None:
+    """Producer: observes every completed phase, as it must before the barriers go away."""
+
+    @pl.loop(lax.max(steps - ring.num_stages, 0), steps)
+    def _drain(step):
+        plgpu.barrier_wait(ring.empty.at[ring.slot(step)])
