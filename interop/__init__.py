@@ -4,7 +4,11 @@ Importing this package imports neither torch nor jax; its members do, on first u
 """
 
 import importlib
+import importlib.metadata
 from typing import Any
+
+TORCH = "2.11"
+"""The PyTorch that the bridge is written for: it calls two functions that are not public."""
 
 _HOMES = {
     "to_jax": "interop.dlpack",
@@ -17,7 +21,18 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
+def torch_problem() -> str | None:
+    """Why PyTorch cannot be used, in one line, or None."""
+    try:
+        found = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "package torch is not installed"
+    return None if found.startswith(f"{TORCH}.") else f"needs torch {TORCH}, found {found}"
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'interop' has no attribute {name!r}")
+    if problem := torch_problem():
+        raise ImportError(f"interop.{name}: {problem}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import tomllib
 import types
 
 import jax
@@ -85,6 +87,20 @@ def test_a_missing_dependency_is_a_reason_not_an_error(monkeypatch):
         backends.select("triton", HOPPER)
     with jax_moe.assume_device("sm_90"):
         assert "No module named 'mosaic_runtime'" in jax_moe.describe()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_another_jax_is_a_reason_for_the_kernels_that_need_this_one(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.12.0")
+    assert backends.select("auto", HOPPER) == "triton"
+    assert backends.select("auto", CPU) == "xla"
+    with pytest.raises(NotImplementedError, match=r"needs jax 0\.11\.2, found 0\.12\.0"):
+        backends.select("mosaic", HOPPER)
+
+
+def test_the_jax_that_is_needed_is_the_one_that_is_pinned():
+    project = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert f"jax=={backends.PALLAS_JAX}" in project["project"]["dependencies"]
 
 
 @pytest.mark.usefixtures("kernels")

@@ -143,6 +143,17 @@ def test_calls_from_several_threads(case):
             np.testing.assert_array_equal(bits(out), expected[num_tokens])
 
 
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_independent_layers_in_one_program(case):
+    """A CUDA graph may run them at the same time: what they share must not be written."""
+    with running(case) as backend:
+        both = jax.jit(lambda *all_inputs: [layer(backend)(*inputs) for inputs in all_inputs])
+        for _ in range(10):
+            outs = both(*map(inputs_of, TOKENS[:2]))
+            for num_tokens, out in zip(TOKENS[:2], outs, strict=True):
+                np.testing.assert_array_equal(bits(out), first_bits(case, num_tokens))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
 def test_beside_torch_on_other_streams(backend):

@@ -3,6 +3,8 @@
 import functools
 from importlib import util
 
+from interop import torch_problem
+
 
 @functools.cache
 def missing(package: str, distribution: str) -> str | None:
@@ -14,7 +16,7 @@ def missing(package: str, distribution: str) -> str | None:
 
 def torch_unavailable() -> str | None:
     """Why PyTorch cannot be used, or None."""
-    return missing("torch", "torch")
+    return torch_problem()
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import importlib
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+import jax
 from jax import Array
 
 from jax_moe.config import MoEConfig
@@ -17,6 +18,9 @@ from jax_moe.types import DispatchPlan, Quantized, Routing
 
 NAMES = ("mosaic", "triton", "xla")
 """All backends, the best first: the order in which "auto" tries them."""
+
+PALLAS_JAX = "0.11.2"
+"""The JAX that `mosaic` is written for: the GPU interface of Pallas changes between releases."""
 
 
 class Backend(Protocol):
@@ -108,6 +112,8 @@ def unsupported_reason(name: str, device: Device | None = None) -> str | None:
         One line, or None if it can.
     """
     device = device_of() if device is None else device
+    if name == "mosaic" and jax.__version__ != PALLAS_JAX:
+        return f"needs jax {PALLAS_JAX}, found {jax.__version__}"
     try:
         backend = load(name)
     except ImportError as error:

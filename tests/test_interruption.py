@@ -1,0 +1,209 @@
+"""A benchmark that is interrupted, or killed, at any moment leaves whole files behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import jax_moe
+from bench import documents, session, solutions
+from bench.results import PASS
+from bench.settings import Settings
+from interop.files import write_atomically
+from interop.solutions.base import Solution
+
+ROOT = pathlib.Path(__file__).parent.parent
+POINTS = 30  # at which a run is interrupted, evenly spread over its calls
+
+MEASURING = tuple(
+    f"bench/{name}.py"
+    for name in ("correctness", "execution", "inputs", "results", "runner", "session", "timers")
+)
+
+on_cpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt at the n-th call or line inside some source files."""
+
+    def __init__(self, n: int | None, folders: tuple[str, ...], lines: bool = False) -> None:
+        self.n, self.lines, self.count = n, lines, 0
+        self.folders = tuple(str(ROOT / folder) for folder in folders)
+
+    def __enter__(self) -> InterruptAt:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame, event, _):
+        if not frame.f_code.co_filename.startswith(self.folders):
+            return None
+        if event == ("line" if self.lines else "call"):
+            self.count += 1
+            if self.count == self.n:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._trace if self.lines else None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an open file
+def test_a_write_interrupted_at_any_line_leaves_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    old, new = ({"rows": list(range(count))} for count in (3, 4))
+
+    def write(content):
+        with write_atomically(path) as file:
+            json.dump(content, file)
+
+    files = ("interop/files.py", "pallas_kernels/files.py")
+    with InterruptAt(None, files, lines=True) as whole:
+        write(old)
+    assert whole.count >= 8
+    for n in range(1, whole.count + 1):  # at the last line the new file is not renamed yet
+        with pytest.raises(KeyboardInterrupt), InterruptAt(n, files, lines=True):
+            write(new)
+        assert json.loads(path.read_text()) == old
+    write(new)
+    assert json.loads(path.read_text()) == new
+
+
+WRITER = """
+import json, sys
+from interop.files import write_atomically
+for count in range(1, 10**6):
+    with write_atomically(sys.argv[1]) as file:
+        json.dump({"count": count, "rows": list(range(3000))}, file, indent=1)
+    if count == 1:
+        print("started", flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "results.json"
+    counts = []
+    for wait in np.linspace(0.001, 0.06, 12):
+        command = [sys.executable, "-c", WRITER, str(path)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        content = json.loads(path.read_text())
+        assert content["rows"] == list(range(3000))
+        counts.append(content["count"])
+    assert len(set(counts)) > 1
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a small benchmark; returns the exit code, None where the interrupt got through."""
+
+    def layer(*arguments):
+        return jax_moe.apply(*arguments, backend="xla")
+
+    found = {
+        name: Solution(name=name, framework="jax", description=name, run=function)
+        for name, function in (("torch_reference", jax_moe.reference), ("ours", layer))
+    }
+    for module in (solutions, documents):
+        monkeypatch.setattr(module, "registry", lambda backend="auto": found)
+    monkeypatch.setattr(documents, "write_all", lambda *_: [])  # matplotlib takes a second
+    few = {"warmup": 1, "iterations": 1, "num_trials": 1, "timer": "wall", "on_gpu": False}
+    chosen = Settings(
+        solutions=("ours",), output=tmp_path / "out", workloads=("1", "7"), **few
+    )  # fmt: skip
+
+    def execute(n=None, *, resume=False):
+        with InterruptAt(n, MEASURING) as tracer:
+            try:
+                code = session.execute(chosen, documents.Options(), resume=resume, profile=None)
+            except KeyboardInterrupt:
+                code = None
+        return code, tracer.count
+
+    execute.path = chosen.output / "results.json"
+    return execute
+
+
+@on_cpu
+def test_a_run_interrupted_anywhere_leaves_valid_json_of_what_was_finished(run, capsys):
+    run()
+    code, calls = run()  # the first run imports, which is calls too
+    assert code == session.OK
+    every = [(row["solution"], row["num_tokens"]) for row in rows_in(run.path)]
+    assert len(every) == 4
+    codes, counts = set(), set()
+    for n in np.linspace(1, calls, POINTS).astype(int):
+        run.path.unlink(missing_ok=True)
+        code, _ = run(int(n))
+        codes.add(code)
+        if not run.path.exists():
+            continue
+        rows = rows_in(run.path)
+        assert [(row["solution"], row["num_tokens"]) for row in rows] == every[: len(rows)]
+        assert all(row["status"] == PASS and row["wall"]["n"] > 0 for row in rows)
+        complete = json.loads(run.path.read_text())["complete"]
+        assert not complete or len(rows) == len(every)
+        counts.add(len(rows))
+    assert session.INTERRUPTED in codes
+    assert counts >= {1, 2, 3, 4}
+    capsys.readouterr()
+
+
+@on_cpu
+def test_an_interrupted_run_goes_on_where_it_was(run, capsys):
+    run()
+    _, calls = run()  # the first run imports, which is calls too
+    for n in np.linspace(calls / 8, calls, 8).astype(int):
+        run.path.unlink(missing_ok=True)
+        code, _ = run(int(n))
+        kept = rows_in(run.path) if run.path.exists() else []
+        if code == session.INTERRUPTED and 0 < len(kept) < 4:
+            break
+    else:
+        pytest.fail("no interrupt between the rows")
+    assert run(resume=True)[0] == session.OK
+    assert rows_in(run.path)[: len(kept)] == kept
+    assert len(rows_in(run.path)) == 4
+    capsys.readouterr()
+
+
+def rows_in(path: pathlib.Path) -> list[dict]:
+    return json.loads(path.read_text())["rows"]
+
+
+@on_cpu
+def test_a_terminated_benchmark_ends_with_130_and_whole_files(tmp_path):
+    """SIGTERM, as a scheduler sends it, to the real command line."""
+    flags = ["--solutions=jax_moe_xla", f"--output={tmp_path}", "--num_trials=1"]
+    process = subprocess.Popen(
+        [sys.executable, "bench_main.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    path = tmp_path / "results.json"
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == session.INTERRUPTED, output
+    content = json.loads(path.read_text())
+    assert content["complete"] is False
+    assert content["rows"]
+    assert "--resume goes on from there" in output
