@@ -43,7 +43,8 @@ def apply(
     gives the layer. Only local (token, expert) pairs are computed.
 
     Forward only. Works eagerly, under `jax.jit` without a host synchronization, under `jax.vmap`
-    (one example after the other), inside `jax.shard_map`, and through `jax.export`. Eager calls
+    (one example after the other), inside `jax.shard_map`, and through `jax.export` (where backend
+    "triton" needs `disabled_checks` for the custom call "triton_kernel_call_ffi"). Eager calls
     pad T to one of few sizes, so a varying T compiles few programs; under your own `jit`, pad T
     yourself and pass `num_tokens`. The same inputs on the same device give the same bits.
 

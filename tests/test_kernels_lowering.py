@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
 from tests.moe_inputs import SMALL
+from tests.test_api import TRITON_CALLS
 
 TOKENS, EXPERTS, LOCAL_EXPERTS, HIDDEN, INTERMEDIATE = 16, 32, 8, 256, 128
 BACKENDS = pytest.mark.parametrize("backend", ["mosaic", "triton"])
@@ -57,6 +59,19 @@ def test_vmap(backend):
     axes = (0, None, 0, 0, None, None, None, None)
     lowered = lower_for_hopper(jax.vmap(each, in_axes=axes), *specs(batch=(3,)))
     assert lowered.out_info.shape == (3, TOKENS, HIDDEN)
+
+
+@BACKENDS
+def test_export(backend):
+    """What was exported here can be read where there is a GPU."""
+    with jax_moe.assume_device("sm_90"):
+        function = jax.jit(lambda *arrays: layer(backend)(*arrays, 8, 2.5))
+        exported = jax.export.export(function, platforms=("cuda",), disabled_checks=TRITON_CALLS)(
+            *specs()
+        )
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == ("cuda",)
+    assert again.out_avals[0].shape == (TOKENS, HIDDEN)
 
 
 @BACKENDS

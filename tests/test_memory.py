@@ -133,13 +133,60 @@ ON_A_SMALL_GPU = """
 """
 
 
+BESIDE_TORCH = """
+    import torch
+    import jax, jax.numpy as jnp
+    import jax_moe
+    from tests.moe_inputs import SMALL, make_inputs, on_device
+
+    inputs = on_device(make_inputs(8, hidden_size=7168))
+    many = 100_000
+    large = inputs._replace(
+        routing_logits=jnp.zeros((many, 32)),
+        hidden_states=jnp.zeros((many, 7168), jnp.float8_e4m3fn),
+        hidden_states_scale=jnp.ones((56, many)),
+    )
+    jax.block_until_ready(large)
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(free - 2**31, dtype=torch.uint8, device="cuda")
+    try:
+        jax_moe.apply(*large, config=SMALL)
+    except MemoryError as error:
+        print(error)
+    else:
+        raise SystemExit("no error")
+    jax.block_until_ready(jax_moe.apply(*inputs, config=SMALL))
+    del held
+    torch.cuda.empty_cache()
+    jax.block_until_ready(jax_moe.apply(*large, config=SMALL))
+"""
+
+
+def refusal_of(script: str, **variables: str) -> str:
+    """What a process prints that expects one call to be refused."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.gpu
 def test_too_little_memory_on_a_gpu():
     """JAX may take 3 % of the GPU: what fits runs, what does not is refused and leaves no trace."""
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.03"}
-    script = textwrap.dedent(ON_A_SMALL_GPU)
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
+    assert "apply: needs up to " in refusal_of(
+        ON_A_SMALL_GPU, XLA_PYTHON_CLIENT_MEM_FRACTION="0.03"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "apply: needs up to " in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.timing  # it takes the memory of the tests beside it
+def test_torch_holds_the_memory_of_the_gpu():
+    """The same with JAX at liberty to take all that PyTorch leaves."""
+    pytest.importorskip("torch")
+    assert "apply: needs up to " in refusal_of(BESIDE_TORCH)

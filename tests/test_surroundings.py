@@ -1,11 +1,20 @@
-"""The layer in processes of their own: several devices, 64-bit mode."""
+"""The layer in processes of their own: several devices, 64-bit mode; other versions of torch."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import textwrap
+import tomllib
+
+import pytest
+
+import interop
+from interop.solutions import SOLUTIONS
 
 SHARD_MAP = """
     import functools, jax, jax.numpy as jnp, numpy as np
@@ -83,6 +92,33 @@ def test_shard_map_on_four_devices():
 
 def test_64_bit_mode():
     run(X64, JAX_ENABLE_X64="1")
+
+
+def test_another_torch_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.4.1+cu121")
+    with pytest.raises(ImportError, match=r"interop\.to_jax: needs torch 2\.11, found 2\.4\.1"):
+        interop.to_jax  # noqa: B018
+    for name in ("torch_reference", "sglang_v2", "deepgemm128"):
+        reason = SOLUTIONS[name].unavailable_reason()
+        assert reason is None or "torch 2.11, found 2.4.1" in reason or "package" in reason
+    assert "found 2.4.1" in SOLUTIONS["torch_reference"].unavailable_reason()
+    assert SOLUTIONS["torch_reference"].framework == "torch"
+
+
+def test_no_torch_is_named(monkeypatch):
+    def absent(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(ImportError, match=r"interop\.TorchMoE: package torch is not installed"):
+        interop.TorchMoE  # noqa: B018
+
+
+def test_the_torch_that_is_needed_is_the_one_that_is_pinned():
+    project = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())
+    low, high = re.findall(r"\d+\.\d+", str(project["project"]["optional-dependencies"]["torch"]))
+    assert low == interop.TORCH
+    assert float(high.split(".")[1]) == float(low.split(".")[1]) + 1
 
 
 def test_importing_compiles_and_loads_nothing():
