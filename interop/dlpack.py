@@ -19,6 +19,7 @@ Ownership and order, the whole contract:
 import collections
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,9 +81,9 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
             other accelerators, a CUDA device that JAX does not see), or a tensor that requires
             grad.
     """
-    ready = check_importable(tensor, name)
-    bridge = bridge_of(ready.device, name)
-    return bridge.import_buffer(ready, bridge.order_after_torch(bridge.current_stream()))
+    bridge = bridge_of(tensor, name)
+    (array,) = bridge.import_all((name,), (tensor,), bridge.current_stream())
+    return array
 
 
 def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
@@ -115,30 +116,6 @@ def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
         where = f"cuda:{index}" if on_gpu else "cpu"
         return torch.empty(array.shape, dtype=_TORCH_DTYPES[array.dtype], device=where)
     return export_buffer(array, torch.cuda.current_stream(index) if on_gpu else None)
-
-
-def check_importable(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Checks what `to_jax` promises; returns the tensor, or its row-major copy where one is due."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name}: unsupported dtype {tensor.dtype}; supported: {_supported()}")
-    if tensor.dtype == torch.int64 and not jax.config.jax_enable_x64:
-        raise ValueError(f"{name}: int64 needs JAX_ENABLE_X64 (JAX would keep 32 bits); pass int32")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{name}: requires grad, which does not cross the bridge; pass {name}.detach()"
-        )
-    alignment = _alignment(tensor.device, name)
-    if tensor.is_cpu and tensor.is_pinned():
-        raise ValueError(f"{name}: pinned host memory is not supported; got device cpu (pinned)")
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % alignment else tensor
 
 
 def _alignment(device: torch.device, name: str) -> int:
@@ -185,28 +162,69 @@ class Bridge:
         """Torch's current stream."""
         return None if self._on_cpu else torch.cuda.current_stream(self.device.index)
 
-    def is_shareable(self, tensor: Any) -> bool:
-        """Whether a tensor crosses as it is: it is here, nothing to copy, nothing to refuse.
+    def import_all(
+        self, names: Sequence[str], tensors: Sequence[torch.Tensor | None], stream: Stream
+    ) -> list[Any]:
+        """Imports tensors as `to_jax` does, after one hand-over; None stays None.
 
-        A quick answer for the usual case; `check_importable` deals with the others.
+        Args:
+            names: what to call each tensor in errors.
+            tensors: on this bridge's device.
+            stream: torch's current stream.
         """
-        return (
-            isinstance(tensor, torch.Tensor)
-            and tensor.device == self.device
-            and tensor.layout is torch.strided
-            and tensor.dtype in _NARROW_DTYPES
-            and not tensor.requires_grad
-            and not tensor.is_neg()
-            and tensor.is_contiguous()
-            and not tensor.data_ptr() % self._alignment
-            and not (self._on_cpu and tensor.is_pinned())
-        )
+        here, alignment, on_cpu = self.device, self._alignment, self._on_cpu
+        ready = []
+        for name, tensor in zip(names, tensors, strict=True):
+            # What crosses as it is, in one quick look; the others are copied or refused.
+            if not (
+                isinstance(tensor, torch.Tensor)
+                and tensor.device == here
+                and tensor.layout is torch.strided
+                and tensor.dtype in _NARROW_DTYPES
+                and not tensor.requires_grad
+                and not tensor.is_neg()
+                and tensor.is_contiguous()
+                and not tensor.data_ptr() % alignment
+                and not (on_cpu and tensor.is_pinned())
+            ):
+                tensor = None if tensor is None else self._made_ready(tensor, name)
+            ready.append(tensor)
+        address = self.order_after_torch(stream)
+        return [None if tensor is None else self._imported(tensor, address) for tensor in ready]
+
+    def _made_ready(self, tensor: Any, name: str) -> torch.Tensor:
+        """The tensor, checked as `to_jax` promises, or its row-major copy if one is due."""
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name}: expected a tensor on {self.device}, got {tensor.device}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: unsupported dtype {tensor.dtype}; supported: {_supported()}")
+        if tensor.dtype == torch.int64 and not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"{name}: int64 needs JAX_ENABLE_X64 (JAX would keep 32 bits); pass int32"
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name}: requires grad, which does not cross the bridge; pass {name}.detach()"
+            )
+        if tensor.is_cpu and tensor.is_pinned():
+            raise ValueError(
+                f"{name}: pinned host memory is not supported; got device cpu (pinned)"
+            )
+        if tensor.is_neg():
+            tensor = tensor.resolve_neg()
+        if not tensor.is_contiguous():
+            return tensor.contiguous()
+        return tensor.clone() if tensor.data_ptr() % self._alignment else tensor
 
     def order_after_torch(self, stream: Stream) -> int | None:
         """Makes JAX's hand-over stream wait for `stream`; returns its address, None on a CPU.
 
-        One call orders any number of `import_buffer` calls that get the address and follow before
-        other torch work.
+        One call orders any number of imports that get the address and follow before other torch
+        work.
         """
         if stream is None:
             return None
@@ -216,8 +234,7 @@ class Bridge:
             self._stream.wait_event(self._event)
         return self._address
 
-    def import_buffer(self, tensor: torch.Tensor, address: int | None) -> jax.Array:
-        """The bare import of a tensor that is shareable; the address says what it waits for."""
+    def _imported(self, tensor: torch.Tensor, address: int | None) -> jax.Array:
         if not tensor.numel():
             return jax.device_put(np.zeros(tensor.shape, DTYPES[tensor.dtype]), self.target)
         kind = _KDL_CPU if self._on_cpu else _KDL_CUDA
@@ -227,12 +244,16 @@ class Bridge:
 _bridges: dict[torch.device, Bridge] = {}
 
 
-def bridge_of(device: torch.device, name: str = "tensor") -> Bridge:
+def bridge_of(tensor: Any, name: str) -> Bridge:
     """The bridge of a tensor's device.
 
     Raises:
+        TypeError: not a `torch.Tensor`.
         ValueError: neither CPU nor CUDA, or JAX does not see the device; names `name`.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    device = tensor.device
     if device not in _bridges:
         _bridges[device] = Bridge(device, name)
     return _bridges[device]

@@ -51,13 +51,12 @@ def measure(device: str, sizes: Sizes = SMALL) -> dict[str, Cost]:
 
 
 def _bridge_pieces(tensor: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    bridge = dlpack.bridge_of(tensor.device)
+    bridge = dlpack.bridge_of(tensor, "tensor")
     array = dlpack.to_jax(tensor)
     return {
         "order the streams": lambda: bridge.order_after_torch(bridge.current_stream()),
         "import one tensor, jax.dlpack": lambda: jax.dlpack.from_dlpack(tensor),
         "import one tensor, to_jax": lambda: dlpack.to_jax(tensor),
-        "import one tensor, bare": lambda: bridge.import_buffer(tensor, None),
         "export one array, torch.from_dlpack": lambda: torch.from_dlpack(array),
         "export one array, to_torch": lambda: dlpack.to_torch(array),
     }

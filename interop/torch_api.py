@@ -89,14 +89,14 @@ def torch_moe(
             scalar out of range; also whatever `jax_moe.apply` refuses.
         RuntimeError: called while torch captures a CUDA graph.
     """
-    bridge = _bridge_of("hidden_states", hidden_states)
+    bridge = dlpack.bridge_of(hidden_states, "hidden_states")
     weights = TorchMoEWeights(
         gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale
     )
     stream = _current_stream(bridge)
     activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
     names = _ACTIVATIONS + TorchMoEWeights._fields
-    arrays = _import(names, (*activations, *weights), bridge, stream)
+    arrays = bridge.import_all(names, (*activations, *weights), stream)
     scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor, num_tokens, _on_host)
     apply = _compiled(config, backend, bridge.device.type)
     return _run(apply, arrays, scalars, out, bridge, stream)
@@ -129,9 +129,9 @@ class TorchMoE:
                 first.
         """
         weights = TorchMoEWeights(*weights)
-        self._bridge = _bridge_of(weights._fields[0], weights[0])
+        self._bridge = dlpack.bridge_of(weights[0], weights._fields[0])
         stream = _current_stream(self._bridge)
-        self._weights = _import(weights._fields, weights, self._bridge, stream)
+        self._weights = self._bridge.import_all(weights._fields, weights, stream)
         self._apply = _compiled(config, backend, self._bridge.device.type)
         # An upload is a transfer of its own: once a value is enough.
         upload = functools.partial(_upload, self._bridge.target)
@@ -152,7 +152,7 @@ class TorchMoE:
         """Runs the layer; arguments, result and errors as for `torch_moe`."""
         stream = _current_stream(self._bridge)
         activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
-        arrays = _import(_ACTIVATIONS, activations, self._bridge, stream) + self._weights
+        arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream) + self._weights
         scalars = _scalars(
             arrays, local_expert_offset, routed_scaling_factor, num_tokens, self._on_device
         )
@@ -200,40 +200,12 @@ def _run(
     return out
 
 
-def _bridge_of(name: str, tensor: Any) -> dlpack.Bridge:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    return dlpack.bridge_of(tensor.device, name)
-
-
 def _current_stream(bridge: dlpack.Bridge) -> dlpack.Stream:
     """Torch's current stream, looked up once a call."""
     stream = bridge.current_stream()
     if stream is not None and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("JAX launches on its own stream: torch cannot capture it in a graph")
     return stream
-
-
-def _import(
-    names: Sequence[str],
-    tensors: Sequence[torch.Tensor | None],
-    bridge: dlpack.Bridge,
-    stream: dlpack.Stream,
-) -> list[Any]:
-    """Imports all tensors after one hand-over between the streams; None stays None."""
-    ready = [
-        tensor if bridge.is_shareable(tensor) else _prepared(name, tensor, bridge.device)
-        for name, tensor in zip(names, tensors, strict=True)
-    ]
-    address = bridge.order_after_torch(stream)
-    return [None if t is None else bridge.import_buffer(t, address) for t in ready]
-
-
-def _prepared(name: str, tensor: Any, device: torch.device) -> torch.Tensor | None:
-    """The tensor or its row-major copy; None stays None."""
-    if isinstance(tensor, torch.Tensor) and tensor.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
-    return None if tensor is None else dlpack.check_importable(tensor, name)
 
 
 def _scalars(
