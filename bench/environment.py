@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.files import cache_folder
+
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -77,8 +79,7 @@ def enable_compilation_cache() -> None:
     import jax
 
     if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "jax_moe" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 def versions() -> dict[str, str]:
