@@ -52,6 +52,11 @@ def down_config(block_m: int) -> MatmulConfig:
     return _table()[block_m].down_projection
 
 
+def is_shipped() -> bool:
+    """Whether the table in use here is the one that comes with the package."""
+    return _table() is SHIPPED
+
+
 def _table() -> Table[MatmulConfig]:
     gpu = device.local_gpu()
     return SHIPPED if gpu is None else _table_of(gpu.device_kind)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from bench import environment
 from pallas_kernels import device, files, tuning, tuning_cache, tuning_check
 from pallas_kernels.tuning_cache import Pair
 
@@ -61,8 +62,20 @@ def used():
 def test_a_table_for_this_device_is_used(path):
     assert path == path.parents[2] / "jax_moe" / "tuning" / "mosaic-NVIDIA-H100-80GB-HBM3.json"
     assert used() == tuning.SHIPPED
+    assert tuning.is_shipped()
     write(path)
     assert used() == other_table() != tuning.SHIPPED
+    assert not tuning.is_shipped()
+
+
+def test_the_benchmark_says_whose_tilings_it_used(path, monkeypatch):
+    here = gpu()
+    here.memory_stats = lambda: {"bytes_limit": 1}
+    monkeypatch.setattr(jax, "devices", lambda: [here])
+    assert environment.device()["tuned"] == []
+    write(path)
+    tuning._table_of.cache_clear()
+    assert environment.device()["tuned"] == ["mosaic"]
 
 
 def test_it_is_read_once_a_process(path):

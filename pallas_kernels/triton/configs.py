@@ -35,10 +35,12 @@ BLOCK_MS = tuple(_HOPPER)
 
 def choose(block_m: int, compute_capability: int) -> Pair[MatmulConfig]:
     """The tiling for a plan's `block_m`, one of those that `choose_block_m` returns."""
-    gpu = device.local_gpu()
-    if gpu is None or str(gpu.compute_capability).replace(".", "") != str(compute_capability):
-        return shipped(compute_capability)[block_m]
-    return _table_of(gpu.device_kind, compute_capability)[block_m]
+    return _table(compute_capability)[block_m]
+
+
+def is_shipped(compute_capability: int) -> bool:
+    """Whether the table in use here is the one that comes with the package."""
+    return _table(compute_capability) is shipped(compute_capability)
 
 
 def shipped(compute_capability: int) -> Table[MatmulConfig]:
@@ -55,6 +57,13 @@ def checker(compute_capability: int) -> Check[MatmulConfig]:
             raise ValueError(f"needs {config.smem_bytes} bytes of shared memory of {limit}")
 
     return check
+
+
+def _table(compute_capability: int) -> Table[MatmulConfig]:
+    gpu = device.local_gpu()
+    if gpu is None or str(gpu.compute_capability).replace(".", "") != str(compute_capability):
+        return shipped(compute_capability)
+    return _table_of(gpu.device_kind, compute_capability)
 
 
 @functools.cache
