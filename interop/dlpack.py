@@ -80,6 +80,7 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
         ValueError: unsupported dtype, layout (sparse, ...) or device (meta, pinned host memory,
             other accelerators, a CUDA device that JAX does not see), or a tensor that requires
             grad.
+        RuntimeError: torch captures a CUDA graph.
     """
     bridge = bridge_of(tensor, name)
     (array,) = bridge.import_all((name,), (tensor,), bridge.current_stream())
@@ -150,8 +151,10 @@ class Bridge:
 
     def __init__(self, device: torch.device, name: str) -> None:
         self._alignment = _alignment(device, name)
-        self.device, self.target = device, jax_device(device, name)
         self._on_cpu = device.type == "cpu"
+        if not self._on_cpu:
+            _refuse_capture()  # JAX may have to make its client
+        self.device, self.target = device, jax_device(device, name)
         if not self._on_cpu:
             self._address = self.target.get_stream_for_external_ready_events()
             self._stream = torch.cuda.ExternalStream(self._address, device=device)
@@ -159,8 +162,15 @@ class Bridge:
             self._lock = threading.Lock()
 
     def current_stream(self) -> Stream:
-        """Torch's current stream."""
-        return None if self._on_cpu else torch.cuda.current_stream(self.device.index)
+        """Torch's current stream.
+
+        Raises:
+            RuntimeError: torch captures a CUDA graph on it.
+        """
+        if self._on_cpu:
+            return None
+        _refuse_capture()
+        return torch.cuda.current_stream(self.device.index)
 
     def import_all(
         self, names: Sequence[str], tensors: Sequence[torch.Tensor | None], stream: Stream
@@ -239,6 +249,11 @@ class Bridge:
             return jax.device_put(np.zeros(tensor.shape, DTYPES[tensor.dtype]), self.target)
         kind = _KDL_CPU if self._on_cpu else _KDL_CUDA
         return _to_buffer(_to_capsule(tensor), self.target, address, None, kind)
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("JAX launches on its own stream: torch cannot capture it in a graph")
 
 
 _bridges: dict[torch.device, Bridge] = {}

@@ -93,7 +93,7 @@ def torch_moe(
     weights = TorchMoEWeights(
         gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale
     )
-    stream = _current_stream(bridge)
+    stream = bridge.current_stream()
     activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
     names = _ACTIVATIONS + TorchMoEWeights._fields
     arrays = bridge.import_all(names, (*activations, *weights), stream)
@@ -130,7 +130,7 @@ class TorchMoE:
         """
         weights = TorchMoEWeights(*weights)
         self._bridge = dlpack.bridge_of(weights[0], weights._fields[0])
-        stream = _current_stream(self._bridge)
+        stream = self._bridge.current_stream()
         self._weights = self._bridge.import_all(weights._fields, weights, stream)
         self._apply = _compiled(config, backend, self._bridge.device.type)
         # An upload is a transfer of its own: once a value is enough.
@@ -150,7 +150,7 @@ class TorchMoE:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the layer; arguments, result and errors as for `torch_moe`."""
-        stream = _current_stream(self._bridge)
+        stream = self._bridge.current_stream()
         activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
         arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream) + self._weights
         scalars = _scalars(
@@ -198,14 +198,6 @@ def _run(
     out.copy_(exported)
     dlpack.keep_while_read(result, stream)
     return out
-
-
-def _current_stream(bridge: dlpack.Bridge) -> dlpack.Stream:
-    """Torch's current stream, looked up once a call."""
-    stream = bridge.current_stream()
-    if stream is not None and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("JAX launches on its own stream: torch cannot capture it in a graph")
-    return stream
 
 
 def _scalars(
