@@ -1,8 +1,9 @@
 """Which CTA computes which tile, and how a CTA's warpgroups agree on it.
 
 Tiles are ordered expert by expert; inside one, rows fastest, so that an expert's weights are read
-from HBM once and from L2 after that. The first tile of a CTA is its index; every further one is the
-next that no CTA has, drawn as a ticket, so nobody idles while another has two tiles left.
+from HBM once and from L2 after that. The first tile of a CTA is its index. Every further one is
+`sms` tiles on or, with a counter, the next that no CTA has, drawn as a ticket, so that nobody idles
+while another has two tiles left.
 
     producer warpgroup                    consumer warpgroups
     ------------------                    -------------------
@@ -56,7 +57,7 @@ def mailbox_types(num_consumers: int) -> list[Any]:
 
 
 class Walk(NamedTuple):
-    """The order of tiles, and this CTA's place in it."""
+    """The order of tiles, and this CTA's place in it; `counter` is None for a fixed deal."""
 
     block_m: int
     num_columns: int
@@ -66,7 +67,6 @@ class Walk(NamedTuple):
     tile_expert: Any
     total: Any
     counter: Any
-    interpret: Any
 
     def tile(self, linear) -> Tile:
         """The `linear`-th tile; past the last one, a tile without live rows."""
@@ -99,7 +99,7 @@ class Walk(NamedTuple):
             return index + 1
 
         count = lax.while_loop(lambda index: read(mailbox, index).live > 0, step, jnp.int32(0))
-        if not self.interpret:
+        if self.counter is not None:
             tickets.retire(self.counter, self.sms)
 
         # Every completed phase must be observed before the barriers go away.
@@ -121,7 +121,7 @@ class Walk(NamedTuple):
         lax.while_loop(lambda carry: carry[1][2] > 0, step, initial)
 
     def _next_tile(self, index, mailbox) -> Tile:
-        if self.interpret:
+        if self.counter is None:
             return self.tile(lax.axis_index("sm") + (index + 1) * self.sms)
         ticket = tickets.draw(self.counter, mailbox.records.at[_RECORDS, pl.ds(0, 1)])
         return self.tile(self.sms + ticket)
