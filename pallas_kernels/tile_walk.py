@@ -70,11 +70,12 @@ class Walk(NamedTuple):
 
     def tile(self, linear) -> Tile:
         """The `linear`-th tile; past the last one, a tile without live rows."""
-        inside_total = lax.max(lax.min(linear, self.total - 1), 0)
-        expert = self.tile_expert[lax.div(inside_total, jnp.int32(self.num_columns))]
+        # Dead tiles name expert 0, so the look-up need not wait until `total` has been read.
+        row_tile = lax.div(linear, jnp.int32(self.num_columns))
+        expert = self.tile_expert[lax.min(row_tile, jnp.int32(self.tile_expert.shape[0] - 1))]
         size, offset = self.sizes[expert], self.offsets[expert]
         row_tiles = lax.max(lax.div(size + (self.block_m - 1), jnp.int32(self.block_m)), 1)
-        inside = inside_total - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
+        inside = linear - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
         first = lax.rem(inside, row_tiles) * self.block_m
         live = lax.min(size - first, jnp.int32(self.block_m))
         live = lax.select(linear < self.total, live, jnp.int32(0))
