@@ -69,6 +69,8 @@ def _header(results: Results, settings: Settings) -> list[tuple[str, str]]:
         ),
         ("Timing", _timing_text(settings)),
     ]
+    if tuned := device.get("tuned"):
+        lines.append(("Tilings", f"of {', '.join(tuned)}: this user's own, not the shipped ones"))
     if state:
         lines.append(("Driver", state.get("driver_version", "unknown")))
     if results.roofline:

@@ -2,12 +2,15 @@
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels.files import cache_folder
 
 _PACKAGES = (
     "jax",
@@ -77,8 +80,7 @@ def enable_compilation_cache() -> None:
     import jax
 
     if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "jax_moe" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 def versions() -> dict[str, str]:
@@ -120,19 +122,35 @@ def gpu_state() -> dict[str, str] | None:
 
 
 def device() -> Mapping[str, Any]:
-    """The default JAX device: platform, kind, and for a GPU its capability and memory in bytes."""
+    """The default JAX device: platform, kind, for a GPU its capability and memory in bytes.
+
+    `tuned` names the kernels whose tilings this user measured; the others use the shipped ones.
+    """
     import jax
 
     found = jax.devices()[0]
     memory = found.memory_stats() if found.platform == "gpu" else None
-    capability = getattr(found, "compute_capability", None)
+    capability = str(getattr(found, "compute_capability", "")) or None
     return {
         "platform": found.platform,
         "kind": found.device_kind,
-        "compute_capability": None if capability is None else str(capability),
+        "compute_capability": capability,
+        "tuned": _tuned(capability) if capability else [],
         "memory_bytes": (memory or {}).get("bytes_limit"),
         "host_cpus": os.cpu_count(),
     }
+
+
+def _tuned(capability: str) -> list[str]:
+    from pallas_kernels import tuning
+
+    found = [] if tuning.is_shipped() else [tuning.KERNELS]
+    if importlib.util.find_spec("triton") is not None:
+        from pallas_kernels.triton import configs
+
+        if not configs.is_shipped(int(capability.replace(".", ""))):
+            found.append(configs.KERNELS)
+    return found
 
 
 def _output_of(*command: str) -> str | None:

@@ -19,6 +19,7 @@ Ownership and order, the whole contract:
 import collections
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.uint8: np.uint8,
     torch.int64: np.int64,
 }
+_NARROW_DTYPES = DTYPES.keys() - {torch.int64}
 _TORCH_DTYPES = {np.dtype(value): key for key, value in DTYPES.items()}
 
 # XLA and TMA want aligned base addresses but accept others silently: we check. Both allocators give
@@ -46,6 +48,16 @@ ALIGNMENT = {"cpu": 64, "cuda": 256}
 
 _KDL_CPU, _KDL_CUDA = 1, 2  # DLDeviceType
 _LEGACY_DEFAULT_STREAM = 1  # how DLPack spells CUDA's stream 0
+
+# The cores of `from_dlpack` on both sides, which cost the host a fraction of the public calls.
+_to_capsule, _from_capsule = torch.utils.dlpack.to_dlpack, torch._C._from_dlpack
+_to_buffer, _from_buffer = (
+    _jax.dlpack_managed_tensor_to_buffer,
+    _jax.buffer_to_dlpack_managed_tensor,
+)
+
+type Stream = torch.cuda.Stream | None
+"""Torch's current stream; None on a CPU, which has none."""
 
 
 def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
@@ -68,10 +80,11 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
         ValueError: unsupported dtype, layout (sparse, ...) or device (meta, pinned host memory,
             other accelerators, a CUDA device that JAX does not see), or a tensor that requires
             grad.
+        RuntimeError: torch captures a CUDA graph.
     """
-    ready = check_importable(tensor, name)
-    device = jax_device(ready.device, name)
-    return import_buffer(ready, device, order_after_torch(ready.device, device))
+    bridge = bridge_of(tensor, name)
+    (array,) = bridge.import_all((name,), (tensor,), bridge.current_stream())
+    return array
 
 
 def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
@@ -99,36 +112,17 @@ def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
     (device,) = array.devices()
     if device.platform not in ("cpu", "gpu"):
         raise ValueError(f"{name}: expected an array on cpu or gpu, got {device.platform}")
+    on_gpu, index = device.platform == "gpu", device.local_hardware_id
     if array.size == 0:
-        where = f"cuda:{device.local_hardware_id}" if device.platform == "gpu" else "cpu"
+        where = f"cuda:{index}" if on_gpu else "cpu"
         return torch.empty(array.shape, dtype=_TORCH_DTYPES[array.dtype], device=where)
-    return export_buffer(array, device)
+    return export_buffer(array, torch.cuda.current_stream(index) if on_gpu else None)
 
 
-def check_importable(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Checks what `to_jax` promises; returns the tensor, or its row-major copy where one is due."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name}: unsupported dtype {tensor.dtype}; supported: {_supported()}")
-    if tensor.dtype == torch.int64 and not jax.config.jax_enable_x64:
-        raise ValueError(f"{name}: int64 needs JAX_ENABLE_X64 (JAX would keep 32 bits); pass int32")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{name}: requires grad, which does not cross the bridge; pass {name}.detach()"
-        )
-    kind = tensor.device.type
-    if kind not in ALIGNMENT:
-        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got device {tensor.device}")
-    if kind == "cpu" and tensor.is_pinned():
-        raise ValueError(f"{name}: pinned host memory is not supported; got device cpu (pinned)")
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT[kind] else tensor
+def _alignment(device: torch.device, name: str) -> int:
+    if device.type not in ALIGNMENT:
+        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got device {device}")
+    return ALIGNMENT[device.type]
 
 
 def jax_device(device: torch.device, name: str = "tensor") -> jax.Device:
@@ -148,61 +142,158 @@ def _jax_device(platform: str, index: int) -> jax.Device:
     return next(d for d in devices if platform == "cpu" or d.local_hardware_id == index)
 
 
-@functools.cache
-def _ready_stream(device: jax.Device, index: int) -> tuple[int, torch.cuda.ExternalStream]:
-    """The stream on which JAX takes over external memory, as an address and as torch sees it."""
-    address = device.get_stream_for_external_ready_events()
-    return address, torch.cuda.ExternalStream(address, device=index)
-
-
-def order_after_torch(device: torch.device, target: jax.Device) -> int | None:
-    """Makes JAX's hand-over stream wait for torch's current one; returns its address, None on CPU.
-
-    One call orders any number of `import_buffer` calls that get the address and follow before other
-    torch work.
-    """
-    if device.type == "cpu":
-        return None
-    address, stream = _ready_stream(target, target.local_hardware_id)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return address
-
-
-def import_buffer(tensor: torch.Tensor, device: jax.Device, stream: int | None) -> jax.Array:
-    """The bare import of a tensor that `check_importable` returned.
+class Bridge:
+    """The way into JAX on one device; `bridge_of` makes one a device.
 
     `jax.dlpack.from_dlpack` looks up backend, device and stream and copies the array object on
-    every call; these are the two calls at its core.
+    every call; here the look-ups are made once and many imports share one hand-over.
     """
-    if tensor.numel() == 0:
-        return jax.device_put(np.zeros(tensor.shape, DTYPES[tensor.dtype]), device)
-    kind = _KDL_CPU if tensor.device.type == "cpu" else _KDL_CUDA
-    capsule = torch._C._to_dlpack(tensor)
-    return _jax.dlpack_managed_tensor_to_buffer(capsule, device, stream, None, kind)
+
+    def __init__(self, device: torch.device, name: str) -> None:
+        self._alignment = _alignment(device, name)
+        self._on_cpu = device.type == "cpu"
+        if not self._on_cpu:
+            _refuse_capture()  # JAX may have to make its client
+        self.device, self.target = device, jax_device(device, name)
+        if not self._on_cpu:
+            self._address = self.target.get_stream_for_external_ready_events()
+            self._stream = torch.cuda.ExternalStream(self._address, device=device)
+            self._event = torch.cuda.Event()
+            self._lock = threading.Lock()
+
+    def current_stream(self) -> Stream:
+        """Torch's current stream.
+
+        Raises:
+            RuntimeError: torch captures a CUDA graph on it.
+        """
+        if self._on_cpu:
+            return None
+        _refuse_capture()
+        return torch.cuda.current_stream(self.device.index)
+
+    def import_all(
+        self, names: Sequence[str], tensors: Sequence[torch.Tensor | None], stream: Stream
+    ) -> list[Any]:
+        """Imports tensors as `to_jax` does, after one hand-over; None stays None.
+
+        Args:
+            names: what to call each tensor in errors.
+            tensors: on this bridge's device.
+            stream: torch's current stream.
+        """
+        here, alignment, on_cpu = self.device, self._alignment, self._on_cpu
+        ready = []
+        for name, tensor in zip(names, tensors, strict=True):
+            # What crosses as it is, in one quick look; the others are copied or refused.
+            if not (
+                isinstance(tensor, torch.Tensor)
+                and tensor.device == here
+                and tensor.layout is torch.strided
+                and tensor.dtype in _NARROW_DTYPES
+                and not tensor.requires_grad
+                and not tensor.is_neg()
+                and tensor.is_contiguous()
+                and not tensor.data_ptr() % alignment
+                and not (on_cpu and tensor.is_pinned())
+            ):
+                tensor = None if tensor is None else self._made_ready(tensor, name)
+            ready.append(tensor)
+        address = self.order_after_torch(stream)
+        return [None if tensor is None else self._imported(tensor, address) for tensor in ready]
+
+    def _made_ready(self, tensor: Any, name: str) -> torch.Tensor:
+        """The tensor, checked as `to_jax` promises, or its row-major copy if one is due."""
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name}: expected a tensor on {self.device}, got {tensor.device}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: unsupported dtype {tensor.dtype}; supported: {_supported()}")
+        if tensor.dtype == torch.int64 and not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"{name}: int64 needs JAX_ENABLE_X64 (JAX would keep 32 bits); pass int32"
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name}: requires grad, which does not cross the bridge; pass {name}.detach()"
+            )
+        if tensor.is_cpu and tensor.is_pinned():
+            raise ValueError(
+                f"{name}: pinned host memory is not supported; got device cpu (pinned)"
+            )
+        if tensor.is_neg():
+            tensor = tensor.resolve_neg()
+        if not tensor.is_contiguous():
+            return tensor.contiguous()
+        return tensor.clone() if tensor.data_ptr() % self._alignment else tensor
+
+    def order_after_torch(self, stream: Stream) -> int | None:
+        """Makes JAX's hand-over stream wait for `stream`; returns its address, None on a CPU.
+
+        One call orders any number of imports that get the address and follow before other torch
+        work.
+        """
+        if stream is None:
+            return None
+        # A wait takes what the event holds at that moment, so one event serves all calls, in turn.
+        with self._lock:
+            self._event.record(stream)
+            self._stream.wait_event(self._event)
+        return self._address
+
+    def _imported(self, tensor: torch.Tensor, address: int | None) -> jax.Array:
+        if not tensor.numel():
+            return jax.device_put(np.zeros(tensor.shape, DTYPES[tensor.dtype]), self.target)
+        kind = _KDL_CPU if self._on_cpu else _KDL_CUDA
+        return _to_buffer(_to_capsule(tensor), self.target, address, None, kind)
 
 
-def export_buffer(array: jax.Array, device: jax.Device) -> torch.Tensor:
-    """The bare export of a non-empty array on `device`, ordered before torch's current stream."""
-    stream = None
-    if device.platform == "gpu":
-        current = torch.cuda.current_stream(device.local_hardware_id).cuda_stream
-        stream = current or _LEGACY_DEFAULT_STREAM
-    return torch._C._from_dlpack(_jax.buffer_to_dlpack_managed_tensor(array, stream=stream))
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("JAX launches on its own stream: torch cannot capture it in a graph")
+
+
+_bridges: dict[torch.device, Bridge] = {}
+
+
+def bridge_of(tensor: Any, name: str) -> Bridge:
+    """The bridge of a tensor's device.
+
+    Raises:
+        TypeError: not a `torch.Tensor`.
+        ValueError: neither CPU nor CUDA, or JAX does not see the device; names `name`.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    device = tensor.device
+    if device not in _bridges:
+        _bridges[device] = Bridge(device, name)
+    return _bridges[device]
+
+
+def export_buffer(array: jax.Array, stream: Stream) -> torch.Tensor:
+    """The bare export of a non-empty array, ordered before torch's current stream."""
+    if stream is None:
+        return _from_capsule(_from_buffer(array, stream=None))
+    return _from_capsule(_from_buffer(array, stream=stream.cuda_stream or _LEGACY_DEFAULT_STREAM))
 
 
 _in_flight: collections.deque[tuple[torch.cuda.Event, jax.Array]] = collections.deque()
 _in_flight_lock = threading.Lock()
 
 
-def keep_while_read(array: jax.Array, device: torch.device) -> None:
+def keep_while_read(array: jax.Array, stream: Stream) -> None:
     """Keeps `array` from JAX's allocator until torch's current stream has passed this point.
 
     For views that die in our own hands while torch still reads them. What is done by then is
     dropped on the way, so at most the last ones are kept.
     """
-    if device.type == "cpu":
+    if stream is None:
         return
-    event = torch.cuda.current_stream(device).record_event()
+    event = stream.record_event()
     with _in_flight_lock:
         _in_flight.append((event, array))
         while _in_flight and _in_flight[0][0].query():

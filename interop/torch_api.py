@@ -11,7 +11,7 @@ by address and no result is kept.
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,8 @@ import torch
 import jax_moe
 from interop import dlpack
 
-_Scalars = tuple[np.int32, np.float32]
+_ACTIVATIONS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
+_KEPT_SCALARS = 1024
 
 
 class TorchMoEWeights(NamedTuple):
@@ -88,14 +89,17 @@ def torch_moe(
             scalar out of range; also whatever `jax_moe.apply` refuses.
         RuntimeError: called while torch captures a CUDA graph.
     """
-    device = _device_of("hidden_states", hidden_states)
+    bridge = dlpack.bridge_of(hidden_states, "hidden_states")
     weights = TorchMoEWeights(
         gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale
     )
-    activations = _named(routing_logits, routing_bias, hidden_states, hidden_states_scale)
-    arrays = _import(activations | weights._asdict(), device)
-    scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor)
-    return _run(_compiled(config, backend, device.type), arrays, scalars, num_tokens, out, device)
+    stream = bridge.current_stream()
+    activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
+    names = _ACTIVATIONS + TorchMoEWeights._fields
+    arrays = bridge.import_all(names, (*activations, *weights), stream)
+    scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor, num_tokens, _on_host)
+    apply = _compiled(config, backend, bridge.device.type)
+    return _run(apply, arrays, scalars, out, bridge, stream)
 
 
 class TorchMoE:
@@ -103,7 +107,7 @@ class TorchMoE:
 
     The handle keeps the weights' memory alive. They are shared, not copied, if row-major and
     aligned (else copied once, here): writing to them in place changes what later calls on the
-    writing stream compute.
+    writing stream compute. Of a call it keeps no more than the scalars' values, on the device.
     """
 
     def __init__(
@@ -124,11 +128,14 @@ class TorchMoE:
             TypeError, ValueError: a weight that the bridge refuses or on another device than the
                 first.
         """
-        named = TorchMoEWeights(*weights)._asdict()
-        self._device = _device_of(*next(iter(named.items())))
-        self._weights = _import(named, self._device)
-        self._apply = _compiled(config, backend, self._device.type)
-        self._uploaded: tuple[_Scalars, Sequence[jax.Array]] | None = None
+        weights = TorchMoEWeights(*weights)
+        self._bridge = dlpack.bridge_of(weights[0], weights._fields[0])
+        stream = self._bridge.current_stream()
+        self._weights = self._bridge.import_all(weights._fields, weights, stream)
+        self._apply = _compiled(config, backend, self._bridge.device.type)
+        # An upload is a transfer of its own: once a value is enough.
+        upload = functools.partial(_upload, self._bridge.target)
+        self._on_device = functools.lru_cache(_KEPT_SCALARS)(upload)
 
     def __call__(
         self,
@@ -143,96 +150,91 @@ class TorchMoE:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the layer; arguments, result and errors as for `torch_moe`."""
-        activations = _named(routing_logits, routing_bias, hidden_states, hidden_states_scale)
-        arrays = [*_import(activations, self._device), *self._weights]
-        scalars = self._on_device(_scalars(arrays, local_expert_offset, routed_scaling_factor))
-        return _run(self._apply, arrays, scalars, num_tokens, out, self._device)
+        stream = self._bridge.current_stream()
+        activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
+        arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream) + self._weights
+        scalars = _scalars(
+            arrays, local_expert_offset, routed_scaling_factor, num_tokens, self._on_device
+        )
+        return _run(self._apply, arrays, scalars, out, self._bridge, stream)
 
-    def _on_device(self, scalars: _Scalars) -> Sequence[jax.Array]:
-        """The two numbers on the device, uploaded again only when their values change."""
-        if self._uploaded is None or self._uploaded[0] != scalars:
-            where = dlpack.jax_device(self._device)
-            self._uploaded = scalars, jax.device_put(scalars, where)
-        return self._uploaded[1]
+
+def _upload(target: jax.Device, kind: Any, value: float) -> jax.Array:
+    return jax.device_put(kind(value), target)
+
+
+def _on_host(kind: Any, value: float) -> np.generic:
+    return kind(value)
 
 
 @functools.cache
 def _compiled(config: jax_moe.MoEConfig, backend: str, device_type: str) -> Any:
     if backend == "auto" and device_type == "cpu":
         backend = "xla"  # "auto" looks at JAX's default device, which may be a GPU
-    return jax.jit(functools.partial(jax_moe.apply, config=config, backend=backend))
+
+    def layer(*arguments: Any) -> jax.Array:
+        live = arguments[10] if len(arguments) > 10 else None
+        return jax_moe.apply(*arguments[:10], num_tokens=live, config=config, backend=backend)
+
+    return jax.jit(layer)
 
 
 def _run(
-    apply: Any,
-    arrays: Sequence[Any],
-    scalars: Sequence[Any],
-    num_tokens: int | None,
+    apply: Callable[..., jax.Array],
+    arrays: list[Any],
+    scalars: list[Any],
     out: torch.Tensor | None,
-    device: torch.device,
+    bridge: dlpack.Bridge,
+    stream: dlpack.Stream,
 ) -> torch.Tensor:
-    shape = arrays[2].shape  # hidden_states
     if out is not None:
-        _check_out(out, shape, device)
-    live = {}
-    if num_tokens is not None:
-        live["num_tokens"] = np.int32(_integer("num_tokens", num_tokens, shape[0]))
-    result = apply(*arrays, *scalars, **live)
+        _check_out(out, arrays[2].shape, bridge.device)  # hidden_states
+    result = apply(*arrays, *scalars)
+    if not result.size:
+        return dlpack.to_torch(result) if out is None else out
+    exported = dlpack.export_buffer(result, stream)
     if out is None:
-        return dlpack.to_torch(result)
-    if result.size:
-        out.copy_(dlpack.to_torch(result))
-        dlpack.keep_while_read(result, device)
+        return exported
+    out.copy_(exported)
+    dlpack.keep_while_read(result, stream)
     return out
 
 
-def _named(
-    logits: torch.Tensor, bias: torch.Tensor, hidden: torch.Tensor, scale: torch.Tensor | None
-) -> dict[str, torch.Tensor | None]:
-    names = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
-    return dict(zip(names, (logits, bias, hidden, scale), strict=True))
-
-
-def _device_of(name: str, tensor: Any) -> torch.device:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    return tensor.device
-
-
-def _import(tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> list[Any]:
-    """Imports all tensors after one hand-over between the streams; None stays None."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("JAX launches on its own stream: torch cannot capture it in a graph")
-    ready = []
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
-        ready.append(None if tensor is None else dlpack.check_importable(tensor, name))
-    target = dlpack.jax_device(device, next(iter(tensors)))
-    stream = dlpack.order_after_torch(device, target)
-    return [None if t is None else dlpack.import_buffer(t, target, stream) for t in ready]
-
-
-def _scalars(arrays: Sequence[Any], offset: Any, factor: Any) -> _Scalars:
-    """The two numbers, checked; a known offset must leave room for the local experts."""
-    logits, gemm1_weights = arrays[0], arrays[4]
+def _scalars(
+    arrays: Sequence[Any],
+    offset: Any,
+    factor: Any,
+    num_tokens: Any,
+    make: Callable[[Any, float], Any],
+) -> list[Any]:
+    """The two or three numbers, checked; an offset must leave room for the local experts."""
+    logits, hidden_states, gemm1_weights = arrays[0], arrays[2], arrays[4]
     last = (logits.shape or (0,))[-1] - (gemm1_weights.shape or (0,))[0]
-    number = _number("routed_scaling_factor", factor)
-    return np.int32(_integer("local_expert_offset", offset, last)), np.float32(number)
+    scalars = [
+        make(np.int32, _integer("local_expert_offset", offset, last)),
+        make(np.float32, _number("routed_scaling_factor", factor)),
+    ]
+    if num_tokens is not None:
+        rows = (hidden_states.shape or (0,))[0]
+        scalars.append(make(np.int32, _integer("num_tokens", num_tokens, rows)))
+    return scalars
 
 
 def _integer(name: str, value: Any, last: int) -> int:
-    _check_on_host(name, value)
-    try:
-        number = operator.index(value)
-    except (TypeError, RuntimeError):
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-    if not 0 <= number <= last:
-        raise ValueError(f"{name}: expected 0..{last}, got {number}")
-    return number
+    if type(value) is not int:
+        _check_on_host(name, value)
+        try:
+            value = operator.index(value)
+        except (TypeError, RuntimeError):
+            raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if not 0 <= value <= last:
+        raise ValueError(f"{name}: expected 0..{last}, got {value}")
+    return value
 
 
 def _number(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     _check_on_host(name, value)
     try:
         return float(value)

@@ -55,6 +55,8 @@ class MatmulConfig:
         k_blocks: Slots that the producer fills together, a power of two up to `num_stages`: a
             weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
             of 128-column steps is not a multiple of it.
+        dynamic: Whether a CTA takes the next tile that nobody has, instead of every `sms`-th one.
+            Worth it where tiles are many and long; the counter costs a launch of its own.
     """
 
     block_m: int
@@ -62,6 +64,7 @@ class MatmulConfig:
     widths: tuple[int, ...] = ()
     sms: int | None = None
     k_blocks: int = 1
+    dynamic: bool = False
 
     def __post_init__(self):
         if self.block_m != 16 and (self.block_m % 32 or not 32 <= self.block_m <= 256):
@@ -152,8 +155,10 @@ def grouped_matmul(
     mail = mailbox_types(NUM_CONSUMERS)
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
     sms = config.sms or num_sms()
+    dynamic = config.dynamic and interpret is None  # the interpreter has no atomics
 
-    def body(x, x_scales, sizes, offsets, tile_expert, num_tiles, w, w_scales, counter, *refs):
+    def body(x, x_scales, sizes, offsets, tile_expert, num_tiles, w, w_scales, *refs):
+        counter, refs = (refs[0], refs[1:]) if dynamic else (None, refs)
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
         ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
         mailbox, scratch = Mailbox(*refs[: len(mail)]), refs[len(mail) :]
@@ -166,10 +171,11 @@ def grouped_matmul(
             tile_expert,
             num_tiles[0] * num_columns,
             counter,
-            interpret,
         )
         role = lax.axis_index("warpgroup")
-        producer_registers, consumer_registers = (40, 232) if together > 1 else (24, 240)
+        # Small tiles leave the producer the registers for copies that are issued together.
+        small = config.block_m <= CONSUMER_ROWS
+        producer_registers, consumer_registers = (56, 224) if small else (24, 240)
 
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
@@ -215,7 +221,8 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    return kernel(*rows, weights, weights_scale, jnp.zeros(tickets.COUNTER_SHAPE, jnp.int32))
+    counter = [jnp.zeros(tickets.COUNTER_SHAPE, jnp.int32)] if dynamic else []
+    return kernel(*rows, weights, weights_scale, *counter)
 
 
 def _by_width(config: MatmulConfig, tile_body):

@@ -1,8 +1,7 @@
 """Tickets: a counter in global memory from which the CTAs of a running kernel draw numbers.
 
 The counter is two zeros, tickets drawn and CTAs done. The last CTA that is done sets both to zero
-again, so a kernel leaves the counter as it found it. The interpreter cannot run the atomics; there
-callers deal work out round robin.
+again, so a kernel leaves the counter as it found it. The interpreter cannot run these atomics.
 """
 
 from __future__ import annotations

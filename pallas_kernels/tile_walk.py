@@ -1,8 +1,9 @@
 """Which CTA computes which tile, and how a CTA's warpgroups agree on it.
 
 Tiles are ordered expert by expert; inside one, rows fastest, so that an expert's weights are read
-from HBM once and from L2 after that. The first tile of a CTA is its index; every further one is the
-next that no CTA has, drawn as a ticket, so nobody idles while another has two tiles left.
+from HBM once and from L2 after that. The first tile of a CTA is its index. Every further one is
+`sms` tiles on or, with a counter, the next that no CTA has, drawn as a ticket, so that nobody idles
+while another has two tiles left.
 
     producer warpgroup                    consumer warpgroups
     ------------------                    -------------------
@@ -56,7 +57,7 @@ def mailbox_types(num_consumers: int) -> list[Any]:
 
 
 class Walk(NamedTuple):
-    """The order of tiles, and this CTA's place in it."""
+    """The order of tiles, and this CTA's place in it; `counter` is None for a fixed deal."""
 
     block_m: int
     num_columns: int
@@ -66,15 +67,15 @@ class Walk(NamedTuple):
     tile_expert: Any
     total: Any
     counter: Any
-    interpret: Any
 
     def tile(self, linear) -> Tile:
         """The `linear`-th tile; past the last one, a tile without live rows."""
-        inside_total = lax.max(lax.min(linear, self.total - 1), 0)
-        expert = self.tile_expert[lax.div(inside_total, jnp.int32(self.num_columns))]
+        # Dead tiles name expert 0, so the look-up need not wait until `total` has been read.
+        row_tile = lax.div(linear, jnp.int32(self.num_columns))
+        expert = self.tile_expert[lax.min(row_tile, jnp.int32(self.tile_expert.shape[0] - 1))]
         size, offset = self.sizes[expert], self.offsets[expert]
         row_tiles = lax.max(lax.div(size + (self.block_m - 1), jnp.int32(self.block_m)), 1)
-        inside = inside_total - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
+        inside = linear - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
         first = lax.rem(inside, row_tiles) * self.block_m
         live = lax.min(size - first, jnp.int32(self.block_m))
         live = lax.select(linear < self.total, live, jnp.int32(0))
@@ -99,7 +100,7 @@ class Walk(NamedTuple):
             return index + 1
 
         count = lax.while_loop(lambda index: read(mailbox, index).live > 0, step, jnp.int32(0))
-        if not self.interpret:
+        if self.counter is not None:
             tickets.retire(self.counter, self.sms)
 
         # Every completed phase must be observed before the barriers go away.
@@ -121,7 +122,7 @@ class Walk(NamedTuple):
         lax.while_loop(lambda carry: carry[1][2] > 0, step, initial)
 
     def _next_tile(self, index, mailbox) -> Tile:
-        if self.interpret:
+        if self.counter is None:
             return self.tile(lax.axis_index("sm") + (index + 1) * self.sms)
         ticket = tickets.draw(self.counter, mailbox.records.at[_RECORDS, pl.ds(0, 1)])
         return self.tile(self.sms + ticket)

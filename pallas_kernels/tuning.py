@@ -1,22 +1,31 @@
-"""Which tile each size class gets. Chosen from static shapes only, so routing never recompiles."""
+"""Which tile each size class gets. Chosen from static shapes only, so routing never recompiles.
+
+A table measured on this kind of GPU by `python -m pallas_kernels.tune` wins over the shipped one.
+"""
 
 from __future__ import annotations
 
-from pallas_kernels.block_scaled_matmul import MatmulConfig
+import functools
 
+from pallas_kernels import device, tuning_cache, tuning_check
+from pallas_kernels.block_scaled_matmul import MatmulConfig
+from pallas_kernels.tuning_cache import Pair, Table
+
+KERNELS = "mosaic"
 MAX_BLOCK_M = 128
 
 # Measured on an H100 (docs/performance_log.md).
 _UP = {
     16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2),
     64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48), k_blocks=2),
-    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96)),
+    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96), dynamic=True),
 }
 _DOWN = {
     16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2),
     64: MatmulConfig(block_m=64, num_stages=4, widths=(16, 32, 48), k_blocks=2),
-    128: MatmulConfig(block_m=128, num_stages=3, widths=(32, 64, 96)),
+    128: MatmulConfig(block_m=128, num_stages=3, widths=(32, 64, 96), dynamic=True),
 }
+SHIPPED: Table[MatmulConfig] = {block_m: Pair(_UP[block_m], _DOWN[block_m]) for block_m in _UP}
 
 
 def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -35,9 +44,24 @@ def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
 
 def up_config(block_m: int) -> MatmulConfig:
     """Tile and ring of the up-projection for a plan of `block_m`."""
-    return _UP[block_m]
+    return _table()[block_m].up_projection
 
 
 def down_config(block_m: int) -> MatmulConfig:
     """Tile and ring of the down-projection for a plan of `block_m`."""
-    return _DOWN[block_m]
+    return _table()[block_m].down_projection
+
+
+def is_shipped() -> bool:
+    """Whether the table in use here is the one that comes with the package."""
+    return _table() is SHIPPED
+
+
+def _table() -> Table[MatmulConfig]:
+    gpu = device.local_gpu()
+    return SHIPPED if gpu is None else _table_of(gpu.device_kind)
+
+
+@functools.cache
+def _table_of(device_kind: str) -> Table[MatmulConfig]:
+    return tuning_cache.choose(KERNELS, device_kind, SHIPPED, tuning_check.check)

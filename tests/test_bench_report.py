@@ -72,6 +72,13 @@ def results(tmp_path):
     return found, settings
 
 
+def test_tilings_that_are_not_the_shipped_ones_are_named(results):
+    found, settings = results
+    assert "Tilings" not in dict(documents._header(found, settings))
+    found.about["device"]["tuned"] = ["mosaic"]
+    assert dict(documents._header(found, settings))["Tilings"].startswith("of mosaic: this user's")
+
+
 def test_figures_follow_from_time_work_and_roofline(results):
     found, _ = results
     figures = found.figures(found.rows["jax_moe_mosaic", select(["7"])[0].uuid])

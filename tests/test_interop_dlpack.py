@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import resource
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +93,44 @@ REFUSED = {
 def test_what_cannot_cross_is_named(make, reason):
     with pytest.raises(ValueError, match=f"^router: .*{reason}"):
         to_jax(make(), "router")
+
+
+def test_a_tensor_elsewhere_is_named():
+    bridge = dlpack.bridge_of(torch.ones(2), "x")
+    with pytest.raises(ValueError, match=r"^y: expected a tensor on cpu, got meta"):
+        bridge.import_all(("x", "y"), (torch.ones(2), torch.ones(2, device="meta")), None)
+
+
+class OneEvent:
+    """What `Bridge` needs of an event and a stream; notes what was waited for."""
+
+    def __init__(self):
+        self.recorded = None
+        self.waited = []
+
+    def record(self, stream):
+        self.recorded = stream
+        time.sleep(1e-4)  # another thread may come between
+
+    def wait_event(self, event):
+        self.waited.append((threading.get_ident(), event.recorded))
+
+
+def test_threads_wait_for_their_own_stream():
+    """All calls share one event: no thread may wait for what another one recorded."""
+    bridge = dlpack.Bridge(torch.device("cpu"), "x")
+    bridge._event = bridge._stream = shared = OneEvent()
+    bridge._address, bridge._lock = 0xABC, threading.Lock()
+
+    def hand_over() -> None:
+        for _ in range(20):
+            assert bridge.order_after_torch(threading.get_ident()) == 0xABC
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(hand_over) for _ in range(4)]:
+            done.result()
+    assert len(shared.waited) == 80
+    assert all(thread == recorded for thread, recorded in shared.waited)
 
 
 def test_int64_crosses_whole_where_jax_has_it():

@@ -169,6 +169,8 @@ def test_a_torch_graph_capture_is_refused(inputs):
         side += 1  # a graph needs something in it
         with pytest.raises(RuntimeError, match="cannot capture it"):
             torch_moe(*inputs)
+        with pytest.raises(RuntimeError, match="cannot capture it"):
+            to_jax(side)
 
 
 def test_a_thousand_round_trips_leave_memory_flat(inputs):

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import numpy as np  # noqa: E402
 
 import jax_moe  # noqa: E402
-from interop import TorchMoE, TorchMoEWeights, to_jax, to_torch, torch_moe  # noqa: E402
+from interop import TorchMoE, TorchMoEWeights, host_time, to_jax, to_torch, torch_moe  # noqa: E402
 from tests import moe_inputs  # noqa: E402
 from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
@@ -64,6 +64,16 @@ def test_handle_follows_its_scalars(inputs, handle):
     assert not torch.equal(elsewhere, once)
 
 
+def test_a_scalar_tensor_is_read_at_every_call(inputs, handle):
+    offset, factor = torch.tensor(8), torch.tensor(2.5)
+    once = handle(*inputs[:4], offset, factor)
+    offset.fill_(16)
+    factor.fill_(5.0)
+    expected = handle(*inputs[:4], 16, 5.0)
+    np.testing.assert_array_equal(bits(handle(*inputs[:4], offset, factor)), bits(expected))
+    assert not torch.equal(once, expected)
+
+
 def test_nothing_is_kept_between_calls(inputs):
     """The same memory with other values gives another result."""
     tensors = [tensor.clone() for tensor in inputs[:8]]
@@ -86,9 +96,10 @@ def test_inputs_are_released(inputs):
 
 
 def test_live_rows(inputs, expected, handle):
-    out = handle(*inputs[:4], *inputs[8:], num_tokens=7)
-    np.testing.assert_array_equal(bits(out[:7]), bits(expected[:7]))
-    assert not out[7:].any()
+    for live in (7, 3, 7, 20):
+        out = handle(*inputs[:4], *inputs[8:], num_tokens=live)
+        np.testing.assert_array_equal(bits(out[:live]), bits(expected[:live]))
+        assert not out[live:].any()
 
 
 def test_unquantized_activations(inputs):
@@ -170,6 +181,13 @@ def test_torch_scalars_count_as_numbers(inputs, expected):
 def test_bad_destinations_are_named(inputs, out):
     with pytest.raises(ValueError, match=r"out: expected bfloat16 \[20, 256\] on cpu, got"):
         torch_moe(*inputs, out=out)
+
+
+def test_host_times_are_measured(monkeypatch):
+    monkeypatch.setattr(host_time, "REPEATS", 2)
+    costs = host_time.measure("cpu")
+    assert {"TorchMoE", "torch_moe", "apply, eager"} <= costs.keys()
+    assert all(0 < cost.host <= cost.complete for cost in costs.values())
 
 
 def test_inputs_come_from_the_shared_generator():

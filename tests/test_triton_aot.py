@@ -116,13 +116,12 @@ def test_the_tilings_form_a_ladder():
             assert {c.block_m for c in configs.choose(block_m, capability)} == {block_m}
 
 
-def test_the_tuner_offers_what_fits_and_what_is_shipped():
-    candidates = {config for some in tune.CANDIDATES.values() for config in some}
-    for config in candidates:
-        assert config.smem_bytes <= HOPPER_SMEM
-        assert config.programs_per_sm * (config.smem_bytes + 1024) <= HOPPER_SMEM + 1024
+def test_the_tuner_offers_what_is_shipped():
     for block_m in configs.BLOCK_MS:
-        assert candidates >= set(configs.choose(block_m, 90))
+        for config in configs.choose(block_m, 90):
+            assert config.smem_bytes <= HOPPER_SMEM
+            for field, values in tune.CHOICES.items():
+                assert getattr(config, field) in values
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""The 19 workloads at full size on a GPU: both kinds of inputs, every backend, same bits twice."""
+"""The 19 workloads at full size on a GPU: both kinds of inputs, every backend, same bits twice.
+
+Inputs are drawn at few token counts, so that few programs are compiled; of the result only the
+workload's own tokens are judged. The benchmark checks each workload at its own token count.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +44,13 @@ def bits(array):
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda row: f"T={row.num_tokens}")
 def test_workload(workload, kind):
     arguments = arguments_of(kind, workload)
-    expected = jax_moe.reference(*arguments)
+    own = slice(workload.num_tokens)
+    expected = jax_moe.reference(*arguments)[own]
     for backend in ("mosaic", "triton"):
         if unsupported_reason(backend) is not None:
             continue
         out = jax_moe.apply(*arguments, backend=backend)
-        found = correctness.check(out, expected, correctness.Tolerance())
+        found = correctness.check(out[own], expected, correctness.Tolerance())
         matched, matched_sum = BARS[kind]
         assert found.problem is None, f"{backend}: {found}"
         assert found.matched_ratio >= matched, f"{backend}: {found}"

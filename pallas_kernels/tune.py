@@ -1,0 +1,84 @@
+"""Measures the tiles of the Mosaic kernels on the GPU at hand: `python -m pallas_kernels.tune`.
+
+The best ones go to the user's cache folder, where `tuning` finds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import tuning, tuning_check, tuning_search
+from pallas_kernels.block_scaled_matmul import MatmulConfig
+from pallas_kernels.tuning_search import Case, Prepared, Sizes, Tuner, Weights
+
+
+def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
+    """What to try: depths of the ring, slots filled together, tails, both values of a switch."""
+    half, sixteenth = config.block_m // 2, range(16, config.block_m, 16)
+    quarters = range(config.block_m // 4, config.block_m, config.block_m // 4)
+    tails = {(), tuple(sixteenth), (half,), tuple(quarters)}
+    switches = [
+        field.name
+        for field in dataclasses.fields(config)
+        if isinstance(getattr(config, field.name), bool)
+    ]
+    return {
+        "num_stages": range(3, 9),
+        "k_blocks": (1, 2),
+        "widths": sorted(tail for tail in tails if len(tail) < 4 and not any(w % 16 for w in tail)),
+        **dict.fromkeys(switches, (False, True)),
+    }
+
+
+def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -> Prepared:
+    """The inputs of one matmul: rows that were already gathered.
+
+    Args:
+        case: Which matmul, how many tokens.
+        weights: Of the local experts.
+        sizes: Of the layer.
+        interpret: Interpreter parameters, or None for the GPU.
+    """
+    plan = tuning_search.draw_plan(case.num_tokens, case.block_m, sizes)
+    live = np.flatnonzero(plan.row_token >= 0)
+    is_up = case.role == "up_projection"
+    columns = sizes.hidden if is_up else sizes.intermediate
+    rows = tuning_search.unit_rows(3, len(plan.row_token), columns)
+    placed = plan.group_sizes, plan.group_offsets, plan.tile_expert, plan.num_tiles
+
+    def live_rows(result: Any) -> jax.Array:
+        if not is_up:
+            return result[live]
+        values, scales = result
+        return tuning_search.dequantized(values, scales, live)
+
+    return Prepared(
+        arrays=(*rows, *map(jnp.asarray, placed), *getattr(weights, case.role)),
+        build=lambda config: tuning_check.projection(case.role, config, interpret),
+        rows=live_rows,
+    )
+
+
+def tuner(gpu: jax.Device) -> Tuner | str:
+    """What to tune, or why these kernels do not run there."""
+    if str(gpu.compute_capability) != "9.0":
+        return f"needs a Hopper GPU, and this is a {gpu.device_kind}"
+    return Tuner(
+        kernels=tuning.KERNELS,
+        shipped=tuning.SHIPPED,
+        choices=choices,
+        block_m=tuning.block_m,
+        prepare=prepare,
+        check=tuning_check.check,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(tuning_search.main(sys.argv[1:], "pallas_kernels.tune", tuner))

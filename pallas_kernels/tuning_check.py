@@ -1,0 +1,58 @@
+"""Whether the matmuls can be built with a configuration, found out without compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.down_projection import down_projection
+from pallas_kernels.shapes import QUANT_BLOCK, round_up
+from pallas_kernels.up_projection import up_projection
+
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "up_projection": up_projection,
+    "down_projection": down_projection,
+}
+_EXPERTS, _HIDDEN, _INTERMEDIATE = 32, 7168, 2048  # DeepSeek-V3's, which the tables are made for
+
+
+def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callable[..., Any]:
+    """A matmul as a function of the fields of `GroupedRows`, the weights and their scales.
+
+    Args:
+        role: "up_projection" or "down_projection".
+        config: Tile and ring.
+        interpret: Interpreter parameters, or None for the GPU.
+    """
+
+    def run(*arrays: Any) -> Any:
+        *rows, weights, scales = arrays
+        return _KERNELS[role](
+            GroupedRows(*rows), weights, scales, config=config, interpret=interpret
+        )
+
+    return run
+
+
+def check(role: str, config: MatmulConfig) -> None:
+    """Raises what building the kernel would raise, such as ValueError for too large a ring."""
+    rows, shape = round_up(config.block_m, 32), jax.ShapeDtypeStruct
+    n, k = {
+        "up_projection": (2 * _INTERMEDIATE, _HIDDEN),
+        "down_projection": (_HIDDEN, _INTERMEDIATE),
+    }[role]
+    arrays = (
+        shape((rows, k), jnp.float8_e4m3fn),
+        shape((k // QUANT_BLOCK, rows), jnp.float32),
+        shape((_EXPERTS,), jnp.int32),
+        shape((_EXPERTS,), jnp.int32),
+        shape((rows // config.block_m,), jnp.int32),
+        shape((1,), jnp.int32),
+        shape((_EXPERTS, n, k), jnp.float8_e4m3fn),
+        shape((_EXPERTS, n // QUANT_BLOCK, k // QUANT_BLOCK), jnp.float32),
+    )
+    jax.eval_shape(projection(role, config), *arrays)

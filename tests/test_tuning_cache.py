@@ -1,0 +1,302 @@
+"""Tables of tilings in the user's cache folder: used where valid, ignored with a warning else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import environment
+from pallas_kernels import device, files, tuning, tuning_cache, tuning_check
+from pallas_kernels.tuning_cache import Pair
+
+KIND = "NVIDIA H100 80GB HBM3"
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def gpu(kind=KIND, capability="9.0"):
+    return types.SimpleNamespace(
+        device_kind=kind, compute_capability=capability, platform="gpu", core_count=132
+    )
+
+
+@pytest.fixture
+def path(monkeypatch, tmp_path):
+    """Where the table of this machine's GPU lies; the folder exists."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(tuning_cache.SWITCH, raising=False)
+    monkeypatch.setattr(device, "local_gpu", gpu)
+    tuning._table_of.cache_clear()
+    path = tuning_cache.path_of(tuning.KERNELS, KIND)
+    path.parent.mkdir(parents=True)
+    yield path
+    tuning._table_of.cache_clear()
+
+
+def other_table(num_stages=2):
+    """The shipped table with another depth of the ring throughout."""
+    return {
+        block_m: Pair(*(dataclasses.replace(config, num_stages=num_stages) for config in pair))
+        for block_m, pair in tuning.SHIPPED.items()
+    }
+
+
+def write(path, table=None, kind=KIND):
+    tuning_cache.write(path, tuning.KERNELS, kind, table or other_table(), measured=[])
+
+
+def used():
+    tuning._table_of.cache_clear()
+    return {m: Pair(tuning.up_config(m), tuning.down_config(m)) for m in tuning.SHIPPED}
+
+
+def test_a_table_for_this_device_is_used(path):
+    assert path == path.parents[2] / "jax_moe" / "tuning" / "mosaic-NVIDIA-H100-80GB-HBM3.json"
+    assert used() == tuning.SHIPPED
+    assert tuning.is_shipped()
+    write(path)
+    assert used() == other_table() != tuning.SHIPPED
+    assert not tuning.is_shipped()
+
+
+def test_the_benchmark_says_whose_tilings_it_used(path, monkeypatch):
+    here = gpu()
+    here.memory_stats = lambda: {"bytes_limit": 1}
+    monkeypatch.setattr(jax, "devices", lambda: [here])
+    assert environment.device()["tuned"] == []
+    write(path)
+    tuning._table_of.cache_clear()
+    assert environment.device()["tuned"] == ["mosaic"]
+
+
+def test_it_is_read_once_a_process(path):
+    write(path)
+    before = used()
+    path.write_text("spoilt since")
+    assert tuning.up_config(16) == before[16].up_projection
+
+
+def test_it_can_be_switched_off(path, monkeypatch):
+    write(path)
+    monkeypatch.setenv(tuning_cache.SWITCH, "off")
+    assert used() == tuning.SHIPPED
+
+
+def test_without_a_gpu_no_file_is_looked_at(path, monkeypatch):
+    path.write_text("not even read")
+    monkeypatch.setattr(device, "local_gpu", lambda: None)
+    assert used() == tuning.SHIPPED
+
+
+def test_a_target_that_is_not_here_is_no_local_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu()])
+    assert device.local_gpu().device_kind == KIND
+    target = jax.sharding.AbstractDevice(KIND, 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=target)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert device.local_gpu() is None
+
+
+def spoil(**changes):
+    """Replaces top-level fields of the file."""
+    return lambda content: json.dumps(content | changes)
+
+
+def spoil_config(**changes):
+    """Replaces fields of one configuration; None removes one."""
+
+    def spoilt(content):
+        config = content["table"]["128"]["up_projection"]
+        config.update(changes)
+        content["table"]["128"]["up_projection"] = {
+            key: value for key, value in config.items() if value != "absent"
+        }
+        return json.dumps(content)
+
+    return spoilt
+
+
+def without_class(content):
+    del content["table"]["16"]
+    return json.dumps(content)
+
+
+FAULTS = {
+    "empty": (lambda content: "", "Expecting value"),
+    "cut off": (lambda content: json.dumps(content)[:-40], "delimiter|Unterminated|Expecting"),
+    "code": (lambda content: "__import__('os').abort()", "Expecting value"),
+    "not UTF-8": (lambda content: b"\xff\xfe{}", "can't decode"),
+    "nested": (lambda content: "[" * 200_000, "nested|recursion"),
+    "a huge number": (lambda content: "9" * 10_000, "digits"),
+    "a list": (lambda content: "[]", "expected a JSON object"),
+    "large": (lambda content: " " * (2**20 + 1), "bytes, more than"),
+    "foreign device": (spoil(device="NVIDIA A100"), "device: expected 'NVIDIA H100"),
+    "other JAX": (spoil(jax="0.4.0"), "jax: expected"),
+    "old schema": (spoil(schema=0), "schema: expected 1, found 0"),
+    "other kernels": (spoil(kernels="triton"), "kernels: expected 'mosaic', found 'triton'"),
+    "other fields": (spoil(fields=["block_m"]), "fields: expected"),
+    "no table": (spoil(table=None), "table: expected the fields"),
+    "missing class": (without_class, r"table: expected the fields .*'16'"),
+    "unknown field": (spoil_config(colour=1), r"table\.128\.up_projection: expected the fields"),
+    "missing field": (spoil_config(num_stages="absent"), "expected the fields"),
+    "a string": (spoil_config(num_stages="4"), r"num_stages: expected .*int.*, found '4'"),
+    "a float": (spoil_config(num_stages=4.0), "num_stages: expected"),
+    "a bool": (spoil_config(num_stages=True), "num_stages: expected"),
+    "null": (spoil_config(num_stages=None), "num_stages: expected"),
+    "beyond 32 bits": (spoil_config(num_stages=2**40), "num_stages: expected"),
+    "no tuple": (spoil_config(widths=16), "widths: expected"),
+    "out of range": (spoil_config(num_stages=1), "num_stages: expected at least 2"),
+    "another class": (spoil_config(block_m=64, widths=[]), "block_m: expected 128"),
+    "too large for shared memory": (spoil_config(num_stages=40), "bytes of shared memory"),
+    "a slot too large": (spoil_config(num_stages=5, widths=[]), "bytes of shared memory"),
+}
+
+
+@pytest.mark.parametrize(("fault", "reason"), FAULTS.values(), ids=FAULTS)
+def test_a_faulty_file_is_ignored_with_a_warning(path, fault, reason):
+    write(path, tuning.SHIPPED)
+    content = fault(json.loads(path.read_text()))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(UserWarning, match=f"{path.name}: ignored, the shipped tilings .*({reason})"):
+        assert used() == tuning.SHIPPED
+
+
+def link(path):
+    write(path.with_name("elsewhere.json"))
+    path.symlink_to("elsewhere.json")
+
+
+ODD_FILES = {
+    "link": (link, "symbolic"),
+    "loop": (lambda path: path.symlink_to(path), "symbolic"),
+    "pipe": (os.mkfifo, "regular file"),
+    "folder": (pathlib.Path.mkdir, "regular file"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), ODD_FILES.values(), ids=ODD_FILES)
+def test_what_is_no_regular_file_is_ignored(path, make, reason):
+    make(path)
+    with pytest.warns(UserWarning, match=reason):
+        assert used() == tuning.SHIPPED
+
+
+def test_writing_replaces_a_link_and_spares_its_target(path, tmp_path):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    path.symlink_to(target)
+    write(path)
+    assert target.read_text() == "precious"
+    assert not path.is_symlink()
+    assert used() == other_table()
+
+
+def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
+    write(path)
+
+    def refuse(source, destination):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        write(path, other_table(3))
+    assert used() == other_table()
+    assert list(path.parent.iterdir()) == [path]
+
+
+WRITER = """
+import pathlib, sys
+from tests.test_tuning_cache import other_table, write
+for _ in range(300):
+    write(pathlib.Path(sys.argv[1]), other_table(int(sys.argv[2])))
+"""
+
+
+def test_two_processes_write_at_once(path):
+    """A reader finds either table whole, at any moment."""
+    write(path, other_table(2))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(stages)], env=environment)
+        for stages in (2, 3)
+    ]
+    known, seen = (other_table(2), other_table(3)), [0, 0]
+    while any(writer.poll() is None for writer in writers):
+        table = tuning_cache.read(path, tuning.KERNELS, KIND, tuning.SHIPPED, lambda *_: None)
+        seen[known.index(table)] += 1
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert sum(seen) > 0
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("root", ["", "relative/cache"])
+def test_without_an_absolute_cache_folder_it_is_the_one_at_home(monkeypatch, tmp_path, root):
+    monkeypatch.setenv("XDG_CACHE_HOME", root)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_folder() == tmp_path / ".cache" / "jax_moe"
+
+
+def test_without_a_home_the_shipped_table_is_used(path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", homeless)
+    assert used() == tuning.SHIPPED
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """One of each type that a configuration may have."""
+
+    block_m: int
+    switch: bool = False
+    some: tuple[int, ...] = ()
+    maybe: int | None = None
+    old_style: typing.Optional[int] = None  # noqa: UP045
+
+
+@pytest.mark.parametrize("config", [Fields(16), Fields(16, True, (1, 2), 3, 4)])
+def test_configurations_of_plain_fields_come_back(tmp_path, config):
+    table = {16: Pair(config, config)}
+    tuning_cache.write(tmp_path / "t.json", "any", KIND, table, measured={"rows": [1.5]})
+    shipped = {16: Pair(Fields(16), Fields(16))}
+    found = tuning_cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
+    assert found == table
+    assert type(found[16].up_projection.switch) is bool
+
+
+@pytest.mark.parametrize("bad", [{"switch": 1}, {"some": [1, "2"]}, {"some": [[1]]}, {"maybe": ""}])
+def test_other_types_are_refused(tmp_path, bad):
+    config = dataclasses.replace(Fields(16), **bad)
+    tuning_cache.write(tmp_path / "t.json", "any", KIND, {16: Pair(config, config)}, measured=[])
+    shipped = {16: Pair(Fields(16), Fields(16))}
+    with pytest.raises(ValueError, match=rf"table\.16\.up_projection\.{next(iter(bad))}: expected"):
+        tuning_cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
+
+
+def test_the_shipped_tables_pass_their_own_check():
+    for pair in tuning.SHIPPED.values():
+        for role, config in pair._asdict().items():
+            tuning_check.check(role, config)
+
+
+def test_the_check_works_while_something_is_traced():
+    config = dataclasses.replace(tuning.SHIPPED[128].up_projection, num_stages=40)
+
+    def step(x):
+        with pytest.raises(ValueError, match="shared memory"):
+            tuning_check.check("up_projection", config)
+        tuning_check.check("up_projection", tuning.SHIPPED[128].up_projection)
+        return x
+
+    assert jax.jit(jax.vmap(step))(jnp.ones(2)).shape == (2,)
