@@ -162,7 +162,7 @@ def _token_counts(padded: int) -> list[int]:
     return [fitting[0], fitting[len(fitting) // 3], fitting[-1], fitting[-1]]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _weights(slot: int, kind: int) -> tuple[Any, Any, Any, Any]:
     """Gaussian values, or any finite ones, on the device, and even scales for outputs near one."""
     model = SLOTS[slot][0]

@@ -97,12 +97,13 @@ def test_no_local_token(case):
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
-@pytest.mark.parametrize("num_tokens", [64, 127, 128])
-def test_all_tokens_to_the_same_experts(case, num_tokens):
-    inputs = make_inputs(num_tokens)
+@pytest.mark.parametrize("counts", [(62, 63, 64), (65, 66, 126, 127, 128), (129, 130, 256)])
+def test_all_tokens_to_the_same_experts(case, counts):
+    """Groups of exactly a tile's height, and one or two more or less."""
     bias = np.zeros(32, np.float32)
     bias[[8, 9, 14, 15]] = 10
-    check(case, inputs._replace(routing_bias=bias))
+    for num_tokens in counts:
+        check(case, make_inputs(num_tokens)._replace(routing_bias=bias))
 
 
 ONE_EACH = [(expert,) for expert in range(8)]

@@ -110,6 +110,22 @@ def test_make_targets_of_the_documents_exist():
     assert named == set()
 
 
+def test_tests_that_the_documents_name_exist():
+    """As in `test_api.test_jit_equals_eager`; and each of the 35 faults has its row."""
+    missing, named = [], 0
+    for document in tracked("*.md"):
+        text = document.read_text()
+        for file, test in re.findall(r"`(\w+)\.(test_\w+)`", text):
+            named += 1
+            path = ROOT / "tests" / f"{file}.py"
+            if not path.exists() or f"\ndef {test}(" not in path.read_text():
+                missing.append(f"{document.name}: {file}.{test}")
+    assert missing == []
+    assert named > 100
+    faults = re.findall(r"^\| (\d+) \|.*`.*`", (ROOT / "docs/reliability.md").read_text(), re.M)
+    assert faults == [str(number) for number in range(1, 36)]
+
+
 def test_the_readme_example_runs_and_prints_what_it_says():
     readme = (ROOT / "README.md").read_text()
     examples = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", readme, re.DOTALL)
