@@ -95,14 +95,16 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str:
-    """The commit of this checkout, "-dirty" if tracked files differ.
+    """The commit that `GIT_COMMIT` names, else this checkout's, "-dirty" if tracked files differ.
 
-    A copy without its history has the one that `GIT_COMMIT` names, else "unknown".
+    The variable is for copies, whose history is missing or older than their files.
     """
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
     root = folder or Path(__file__).resolve().parent.parent
     commit = _output_of("git", "-C", str(root), "rev-parse", "HEAD")
     if commit is None:
-        return os.environ.get("GIT_COMMIT", "unknown")
+        return "unknown"
     changed = _output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if changed else commit
 

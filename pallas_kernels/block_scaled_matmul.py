@@ -158,7 +158,7 @@ def grouped_matmul(
     dynamic = config.dynamic and interpret is None  # the interpreter has no atomics
 
     def body(x, x_scales, sizes, offsets, tile_expert, num_tiles, w, w_scales, *refs):
-        counter, refs = (refs[0], refs[1:]) if dynamic else (None, refs)
+        counter = tickets.new_counter() if dynamic else None
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
         ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
         mailbox, scratch = Mailbox(*refs[: len(mail)]), refs[len(mail) :]
@@ -221,8 +221,7 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    counter = [jnp.zeros(tickets.COUNTER_SHAPE, jnp.int32)] if dynamic else []
-    return kernel(*rows, weights, weights_scale, *counter)
+    return kernel(*rows, weights, weights_scale)
 
 
 def _by_width(config: MatmulConfig, tile_body):

@@ -1,7 +1,8 @@
 """Tickets: a counter in global memory from which the CTAs of a running kernel draw numbers.
 
-The counter is two zeros, tickets drawn and CTAs done. The last CTA that is done sets both to zero
-again, so a kernel leaves the counter as it found it. The interpreter cannot run these atomics.
+The counter is two of the call's own semaphores, tickets drawn and CTAs done. Pallas hands them over
+as zeros and wants zeros back: the last CTA that is done sets them so. The interpreter cannot run
+these atomics.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import llvm, memref
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
-
-COUNTER_SHAPE = (2,)
 
 _RETIRE = """{{
     .reg .pred last; .reg .u32 done;
@@ -24,11 +24,16 @@ _RETIRE = """{{
 }}"""
 
 
+def new_counter():
+    """The counter of the kernel that is being traced, all zeros."""
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+
+
 def draw(counter_gmem, mailbox_smem) -> Int32[Array, ""]:
     """The next ticket, 0, 1, 2, ..., the same for all threads of the calling warpgroup.
 
     Args:
-        counter_gmem: `i32[2]`.
+        counter_gmem: From `new_counter`.
         mailbox_smem: `i32[1]`, through which the thread that draws tells the others.
     """
 
@@ -60,7 +65,7 @@ def retire(counter_gmem, num_ctas: int) -> None:
     """Says that this CTA draws no more; called once by one warpgroup of each CTA.
 
     Args:
-        counter_gmem: `i32[2]`.
+        counter_gmem: From `new_counter`.
         num_ctas: CTAs of the grid.
     """
 
