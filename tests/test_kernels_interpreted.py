@@ -28,7 +28,8 @@ from tests import numpy_oracle
 from tests.test_dispatch import check_plan, draw_ids
 
 E4M3 = ml_dtypes.float8_e4m3fn
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+# The copies of one simulated TMA thread are ordered: with few threads that hides races.
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=256)
 
 
 # The detector wants a proxy fence between plain reads of shared memory and the TMA copy that
