@@ -99,15 +99,13 @@ def test_a_traced_call_does_not_ask(monkeypatch):
     jax.jit(lambda *a: jax_moe.apply(*a, config=SMALL, backend="xla")).lower(*inputs)
 
 
-ON_A_SMALL_GPU = """
+SMALL_AND_LARGE_CALL = """
     import jax, jax.numpy as jnp, numpy as np
     import jax_moe
     from jax_moe import memory
     from tests.moe_inputs import SMALL, make_inputs, on_device
 
-    device = jax.devices()[0]
     inputs = on_device(make_inputs(8, hidden_size=7168))
-    small = jax.block_until_ready(jax_moe.apply(*inputs, config=SMALL))
     many = 100_000
     large = inputs._replace(
         routing_logits=jnp.zeros((many, 32)),
@@ -115,13 +113,21 @@ ON_A_SMALL_GPU = """
         hidden_states_scale=jnp.ones((56, many)),
     )
     jax.block_until_ready(large)
+
+    def large_call_is_refused():
+        try:
+            jax_moe.apply(*large, config=SMALL)
+        except MemoryError as error:
+            print(error)
+        else:
+            raise SystemExit("no error")
+"""
+
+ON_A_SMALL_GPU = """
+    device = jax.devices()[0]
+    small = jax.block_until_ready(jax_moe.apply(*inputs, config=SMALL))
     used = device.memory_stats()["bytes_in_use"]
-    try:
-        jax_moe.apply(*large, config=SMALL)
-    except MemoryError as error:
-        print(error)
-    else:
-        raise SystemExit("no error")
+    large_call_is_refused()
     assert device.memory_stats()["bytes_in_use"] == used
     again = jax_moe.apply(*inputs, config=SMALL)
     assert (np.asarray(again) == np.asarray(small)).all()
@@ -132,29 +138,12 @@ ON_A_SMALL_GPU = """
     assert abs(free - memory.available_bytes(device) - 2**28) < 2**27
 """
 
-
 BESIDE_TORCH = """
     import torch
-    import jax, jax.numpy as jnp
-    import jax_moe
-    from tests.moe_inputs import SMALL, make_inputs, on_device
 
-    inputs = on_device(make_inputs(8, hidden_size=7168))
-    many = 100_000
-    large = inputs._replace(
-        routing_logits=jnp.zeros((many, 32)),
-        hidden_states=jnp.zeros((many, 7168), jnp.float8_e4m3fn),
-        hidden_states_scale=jnp.ones((56, many)),
-    )
-    jax.block_until_ready(large)
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(free - 2**31, dtype=torch.uint8, device="cuda")
-    try:
-        jax_moe.apply(*large, config=SMALL)
-    except MemoryError as error:
-        print(error)
-    else:
-        raise SystemExit("no error")
+    large_call_is_refused()
     jax.block_until_ready(jax_moe.apply(*inputs, config=SMALL))
     del held
     torch.cuda.empty_cache()
@@ -165,7 +154,7 @@ BESIDE_TORCH = """
 def refusal_of(script: str, **variables: str) -> str:
     """What a process prints that expects one call to be refused."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", textwrap.dedent(SMALL_AND_LARGE_CALL + script)],
         env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables},
         capture_output=True,
         text=True,
