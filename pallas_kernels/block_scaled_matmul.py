@@ -5,7 +5,7 @@ A tile is `block_m` tokens of one expert times 128 rows of each of one or two we
     producer warpgroup                       consumer warpgroups 0, 1
     ------------------                       ------------------------
     wait empty[s]                            for each weight block:
-    TMA x[block_m, 128], its scales,    -->      wait full[s, block]
+    copy x[block_m, 128], its scales,   -->      wait full[s, block]
         weights[blocks, 128, 128]                wgmma 64 rows x columns x 128
         -> slot s, full[s, block]                accumulator += product * (x scale * w scale)
     next slot, into the next tile       <--  arrive empty[s]
@@ -16,31 +16,35 @@ A full tile of 128 tokens has its tokens on the 64-row side of `wgmma`, consumer
 there (consumer w takes rows 64 w .. 64 w + 63 of every block) and the tokens on the n side, which
 may be as narrow as 16, so that little padding is multiplied. Each 128-column step is promoted to
 f32 registers with its own scales (DeepSeek-V3 technical report, section 3.3.2). CTAs are
-persistent; `tile_walk` has the order of tiles, `matmul_ring` the slots.
+persistent; `tile_walk` has the order of tiles, `matmul_ring` the slots, `row_gather` the copies of
+rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut along K.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import launch, matmul_ring, tickets
+from pallas_kernels import launch, matmul_ring, row_gather, split_k, tickets
 from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.matmul_ring import Ring, ring_types
 from pallas_kernels.shapes import QUANT_BLOCK
-from pallas_kernels.tile_walk import MAILBOX_BYTES, Mailbox, Walk, mailbox_types
+from pallas_kernels.tile_walk import MAILBOX_BYTES, Cut, Mailbox, Walk, mailbox_types
 
 NUM_CONSUMERS = 2
 CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
 _BARRIER_BYTES = 512
+_EARLY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,10 @@ class MatmulConfig:
             weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
             of 128-column steps is not a multiple of it.
         dynamic: Whether a CTA takes the next tile that nobody has, instead of every `sms`-th one.
-            Worth it where tiles are many and long; the counter costs a launch of its own.
+            Worth it where tiles are many and long.
+        segment_steps: Cuts tiles along K, where they do not go round evenly, into pieces of that
+            many 128-column steps; None, or a number of steps that it does not divide, leaves them
+            whole. The order of additions does not depend on where a tile is cut.
     """
 
     block_m: int
@@ -65,6 +72,7 @@ class MatmulConfig:
     sms: int | None = None
     k_blocks: int = 1
     dynamic: bool = False
+    segment_steps: int | None = None
 
     def __post_init__(self):
         if self.block_m != 16 and (self.block_m % 32 or not 32 <= self.block_m <= 256):
@@ -77,6 +85,11 @@ class MatmulConfig:
             raise ValueError(
                 f"k_blocks: expected 1, 2 or 4, up to num_stages={self.num_stages}, "
                 f"got {self.k_blocks}"
+            )
+        if self.segment_steps is not None and (self.segment_steps < 1 or self.dynamic):
+            raise ValueError(
+                f"segment_steps: expected None, or at least 1 with dynamic=False, "
+                f"got {self.segment_steps} with dynamic={self.dynamic}"
             )
         ascending = (0, *self.widths, self.block_m)
         if any(a >= b or b % 16 for a, b in itertools.pairwise(ascending)):
@@ -98,15 +111,69 @@ class MatmulConfig:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
 
 
-class GroupedRows(NamedTuple):
-    """Expert-major rows and where they lie; see docs/architecture.md for the plan's fields."""
+    def segments(self, num_steps: int) -> int:
+        """Pieces that a tile of `num_steps` steps may be cut into."""
+        if self.segment_steps is None or num_steps % self.segment_steps:
+            return 1
+        return num_steps // self.segment_steps
 
-    values: Float8e4m3fn[Array, "M K"]
-    scales: Float[Array, "K/128 M"]
+
+class GroupedRows(NamedTuple):
+    """Expert-major rows and where they lie; see docs/architecture.md for the plan's fields.
+
+    `counters` holds zeros, at least `split_k.num_flags`; kernels count in it and leave zeros.
+    With `row_token`, row r of the M rows is `values[row_token[r]]` and R, the rows of `values`, is
+    anything; without, M is R.
+    """
+
+    values: Float8e4m3fn[Array, "R K"]
+    scales: Float[Array, "K/128 R"]
     group_sizes: Int32[Array, "E"]
     group_offsets: Int32[Array, "E"]
     tile_expert: Int32[Array, "M/block_m"]
     num_tiles: Int32[Array, "1"]
+    row_token: Int32[Array, "M"] | None = None
+    counters: Int32[Array, "C"] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return (self.values if self.row_token is None else self.row_token).shape[0]
+
+
+class Companion(NamedTuple):
+    """What the warpgroups do beside multiplying.
+
+    Every function gets `refs`: the references of `inputs`, of the results and of the scratch.
+
+    Attributes:
+        inputs: Further arrays.
+        halfway: Producer: `halfway(refs, tile, is_first)` in the middle of every tile.
+        start_consumer: Consumers: `start_consumer(refs)` before the first tile.
+        early: Consumers: `early(refs)` a few steps into every tile.
+        finish_producer: `finish_producer(refs, any_tile)` after the last tile.
+        finish_consumer: `finish_consumer(refs)` after the last tile.
+    """
+
+    inputs: tuple[Array, ...]
+    halfway: Callable[..., None]
+    start_consumer: Callable[..., None]
+    early: Callable[..., None]
+    finish_producer: Callable[..., None]
+    finish_consumer: Callable[..., None]
+
+
+class Refs(NamedTuple):
+    """References of a kernel: a companion's inputs, results, scratch, and two barriers.
+
+    The producer arrives at `told`, all consumers at `heard`.
+    """
+
+    inputs: Any
+    results: Any
+    scratch: Any
+    told: Any
+    heard: Any
 
 
 def grouped_matmul(
@@ -122,6 +189,7 @@ def grouped_matmul(
     out_type: Any,
     scratch_types: Sequence[Any],
     name: str,
+    companion: Companion | None = None,
     interpret=None,
 ):
     """Runs `epilogue` on every tile of `rows @ weights[expert].T`.
@@ -133,85 +201,147 @@ def grouped_matmul(
         config: Tile and ring.
         num_columns: Columns of tiles that cover N.
         weight_blocks: Maps a column to the 128-row blocks of N that its tile multiplies.
-        epilogue: `epilogue(accumulators, tile, width, outputs, scratch)`, called by both consumer
+        epilogue: `epilogue(accumulators, tile, width, refs)`, called by both consumer
             warpgroups with one `f32[64, width]` accumulator a weight block, weights x tokens.
         row_epilogue: The same for a full tile of 128 tokens, with accumulators
             `f32[64, 128]`, tokens x weights.
         out_type: Shapes of the results.
         scratch_types: The epilogue's scratch.
         name: Kernel name.
+        companion: What else the kernel does.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
         Arrays of `out_type`; rows that no tile covers are unwritten.
     """
+    if interpret is not None and rows.row_token is not None:
+        values, scales = row_gather.gather_first(rows.values, rows.scales, rows.row_token)
+        rows = rows._replace(values=values, scales=scales, row_token=None)
     num_blocks = len(weight_blocks(0))
     num_steps = rows.values.shape[1] // QUANT_BLOCK
-    together = config.k_blocks if num_steps % config.k_blocks == 0 else 1
+    gathered = rows.row_token is not None
+    sms = config.sms or num_sms()
+    segments = config.segments(num_steps)
+    segment_steps = num_steps // segments
+    together = config.k_blocks if segment_steps % config.k_blocks == 0 else 1
+    if gathered and config.num_stages < together + row_gather.LAG:
+        raise ValueError(
+            f"num_stages: expected at least k_blocks + {row_gather.LAG} where rows are gathered, "
+            f"got {config.num_stages} with k_blocks={config.k_blocks}"
+        )
     box_rows = QUANT_BLOCK // together
     ring_scratch = ring_types(
-        config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS
+        config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS, gathered
     )
     mail = mailbox_types(NUM_CONSUMERS)
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
-    sms = config.sms or num_sms()
-    dynamic = config.dynamic and interpret is None  # the interpreter has no atomics
+    # The interpreter has neither atomics nor semaphores.
+    dynamic = config.dynamic and interpret is None
+    cut = Cut(segments, sms) if segments > 1 and interpret is None else None
+    if not cut:
+        rows = rows._replace(counters=None)
+    elif rows.counters is None:
+        rows = rows._replace(counters=jnp.zeros(split_k.num_flags(sms), jnp.int32))
+    partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
+    extra_inputs = companion.inputs if companion else ()
+    partials = (jax.ShapeDtypeStruct(partial_shape, jnp.float32),) if cut else ()
 
-    def body(x, x_scales, sizes, offsets, tile_expert, num_tiles, w, w_scales, *refs):
+    def body(*refs):
+        x, x_scales, sizes, offsets, tile_expert, num_tiles, *refs = refs
+        row_token = refs.pop(0) if gathered else None
+        flags = refs.pop(0) if cut else None
+        w, w_scales, *refs = refs
+        extra, refs = refs[: len(extra_inputs)], refs[len(extra_inputs) :]
         counter = tickets.new_counter() if dynamic else None
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
+        total = num_tiles[0] * num_columns
+        parts = split_k.Parts(refs.pop(0), flags, cut, total) if cut else None
         ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
         mailbox, scratch = Mailbox(*refs[: len(mail)]), refs[len(mail) :]
-        walk = Walk(
-            config.block_m,
-            num_columns,
-            sms,
-            sizes,
-            offsets,
-            tile_expert,
-            num_tiles[0] * num_columns,
-            counter,
-        )
+        refs = Refs(extra, results, scratch, *mailbox.spare)
+        place = (config.block_m, num_columns, sms, sizes, offsets, tile_expert, total)
+        walk = Walk(*place, counter, cut, segments)
         role = lax.axis_index("warpgroup")
-        # Small tiles leave the producer the registers for copies that are issued together.
-        small = config.block_m <= CONSUMER_ROWS
-        producer_registers, consumer_registers = (56, 224) if small else (24, 240)
+        # Copies issued together, or by threads, take registers that big tiles would like to have.
+        if config.block_m <= CONSUMER_ROWS:
+            producer_registers, consumer_registers = 72, 216
+        else:
+            producer_registers, consumer_registers = (56, 224) if gathered else (40, 232)
 
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
             plgpu.set_max_registers(producer_registers, action="decrease")
+            sources = matmul_ring.Sources(x, x_scales, w, row_token)
 
-            def fill_tile(index, tile, width, look_ahead):
+            def fill_tile(done, tile, width, look_ahead):
                 blocks = weight_blocks(tile.column)
+                groups = (tile.end - tile.begin) * (segment_steps // together)
+                first_step = (done - tile.begin) * segment_steps
 
-                @pl.loop(0, num_steps // together)
+                @pl.loop(0, groups)
                 def _steps(group):
-                    pl.when(group == num_steps // together // 2)(look_ahead)
-                    ks = [group * together + i for i in range(together)]
-                    sources = (x, x_scales, w)
-                    first_step = index * num_steps
+
+                    @pl.when(group == lax.div(groups, jnp.int32(2)))
+                    def _halfway():
+                        look_ahead()
+                        if companion:
+                            companion.halfway(refs, tile, done == 0)
+
+                    first = tile.begin * segment_steps + group * together
+                    ks = [first + i for i in range(together)]
                     matmul_ring.fill(ring, sources, tile, width, blocks, first_step, ks, box_rows)
 
-            count = walk.produce(mailbox, _by_width(config, fill_tile))
-            matmul_ring.drain(ring, count * num_steps)
+            def finish(done):
+                if gathered:
+                    matmul_ring.announce_rest(ring, done * segment_steps)
+                if companion:
+                    companion.finish_producer(refs, done > 0)
+
+            steps = walk.produce(mailbox, _by_width(config, fill_tile), finish)
+            matmul_ring.drain(ring, steps * segment_steps)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():
             plgpu.set_max_registers(consumer_registers, action="increase")
-
-            def tile_body(index, tile, width):
+            def tile_body(done, tile, width):
                 blocks = weight_blocks(tile.column)
-                first_step = index * num_steps
-                sums = _accumulate(ring, w_scales, tile, blocks, first_step, num_steps, width)
+                first_step = (done - tile.begin) * segment_steps
+                early = companion and (lambda: companion.early(refs))
+                accumulate = functools.partial(
+                    _accumulate, ring, w_scales, tile, blocks, first_step, width, gathered, early
+                )
                 finish = row_epilogue if _tokens_are_rows(width) else epilogue
-                finish(sums, tile, width, results, scratch)
+                if segments == 1:
+                    finish(accumulate(0, num_steps), tile, width, refs)
+                    return
 
+                def segment(index, sums):
+                    part = accumulate(index * segment_steps, segment_steps)
+                    if parts is not None:
+                        parts.hand_over(tile, index, width, part)
+                    return tuple(a + b for a, b in zip(sums, part, strict=True))
+
+                sums = _zeros(len(blocks), width)
+                sums = lax.fori_loop(tile.begin, tile.end, segment, sums)
+                if parts is None:
+                    finish(sums, tile, width, refs)
+                    return
+                parts.announce(tile)
+
+                @pl.when(tile.begin == 0)
+                def _owner():
+                    finish(parts.add_rest(tile, width, sums), tile, width, refs)
+
+            if companion:
+                companion.start_consumer(refs)
             walk.consume(mailbox, _by_width(config, tile_body))
             plgpu.wait_smem_to_gmem(0)
+            if companion:
+                companion.finish_consumer(refs)
 
     kernel = launch.kernel(
         body,
-        out_type=out_type,
+        out_type=(*outputs, *partials),
         scratch_types=[*ring_scratch, *mail, *scratch_types],
         grid=(sms,),
         grid_names=("sm",),
@@ -221,7 +351,9 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    return kernel(*rows, weights, weights_scale)
+    given = [array for array in rows if array is not None]
+    found = kernel(*given, weights, weights_scale, *extra_inputs)
+    return tuple(found[: len(outputs)]) if isinstance(out_type, tuple) else found[0]
 
 
 def _by_width(config: MatmulConfig, tile_body):
@@ -249,17 +381,28 @@ def _tokens_are_rows(width: int) -> bool:
     return width == NUM_CONSUMERS * CONSUMER_ROWS
 
 
-def _accumulate(ring: Ring, w_scales, tile, blocks, first_step, num_steps, width):
-    """A weight block's promoted sum over all 128-column steps.
+def _sum_shape(width: int) -> tuple[int, int]:
+    """Tokens x weight rows if tokens are rows, else weight rows x tokens."""
+    return (CONSUMER_ROWS, QUANT_BLOCK if _tokens_are_rows(width) else width)
 
-    `f32[64 tokens, 128]` if tokens are rows, else `f32[64 weight rows, width]`.
-    """
+
+def _zeros(num_blocks: int, width: int):
+    zero = jnp.zeros(_sum_shape(width), jnp.float32)
+    return (plgpu.layout_cast(zero, plgpu.Layout.WGMMA),) * num_blocks
+
+
+def _accumulate(
+    ring: Ring, w_scales, tile, blocks, first_step, width, scales_at_zero, early, begin, num_steps
+):
+    """A weight block's promoted sum over the 128-column steps from `begin` on."""
     my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
     token_rows = _tokens_are_rows(width)
-    shape = (CONSUMER_ROWS, QUANT_BLOCK if token_rows else width)
+    shape = _sum_shape(width)
     token_axis = 0 if token_rows else 1
     scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
-    my_scales = my_rows if token_rows else pl.ds(ring.scale_offset(tile.row), width)
+    scale_offset = 0 if scales_at_zero else ring.scale_offset(tile.row)
+    my_scales = my_rows if token_rows else pl.ds(scale_offset, width)
+    last = begin + (num_steps - 1)
 
     def operands(slot, i):
         if token_rows:
@@ -277,11 +420,14 @@ def _accumulate(ring: Ring, w_scales, tile, blocks, first_step, num_steps, width
     def weight_scales(k):
         return tuple(w_scales[tile.expert, block, k] for block in blocks)
 
-    def step(k, carry):
+    def step(i, carry):
         sums, scales = carry
+        k = begin + i
         slot = ring.slot(first_step + k)
+        if early is not None:
+            pl.when(i == min(_EARLY, num_steps - 1))(early)
         plgpu.barrier_wait(ring.full(slot, 0))
-        upcoming = weight_scales(lax.min(k + 1, jnp.int32(num_steps - 1)))
+        upcoming = weight_scales(lax.min(k + 1, jnp.int32(last)))
         x_scales = plgpu.load(ring.x_scales.at[slot, my_scales], layout=scale_layout)
         updated = []
         for i, (total, scale) in enumerate(zip(sums, scales, strict=True)):
@@ -291,6 +437,5 @@ def _accumulate(ring: Ring, w_scales, tile, blocks, first_step, num_steps, width
         plgpu.barrier_arrive(ring.empty.at[slot])
         return tuple(updated), upcoming
 
-    zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    initial = ((zero,) * len(blocks), weight_scales(jnp.int32(0)))
+    initial = (_zeros(len(blocks), width), weight_scales(jnp.int32(begin)))
     return lax.fori_loop(0, num_steps, step, initial)[0]

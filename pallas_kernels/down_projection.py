@@ -69,16 +69,16 @@ def down_projection(
         weight_blocks=lambda column: tuple(column * blocks + i for i in range(blocks)),
         epilogue=_store_columns,
         row_epilogue=_store_rows,
-        out_type=jax.ShapeDtypeStruct((rows.values.shape[0], hidden_size), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((rows.num_rows, hidden_size), jnp.bfloat16),
         scratch_types=[plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles)],
         name="moe_down_projection",
         interpret=interpret,
     )
 
 
-def _store_columns(accumulators, tile, width, outputs, scratch):
+def _store_columns(accumulators, tile, width, refs):
     """Weights x tokens: consumer w holds 64 columns of H of every block for all tokens."""
-    (out,), (staging,) = outputs, scratch
+    (out,), (staging,) = refs.results, refs.scratch
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     buffers = itertools.count()
@@ -94,9 +94,9 @@ def _store_columns(accumulators, tile, width, outputs, scratch):
             plgpu.copy_smem_to_gmem(mine, out.at[rows, pl.ds(column, CONSUMER_ROWS)])
 
 
-def _store_rows(accumulators, tile, width, outputs, scratch):
+def _store_rows(accumulators, tile, width, refs):
     """Tokens x weights: consumer w holds 64 tokens, 128 columns of H a block."""
-    (out,), (staging,) = outputs, scratch
+    (out,), (staging,) = refs.results, refs.scratch
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import row_gather
 from pallas_kernels.shapes import QUANT_BLOCK
 
 _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
@@ -52,7 +53,7 @@ class Ring(NamedTuple):
         return self.next_full.at[slot + (block - 1) * self.num_stages]
 
     def scale_offset(self, row):
-        """Where a tile's token scales start in their slot, which may be wider than the tile."""
+        """Where a tile's token scales start in a slot that TMA filled; it may be wider than the tile."""
         return pl.multiple_of(lax.rem(row, jnp.int32(self.x_scales.shape[1])), self.block_m)
 
 
@@ -67,7 +68,12 @@ def slot_bytes(block_m: int, num_blocks: int) -> int:
 
 
 def ring_types(
-    block_m: int, num_stages: int, num_blocks: int, box_rows: int, num_consumers: int
+    block_m: int,
+    num_stages: int,
+    num_blocks: int,
+    box_rows: int,
+    num_consumers: int,
+    gathered: bool,
 ) -> list[Any]:
     """Scratch types of a `Ring`.
 
@@ -77,7 +83,9 @@ def ring_types(
         num_blocks: Weight blocks of a slot.
         box_rows: Weight rows of a copy, a divisor of 128.
         num_consumers: Warpgroups that release a slot.
+        gathered: Whether the producer's threads copy the tokens, instead of TMA.
     """
+    token_arrivals = 1 if gathered else 2
     copies = QUANT_BLOCK // box_rows
     e4m3 = jnp.float8_e4m3fn
     weights = (num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK)
@@ -85,13 +93,24 @@ def ring_types(
         plgpu.SMEM((num_stages, block_m, QUANT_BLOCK), e4m3, transforms=_F8_TILES),
         plgpu.SMEM((num_stages, scale_slots(block_m)), jnp.float32),
         plgpu.SMEM(weights, e4m3, transforms=_F8_TILES),
-        plgpu.Barrier(num_arrivals=2 + copies, num_barriers=num_stages),
+        plgpu.Barrier(num_arrivals=token_arrivals + copies, num_barriers=num_stages),
         plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages * max(num_blocks - 1, 1)),
         plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_stages),
     ]
 
 
-def fill(ring: Ring, sources, tile, width: int, blocks, first_step, ks, box_rows: int) -> None:
+class Sources(NamedTuple):
+    """What the producer reads; `row_token` is None where rows are contiguous."""
+
+    x: Any
+    x_scales: Any
+    weights: Any
+    row_token: Any
+
+
+def fill(
+    ring: Ring, sources: Sources, tile, width: int, blocks, first_step, ks, box_rows: int
+) -> None:
     """Producer: copies the 128-column steps `ks` of a tile into the next slots.
 
     Copies of one weight row in several steps follow each other: they lie side by side in memory,
@@ -99,15 +118,14 @@ def fill(ring: Ring, sources, tile, width: int, blocks, first_step, ks, box_rows
 
     Args:
         ring: The ring.
-        sources: `x`, `x_scales` and `weights` in global memory.
+        sources: Arrays in global memory.
         tile: The tile.
         width: Its tokens.
         blocks: Its weight blocks.
-        first_step: The CTA's count of steps before this tile.
+        first_step: The CTA's count of steps before step 0 of this tile.
         ks: Steps of the tile.
         box_rows: Weight rows of a copy.
     """
-    x, x_scales, weights = sources
     slots = [ring.slot(first_step + k) for k in ks]
     for k, slot in zip(ks, slots, strict=True):
 
@@ -115,21 +133,48 @@ def fill(ring: Ring, sources, tile, width: int, blocks, first_step, ks, box_rows
         def _reuse(slot=slot):
             plgpu.barrier_wait(ring.empty.at[slot])
 
-    scales = pl.ds(tile.row - ring.scale_offset(tile.row), ring.x_scales.shape[1])
     for k, slot in zip(ks, slots, strict=True):
-        full = ring.full(slot, 0)
-        tokens = x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
-        plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
-        plgpu.copy_gmem_to_smem(x_scales.at[k, scales], ring.x_scales.at[slot], full)
+        _copy_tokens(ring, sources, tile, width, k, slot)
     for i, block in enumerate(blocks):
         for first in range(0, QUANT_BLOCK, box_rows):
             rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
             for k, slot in zip(ks, slots, strict=True):
                 plgpu.copy_gmem_to_smem(
-                    weights.at[tile.expert, rows, pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)],
+                    sources.weights.at[tile.expert, rows, pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)],
                     ring.weights.at[slot, i, pl.ds(first, box_rows)],
                     ring.full(slot, i),
                 )
+    if sources.row_token is not None:
+        row_gather.wait_landed(row_gather.LAG)
+        for k in ks:
+            _announce(ring, first_step + k - row_gather.LAG)
+
+
+def _copy_tokens(ring: Ring, sources: Sources, tile, width: int, k, slot) -> None:
+    if sources.row_token is not None:
+        tokens = (sources.x, sources.x_scales), sources.row_token, tile.row, k
+        row_gather.copy_rows(
+            *tokens, ring.x.at[slot], ring.x_scales.at[slot], width, transforms=_F8_TILES
+        )
+        return
+    full = ring.full(slot, 0)
+    tokens = sources.x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
+    plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
+    scales = pl.ds(tile.row - ring.scale_offset(tile.row), ring.x_scales.shape[1])
+    plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], ring.x_scales.at[slot], full)
+
+
+def announce_rest(ring: Ring, steps) -> None:
+    """Producer: announces the gathered tokens of the last steps, once all steps are filled."""
+    row_gather.wait_landed(0)
+    for back in range(row_gather.LAG, 0, -1):
+        _announce(ring, steps - back)
+
+
+def _announce(ring: Ring, step) -> None:
+    @pl.when(step >= 0)
+    def _landed():
+        plgpu.barrier_arrive(ring.full(ring.slot(step), 0))
 
 
 def drain(ring: Ring, steps) -> None:

@@ -3,7 +3,7 @@
 Tiles are ordered expert by expert; inside one, rows fastest, so that an expert's weights are read
 from HBM once and from L2 after that. The first tile of a CTA is its index. Every further one is
 `sms` tiles on or, with a counter, the next that no CTA has, drawn as a ticket, so that nobody idles
-while another has two tiles left.
+while another has two tiles left. Few long tiles are cut along K instead: see `Cut`.
 
     producer warpgroup                    consumer warpgroups
     ------------------                    -------------------
@@ -27,16 +27,68 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tickets
 
 _RECORDS = 2
+_BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
 MAILBOX_BYTES = 1024  # every piece of shared memory takes a multiple of that
 
 
 class Tile(NamedTuple):
-    """One unit of work: `live` rows from `row` on times one column of weight blocks."""
+    """One unit of work: `live` rows from `row` on times one column of weight blocks.
+
+    Only the segments `begin` to `end` (exclusive) of K; all of them unless the deal cuts tiles.
+    """
 
     expert: Any
     row: Any
     live: Any
     column: Any
+    begin: Any
+    end: Any
+
+
+class Cut(NamedTuple):
+    """Deals out the last tiles in equal numbers of K segments where they are few.
+
+    Tiles go round whole. Those that are left, if so few that their CTAs could not use the whole
+    memory bandwidth, are laid out segment by segment and every CTA takes an equal run of them. It
+    owns the tiles that begin in its run. The segments of a tile that began earlier, always the
+    first of its run, it hands over to the owner.
+    """
+
+    segments: int
+    sms: int
+
+    def rounds(self, total):
+        """Whole tiles of each CTA, the last round aside."""
+        return lax.div(total, jnp.int32(self.sms))
+
+    def cut_tiles(self, total):
+        """How many of the last tiles are cut."""
+        left = lax.rem(total, jnp.int32(self.sms))
+        return lax.select(left * _BUSY_SHARE < self.sms, left, jnp.int32(0))
+
+    def first_unit(self, total, cta):
+        """Where the run of a CTA begins, in segments of cut tiles."""
+        return lax.div(cta * (self.cut_tiles(total) * self.segments), jnp.int32(self.sms))
+
+    def holder(self, total, unit):
+        """The CTA in whose run a segment lies."""
+        units = lax.max(self.cut_tiles(total) * self.segments, 1)
+        return lax.div((unit + 1) * self.sms - 1, units)
+
+    def piece(self, total, cta, index):
+        """The `index`-th piece of a CTA: its tile, `begin` and `end`; after the last `end <= begin`."""
+        rounds = self.rounds(total)
+        first, last = self.first_unit(total, cta), self.first_unit(total, cta + 1)
+        whole = cta + index * self.sms < total - self.cut_tiles(total)
+        tile = lax.div(first, jnp.int32(self.segments)) + index - rounds
+        inside = lax.rem(first, jnp.int32(self.segments))
+        begin = lax.select(index == rounds, inside, jnp.int32(0))
+        end = lax.min(last - tile * self.segments, jnp.int32(self.segments))
+        return (
+            lax.select(whole, cta + index * self.sms, rounds * self.sms + tile),
+            lax.select(whole, jnp.int32(0), begin),
+            lax.select(whole, jnp.int32(self.segments), end),
+        )
 
 
 class Mailbox(NamedTuple):
@@ -46,18 +98,27 @@ class Mailbox(NamedTuple):
     posted: Any
     taken: Any
 
+    @property
+    def spare(self) -> tuple[Any, Any]:
+        """A pair of barriers like those of a record: one arrives as producer, all as consumers."""
+        return self.posted.at[_RECORDS], self.taken.at[_RECORDS]
+
 
 def mailbox_types(num_consumers: int) -> list[Any]:
     """Scratch types of a `Mailbox`."""
     return [
         plgpu.SMEM((_RECORDS + 1, len(Tile._fields)), jnp.int32),  # the last one is the ticket's
-        plgpu.Barrier(num_arrivals=1, num_barriers=_RECORDS),
-        plgpu.Barrier(num_arrivals=num_consumers, num_barriers=_RECORDS),
+        # Each has one more for what else a producer tells: barriers of a group share a register.
+        plgpu.Barrier(num_arrivals=1, num_barriers=_RECORDS + 1),
+        plgpu.Barrier(num_arrivals=num_consumers, num_barriers=_RECORDS + 1),
     ]
 
 
 class Walk(NamedTuple):
-    """The order of tiles, and this CTA's place in it; `counter` is None for a fixed deal."""
+    """The order of tiles, and this CTA's place in it.
+
+    `counter` is None for a fixed deal, `cut` is None where tiles stay whole.
+    """
 
     block_m: int
     num_columns: int
@@ -67,9 +128,11 @@ class Walk(NamedTuple):
     tile_expert: Any
     total: Any
     counter: Any
+    cut: Cut | None
+    segments: int
 
     def tile(self, linear) -> Tile:
-        """The `linear`-th tile; past the last one, a tile without live rows."""
+        """The `linear`-th tile, whole; past the last one, a tile without live rows."""
         # Dead tiles name expert 0, so the look-up need not wait until `total` has been read.
         row_tile = lax.div(linear, jnp.int32(self.num_columns))
         expert = self.tile_expert[lax.min(row_tile, jnp.int32(self.tile_expert.shape[0] - 1))]
@@ -79,27 +142,34 @@ class Walk(NamedTuple):
         first = lax.rem(inside, row_tiles) * self.block_m
         live = lax.min(size - first, jnp.int32(self.block_m))
         live = lax.select(linear < self.total, live, jnp.int32(0))
-        return Tile(expert, offset + first, live, lax.div(inside, row_tiles))
+        column = lax.div(inside, row_tiles)
+        return Tile(expert, offset + first, live, column, jnp.int32(0), jnp.int32(self.segments))
 
-    def produce(self, mailbox: Mailbox, fill) -> Any:
+    def produce(self, mailbox: Mailbox, fill, finish) -> Any:
         """Posts every tile of this CTA and fills the ring for it.
 
         Args:
             mailbox: Where the tiles are posted.
-            fill: `fill(index, tile, look_ahead)`; it calls `look_ahead()` once, when the ring is
-                ahead of the consumers, since finding the next tile takes longer than a step.
+            fill: `fill(done, tile, look_ahead)`, `done` segments after the CTA's first one; it
+                calls `look_ahead()` once, when the ring is ahead of the consumers, since finding
+                the next tile takes longer than a step.
+            finish: `finish(done)`, called once all tiles are filled.
 
         Returns:
-            How many tiles there were.
+            How many segments there were.
         """
-        post(mailbox, jnp.int32(0), self.tile(lax.axis_index("sm")))
+        post(mailbox, jnp.int32(0), self._tile_of(0, mailbox))
 
-        def step(index):
-            tile = self._aligned(read(mailbox, index))
-            fill(index, tile, lambda: post(mailbox, index + 1, self._next_tile(index, mailbox)))
-            return index + 1
+        def step(carry):
+            index, done = carry
+            tile = self._known(read(mailbox, index))
+            fill(done, tile, lambda: post(mailbox, index + 1, self._tile_of(index + 1, mailbox)))
+            return index + 1, done + (tile.end - tile.begin)
 
-        count = lax.while_loop(lambda index: read(mailbox, index).live > 0, step, jnp.int32(0))
+        count, done = lax.while_loop(
+            lambda carry: read(mailbox, carry[0]).live > 0, step, (jnp.int32(0), jnp.int32(0))
+        )
+        finish(done)
         if self.counter is not None:
             tickets.retire(self.counter, self.sms)
 
@@ -108,27 +178,39 @@ class Walk(NamedTuple):
         def _drain(record):
             plgpu.barrier_wait(mailbox.taken.at[lax.rem(record, jnp.int32(_RECORDS))])
 
-        return count
+        return done
 
     def consume(self, mailbox: Mailbox, body) -> None:
-        """Calls `body(index, tile)` for every tile that the producer posts."""
+        """Calls `body(done, tile)` for every tile that the producer posts, `done` as in `fill`."""
 
         def step(carry):
-            index, fields = carry
-            body(index, self._aligned(fields))
-            return index + 1, tuple(take(mailbox, index + 1))
+            index, done, fields = carry
+            tile = self._known(fields)
+            # Where tiles are whole, `done` is a multiple of `index`: a register less to carry.
+            body(done if self.cut is not None else index * self.segments, tile)
+            return index + 1, done + (tile.end - tile.begin), tuple(take(mailbox, index + 1))
 
-        initial = (jnp.int32(0), tuple(take(mailbox, jnp.int32(0))))
-        lax.while_loop(lambda carry: carry[1][2] > 0, step, initial)
+        initial = (jnp.int32(0), jnp.int32(0), tuple(take(mailbox, jnp.int32(0))))
+        lax.while_loop(lambda carry: Tile(*carry[2]).live > 0, step, initial)
 
-    def _next_tile(self, index, mailbox) -> Tile:
-        if self.counter is None:
-            return self.tile(lax.axis_index("sm") + (index + 1) * self.sms)
+    def _tile_of(self, index, mailbox) -> Tile:
+        """The `index`-th tile of this CTA; called once for each, in order."""
+        cta = lax.axis_index("sm")
+        if self.cut is not None:
+            linear, begin, end = self.cut.piece(self.total, cta, jnp.int32(index))
+            tile = self.tile(linear)
+            live = lax.select(end > begin, tile.live, jnp.int32(0))
+            return tile._replace(live=live, begin=begin, end=end)
+        if self.counter is None or (isinstance(index, int) and index == 0):
+            return self.tile(cta + jnp.int32(index) * self.sms)
         ticket = tickets.draw(self.counter, mailbox.records.at[_RECORDS, pl.ds(0, 1)])
         return self.tile(self.sms + ticket)
 
-    def _aligned(self, fields) -> Tile:
+    def _known(self, fields) -> Tile:
+        """The tile with what is known without reading it."""
         tile = Tile(*fields)
+        if self.cut is None:
+            tile = tile._replace(begin=jnp.int32(0), end=jnp.int32(self.segments))
         return tile._replace(row=pl.multiple_of(tile.row, self.block_m))
 
 

@@ -16,12 +16,12 @@ MAX_BLOCK_M = 128
 
 # Measured on an H100 (docs/performance_log.md).
 _UP = {
-    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2),
+    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2, segment_steps=14),
     64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48), k_blocks=2),
     128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96), dynamic=True),
 }
 _DOWN = {
-    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2),
+    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2, segment_steps=8),
     64: MatmulConfig(block_m=64, num_stages=4, widths=(16, 32, 48), k_blocks=2),
     128: MatmulConfig(block_m=128, num_stages=3, widths=(32, 64, 96), dynamic=True),
 }
@@ -50,6 +50,11 @@ def up_config(block_m: int) -> MatmulConfig:
 def down_config(block_m: int) -> MatmulConfig:
     """Tile and ring of the down-projection for a plan of `block_m`."""
     return _table()[block_m].down_projection
+
+
+def combines(block_m: int) -> bool:
+    """Whether the down-projection also combines: where tiles are few, a kernel after it is faster."""
+    return block_m == MAX_BLOCK_M
 
 
 def is_shipped() -> bool:

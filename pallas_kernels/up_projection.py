@@ -49,7 +49,7 @@ def up_projection(
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
 
     Args:
-        rows: Activations `[M, H]` with their plan.
+        rows: Activations `[M, H]`, or `[T, H]` with the token of each row, and their plan.
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
         config: Tile and ring.
@@ -61,7 +61,7 @@ def up_projection(
     Raises:
         ValueError: The configuration needs more shared memory than there is.
     """
-    num_rows = rows.values.shape[0]
+    num_rows = rows.num_rows
     intermediate_size = gemm1_weights.shape[1] // 2
     num_columns = intermediate_size // QUANT_BLOCK
     columns_staged = (
@@ -99,9 +99,9 @@ def up_projection(
     )
 
 
-def _swiglu_quantize_columns(accumulators, tile, width, outputs, scratch):
+def _swiglu_quantize_columns(accumulators, tile, width, refs):
     """Weights x tokens: a token's 128 columns lie in both consumers, who meet over them."""
-    (values, scales), (staging, _, both) = outputs, scratch
+    (values, scales), (staging, _, both) = refs.results, refs.scratch
     warpgroup = lax.axis_index("warpgroup")
     layout = layouts.row_per_warp(CONSUMER_ROWS)
     up, gate = accumulators
@@ -128,9 +128,9 @@ def _swiglu_quantize_columns(accumulators, tile, width, outputs, scratch):
         _meet(both)
 
 
-def _swiglu_quantize_rows(accumulators, tile, width, outputs, scratch):
+def _swiglu_quantize_rows(accumulators, tile, width, refs):
     """Tokens x weights: consumer w holds its 64 tokens' 128 columns, so nobody has to wait."""
-    (values, scales), (_, staging, _) = outputs, scratch
+    (values, scales), (_, staging, _) = refs.results, refs.scratch
     warpgroup = lax.axis_index("warpgroup")
     activated = _swiglu(*accumulators).astype(jnp.float32)
     scale = _scale_of(jnp.max(jnp.abs(activated), axis=1))

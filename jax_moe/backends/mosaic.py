@@ -15,10 +15,12 @@ from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
 from jax_moe.types import DispatchPlan, Quantized, Routing
 from pallas_kernels import combine as combine_kernel
-from pallas_kernels import dispatch, group_quant, permute, routing, tuning
+from pallas_kernels import dispatch, group_quant, routing, split_k, tuning
 from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.combining_down_projection import combining_down_projection
+from pallas_kernels.device import num_sms
 from pallas_kernels.down_projection import down_projection
-from pallas_kernels.shapes import QUANT_BLOCK, max_rows
+from pallas_kernels.shapes import QUANT_BLOCK, max_rows, round_up
 from pallas_kernels.up_projection import up_projection
 
 NAME = "mosaic"
@@ -75,6 +77,7 @@ def plan_dispatch(
             num_local_experts=num_local_experts,
             num_experts=num_experts,
             block_m=tuning.block_m(num_tokens, top_k, num_experts),
+            num_counters=round_up(split_k.num_flags(num_sms()), 128),
             interpret=interpret_params(),
         )
     )
@@ -88,18 +91,10 @@ def up_project(
     plan: DispatchPlan,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    rows = Quantized(
-        *permute.permute_rows(
-            hidden_states,
-            hidden_states_scale,
-            plan.pair_row,
-            num_rows=plan.row_token.shape[0],
-            interpret=interpret_params(),
-        )
-    )
+    tokens = Quantized(hidden_states, hidden_states_scale)
     return Quantized(
         *up_projection(
-            _grouped(rows, plan),
+            _grouped(tokens, plan)._replace(row_token=plan.row_token),
             gemm1_weights,
             gemm1_weights_scale,
             config=_on_this_device(tuning.up_config(plan.block_m)),
@@ -121,6 +116,28 @@ def down_project(
         gemm2_weights_scale,
         config=_on_this_device(tuning.down_config(plan.block_m)),
         interpret=interpret_params(),
+    )
+
+
+def down_project_and_combine(
+    activations: Quantized,
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
+    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
+    topk_weights: Float32[Array, "T k"],
+    plan: DispatchPlan,
+) -> BFloat16[Array, "T H"]:
+    """GEMM2 and the weighted sum; in one kernel where tiles are many."""
+    if interpret_params() is not None or not tuning.combines(plan.block_m):
+        outputs = down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
+        return combine(outputs, topk_weights, plan)
+    return combining_down_projection(
+        _grouped(activations, plan),
+        gemm2_weights,
+        gemm2_weights_scale,
+        plan.row_token,
+        plan.pair_row,
+        topk_weights,
+        config=tuning.down_config(plan.block_m),
     )
 
 
@@ -159,6 +176,7 @@ def _grouped(rows: Quantized, plan: DispatchPlan) -> GroupedRows:
         plan.group_offsets,
         plan.tile_expert,
         plan.num_tiles,
+        counters=plan.counters,
     )
 
 
