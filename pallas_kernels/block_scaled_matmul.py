@@ -311,18 +311,11 @@ def grouped_matmul(
                     _accumulate, ring, w_scales, tile, blocks, first_step, width, gathered, early
                 )
                 finish = row_epilogue if _tokens_are_rows(width) else epilogue
-                if segments == 1:
-                    finish(accumulate(0, num_steps), tile, width, refs)
-                    return
-
-                def segment(index, sums):
-                    part = accumulate(index * segment_steps, segment_steps)
-                    if parts is not None:
-                        parts.hand_over(tile, index, width, part)
-                    return tuple(a + b for a, b in zip(sums, part, strict=True))
-
-                sums = _zeros(len(blocks), width)
-                sums = lax.fori_loop(tile.begin, tile.end, segment, sums)
+                at_segment_end = parts and functools.partial(parts.hand_over, tile, width)
+                begin, end = tile.begin * segment_steps, tile.end * segment_steps
+                if cut is None:
+                    begin, end = 0, num_steps
+                sums = accumulate(begin, end, segment_steps, at_segment_end)
                 if parts is None:
                     finish(sums, tile, width, refs)
                     return
@@ -392,9 +385,24 @@ def _zeros(num_blocks: int, width: int):
 
 
 def _accumulate(
-    ring: Ring, w_scales, tile, blocks, first_step, width, scales_at_zero, early, begin, num_steps
+    ring: Ring,
+    w_scales,
+    tile,
+    blocks,
+    first_step,
+    width: int,
+    scales_at_zero: bool,
+    early,
+    begin,
+    end,
+    segment_steps: int,
+    at_segment_end,
 ):
-    """A weight block's promoted sum over the 128-column steps from `begin` on."""
+    """A weight block's promoted sum over the 128-column steps `begin` to `end`.
+
+    It is the sum, in order, of the sums of its segments of `segment_steps`; each of these is also
+    handed to `at_segment_end(segment, sums)`.
+    """
     my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
     token_rows = _tokens_are_rows(width)
     shape = _sum_shape(width)
@@ -402,7 +410,7 @@ def _accumulate(
     scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
     scale_offset = 0 if scales_at_zero else ring.scale_offset(tile.row)
     my_scales = my_rows if token_rows else pl.ds(scale_offset, width)
-    last = begin + (num_steps - 1)
+    one_segment = isinstance(end, int) and segment_steps == end - begin
 
     def operands(slot, i):
         if token_rows:
@@ -420,22 +428,34 @@ def _accumulate(
     def weight_scales(k):
         return tuple(w_scales[tile.expert, block, k] for block in blocks)
 
-    def step(i, carry):
-        sums, scales = carry
-        k = begin + i
+    def step(k, carry):
+        total, sums, scales = carry
         slot = ring.slot(first_step + k)
         if early is not None:
-            pl.when(i == min(_EARLY, num_steps - 1))(early)
+            pl.when(k == lax.min(begin + _EARLY, end - 1))(early)
         plgpu.barrier_wait(ring.full(slot, 0))
-        upcoming = weight_scales(lax.min(k + 1, jnp.int32(last)))
+        upcoming = weight_scales(lax.min(k + 1, jnp.int32(end - 1)))
         x_scales = plgpu.load(ring.x_scales.at[slot, my_scales], layout=scale_layout)
         updated = []
-        for i, (total, scale) in enumerate(zip(sums, scales, strict=True)):
+        for i, (sum_, scale) in enumerate(zip(sums, scales, strict=True)):
             if i:
                 plgpu.barrier_wait(ring.full(slot, i))
-            updated.append(total + promoted_product(slot, i, x_scales, scale))
+            updated.append(sum_ + promoted_product(slot, i, x_scales, scale))
         plgpu.barrier_arrive(ring.empty.at[slot])
-        return tuple(updated), upcoming
+        if one_segment:
+            return total, tuple(updated), upcoming
+        return *close_segment(k, total, updated), upcoming
 
-    initial = (_zeros(len(blocks), width), weight_scales(jnp.int32(begin)))
-    return lax.fori_loop(0, num_steps, step, initial)[0]
+    def close_segment(k, total, sums):
+        closes = lax.rem(k + 1, jnp.int32(segment_steps)) == 0
+        if at_segment_end is not None:
+            segment = lax.div(k, jnp.int32(segment_steps))
+            pl.when(closes)(lambda: at_segment_end(segment, sums))
+        closes = jnp.broadcast_to(closes, shape)
+        total = tuple(lax.select(closes, a + b, a) for a, b in zip(total, sums, strict=True))
+        return total, tuple(lax.select(closes, z, a) for z, a in zip(zeros, sums, strict=True))
+
+    zeros = _zeros(len(blocks), width)
+    initial = (() if one_segment else zeros, zeros, weight_scales(jnp.int32(begin)))
+    total, sums, _ = lax.fori_loop(begin, end, step, initial)
+    return sums if one_segment else total

@@ -133,8 +133,10 @@ def fill(
         def _reuse(slot=slot):
             plgpu.barrier_wait(ring.empty.at[slot])
 
-    for k, slot in zip(ks, slots, strict=True):
-        _copy_tokens(ring, sources, tile, width, k, slot)
+    # Gathered rows come last: their threads look the tokens up first, which HBM should not wait for.
+    gathered = sources.row_token is not None
+    if not gathered:
+        _copy_tokens(ring, sources, tile, width, ks, slots)
     for i, block in enumerate(blocks):
         for first in range(0, QUANT_BLOCK, box_rows):
             rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
@@ -144,24 +146,27 @@ def fill(
                     ring.weights.at[slot, i, pl.ds(first, box_rows)],
                     ring.full(slot, i),
                 )
-    if sources.row_token is not None:
+    if gathered:
+        _gather_tokens(ring, sources, tile, width, ks, slots)
         row_gather.wait_landed(row_gather.LAG)
         for k in ks:
             _announce(ring, first_step + k - row_gather.LAG)
 
 
-def _copy_tokens(ring: Ring, sources: Sources, tile, width: int, k, slot) -> None:
-    if sources.row_token is not None:
-        tokens = (sources.x, sources.x_scales), sources.row_token, tile.row, k
-        row_gather.copy_rows(
-            *tokens, ring.x.at[slot], ring.x_scales.at[slot], width, transforms=_F8_TILES
-        )
-        return
-    full = ring.full(slot, 0)
-    tokens = sources.x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
-    plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
-    scales = pl.ds(tile.row - ring.scale_offset(tile.row), ring.x_scales.shape[1])
-    plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], ring.x_scales.at[slot], full)
+def _copy_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) -> None:
+    for k, slot in zip(ks, slots, strict=True):
+        full = ring.full(slot, 0)
+        tokens = sources.x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
+        plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
+        scales = pl.ds(tile.row - ring.scale_offset(tile.row), ring.x_scales.shape[1])
+        plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], ring.x_scales.at[slot], full)
+
+
+def _gather_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) -> None:
+    x = sources.x, sources.x_scales
+    for k, slot in zip(ks, slots, strict=True):
+        to = ring.x.at[slot], ring.x_scales.at[slot]
+        row_gather.copy_rows(x, sources.row_token, tile.row, k, *to, width, transforms=_F8_TILES)
 
 
 def announce_rest(ring: Ring, steps) -> None:

@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     cut: Cut
     total: Any
 
-    def hand_over(self, tile, segment, width: int, sums) -> None:
+    def hand_over(self, tile, width: int, segment, sums) -> None:
         """Stores the sums of a segment whose tile another CTA owns."""
         place = lax.axis_index("sm"), segment, lax.axis_index("warpgroup")
 
