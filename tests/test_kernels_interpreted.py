@@ -160,13 +160,22 @@ def test_group_quant_bits(rows, dtype):
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k", "n_group", "topk_group"),
-    [(5, 256, 8, 8, 4), (3, 32, 4, 4, 2), (6, 40, 3, 1, 1)],
+    [
+        (5, 256, 8, 8, 4),
+        (3, 32, 4, 4, 2),
+        (6, 40, 3, 1, 1),
+        (5, 256, 8, 4, 2),  # groups of two registers
+        (3, 72, 3, 3, 2),  # groups that share a register
+        (3, 128, 33, 1, 1),  # more choices than lanes
+        (3, 70, 5, 35, 34),  # more groups than lanes
+    ],
 )
 def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((num_tokens, num_experts)).astype(np.float32)
     logits[0] = 0.5  # ties everywhere: the lowest ids win
     logits[1, ::3] = np.nan
+    logits[2, 1::2] = -120  # reciprocals that are denormal
     bias = np.where(rng.random(num_experts) < 0.4, 4.96875, 4.9375).astype(ml_dtypes.bfloat16)
     options = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
     ids, topk_weights = run(routing.route, logits, bias, np.float32(2.5), **options)
