@@ -203,7 +203,7 @@ def test_plan(num_tokens, num_local_experts, offset, block_m):
     check_plan(DispatchPlan(*plan), ids, offset, num_local_experts, num_experts)
 
 
-def test_permute_and_combine():
+def test_permute():
     rng = np.random.default_rng(0)
     pair_row = np.array([[-1, -1], [0, 9], [-1, -1], [3, -1], [-1, 11]], np.int32)
     x = rng.standard_normal((5, 256)).astype(E4M3)
@@ -214,11 +214,23 @@ def test_permute_and_combine():
     np.testing.assert_array_equal(rows[taken].view(np.uint8), x[token].view(np.uint8))
     np.testing.assert_array_equal(row_scales[:, taken], x_scale[:, token])
 
-    outputs = np.full((12, 256), np.nan, ml_dtypes.bfloat16)
-    outputs[taken] = rng.standard_normal((len(taken), 256))
-    topk_weights = rng.random((5, 2)).astype(np.float32)
-    found = run(combine.combine, outputs, topk_weights, pair_row)
-    expected = np.zeros((5, 256), np.float32)
+
+@pytest.mark.parametrize("few_tokens", [0, 256])
+@pytest.mark.parametrize(("top_k", "hidden_size"), [(2, 256), (8, 2048), (11, 384)])
+def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
+    """All rows that are not local, among them those of tokens without one, hold NaN."""
+    monkeypatch.setattr(combine, "_FEW_TOKENS", few_tokens)
+    rng = np.random.default_rng(0)
+    pair_row = np.where(rng.random((6, top_k)) < 0.4, rng.permutation(6 * top_k).reshape(6, -1), -1)
+    pair_row[2] = -1
+    token, choice = np.nonzero(pair_row >= 0)
+    taken = pair_row[token, choice]
+    outputs = np.full((6 * top_k, hidden_size), np.nan, ml_dtypes.bfloat16)
+    outputs[taken] = rng.standard_normal((len(taken), hidden_size))
+    topk_weights = rng.random((6, top_k)).astype(np.float32)
+    topk_weights[pair_row < 0] = np.nan
+    found = run(combine.combine, outputs, topk_weights, pair_row.astype(np.int32))
+    expected = np.zeros((6, hidden_size), np.float32)
     for t, k in zip(token, choice, strict=True):
         expected[t] += topk_weights[t, k] * outputs[pair_row[t, k]].astype(np.float32)
     np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
