@@ -189,7 +189,9 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     ("num_tokens", "num_local_experts", "offset", "block_m"),
     [(5, 8, 8, 16), (70, 8, 24, 32), (130, 80, 100, 16)],
 )
-def test_plan(num_tokens, num_local_experts, offset, block_m):
+@pytest.mark.parametrize("counted_by_all", [1, 9])
+def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, monkeypatch):
+    monkeypatch.setattr(dispatch, "_COUNTED_BY_ALL", counted_by_all)
     num_experts = 256 if num_local_experts == 80 else 32
     ids = draw_ids(num_tokens, num_experts, 4)
     plan = run(
