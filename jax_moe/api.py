@@ -183,9 +183,8 @@ def _layer(
     activations = stages.up_project(
         hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, plan
     )
-    return stages.down_project_and_combine(
-        activations, gemm2_weights, gemm2_weights_scale, routing.topk_weights, plan
-    )
+    expert_outputs = stages.down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
+    return stages.combine(expert_outputs, routing.topk_weights, plan)
 
 
 def _of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:

@@ -44,7 +44,6 @@ from pallas_kernels.tile_walk import MAILBOX_BYTES, Cut, Mailbox, Walk, mailbox_
 NUM_CONSUMERS = 2
 CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
 _BARRIER_BYTES = 512
-_EARLY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,41 +140,6 @@ class GroupedRows(NamedTuple):
         return (self.values if self.row_token is None else self.row_token).shape[0]
 
 
-class Companion(NamedTuple):
-    """What the warpgroups do beside multiplying.
-
-    Every function gets `refs`: the references of `inputs`, of the results and of the scratch.
-
-    Attributes:
-        inputs: Further arrays.
-        halfway: Producer: `halfway(refs, tile, is_first)` in the middle of every tile.
-        start_consumer: Consumers: `start_consumer(refs)` before the first tile.
-        early: Consumers: `early(refs)` a few steps into every tile.
-        finish_producer: `finish_producer(refs, any_tile)` after the last tile.
-        finish_consumer: `finish_consumer(refs)` after the last tile.
-    """
-
-    inputs: tuple[Array, ...]
-    halfway: Callable[..., None]
-    start_consumer: Callable[..., None]
-    early: Callable[..., None]
-    finish_producer: Callable[..., None]
-    finish_consumer: Callable[..., None]
-
-
-class Refs(NamedTuple):
-    """References of a kernel: a companion's inputs, results, scratch, and two barriers.
-
-    The producer arrives at `told`, all consumers at `heard`.
-    """
-
-    inputs: Any
-    results: Any
-    scratch: Any
-    told: Any
-    heard: Any
-
-
 def grouped_matmul(
     rows: GroupedRows,
     weights: Float8e4m3fn[Array, "E N K"],
@@ -189,7 +153,6 @@ def grouped_matmul(
     out_type: Any,
     scratch_types: Sequence[Any],
     name: str,
-    companion: Companion | None = None,
     interpret=None,
 ):
     """Runs `epilogue` on every tile of `rows @ weights[expert].T`.
@@ -201,14 +164,13 @@ def grouped_matmul(
         config: Tile and ring.
         num_columns: Columns of tiles that cover N.
         weight_blocks: Maps a column to the 128-row blocks of N that its tile multiplies.
-        epilogue: `epilogue(accumulators, tile, width, refs)`, called by both consumer
+        epilogue: `epilogue(accumulators, tile, width, results, scratch)`, called by both consumer
             warpgroups with one `f32[64, width]` accumulator a weight block, weights x tokens.
         row_epilogue: The same for a full tile of 128 tokens, with accumulators
             `f32[64, 128]`, tokens x weights.
         out_type: Shapes of the results.
         scratch_types: The epilogue's scratch.
         name: Kernel name.
-        companion: What else the kernel does.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -243,7 +205,6 @@ def grouped_matmul(
     elif rows.counters is None:
         rows = rows._replace(counters=jnp.zeros(split_k.num_flags(sms), jnp.int32))
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
-    extra_inputs = companion.inputs if companion else ()
     partials = (jax.ShapeDtypeStruct(partial_shape, jnp.float32),) if cut else ()
 
     def body(*refs):
@@ -251,22 +212,16 @@ def grouped_matmul(
         row_token = refs.pop(0) if gathered else None
         flags = refs.pop(0) if cut else None
         w, w_scales, *refs = refs
-        extra, refs = refs[: len(extra_inputs)], refs[len(extra_inputs) :]
         counter = tickets.new_counter() if dynamic else None
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
         total = num_tiles[0] * num_columns
         parts = split_k.Parts(refs.pop(0), flags, cut, total) if cut else None
         ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
         mailbox, scratch = Mailbox(*refs[: len(mail)]), refs[len(mail) :]
-        refs = Refs(extra, results, scratch, *mailbox.spare)
         place = (config.block_m, num_columns, sms, sizes, offsets, tile_expert, total)
         walk = Walk(*place, counter, cut, segments)
         role = lax.axis_index("warpgroup")
-        # Copies issued together, or by threads, take registers that big tiles would like to have.
-        if config.block_m <= CONSUMER_ROWS:
-            producer_registers, consumer_registers = 72, 216
-        else:
-            producer_registers, consumer_registers = (56, 224) if gathered else (40, 232)
+        producer_registers, consumer_registers = _registers(config.block_m, gathered)
 
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
@@ -280,13 +235,7 @@ def grouped_matmul(
 
                 @pl.loop(0, groups)
                 def _steps(group):
-
-                    @pl.when(group == lax.div(groups, jnp.int32(2)))
-                    def _halfway():
-                        look_ahead()
-                        if companion:
-                            companion.halfway(refs, tile, done == 0)
-
+                    pl.when(group == lax.div(groups, jnp.int32(2)))(look_ahead)
                     first = tile.begin * segment_steps + group * together
                     ks = [first + i for i in range(together)]
                     matmul_ring.fill(ring, sources, tile, width, blocks, first_step, ks, box_rows)
@@ -294,8 +243,6 @@ def grouped_matmul(
             def finish(done):
                 if gathered:
                     matmul_ring.announce_rest(ring, done * segment_steps)
-                if companion:
-                    companion.finish_producer(refs, done > 0)
 
             steps = walk.produce(mailbox, _by_width(config, fill_tile), finish)
             matmul_ring.drain(ring, steps * segment_steps)
@@ -306,9 +253,8 @@ def grouped_matmul(
             def tile_body(done, tile, width):
                 blocks = weight_blocks(tile.column)
                 first_step = (done - tile.begin) * segment_steps
-                early = companion and (lambda: companion.early(refs))
                 accumulate = functools.partial(
-                    _accumulate, ring, w_scales, tile, blocks, first_step, width, gathered, early
+                    _accumulate, ring, w_scales, tile, blocks, first_step, width, gathered
                 )
                 finish = row_epilogue if _tokens_are_rows(width) else epilogue
                 at_segment_end = parts and functools.partial(parts.hand_over, tile, width)
@@ -317,20 +263,16 @@ def grouped_matmul(
                     begin, end = 0, num_steps
                 sums = accumulate(begin, end, segment_steps, at_segment_end)
                 if parts is None:
-                    finish(sums, tile, width, refs)
+                    finish(sums, tile, width, results, scratch)
                     return
                 parts.announce(tile)
 
                 @pl.when(tile.begin == 0)
                 def _owner():
-                    finish(parts.add_rest(tile, width, sums), tile, width, refs)
+                    finish(parts.add_rest(tile, width, sums), tile, width, results, scratch)
 
-            if companion:
-                companion.start_consumer(refs)
             walk.consume(mailbox, _by_width(config, tile_body))
             plgpu.wait_smem_to_gmem(0)
-            if companion:
-                companion.finish_consumer(refs)
 
     kernel = launch.kernel(
         body,
@@ -344,9 +286,18 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    given = [array for array in rows if array is not None]
-    found = kernel(*given, weights, weights_scale, *extra_inputs)
+    found = kernel(*(array for array in rows if array is not None), weights, weights_scale)
     return tuple(found[: len(outputs)]) if isinstance(out_type, tuple) else found[0]
+
+
+def _registers(block_m: int, gathered: bool) -> tuple[int, int]:
+    """Of a producer's and a consumer's thread, in all at most 504, the threads' share at the start.
+
+    Copies that are issued together, or by threads, take registers that big tiles need themselves.
+    """
+    if block_m <= CONSUMER_ROWS:
+        return (72, 216) if gathered else (56, 224)
+    return (56, 224) if gathered else (24, 240)
 
 
 def _by_width(config: MatmulConfig, tile_body):
@@ -392,7 +343,6 @@ def _accumulate(
     first_step,
     width: int,
     scales_at_zero: bool,
-    early,
     begin,
     end,
     segment_steps: int,
@@ -431,8 +381,6 @@ def _accumulate(
     def step(k, carry):
         total, sums, scales = carry
         slot = ring.slot(first_step + k)
-        if early is not None:
-            pl.when(k == lax.min(begin + _EARLY, end - 1))(early)
         plgpu.barrier_wait(ring.full(slot, 0))
         upcoming = weight_scales(lax.min(k + 1, jnp.int32(end - 1)))
         x_scales = plgpu.load(ring.x_scales.at[slot, my_scales], layout=scale_layout)

@@ -1,4 +1,7 @@
-"""Weighted sum of a token's expert rows, one warpgroup a token.
+"""Weighted sum of a token's expert rows, one warpgroup a token or, of few tokens, a part of one.
+
+    many tokens   H columns a warpgroup      local rows one after another: memory bound all the same
+    few tokens    1024 columns a warpgroup   local rows loaded together: the latency of one row
 
 The sum runs over the token's choices in their order, in f32, with one cast at the end, so the
 result does not depend on scheduling. Only local pairs are read; a token without one gets zeros.
@@ -6,15 +9,20 @@ result does not depend on scheduling. Only local pairs are read; a token without
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels import launch
+
+_FEW_TOKENS = 256  # at 901 parts (as in Triton's kernel) took 15 us, whole rows 10
+_ROWS_AT_ONCE = 8
 
 
 def combine(
@@ -37,24 +45,26 @@ def combine(
     """
     num_tokens = pair_row.shape[0]
     hidden_size = expert_outputs.shape[1]
+    few = num_tokens <= _FEW_TOKENS
+    vector = math.gcd(hidden_size // 128, 8)
     kernel = launch.kernel(
-        _kernel,
+        _sum_part if few else _sum_row,
         out_type=jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),
-        grid=(num_tokens,),
-        grid_names=("token",),
+        grid=(hidden_size // (128 * vector) if few else 1, num_tokens),
+        grid_names=("part", "token"),  # CUDA allows 2^31 of the last
         kernel_name="moe_combine",
         interpret=interpret,
     )
     return kernel(expert_outputs, topk_weights, pair_row)
 
 
-def _kernel(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
+def _sum_row(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
     token = lax.axis_index("token")
     hidden_size = out_gmem.shape[1]
     layout = plgpu.Layout.WG_STRIDED((hidden_size,), math.gcd(hidden_size // 128, 8))
     total = plgpu.layout_cast(jnp.zeros((hidden_size,), jnp.float32), layout)
-    for k in range(pair_row_gmem.shape[1]):
-        row, weight = pair_row_gmem[token, k], weight_gmem[token, k]
+    rows, weights = _pairs(token, pair_row_gmem, weight_gmem)
+    for row, weight in zip(rows, weights, strict=True):
 
         def add(total, row=row, weight=weight):
             values = plgpu.load(expert_gmem.at[row], layout=layout)
@@ -62,3 +72,41 @@ def _kernel(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
 
         total = lax.cond(row >= 0, add, lambda total: total, total)
     out_gmem[token] = total.astype(jnp.bfloat16)
+
+
+def _sum_part(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
+    token, part = lax.axis_index("token"), lax.axis_index("part")
+    vector = math.gcd(out_gmem.shape[1] // 128, 8)
+    shape = (128 * vector,)
+    columns = pl.ds(part * shape[0], shape[0])
+    layout = plgpu.Layout.WG_STRIDED(shape, vector)
+    rows, weights = _pairs(token, pair_row_gmem, weight_gmem)
+    largest = functools.reduce(lax.max, rows)
+
+    def add_rows(total):
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            pairs = list(zip(rows, weights, strict=True))[start:][:_ROWS_AT_ONCE]
+            # Without a branch: where a row is not local, the largest one is read.
+            places = [_smaller_unsigned(row, largest) for row, _ in pairs]
+            loaded = [plgpu.load(expert_gmem.at[row, columns], layout=layout) for row in places]
+            for (row, weight), values in zip(pairs, loaded, strict=True):
+                added = total + values.astype(jnp.float32) * weight
+                local = lax.broadcast(row, shape) >= 0
+                total = jnp.where(local, added, total)
+        return total
+
+    total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+    total = lax.cond(largest >= 0, add_rows, lambda total: total, total)
+    out_gmem[token, columns] = total.astype(jnp.bfloat16)
+
+
+def _smaller_unsigned(row, largest):
+    """`row`, but `largest` for -1, which as an unsigned number is above all rows."""
+    return lax.min(row.astype(jnp.uint32), largest.astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _pairs(token, pair_row_gmem, weight_gmem):
+    """Row and weight of each of the token's choices, read before any is used."""
+    top_k = pair_row_gmem.shape[1]
+    rows = [pair_row_gmem[token, k] for k in range(top_k)]
+    return rows, [weight_gmem[token, k] for k in range(top_k)]

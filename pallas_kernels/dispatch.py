@@ -8,8 +8,8 @@ Two kernels, both one warpgroup a block of 64 tokens:
             strictly-lower-triangle @ membership (wgmma, exact)  -> rank inside the block
             pair_row = offset + ranks; row_token[pair_row] = token; tile_expert
 
-A single block needs no `count`. Rows of an expert ascend with the token, so the plan, and all
-that follows from it, is deterministic.
+Up to 512 tokens (of 32 experts) there is no `count`: every block counts all of them itself. Rows
+of an expert ascend with the token, so the plan, and all that follows from it, is deterministic.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _MATRIX = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _EXPERT_CHUNK = 32  # columns worked on at once; more would spill
+_COUNTED_BY_ALL = 8  # blocks times chunks that each block counts itself: that saves a launch
 
 
 def plan_dispatch(
@@ -82,7 +83,7 @@ def plan_dispatch(
         interpret=interpret,
     )
     histogram = []
-    if num_blocks > 1:
+    if num_blocks > max(1, _COUNTED_BY_ALL // cdiv(num_local_experts, _EXPERT_CHUNK)):
         count = make(
             functools.partial(_count, **extent, interpret=interpret),
             out_type=jax.ShapeDtypeStruct(
@@ -131,15 +132,19 @@ def _place(ids_gmem, offset_gmem, *refs, num_experts, num_local_experts, block_m
     num_tokens, top_k = ids_gmem.shape
     block = lax.axis_index("block")
     chunks = range(cdiv(num_local_experts, _EXPERT_CHUNK))
-    choices = _local_choices(
-        ids_gmem, offset_gmem[0], block, num_experts, num_local_experts, interpret
-    )
+    local_choices = functools.partial(
+        _local_choices, ids_gmem, offset_gmem[0],
+        num_experts=num_experts, num_local_experts=num_local_experts, interpret=interpret,
+    )  # fmt: skip
+    choices = local_choices(block)
     members = [_membership(choices, chunk) for chunk in chunks]
 
     sizes, before = [], []
     for chunk in chunks:
         if histogram:
             total, earlier = _sum_histogram(histogram[0], chunk, block)
+        elif num_tokens > _BLOCK:
+            total, earlier = _sum_blocks(local_choices, cdiv(num_tokens, _BLOCK), chunk, block)
         else:
             total = jnp.sum(members[chunk], axis=0)
             earlier = total * 0
@@ -218,12 +223,14 @@ def _expert_ids(chunk):
 
 def _membership(choices, chunk):
     """`i32[64 tokens, 32 experts]`, 1 where the token chose the expert."""
-    expert = _expert_ids(chunk)
-    hits = [
-        layouts.as_int(expert == lax.broadcast_in_dim(choice, expert.shape, [0]))
-        for choice in choices
-    ]
-    return sum(hits[1:], hits[0])
+    bits = []  # an expert each: an element then takes two instructions, not two a choice
+    for choice in choices:
+        expert = choice - chunk * _EXPERT_CHUNK
+        inside = (expert >= 0) & (expert < _EXPERT_CHUNK)
+        bits.append(lax.shift_left(layouts.as_int(inside), expert & (_EXPERT_CHUNK - 1)))
+    chosen = functools.reduce(lax.bitwise_or, bits)
+    column = layouts.iota((_BLOCK, _EXPERT_CHUNK), 1, _MATRIX)
+    return lax.shift_right_logical(lax.broadcast_in_dim(chosen, column.shape, [0]), column) & 1
 
 
 def _round_up(counts, multiple):
@@ -246,6 +253,21 @@ def _sum_histogram(histogram_gmem, chunk, block):
         return total + jnp.sum(counts, axis=0), earlier + jnp.sum(before, axis=0)
 
     return lax.fori_loop(0, histogram_gmem.shape[0] // _BLOCK, add, (zero, zero))
+
+
+def _sum_blocks(local_choices, num_blocks, chunk, block):
+    """As `_sum_histogram`, from the ids of all blocks."""
+    zero = plgpu.layout_cast(jnp.zeros((_BLOCK, _EXPERT_CHUNK), jnp.int32), _MATRIX)
+
+    def add(step, carry):
+        choices, members = carry
+        following = local_choices(step + 1)  # on their way while these are counted
+        return following, members + _membership(choices, chunk)
+
+    choices, earlier = lax.fori_loop(0, block, add, (local_choices(jnp.int32(0)), zero))
+    _, later = lax.fori_loop(block, num_blocks, add, (choices, zero))
+    earlier = jnp.sum(earlier, axis=0)
+    return earlier + jnp.sum(later, axis=0), earlier
 
 
 def _exclusive_sum(padded_smem, chunk):

@@ -76,9 +76,9 @@ def down_projection(
     )
 
 
-def _store_columns(accumulators, tile, width, refs):
+def _store_columns(accumulators, tile, width, outputs, scratch):
     """Weights x tokens: consumer w holds 64 columns of H of every block for all tokens."""
-    (out,), (staging,) = refs.results, refs.scratch
+    (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     buffers = itertools.count()
@@ -94,9 +94,9 @@ def _store_columns(accumulators, tile, width, refs):
             plgpu.copy_smem_to_gmem(mine, out.at[rows, pl.ds(column, CONSUMER_ROWS)])
 
 
-def _store_rows(accumulators, tile, width, refs):
+def _store_rows(accumulators, tile, width, outputs, scratch):
     """Tokens x weights: consumer w holds 64 tokens, 128 columns of H a block."""
-    (out,), (staging,) = refs.results, refs.scratch
+    (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)

@@ -24,14 +24,17 @@ _REACH = 2**31
 _PTX_STORE = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }}"
 
 
-def load_at(ref, offsets: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret) -> Array:
-    """`ref.ravel()[offsets]`; every offset must be in range.
+def load_at(
+    ref, offsets: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret, shift: int = 0
+) -> Array:
+    """`ref.ravel()[offsets + shift]`; every element must be in range.
 
     Args:
         ref: Contiguous array in global memory.
         offsets: `i32[...]` flat element offsets, held in `layout`.
         layout: Register layout of `offsets` and of the result.
         interpret: The kernel's `interpret` argument.
+        shift: Added to the offsets by the load itself, which costs no instruction.
 
     Returns:
         An array of `offsets.shape` and the dtype of `ref`.
@@ -41,7 +44,7 @@ def load_at(ref, offsets: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret
     """
     _check_extent(ref)
     if interpret:
-        return jnp.take(ref[...].reshape(-1), offsets)
+        return jnp.take(ref[...].reshape(-1), offsets + shift)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), layout),
@@ -50,7 +53,7 @@ def load_at(ref, offsets: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret
     def gather(_, memory, index):
         element = mgpu.utils.dtype_to_ir_type(ref.dtype)
         loaded = _map_lanes(
-            index, lambda i: llvm.load(element, _address(memory, i, element)), element
+            index, lambda i: llvm.load(element, _address(memory, i, element, shift)), element
         )
         signed = jnp.issubdtype(ref.dtype, jnp.signedinteger) or None
         return mgpu.FragmentedArray(_registers=loaded, _layout=index.layout, _is_signed=signed)
@@ -145,14 +148,10 @@ def _extract(register, lane: int):
     return vector.extract(register, dynamic_position=[], static_position=[lane])
 
 
-def _address(memory, index, element):
+def _address(memory, index, element, shift: int = 0):
     i64 = ir.IntegerType.get_signless(64)
     base = mgpu.utils.memref_ptr(memory)
+    offset = arith.addi(arith.extsi(i64, index), mgpu.utils.c(shift, i64))
     return llvm.getelementptr(
-        base.type,
-        base,
-        [arith.extsi(i64, index)],
-        [-(2**31)],
-        element,
-        llvm.GEPNoWrapFlags.none,
+        base.type, base, [offset], [-(2**31)], element, llvm.GEPNoWrapFlags.none
     )

@@ -59,6 +59,10 @@ class Parts(NamedTuple):
 
     def add_rest(self, tile, width: int, sums):
         """The owner's sums plus those of the segments that it did not compute."""
+        is_cut = tile.end < self.cut.segments
+        return lax.cond(is_cut, lambda sums: self._sum_of_parts(tile, width, sums), tuple, sums)
+
+    def _sum_of_parts(self, tile, width: int, sums):
         cta, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
         # The owner's cut tile is its last piece: its run ends after segment `tile.end - 1`.
         first = self.cut.first_unit(self.total, cta + 1) - tile.end

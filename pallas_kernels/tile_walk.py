@@ -98,19 +98,13 @@ class Mailbox(NamedTuple):
     posted: Any
     taken: Any
 
-    @property
-    def spare(self) -> tuple[Any, Any]:
-        """A pair of barriers like those of a record: one arrives as producer, all as consumers."""
-        return self.posted.at[_RECORDS], self.taken.at[_RECORDS]
-
 
 def mailbox_types(num_consumers: int) -> list[Any]:
     """Scratch types of a `Mailbox`."""
     return [
         plgpu.SMEM((_RECORDS + 1, len(Tile._fields)), jnp.int32),  # the last one is the ticket's
-        # Each has one more for what else a producer tells: barriers of a group share a register.
-        plgpu.Barrier(num_arrivals=1, num_barriers=_RECORDS + 1),
-        plgpu.Barrier(num_arrivals=num_consumers, num_barriers=_RECORDS + 1),
+        plgpu.Barrier(num_arrivals=1, num_barriers=_RECORDS),
+        plgpu.Barrier(num_arrivals=num_consumers, num_barriers=_RECORDS),
     ]
 
 
@@ -197,14 +191,25 @@ class Walk(NamedTuple):
         """The `index`-th tile of this CTA; called once for each, in order."""
         cta = lax.axis_index("sm")
         if self.cut is not None:
-            linear, begin, end = self.cut.piece(self.total, cta, jnp.int32(index))
-            tile = self.tile(linear)
-            live = lax.select(end > begin, tile.live, jnp.int32(0))
-            return tile._replace(live=live, begin=begin, end=end)
+            return self._piece_of(jnp.int32(index), cta)
         if self.counter is None or (isinstance(index, int) and index == 0):
             return self.tile(cta + jnp.int32(index) * self.sms)
         ticket = tickets.draw(self.counter, mailbox.records.at[_RECORDS, pl.ds(0, 1)])
         return self.tile(self.sms + ticket)
+
+    def _piece_of(self, index, cta) -> Tile:
+        # Almost all tiles are whole: their look-up does not wait until `total` has been read.
+        linear = cta + index * self.sms
+        whole = self.tile(linear)
+
+        def piece():
+            linear, begin, end = self.cut.piece(self.total, cta, index)
+            tile = self.tile(linear)
+            live = lax.select(end > begin, tile.live, jnp.int32(0))
+            return tuple(tile._replace(live=live, begin=begin, end=end))
+
+        is_whole = linear < self.total - self.cut.cut_tiles(self.total)
+        return Tile(*lax.cond(is_whole, lambda: tuple(whole), piece))
 
     def _known(self, fields) -> Tile:
         """The tile with what is known without reading it."""

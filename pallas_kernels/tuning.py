@@ -52,9 +52,18 @@ def down_config(block_m: int) -> MatmulConfig:
     return _table()[block_m].down_projection
 
 
-def combines(block_m: int) -> bool:
-    """Whether the down-projection also combines: where tiles are few, a kernel after it is faster."""
-    return block_m == MAX_BLOCK_M
+def gathers(block_m: int) -> bool:
+    """Whether the up-projection picks its rows itself, instead of a kernel before it.
+
+    For few tokens that kernel is short and its time is used (`prefetches`); for many, threads that
+    copy rows hold up the tensor cores for longer than it takes.
+    """
+    return block_m == 64
+
+
+def prefetches(block_m: int) -> bool:
+    """Whether weights are brought to L2 while tokens are permuted: where reading them is all."""
+    return block_m == 16
 
 
 def is_shipped() -> bool:

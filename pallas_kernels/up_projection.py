@@ -99,9 +99,9 @@ def up_projection(
     )
 
 
-def _swiglu_quantize_columns(accumulators, tile, width, refs):
+def _swiglu_quantize_columns(accumulators, tile, width, outputs, scratch):
     """Weights x tokens: a token's 128 columns lie in both consumers, who meet over them."""
-    (values, scales), (staging, _, both) = refs.results, refs.scratch
+    (values, scales), (staging, _, both) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     layout = layouts.row_per_warp(CONSUMER_ROWS)
     up, gate = accumulators
@@ -128,9 +128,9 @@ def _swiglu_quantize_columns(accumulators, tile, width, refs):
         _meet(both)
 
 
-def _swiglu_quantize_rows(accumulators, tile, width, refs):
+def _swiglu_quantize_rows(accumulators, tile, width, outputs, scratch):
     """Tokens x weights: consumer w holds its 64 tokens' 128 columns, so nobody has to wait."""
-    (values, scales), (_, staging, _) = refs.results, refs.scratch
+    (values, scales), (_, staging, _) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     activated = _swiglu(*accumulators).astype(jnp.float32)
     scale = _scale_of(jnp.max(jnp.abs(activated), axis=1))

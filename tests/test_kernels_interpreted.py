@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
 from jax_moe.types import DispatchPlan
-from pallas_kernels import combine, dispatch, group_quant, routing
+from pallas_kernels import combine, dispatch, group_quant, permute, routing
 from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
 from pallas_kernels.down_projection import down_projection
 from pallas_kernels.up_projection import up_projection
@@ -160,13 +160,22 @@ def test_group_quant_bits(rows, dtype):
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k", "n_group", "topk_group"),
-    [(5, 256, 8, 8, 4), (3, 32, 4, 4, 2), (6, 40, 3, 1, 1)],
+    [
+        (5, 256, 8, 8, 4),
+        (3, 32, 4, 4, 2),
+        (6, 40, 3, 1, 1),
+        (5, 256, 8, 4, 2),  # groups of two registers
+        (3, 72, 3, 3, 2),  # groups that share a register
+        (3, 128, 33, 1, 1),  # more choices than lanes
+        (3, 70, 5, 35, 34),  # more groups than lanes
+    ],
 )
 def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((num_tokens, num_experts)).astype(np.float32)
     logits[0] = 0.5  # ties everywhere: the lowest ids win
     logits[1, ::3] = np.nan
+    logits[2, 1::2] = -120  # reciprocals that are denormal
     bias = np.where(rng.random(num_experts) < 0.4, 4.96875, 4.9375).astype(ml_dtypes.bfloat16)
     options = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
     ids, topk_weights = run(routing.route, logits, bias, np.float32(2.5), **options)
@@ -180,7 +189,9 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     ("num_tokens", "num_local_experts", "offset", "block_m"),
     [(5, 8, 8, 16), (70, 8, 24, 32), (130, 80, 100, 16)],
 )
-def test_plan(num_tokens, num_local_experts, offset, block_m):
+@pytest.mark.parametrize("counted_by_all", [1, 9])
+def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, monkeypatch):
+    monkeypatch.setattr(dispatch, "_COUNTED_BY_ALL", counted_by_all)
     num_experts = 256 if num_local_experts == 80 else 32
     ids = draw_ids(num_tokens, num_experts, 4)
     plan = run(
@@ -196,16 +207,34 @@ def test_plan(num_tokens, num_local_experts, offset, block_m):
     check_plan(DispatchPlan(*plan), ids, offset, num_local_experts, num_experts)
 
 
-def test_combine():
+def test_permute():
     rng = np.random.default_rng(0)
     pair_row = np.array([[-1, -1], [0, 9], [-1, -1], [3, -1], [-1, 11]], np.int32)
+    x = rng.standard_normal((5, 256)).astype(E4M3)
+    x_scale = rng.random((2, 5)).astype(np.float32)
+    rows, row_scales = run(permute.permute_rows, x, x_scale, pair_row, num_rows=12)
     token, choice = np.nonzero(pair_row >= 0)
     taken = pair_row[token, choice]
-    outputs = np.full((12, 256), np.nan, ml_dtypes.bfloat16)
-    outputs[taken] = rng.standard_normal((len(taken), 256))
-    topk_weights = rng.random((5, 2)).astype(np.float32)
-    found = run(combine.combine, outputs, topk_weights, pair_row)
-    expected = np.zeros((5, 256), np.float32)
+    np.testing.assert_array_equal(rows[taken].view(np.uint8), x[token].view(np.uint8))
+    np.testing.assert_array_equal(row_scales[:, taken], x_scale[:, token])
+
+
+@pytest.mark.parametrize("few_tokens", [0, 256])
+@pytest.mark.parametrize(("top_k", "hidden_size"), [(2, 256), (8, 2048), (11, 384)])
+def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
+    """All rows that are not local, among them those of tokens without one, hold NaN."""
+    monkeypatch.setattr(combine, "_FEW_TOKENS", few_tokens)
+    rng = np.random.default_rng(0)
+    pair_row = np.where(rng.random((6, top_k)) < 0.4, rng.permutation(6 * top_k).reshape(6, -1), -1)
+    pair_row[2] = -1
+    token, choice = np.nonzero(pair_row >= 0)
+    taken = pair_row[token, choice]
+    outputs = np.full((6 * top_k, hidden_size), np.nan, ml_dtypes.bfloat16)
+    outputs[taken] = rng.standard_normal((len(taken), hidden_size))
+    topk_weights = rng.random((6, top_k)).astype(np.float32)
+    topk_weights[pair_row < 0] = np.nan
+    found = run(combine.combine, outputs, topk_weights, pair_row.astype(np.int32))
+    expected = np.zeros((6, hidden_size), np.float32)
     for t, k in zip(token, choice, strict=True):
         expected[t] += topk_weights[t, k] * outputs[pair_row[t, k]].astype(np.float32)
     np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))

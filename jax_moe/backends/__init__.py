@@ -77,16 +77,6 @@ class Backend(Protocol):
     ) -> Any:
         """GEMM2, in whatever form `combine` takes."""
 
-    def down_project_and_combine(
-        self,
-        activations: Quantized,
-        gemm2_weights: Array,
-        gemm2_weights_scale: Array,
-        topk_weights: Array,
-        plan: DispatchPlan,
-    ) -> Array:
-        """`down_project` and `combine`, together where that is faster."""
-
     def combine(self, expert_outputs: Any, topk_weights: Array, plan: DispatchPlan) -> Array:
         """Weighted sum per token; exact zeros where nothing is local."""
 

@@ -15,9 +15,8 @@ from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
 from jax_moe.types import DispatchPlan, Quantized, Routing
 from pallas_kernels import combine as combine_kernel
-from pallas_kernels import dispatch, group_quant, routing, split_k, tuning
+from pallas_kernels import dispatch, group_quant, permute, routing, split_k, tuning
 from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
-from pallas_kernels.combining_down_projection import combining_down_projection
 from pallas_kernels.device import num_sms
 from pallas_kernels.down_projection import down_projection
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows, round_up
@@ -91,10 +90,22 @@ def up_project(
     plan: DispatchPlan,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    tokens = Quantized(hidden_states, hidden_states_scale)
+    if tuning.gathers(plan.block_m):
+        tokens = Quantized(hidden_states, hidden_states_scale)
+        rows = _grouped(tokens, plan)._replace(row_token=plan.row_token)
+    else:
+        permuted = permute.permute_rows(
+            hidden_states,
+            hidden_states_scale,
+            plan.pair_row,
+            num_rows=plan.row_token.shape[0],
+            upcoming=(gemm1_weights, plan.tile_expert) if tuning.prefetches(plan.block_m) else None,
+            interpret=interpret_params(),
+        )
+        rows = _grouped(Quantized(*permuted), plan)
     return Quantized(
         *up_projection(
-            _grouped(tokens, plan)._replace(row_token=plan.row_token),
+            rows,
             gemm1_weights,
             gemm1_weights_scale,
             config=_on_this_device(tuning.up_config(plan.block_m)),
@@ -116,28 +127,6 @@ def down_project(
         gemm2_weights_scale,
         config=_on_this_device(tuning.down_config(plan.block_m)),
         interpret=interpret_params(),
-    )
-
-
-def down_project_and_combine(
-    activations: Quantized,
-    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
-    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
-    topk_weights: Float32[Array, "T k"],
-    plan: DispatchPlan,
-) -> BFloat16[Array, "T H"]:
-    """GEMM2 and the weighted sum; in one kernel where tiles are many."""
-    if interpret_params() is not None or not tuning.combines(plan.block_m):
-        outputs = down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
-        return combine(outputs, topk_weights, plan)
-    return combining_down_projection(
-        _grouped(activations, plan),
-        gemm2_weights,
-        gemm2_weights_scale,
-        plan.row_token,
-        plan.pair_row,
-        topk_weights,
-        config=tuning.down_config(plan.block_m),
     )
 
 

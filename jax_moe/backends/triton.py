@@ -124,18 +124,6 @@ def down_project(
     return expert_outputs
 
 
-def down_project_and_combine(
-    activations: Quantized,
-    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
-    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
-    topk_weights: Float32[Array, "T k"],
-    plan: DispatchPlan,
-) -> BFloat16[Array, "T H"]:
-    """GEMM2, then the weighted sum."""
-    outputs = down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
-    return combine(outputs, topk_weights, plan)
-
-
 def combine(
     expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float32[Array, "T k"],

@@ -177,18 +177,6 @@ def _for_each_live_tile(
     return lax.fori_loop(0, (plan.group_sizes > 0).sum(dtype=jnp.int32), one_expert, out)
 
 
-def down_project_and_combine(
-    activations: Quantized,
-    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
-    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
-    topk_weights: Float32[Array, "T k"],
-    plan: DispatchPlan,
-) -> BFloat16[Array, "T H"]:
-    """GEMM2, then the weighted sum."""
-    outputs = down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
-    return combine(outputs, topk_weights, plan)
-
-
 def combine(
     expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
