@@ -46,8 +46,8 @@ class DispatchPlan(NamedTuple):
         pair_row: i32[T,k], row of each (token, choice) pair; -1 where the expert is not local.
         tile_expert: i32[M/block_m], local expert of each tile; 0 in dead tiles.
         num_tiles: i32[1], live tiles; the rest is skipped.
-        counters: i32[C] zeros, in which kernels of backend "mosaic" count and leave zeros; None from
-            the others.
+        counters: i32[C] zeros, in which kernels of backend "mosaic" count and leave zeros; None
+            from the others.
     """
 
     group_sizes: Int32[Array, " E_local"]

@@ -109,6 +109,12 @@ class MatmulConfig:
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
 
+    def parts_bytes(self, num_steps: int, num_blocks: int, sms: int) -> int:
+        """Global memory for the sums of tiles that are cut."""
+        segments = self.segments(num_steps)
+        if segments == 1:
+            return 0
+        return 4 * sms * segments * num_blocks * QUANT_BLOCK * self.block_m
 
     def segments(self, num_steps: int) -> int:
         """Pieces that a tile of `num_steps` steps may be cut into."""
@@ -207,8 +213,8 @@ def grouped_matmul(
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
     partials = (jax.ShapeDtypeStruct(partial_shape, jnp.float32),) if cut else ()
 
-    def body(*refs):
-        x, x_scales, sizes, offsets, tile_expert, num_tiles, *refs = refs
+    def body(*all_refs):
+        x, x_scales, sizes, offsets, tile_expert, num_tiles, *refs = all_refs
         row_token = refs.pop(0) if gathered else None
         flags = refs.pop(0) if cut else None
         w, w_scales, *refs = refs
@@ -250,6 +256,7 @@ def grouped_matmul(
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():
             plgpu.set_max_registers(consumer_registers, action="increase")
+
             def tile_body(done, tile, width):
                 blocks = weight_blocks(tile.column)
                 first_step = (done - tile.begin) * segment_steps

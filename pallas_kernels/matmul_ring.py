@@ -53,7 +53,7 @@ class Ring(NamedTuple):
         return self.next_full.at[slot + (block - 1) * self.num_stages]
 
     def scale_offset(self, row):
-        """Where a tile's token scales start in a slot that TMA filled; it may be wider than the tile."""
+        """Where a tile's token scales start in a slot that TMA filled, which may be wider."""
         return pl.multiple_of(lax.rem(row, jnp.int32(self.x_scales.shape[1])), self.block_m)
 
 
@@ -133,7 +133,7 @@ def fill(
         def _reuse(slot=slot):
             plgpu.barrier_wait(ring.empty.at[slot])
 
-    # Gathered rows come last: their threads look the tokens up first, which HBM should not wait for.
+    # Gathered rows come last: looking their tokens up takes time that weights can travel in.
     gathered = sources.row_token is not None
     if not gathered:
         _copy_tokens(ring, sources, tile, width, ks, slots)

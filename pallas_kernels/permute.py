@@ -16,11 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import l2_prefetch, launch, layouts
+from pallas_kernels import launch, layouts
 from pallas_kernels.indexed_memory import load_at, store_at
 from pallas_kernels.shapes import round_up
-
-_PREFETCHED = 16 * 2**20  # what comes while this kernel runs and the next one starts
 
 
 def permute_rows(
@@ -29,7 +27,6 @@ def permute_rows(
     pair_row: Int32[Array, "T k"],
     *,
     num_rows: int,
-    upcoming: tuple[Float8e4m3fn[Array, "E N H"], Int32[Array, "tiles"]] | None = None,
     interpret=None,
 ) -> tuple[Float8e4m3fn[Array, "M H"], Float[Array, "H/128 M"]]:
     """Scatters rows to `pair_row`.
@@ -39,47 +36,28 @@ def permute_rows(
         hidden_states_scale: `f32[H/128, T]`.
         pair_row: `i32[T, k]`, row of each pair, -1 for none; rows are distinct.
         num_rows: M.
-        upcoming: Weights of which the next kernel reads those of the first tile's expert first, and
-            the tiles' experts: memory that would idle meanwhile brings some of them to L2.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
         `e4m3[M, H]` and `f32[H/128, M]`; rows that no pair names are unwritten.
     """
     num_tokens, hidden_size = hidden_states.shape
-    upcoming = () if interpret or upcoming is None else upcoming
-    parts = _PREFETCHED // l2_prefetch.PART_BYTES if upcoming else 0
     kernel = launch.kernel(
-        functools.partial(_kernel, parts=parts, interpret=interpret),
+        functools.partial(_kernel, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct((num_rows, hidden_size), hidden_states.dtype),
             jax.ShapeDtypeStruct((hidden_states_scale.shape[0], num_rows), jnp.float32),
         ),
-        grid=(parts + num_tokens,),
-        grid_names=("block",),
+        grid=(num_tokens,),
+        grid_names=("token",),
         kernel_name="moe_permute_rows",
         interpret=interpret,
     )
-    return kernel(hidden_states, hidden_states_scale, pair_row, *upcoming)
+    return kernel(hidden_states, hidden_states_scale, pair_row)
 
 
-def _kernel(x_gmem, scale_gmem, pair_row_gmem, *refs, parts, interpret):
-    *upcoming, rows_gmem, row_scale_gmem = refs
-    block = lax.axis_index("block")
-    if upcoming:
-        weights_gmem, tile_expert_gmem = upcoming
-
-        @pl.when(block < parts)
-        def _prefetch():
-            l2_prefetch.prefetch_part(weights_gmem, tile_expert_gmem[0], block)
-
-    @pl.when(block >= parts)
-    def _permute():
-        token = block - parts
-        _copy_token(x_gmem, scale_gmem, pair_row_gmem, rows_gmem, row_scale_gmem, token, interpret)
-
-
-def _copy_token(x_gmem, scale_gmem, pair_row_gmem, rows_gmem, row_scale_gmem, token, interpret):
+def _kernel(x_gmem, scale_gmem, pair_row_gmem, rows_gmem, row_scale_gmem, *, interpret):
+    token = lax.axis_index("token")
     num_tokens, hidden_size = x_gmem.shape
     num_rows = rows_gmem.shape[0]
     num_blocks = scale_gmem.shape[0]

@@ -32,9 +32,7 @@ LAG = 2
 
 _CHUNK = 16
 _CHUNKS = QUANT_BLOCK // _CHUNK
-_COPY_SCALE = (
-    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.ca.shared.global [$0], [$1], 4; }"
-)
+_COPY_SCALE = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.ca.shared.global [$0], [$1], 4; }"
 
 
 def gather_first(values, scales, row_token):
@@ -61,9 +59,7 @@ def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, tr
     refs = (plgpu.RefType(),) * 3
     splat = plgpu.Layout.WG_SPLAT
 
-    @plgpu.inline_mgpu(
-        arg_types=(*refs, splat, splat, plgpu.RefType(transforms), plgpu.RefType())
-    )
+    @plgpu.inline_mgpu(arg_types=(*refs, splat, splat, plgpu.RefType(transforms), plgpu.RefType()))
     def copy(_, x, x_scales, row_token, row, k, slot, scales):
         (row,), (k,) = row.registers.flat, k.registers.flat
         thread = thread_of_warpgroup()
@@ -73,7 +69,9 @@ def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, tr
         def token_of(inside):
             return arith.maxsi(load_i32(row_token, arith.addi(row, inside)), constant(0))
 
-        column = arith.addi(arith.muli(k, constant(QUANT_BLOCK)), arith.muli(chunk, constant(_CHUNK)))
+        column = arith.addi(
+            arith.muli(k, constant(QUANT_BLOCK)), arith.muli(chunk, constant(_CHUNK))
+        )
         for i in range(-(-width * _CHUNKS // 128)):
             inside = arith.addi(first, constant(i * 128 // _CHUNKS))
             source = global_address(x, flat(token_of(inside), num_columns, column), 1)
@@ -96,7 +94,7 @@ def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, tr
 
 
 def wait_landed(pending: int) -> None:
-    """Waits until at most `pending` of the thread's steps are under way; wgmma may read the rest."""
+    """Waits until at most `pending` of the thread's steps are under way; the rest may be read."""
 
     @plgpu.inline_mgpu(arg_types=())
     def wait(_):

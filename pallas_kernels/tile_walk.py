@@ -76,7 +76,7 @@ class Cut(NamedTuple):
         return lax.div((unit + 1) * self.sms - 1, units)
 
     def piece(self, total, cta, index):
-        """The `index`-th piece of a CTA: its tile, `begin` and `end`; after the last `end <= begin`."""
+        """The `index`-th piece of a CTA: tile, `begin` and `end`; after the last `end <= begin`."""
         rounds = self.rounds(total)
         first, last = self.first_unit(total, cta), self.first_unit(total, cta + 1)
         whole = cta + index * self.sms < total - self.cut_tiles(total)
@@ -191,24 +191,24 @@ class Walk(NamedTuple):
         """The `index`-th tile of this CTA; called once for each, in order."""
         cta = lax.axis_index("sm")
         if self.cut is not None:
-            return self._piece_of(jnp.int32(index), cta)
+            return self._piece_of(self.cut, jnp.int32(index), cta)
         if self.counter is None or (isinstance(index, int) and index == 0):
             return self.tile(cta + jnp.int32(index) * self.sms)
         ticket = tickets.draw(self.counter, mailbox.records.at[_RECORDS, pl.ds(0, 1)])
         return self.tile(self.sms + ticket)
 
-    def _piece_of(self, index, cta) -> Tile:
+    def _piece_of(self, cut: Cut, index, cta) -> Tile:
         # Almost all tiles are whole: their look-up does not wait until `total` has been read.
         linear = cta + index * self.sms
         whole = self.tile(linear)
 
         def piece():
-            linear, begin, end = self.cut.piece(self.total, cta, index)
+            linear, begin, end = cut.piece(self.total, cta, index)
             tile = self.tile(linear)
             live = lax.select(end > begin, tile.live, jnp.int32(0))
             return tuple(tile._replace(live=live, begin=begin, end=end))
 
-        is_whole = linear < self.total - self.cut.cut_tiles(self.total)
+        is_whole = linear < self.total - cut.cut_tiles(self.total)
         return Tile(*lax.cond(is_whole, lambda: tuple(whole), piece))
 
     def _known(self, fields) -> Tile:

@@ -20,7 +20,7 @@ from pallas_kernels.tuning_search import Case, Prepared, Sizes, Tuner, Weights
 
 
 def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
-    """What to try: depths of the ring, slots filled together, tails, both values of a switch."""
+    """What to try: depths of the ring, slots filled together, tails, cuts, values of a switch."""
     half, sixteenth = config.block_m // 2, range(16, config.block_m, 16)
     quarters = range(config.block_m // 4, config.block_m, config.block_m // 4)
     tails = {(), tuple(sixteenth), (half,), tuple(quarters)}
@@ -33,12 +33,13 @@ def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
         "num_stages": range(3, 9),
         "k_blocks": (1, 2),
         "widths": sorted(tail for tail in tails if len(tail) < 4 and not any(w % 16 for w in tail)),
+        "segment_steps": (None, 7, 8, 14, 28) if config.segment_steps else (None,),
         **dict.fromkeys(switches, (False, True)),
     }
 
 
 def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -> Prepared:
-    """The inputs of one matmul: rows that were already gathered.
+    """The inputs of one matmul, its rows gathered where the layer does so before it.
 
     Args:
         case: Which matmul, how many tokens.
@@ -50,8 +51,11 @@ def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -
     live = np.flatnonzero(plan.row_token >= 0)
     is_up = case.role == "up_projection"
     columns = sizes.hidden if is_up else sizes.intermediate
-    rows = tuning_search.unit_rows(3, len(plan.row_token), columns)
-    placed = plan.group_sizes, plan.group_offsets, plan.tile_expert, plan.num_tiles
+    gathers = is_up and tuning.gathers(case.block_m)
+    num_rows = case.num_tokens if gathers else len(plan.row_token)
+    rows = tuning_search.unit_rows(3, num_rows, columns)
+    placed = [plan.group_sizes, plan.group_offsets, plan.tile_expert, plan.num_tiles]
+    placed += [plan.row_token] if gathers else []
 
     def live_rows(result: Any) -> jax.Array:
         if not is_up:

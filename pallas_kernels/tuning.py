@@ -9,10 +9,11 @@ import functools
 
 from pallas_kernels import device, tuning_cache, tuning_check
 from pallas_kernels.block_scaled_matmul import MatmulConfig
+from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.tuning_cache import Pair, Table
 
 KERNELS = "mosaic"
-MAX_BLOCK_M = 128
+MAX_BLOCK_M = tuning_check.MAX_BLOCK_M
 
 # Measured on an H100 (docs/performance_log.md).
 _UP = {
@@ -55,15 +56,20 @@ def down_config(block_m: int) -> MatmulConfig:
 def gathers(block_m: int) -> bool:
     """Whether the up-projection picks its rows itself, instead of a kernel before it.
 
-    For few tokens that kernel is short and its time is used (`prefetches`); for many, threads that
-    copy rows hold up the tensor cores for longer than it takes.
+    Not where tiles are full: threads that copy 128 rows hold up the tensor cores for longer than
+    that kernel takes.
     """
-    return block_m == 64
+    return block_m < MAX_BLOCK_M
 
 
-def prefetches(block_m: int) -> bool:
-    """Whether weights are brought to L2 while tokens are permuted: where reading them is all."""
-    return block_m == 16
+def parts_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Most global memory for sums of tiles that are cut along K, of both projections."""
+    sms = device.num_sms()
+    return max(
+        pair.up_projection.parts_bytes(hidden_size // QUANT_BLOCK, 2, sms)
+        + pair.down_projection.parts_bytes(intermediate_size // QUANT_BLOCK, 2, sms)
+        for pair in _table().values()
+    )
 
 
 def is_shipped() -> bool:

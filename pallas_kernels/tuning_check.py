@@ -17,6 +17,9 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "up_projection": up_projection,
     "down_projection": down_projection,
 }
+MAX_BLOCK_M = 128
+"""Tokens of the largest tile; those of smaller ones are gathered by the up-projection itself."""
+
 _EXPERTS, _HIDDEN, _INTERMEDIATE = 32, 7168, 2048  # DeepSeek-V3's, which the tables are made for
 
 
@@ -39,7 +42,11 @@ def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callab
 
 
 def check(role: str, config: MatmulConfig) -> None:
-    """Raises what building the kernel would raise, such as ValueError for too large a ring."""
+    """Raises what building the kernel would raise, such as ValueError for too large a ring.
+
+    The up-projection of small tiles gathers its rows, which wants the deeper ring of the two ways.
+    """
+    gathers = role == "up_projection" and config.block_m < MAX_BLOCK_M
     rows, shape = round_up(config.block_m, 32), jax.ShapeDtypeStruct
     n, k = {
         "up_projection": (2 * _INTERMEDIATE, _HIDDEN),
@@ -52,6 +59,7 @@ def check(role: str, config: MatmulConfig) -> None:
         shape((_EXPERTS,), jnp.int32),
         shape((rows // config.block_m,), jnp.int32),
         shape((1,), jnp.int32),
+        *([shape((rows,), jnp.int32)] if gathers else []),
         shape((_EXPERTS, n, k), jnp.float8_e4m3fn),
         shape((_EXPERTS, n // QUANT_BLOCK, k // QUANT_BLOCK), jnp.float32),
     )

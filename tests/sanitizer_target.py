@@ -26,9 +26,10 @@ TO_ORACLE = 0.03
 
 
 def layers() -> Iterator[Inputs]:
-    """Arguments of `apply`: with quantized activations, and once with others."""
+    """Arguments of `apply`: quantized ones, a K long enough to be cut, others to quantize."""
     for num_tokens in TOKENS:
         yield make_inputs(num_tokens, seed=num_tokens)
+    yield make_inputs(5, hidden_size=3584)
     inputs = make_inputs(21)
     x = np.random.default_rng(1).standard_normal(inputs.hidden_states.shape, np.float32)
     yield inputs._replace(hidden_states=x, hidden_states_scale=None)

@@ -15,9 +15,12 @@ from pallas_kernels.tile_walk import Cut
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def pieces(cut, total, most):
     """tile, begin, end of every (CTA, index)."""
-    ctas, indices = jnp.arange(cut.sms), jnp.arange(most)
-    one = lambda cta, index: cut.piece(total, cta.astype(jnp.int32), index.astype(jnp.int32))
-    return jax.vmap(lambda cta: jax.vmap(lambda index: one(cta, index))(indices))(ctas)
+    ctas, indices = (jnp.arange(n, dtype=jnp.int32) for n in (cut.sms, most))
+
+    def of_cta(cta):
+        return jax.vmap(lambda index: cut.piece(total, cta, index))(indices)
+
+    return jax.vmap(of_cta)(ctas)
 
 
 @pytest.mark.parametrize("cut", [Cut(4, 132), Cut(7, 132), Cut(2, 5), Cut(3, 1)])
@@ -36,7 +39,9 @@ def test_pieces_cover_every_segment_once(cut, total):
             seen[t, b:e] += 1
             if b == 0:
                 owners[t] = cta
-                assert e == cut.segments or index == count - 1, "a cut tile of one's own is the last"
+                assert e == cut.segments or index == count - 1, (
+                    "a cut tile of one's own is the last"
+                )
             else:
                 assert index == total // cut.sms, "what is handed over begins the run"
     np.testing.assert_array_equal(seen, 1)

@@ -99,7 +99,6 @@ def up_project(
             hidden_states_scale,
             plan.pair_row,
             num_rows=plan.row_token.shape[0],
-            upcoming=(gemm1_weights, plan.tile_expert) if tuning.prefetches(plan.block_m) else None,
             interpret=interpret_params(),
         )
         rows = _grouped(Quantized(*permuted), plan)
@@ -154,7 +153,8 @@ def workspace_bytes(
     gathered = rows * hidden_size * bytes_of_quantized
     outputs = rows * hidden_size * 2
     plan = 4 * (2 * rows + 4 * num_tokens * top_k)
-    return int(activations + max(gathered, outputs)) + plan + 2**20
+    parts = tuning.parts_bytes(hidden_size, intermediate_size)
+    return int(activations + max(gathered, outputs)) + plan + parts + 2**20
 
 
 def _grouped(rows: Quantized, plan: DispatchPlan) -> GroupedRows:

@@ -1,0 +1,80 @@
+"""The Mosaic matmuls on a GPU: rows gathered by threads, tiles cut along K, against plain ones."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import row_gather
+from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.down_projection import down_projection
+from pallas_kernels.up_projection import up_projection
+from tests.test_kernels_interpreted import E4M3, grouped_rows, weights
+
+pytestmark = pytest.mark.gpu
+
+HIDDEN = 28 * 128
+
+
+@functools.cache
+def cases(block_m):
+    """Rows of the up-projection, tokens in any order; weights that differ everywhere."""
+    rows, live = grouped_rows([3, 0, block_m, 2 * block_m - 3, 1], block_m, columns=HIDDEN)
+    w, w_scale = weights(5, 256, HIDDEN)
+    order = np.random.default_rng(2).permutation(len(live))
+    row_token = np.where(live, np.argsort(order), -1).astype(np.int32)
+    values, scales = rows.values[order], rows.scales[:, order]
+    values = np.where(live[order][:, None], values.astype(np.float32), 0).astype(E4M3)
+    scales = np.where(live[order], scales, 0).astype(np.float32)
+    tokens = rows._replace(values=values, scales=scales, row_token=row_token)
+    return rows, tokens, live, w, w_scale
+
+
+def up(rows, w, w_scale, **config):
+    @jax.jit
+    def run(rows, w, w_scale):
+        return up_projection(GroupedRows(*rows), w, w_scale, config=MatmulConfig(**config))
+
+    return tuple(np.asarray(part).view(np.uint8) for part in run(rows, w, w_scale))
+
+
+@pytest.mark.parametrize(("block_m", "widths"), [(16, ()), (64, (16, 32, 48)), (128, (32, 64, 96))])
+def test_gathered_rows_are_those_that_tma_copies(block_m, widths):
+    contiguous, tokens, live, w, w_scale = cases(block_m)
+    config = {"block_m": block_m, "num_stages": 4, "widths": widths}
+    expected = up(contiguous, w, w_scale, **config)
+    found = up(tokens, w, w_scale, **config)
+    np.testing.assert_array_equal(found[0][live], expected[0][live])
+    in_bytes = np.repeat(live, 4)
+    np.testing.assert_array_equal(found[1][:, in_bytes], expected[1][:, in_bytes])
+    by_xla = row_gather.gather_first(tokens.values, tokens.scales, tokens.row_token)
+    np.testing.assert_array_equal(
+        np.asarray(by_xla[0]).view(np.uint8)[live], contiguous.values.view(np.uint8)[live]
+    )
+
+
+@pytest.mark.parametrize("segment_steps", [7, 14])
+def test_bits_do_not_depend_on_the_cut(segment_steps):
+    """5 tiles are cut for 33 CTAs and more, in different places; for 5, 7 or 8 CTAs they are not."""
+    _, tokens, live, w, w_scale = cases(16)
+    config = {"block_m": 16, "num_stages": 5, "k_blocks": 1, "segment_steps": segment_steps}
+    expected = up(tokens, w, w_scale, sms=5, **config)
+    for sms in (7, 8, 33, 40, 77, 132):
+        for _ in range(3):
+            found = up(tokens, w, w_scale, sms=sms, **config)
+            np.testing.assert_array_equal(found[0][live], expected[0][live], err_msg=f"{sms=}")
+
+
+def test_a_cut_down_projection_is_exact():
+    rows, live = grouped_rows([2, 0, 16, 20], 16, columns=2048)
+    w, w_scale = weights(4, 384, 2048)
+    results = []
+    for sms in (3, 50, 132):
+        config = MatmulConfig(16, num_stages=6, k_blocks=2, segment_steps=8, sms=sms)
+        run = jax.jit(functools.partial(down_projection, config=config))
+        results.append(np.asarray(run(rows, w, w_scale))[live].view(np.uint16))
+    for found in results[1:]:
+        np.testing.assert_array_equal(found, results[0])
