@@ -35,14 +35,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import launch, matmul_ring, row_gather, split_k, tickets
+from pallas_kernels import launch, matmul_ring, promotion, row_gather, split_k, tickets
 from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.matmul_ring import Ring, ring_types
+from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.tile_walk import MAILBOX_BYTES, Cut, Mailbox, Walk, mailbox_types
 
-NUM_CONSUMERS = 2
-CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
 _BARRIER_BYTES = 512
 
 
@@ -100,7 +99,7 @@ class MatmulConfig:
     @property
     def has_row_tiles(self) -> bool:
         """Whether some tiles have their tokens on the 64-row side of `wgmma`."""
-        return any(_tokens_are_rows(width) for width in (*self.widths, self.block_m))
+        return any(tokens_are_rows(width) for width in (*self.widths, self.block_m))
 
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
         """Raises ValueError if the ring and the epilogue do not fit in shared memory."""
@@ -261,9 +260,9 @@ def grouped_matmul(
                 blocks = weight_blocks(tile.column)
                 first_step = (done - tile.begin) * segment_steps
                 accumulate = functools.partial(
-                    _accumulate, ring, w_scales, tile, blocks, first_step, width, gathered
+                    promotion.accumulate, ring, w_scales, tile, blocks, first_step, width, gathered
                 )
-                finish = row_epilogue if _tokens_are_rows(width) else epilogue
+                finish = row_epilogue if tokens_are_rows(width) else epilogue
                 at_segment_end = parts and functools.partial(parts.hand_over, tile, width)
                 begin, end = tile.begin * segment_steps, tile.end * segment_steps
                 if cut is None:
@@ -321,96 +320,3 @@ def _by_width(config: MatmulConfig, tile_body):
             narrower = width
 
     return body
-
-
-def _tokens_are_rows(width: int) -> bool:
-    """Whether a tile of that width has its tokens on the 64-row side of `wgmma`.
-
-    There a thread holds two token scales instead of a quarter of all, so promotion costs half as
-    many instructions; but only tiles of 128 tokens give both consumers 64 rows.
-    """
-    return width == NUM_CONSUMERS * CONSUMER_ROWS
-
-
-def _sum_shape(width: int) -> tuple[int, int]:
-    """Tokens x weight rows if tokens are rows, else weight rows x tokens."""
-    return (CONSUMER_ROWS, QUANT_BLOCK if _tokens_are_rows(width) else width)
-
-
-def _zeros(num_blocks: int, width: int):
-    zero = jnp.zeros(_sum_shape(width), jnp.float32)
-    return (plgpu.layout_cast(zero, plgpu.Layout.WGMMA),) * num_blocks
-
-
-def _accumulate(
-    ring: Ring,
-    w_scales,
-    tile,
-    blocks,
-    first_step,
-    width: int,
-    scales_at_zero: bool,
-    begin,
-    end,
-    segment_steps: int,
-    at_segment_end,
-):
-    """A weight block's promoted sum over the 128-column steps `begin` to `end`.
-
-    It is the sum, in order, of the sums of its segments of `segment_steps`; each of these is also
-    handed to `at_segment_end(segment, sums)`.
-    """
-    my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
-    token_rows = _tokens_are_rows(width)
-    shape = _sum_shape(width)
-    token_axis = 0 if token_rows else 1
-    scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
-    scale_offset = 0 if scales_at_zero else ring.scale_offset(tile.row)
-    my_scales = my_rows if token_rows else pl.ds(scale_offset, width)
-    one_segment = isinstance(end, int) and segment_steps == end - begin
-
-    def operands(slot, i):
-        if token_rows:
-            return ring.x.at[slot, my_rows], ring.weights.at[slot, i].T
-        return ring.weights.at[slot, i, my_rows], ring.x.at[slot, pl.ds(0, width)].T
-
-    def promoted_product(slot, i, x_scales, scale):
-        def multiply(accumulator):
-            plgpu.wgmma(accumulator, *operands(slot, i))
-            factor = lax.broadcast_in_dim(x_scales * scale, shape, [token_axis])
-            return accumulator[...] * factor
-
-        return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-
-    def weight_scales(k):
-        return tuple(w_scales[tile.expert, block, k] for block in blocks)
-
-    def step(k, carry):
-        total, sums, scales = carry
-        slot = ring.slot(first_step + k)
-        plgpu.barrier_wait(ring.full(slot, 0))
-        upcoming = weight_scales(lax.min(k + 1, jnp.int32(end - 1)))
-        x_scales = plgpu.load(ring.x_scales.at[slot, my_scales], layout=scale_layout)
-        updated = []
-        for i, (sum_, scale) in enumerate(zip(sums, scales, strict=True)):
-            if i:
-                plgpu.barrier_wait(ring.full(slot, i))
-            updated.append(sum_ + promoted_product(slot, i, x_scales, scale))
-        plgpu.barrier_arrive(ring.empty.at[slot])
-        if one_segment:
-            return total, tuple(updated), upcoming
-        return *close_segment(k, total, updated), upcoming
-
-    def close_segment(k, total, sums):
-        closes = lax.rem(k + 1, jnp.int32(segment_steps)) == 0
-        if at_segment_end is not None:
-            segment = lax.div(k, jnp.int32(segment_steps))
-            pl.when(closes)(lambda: at_segment_end(segment, sums))
-        closes = jnp.broadcast_to(closes, shape)
-        total = tuple(lax.select(closes, a + b, a) for a, b in zip(total, sums, strict=True))
-        return total, tuple(lax.select(closes, z, a) for z, a in zip(zeros, sums, strict=True))
-
-    zeros = _zeros(len(blocks), width)
-    initial = (() if one_segment else zeros, zeros, weight_scales(jnp.int32(begin)))
-    total, sums, _ = lax.fori_loop(begin, end, step, initial)
-    return sums if one_segment else total

@@ -22,14 +22,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.promotion import NUM_CONSUMERS
 from pallas_kernels.tile_walk import Cut
-
-_CONSUMERS = 2
 
 
 def num_flags(sms: int) -> int:
     """Flags that a kernel of `sms` CTAs needs: one for each consumer warpgroup."""
-    return sms * _CONSUMERS
+    return sms * NUM_CONSUMERS
 
 
 class Parts(NamedTuple):
@@ -95,7 +94,7 @@ class Parts(NamedTuple):
         return sums
 
     def _flag(self, cta):
-        return self.flags.at[pl.ds(cta * _CONSUMERS + lax.axis_index("warpgroup"), 1)]
+        return self.flags.at[pl.ds(cta * NUM_CONSUMERS + lax.axis_index("warpgroup"), 1)]
 
 
 def _signal_flag(flag) -> None:

@@ -33,7 +33,7 @@ def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
         "num_stages": range(3, 9),
         "k_blocks": (1, 2),
         "widths": sorted(tail for tail in tails if len(tail) < 4 and not any(w % 16 for w in tail)),
-        "segment_steps": (None, 7, 8, 14, 28) if config.segment_steps else (None,),
+        "segment_steps": (None, 7, 8, 14, 28) if config.block_m == 16 else (None,),
         **dict.fromkeys(switches, (False, True)),
     }
 

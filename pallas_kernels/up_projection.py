@@ -25,14 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels import layouts
-from pallas_kernels.block_scaled_matmul import (
-    CONSUMER_ROWS,
-    NUM_CONSUMERS,
-    GroupedRows,
-    MatmulConfig,
-    grouped_matmul,
-)
+from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig, grouped_matmul
 from pallas_kernels.group_quant import E4M3_MAX, SMALLEST_NORMAL
+from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS
 from pallas_kernels.shapes import QUANT_BLOCK
 
 _STAGED_TOKENS = 64

@@ -34,7 +34,7 @@ INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_devi
 
 # The detector wants a proxy fence between plain reads of shared memory and the TMA copy that
 # reuses it. On the GPU the mbarrier hand-off of the slot orders the two.
-SCALES_OF_A_REUSED_SLOT = {"_accumulate.<locals>.step", "_copy_tokens"}
+SCALES_OF_A_REUSED_SLOT = {"accumulate.<locals>.step", "_copy_tokens"}
 # The last rows of an odd count are quantized by two blocks, to the same bits.
 OVERLAPPING_ROWS = {"_kernel"}
 

@@ -58,7 +58,7 @@ def test_gathered_rows_are_those_that_tma_copies(block_m, widths):
 
 @pytest.mark.parametrize("segment_steps", [7, 14])
 def test_bits_do_not_depend_on_the_cut(segment_steps):
-    """5 tiles are cut for 33 CTAs and more, in different places; for 5, 7 or 8 CTAs they are not."""
+    """5 tiles are cut for 33 CTAs and more, each time elsewhere; for 5, 7 and 8 they are not."""
     _, tokens, live, w, w_scale = cases(16)
     config = {"block_m": 16, "num_stages": 5, "k_blocks": 1, "segment_steps": segment_steps}
     expected = up(tokens, w, w_scale, sms=5, **config)
