@@ -28,9 +28,9 @@ from tests.cuda_tools import wheel_bin
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOOLS = {
-    # XLA probes the driver with calls that may fail. TMA is not looked at by default.
-    "memcheck": ("--report-api-errors", "no", "--check-tensor-ops", "yes"),
-    "racecheck": ("--racecheck-report", "analysis", "--check-tensor-ops", "yes"),
+    # XLA probes the driver with calls that may fail. Bulk copies and wgmma are looked at by default.
+    "memcheck": ("--report-api-errors", "no"),
+    "racecheck": ("--racecheck-report", "analysis"),
     "initcheck": (),
     "synccheck": (),
 }

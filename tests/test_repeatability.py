@@ -48,8 +48,11 @@ def first_bits(case, num_tokens):
 
 
 def poison(byte):
-    """Fills 400 MB in pieces of all sizes and frees them: what is allocated next holds them."""
-    sizes = [2**n for n in range(9, 27)] * 3
+    """Fills 400 MB in pieces of all sizes and frees them: what is allocated next holds them.
+
+    The largest come first, or small ones would take parts of holes that they leave a rest of.
+    """
+    sizes = sorted([2**n for n in range(9, 27)] * 3, reverse=True)
     pieces = [jax.device_put(np.full(size, byte, np.uint8)) for size in sizes]
     jax.block_until_ready(pieces)
 
