@@ -28,7 +28,7 @@ from tests.cuda_tools import wheel_bin
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOOLS = {
-    # XLA probes the driver with calls that may fail. Bulk copies and wgmma are looked at by default.
+    # XLA probes the driver with calls that may fail. Bulk copies and wgmma are checked by default.
     "memcheck": ("--report-api-errors", "no"),
     "racecheck": ("--racecheck-report", "analysis"),
     "initcheck": (),

@@ -112,6 +112,16 @@ def test_down_projection_is_exact(block_m, widths, sizes, hidden_size):
     np.testing.assert_array_equal(out[live], expected)
 
 
+def test_sums_of_segments_are_exact():
+    """Four steps of K in two segments, as where tiles may be cut; the interpreter does not cut."""
+    rows, live = grouped_rows([5, 0, 17], 16, columns=512)
+    w, w_scale = weights(3, 256, 512, empty=[1])
+    config = MatmulConfig(16, num_stages=2, sms=2, segment_steps=2)
+    out = run(down_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT)
+    expected = exact_product(rows, w, w_scale)[live].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(out[live], expected)
+
+
 @pytest.mark.parametrize(("block_m", "widths", "sizes"), SIZES)
 def test_up_projection(block_m, widths, sizes):
     rows, live = grouped_rows(sizes, block_m, columns=256)
@@ -136,6 +146,8 @@ def test_matmul_config_rejects_what_does_not_fit():
         MatmulConfig(block_m=24, num_stages=4)
     with pytest.raises(ValueError, match="num_stages: expected at least 2, got 1"):
         MatmulConfig(block_m=64, num_stages=1)
+    with pytest.raises(ValueError, match="segment_steps: expected None, or at least 1"):
+        MatmulConfig(block_m=16, num_stages=4, segment_steps=2, dynamic=True)
     with pytest.raises(ValueError, match="widths: expected ascending multiples of 16"):
         MatmulConfig(block_m=64, num_stages=4, widths=(32, 16))
     rows, _ = grouped_rows([1], 128, columns=256)
