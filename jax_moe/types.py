@@ -46,8 +46,6 @@ class DispatchPlan(NamedTuple):
         pair_row: i32[T,k], row of each (token, choice) pair; -1 where the expert is not local.
         tile_expert: i32[M/block_m], local expert of each tile; 0 in dead tiles.
         num_tiles: i32[1], live tiles; the rest is skipped.
-        counters: i32[C] zeros, in which kernels of backend "mosaic" count and leave zeros; None
-            from the others.
     """
 
     group_sizes: Int32[Array, " E_local"]
@@ -56,7 +54,6 @@ class DispatchPlan(NamedTuple):
     pair_row: Int32[Array, "T k"]
     tile_expert: Int32[Array, " tiles"]
     num_tiles: Int32[Array, " 1"]
-    counters: Int32[Array, " counters"] | None = None
 
     @property
     def block_m(self) -> int:

@@ -271,10 +271,8 @@ def plan(value: Any, sizes: Sizes) -> None:
     """Checks a dispatch plan; sets E_local, M, T and k where nothing did."""
     if not isinstance(value, DispatchPlan):
         raise TypeError(f"plan: expected a jax_moe.DispatchPlan, found {_kind(value)}")
-    axes = ("E_local", "E_local", "M", "T k", "tiles", "1", "counters")
+    axes = ("E_local", "E_local", "M", "T k", "tiles", "1")
     for field, dims, leaf in zip(value._fields, axes, value, strict=True):
-        if leaf is None and field == "counters":
-            continue
         array(f"plan.{field}", leaf, dims, I32, sizes)
     rows, tiles = sizes["M"][0], sizes["tiles"][0]
     if rows % max(tiles, 1):

@@ -58,10 +58,11 @@ class MatmulConfig:
             weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
             of 128-column steps is not a multiple of it.
         dynamic: Whether a CTA takes the next tile that nobody has, instead of every `sms`-th one.
-            Worth it where tiles are many and long.
-        segment_steps: Cuts tiles along K, where they do not go round evenly, into pieces of that
-            many 128-column steps; None, or a number of steps that it does not divide, leaves them
-            whole. The order of additions does not depend on where a tile is cut.
+            Worth it where tiles are many and long; the counter costs a launch of its own.
+        segment_steps: Cuts the last tiles along K, where they are few, into pieces of that many
+            128-column steps; None, or a number of steps that it does not divide, leaves them
+            whole. The order of additions does not depend on where a tile is cut. Costs a launch
+            too, for the flags.
     """
 
     block_m: int
@@ -125,7 +126,6 @@ class MatmulConfig:
 class GroupedRows(NamedTuple):
     """Expert-major rows and where they lie; see docs/architecture.md for the plan's fields.
 
-    `counters` holds zeros, at least `split_k.num_flags`; kernels count in it and leave zeros.
     With `row_token`, row r of the M rows is `values[row_token[r]]` and R, the rows of `values`, is
     anything; without, M is R.
     """
@@ -137,7 +137,6 @@ class GroupedRows(NamedTuple):
     tile_expert: Int32[Array, "M/block_m"]
     num_tiles: Int32[Array, "1"]
     row_token: Int32[Array, "M"] | None = None
-    counters: Int32[Array, "C"] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -205,22 +204,17 @@ def grouped_matmul(
     # The interpreter has neither atomics nor semaphores.
     dynamic = config.dynamic and interpret is None
     cut = Cut(segments, sms) if segments > 1 and interpret is None else None
-    if not cut:
-        rows = rows._replace(counters=None)
-    elif rows.counters is None:
-        rows = rows._replace(counters=jnp.zeros(split_k.num_flags(sms), jnp.int32))
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
     partials = (jax.ShapeDtypeStruct(partial_shape, jnp.float32),) if cut else ()
 
     def body(*all_refs):
         x, x_scales, sizes, offsets, tile_expert, num_tiles, *refs = all_refs
         row_token = refs.pop(0) if gathered else None
-        flags = refs.pop(0) if cut else None
         w, w_scales, *refs = refs
         counter = tickets.new_counter() if dynamic else None
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
         total = num_tiles[0] * num_columns
-        parts = split_k.Parts(refs.pop(0), flags, cut, total) if cut else None
+        parts = split_k.Parts(refs.pop(0), split_k.new_flags(sms), cut, total) if cut else None
         ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
         mailbox, scratch = Mailbox(*refs[: len(mail)]), refs[len(mail) :]
         place = (config.block_m, num_columns, sms, sizes, offsets, tile_expert, total)
@@ -249,8 +243,8 @@ def grouped_matmul(
                 if gathered:
                     matmul_ring.announce_rest(ring, done * segment_steps)
 
-            steps = walk.produce(mailbox, _by_width(config, fill_tile), finish)
-            matmul_ring.drain(ring, steps * segment_steps)
+            done = walk.produce(mailbox, _by_width(config, fill_tile), finish)
+            matmul_ring.drain(ring, done * segment_steps)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():

@@ -28,7 +28,6 @@ from pallas_kernels.indexed_memory import load_at, store_at
 from pallas_kernels.shapes import cdiv, max_rows, round_up
 
 _BLOCK = 64
-_LANES = 128
 _MATRIX = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -43,7 +42,6 @@ def plan_dispatch(
     num_local_experts: int,
     num_experts: int,
     block_m: int,
-    num_counters: int,
     interpret=None,
 ) -> tuple[
     Int32[Array, "E_local"],
@@ -52,7 +50,6 @@ def plan_dispatch(
     Int32[Array, "T k"],
     Int32[Array, "M/block_m"],
     Int32[Array, "1"],
-    Int32[Array, "num_counters"],
 ]:
     """Assigns expert-major rows to the local pairs.
 
@@ -62,12 +59,10 @@ def plan_dispatch(
         num_local_experts: E_local.
         num_experts: E; ids from E up are skipped even where the local range covers them.
         block_m: Rows every expert is padded to.
-        num_counters: Zeros that later kernels want, a multiple of 128.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `group_sizes`, `group_offsets`, `row_token`, `pair_row`, `tile_expert`, `num_tiles` and
-        the zeros.
+        `group_sizes`, `group_offsets`, `row_token`, `pair_row`, `tile_expert`, `num_tiles`.
         `row_token` holds -1 in padding rows; past the last live tile it is unwritten.
     """
     num_tokens, top_k = topk_ids.shape
@@ -103,7 +98,6 @@ def plan_dispatch(
             jax.ShapeDtypeStruct((num_tokens, top_k), jnp.int32),
             jax.ShapeDtypeStruct((cdiv(rows, block_m),), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
-            jax.ShapeDtypeStruct((num_counters,), jnp.int32),
         ),
         scratch_types=[
             plgpu.SMEM((_BLOCK, padded_experts), jnp.bfloat16, transforms=tiles),
@@ -128,7 +122,7 @@ def _count(ids_gmem, offset_gmem, histogram_gmem, *, num_experts, num_local_expe
 
 def _place(ids_gmem, offset_gmem, *refs, num_experts, num_local_experts, block_m, interpret):
     *histogram, sizes_gmem, offsets_gmem, row_token_gmem, pair_row_gmem, tiles_gmem, \
-        num_tiles_gmem, counters_gmem, member_smem, earlier_smem, padded_smem = refs  # fmt: skip
+        num_tiles_gmem, member_smem, earlier_smem, padded_smem = refs  # fmt: skip
     num_tokens, top_k = ids_gmem.shape
     block = lax.axis_index("block")
     chunks = range(cdiv(num_local_experts, _EXPERT_CHUNK))
@@ -193,10 +187,6 @@ def _place(ids_gmem, offset_gmem, *refs, num_experts, num_local_experts, block_m
             last = expert - (num_local_experts - 1)  # num_tiles[0] is where the last expert ends
             put(num_tiles_gmem, last, ends[chunk], last == 0)
             _mark_padding(row_token_gmem, sizes[chunk], offsets[chunk], block_m, interpret)
-        lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
-        nothing = layouts.as_int(layouts.iota((_LANES,), 0, lanes) < 0)
-        for first in range(0, counters_gmem.shape[0], _LANES):
-            counters_gmem[pl.ds(first, _LANES)] = nothing
 
 
 def _local_choices(ids_gmem, offset, block, num_experts, num_local_experts, interpret):

@@ -19,9 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import layouts
+from pallas_kernels.ptx import asm, i32
 
 _REACH = 2**31
-_PTX_STORE = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }}"
+_PTX_STORE = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }"
 
 
 def load_at(
@@ -91,19 +92,12 @@ def store_at(
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout, layout))
     def scatter(_, memory, index, value, live):
         element = mgpu.utils.dtype_to_ir_type(ref.dtype)
-        i32 = ir.IntegerType.get_signless(32)
         triples = zip(index.registers.flat, value.registers.flat, live.registers.flat, strict=True)
         for i_reg, v_reg, m_reg in triples:
             for lane in range(ir.VectorType(i_reg.type).shape[0]):
                 address = _address(memory, _extract(i_reg, lane), element)
-                word = mgpu.utils.bitcast(_extract(v_reg, lane), i32)
-                llvm.inline_asm(
-                    ir.Type.parse("!llvm.void"),
-                    [address, word, _extract(m_reg, lane)],
-                    _PTX_STORE.format(),
-                    "l,r,r",
-                    has_side_effects=True,
-                )
+                word = mgpu.utils.bitcast(_extract(v_reg, lane), i32())
+                asm(_PTX_STORE, [address, word, _extract(m_reg, lane)], "l,r,r")
 
     scatter(ref, offsets, values, layouts.as_int(mask))
 

@@ -48,11 +48,9 @@ def global_address(ref, element, size: int):
     return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], i8)
 
 
-def load_i32(ref, start, offset: int = 0):
-    """The 32 bits at index `start + offset` (i32) of global memory that nobody writes meanwhile."""
-    i64 = ir.IntegerType.get_signless(64)
-    index = arith.addi(arith.extsi(i64, start), mgpu.utils.c(offset, i64))
-    address = global_address(ref, index, 4)
+def load_i32(ref, index):
+    """The 32 bits at an i32 index of global memory that nobody writes meanwhile."""
+    address = global_address(ref, arith.extsi(ir.IntegerType.get_signless(64), index), 4)
     return llvm.inline_asm(i32(), [address], "ld.global.nc.b32 $0, [$1];", "=r,l")
 
 

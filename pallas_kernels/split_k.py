@@ -8,8 +8,10 @@
     epilogue
 
 Every segment has a sum of its own and sums are added in the order of the segments, so bits do not
-depend on the cut. A flag is zero before and after. All CTAs must be on the GPU at once, as those of
-a persistent kernel are.
+depend on the cut. Flags are the call's own semaphores (as in `tickets`), zeros before and after:
+XLA may let two layers share a plan, never these. A CTA waits for the next few only, which hand
+over before they wait for anything, and CTAs start in order: beside another kernel, too, the first
+ones that are on the GPU can end.
 """
 
 from __future__ import annotations
@@ -19,20 +21,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.promotion import NUM_CONSUMERS
 from pallas_kernels.tile_walk import Cut
 
 
-def num_flags(sms: int) -> int:
-    """Flags that a kernel of `sms` CTAs needs: one for each consumer warpgroup."""
-    return sms * NUM_CONSUMERS
+def new_flags(sms: int):
+    """The flags of the kernel that is being traced: one for each consumer warpgroup of a CTA."""
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((sms * NUM_CONSUMERS,)))
 
 
 class Parts(NamedTuple):
-    """`f32[CTA, segment, warpgroup, block, 64, block_m]` in global memory, and `i32` flags."""
+    """`f32[CTA, segment, warpgroup, block, 64, block_m]` in global memory, and their flags."""
 
     memory: Any
     flags: Any
@@ -54,7 +55,7 @@ class Parts(NamedTuple):
         @pl.when(tile.begin > 0)
         def _signal():
             plgpu.commit_smem()  # all threads have stored
-            _signal_flag(self._flag(lax.axis_index("sm")))
+            plgpu.semaphore_signal(self._flag(lax.axis_index("sm")), memory_scope="gpu")
 
     def add_rest(self, tile, width: int, sums):
         """The owner's sums plus those of the segments that it did not compute."""
@@ -62,53 +63,38 @@ class Parts(NamedTuple):
         return lax.cond(is_cut, lambda sums: self._sum_of_parts(tile, width, sums), tuple, sums)
 
     def _sum_of_parts(self, tile, width: int, sums):
-        cta, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index("warpgroup")
         # The owner's cut tile is its last piece: its run ends after segment `tile.end - 1`.
-        first = self.cut.first_unit(self.total, cta + 1) - tile.end
-        rest = range(1, self.cut.segments)
-        holders = [self.cut.holder(self.total, first + segment) for segment in rest]
-        for segment, holder in zip(rest, holders, strict=True):
+        first = self.cut.first_unit(self.total, lax.axis_index("sm") + 1) - tile.end
+        segments = range(1, self.cut.segments)
+        places = []
+        for segment in segments:
+            # In place of its own segments the owner loads, and drops, the first one that it lacks.
+            lacking = lax.max(jnp.int32(segment), tile.end)
+            holder = self.cut.holder(self.total, first + lacking)
             begins = first + segment == self.cut.first_unit(self.total, holder)
 
             @pl.when((segment >= tile.end) & begins)
             def _wait(holder=holder):
-                _wait_for_flag(self._flag(holder))
+                plgpu.semaphore_wait(self._flag(holder), memory_scope="gpu")
+
+            places.append((holder, lacking, warpgroup))
 
         parts = [  # all loads before the first addition: one latency instead of many
             [
                 plgpu.load(
-                    self.memory.at[
-                        lax.select(segment >= tile.end, holder, cta),
-                        segment, warpgroup, i, :, pl.ds(0, width),
-                    ],
+                    self.memory.at[(*place, i, slice(None), pl.ds(0, width))],
                     layout=plgpu.Layout.WGMMA,
                     optimized=False,
                 )
                 for i in range(len(sums))
             ]
-            for segment, holder in zip(rest, holders, strict=True)
-        ]  # fmt: skip
-        for segment, part in zip(rest, parts, strict=True):
+            for place in places
+        ]
+        for segment, part in zip(segments, parts, strict=True):
             missing = jnp.broadcast_to(segment >= tile.end, part[0].shape)
             sums = tuple(lax.select(missing, a + b, a) for a, b in zip(sums, part, strict=True))
         return sums
 
     def _flag(self, cta):
-        return self.flags.at[pl.ds(cta * NUM_CONSUMERS + lax.axis_index("warpgroup"), 1)]
-
-
-def _signal_flag(flag) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def signal(_, flag):
-        semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(flag))
-        semaphore.signal(1, memory_scope="gpu")
-
-    signal(flag)
-
-
-def _wait_for_flag(flag) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def wait(_, flag):
-        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(flag)).wait(1, memory_scope="gpu")
-
-    wait(flag)
+        return self.flags.at[cta * NUM_CONSUMERS + lax.axis_index("warpgroup")]

@@ -15,6 +15,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from pallas_kernels.ptx import asm, i32
+
 _RETIRE = """{{
     .reg .pred last; .reg .u32 done;
     atom.add.acq_rel.gpu.global.u32 done, [$0+4], 1;
@@ -42,11 +44,10 @@ def draw(counter_gmem, mailbox_smem) -> Int32[Array, ""]:
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
     )
     def drawn(_, counter, mailbox):
-        i32 = ir.IntegerType.get_signless(32)
         first = mgpu.utils.c(0, ir.IndexType.get())
         with mgpu.utils.when(_one_thread()):
             ticket = llvm.inline_asm(
-                i32,
+                i32(),
                 [mgpu.utils.memref_ptr(counter)],
                 "atom.add.relaxed.gpu.global.u32 $0, [$1], 1;",
                 "=r,l",
@@ -72,13 +73,7 @@ def retire(counter_gmem, num_ctas: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def retired(_, counter):
         with mgpu.utils.when(_one_thread()):
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [mgpu.utils.memref_ptr(counter)],
-                _RETIRE.format(others=num_ctas - 1),
-                "l",
-                has_side_effects=True,
-            )
+            asm(_RETIRE.format(others=num_ctas - 1), [mgpu.utils.memref_ptr(counter)], "l")
 
     retired(counter_gmem)
 

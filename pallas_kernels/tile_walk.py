@@ -75,20 +75,23 @@ class Cut(NamedTuple):
         units = lax.max(self.cut_tiles(total) * self.segments, 1)
         return lax.div((unit + 1) * self.sms - 1, units)
 
-    def piece(self, total, cta, index):
-        """The `index`-th piece of a CTA: tile, `begin` and `end`; after the last `end <= begin`."""
+    def whole(self, total, cta, index):
+        """The `index`-th tile that goes to a CTA whole, and whether there are so many."""
+        linear = cta + index * self.sms
+        return linear, linear < total - self.cut_tiles(total)
+
+    def part(self, total, cta, index):
+        """The `index`-th piece of a CTA, after its whole tiles: tile, `begin` and `end`.
+
+        After its last one `end <= begin`.
+        """
         rounds = self.rounds(total)
         first, last = self.first_unit(total, cta), self.first_unit(total, cta + 1)
-        whole = cta + index * self.sms < total - self.cut_tiles(total)
         tile = lax.div(first, jnp.int32(self.segments)) + index - rounds
         inside = lax.rem(first, jnp.int32(self.segments))
         begin = lax.select(index == rounds, inside, jnp.int32(0))
         end = lax.min(last - tile * self.segments, jnp.int32(self.segments))
-        return (
-            lax.select(whole, cta + index * self.sms, rounds * self.sms + tile),
-            lax.select(whole, jnp.int32(0), begin),
-            lax.select(whole, jnp.int32(self.segments), end),
-        )
+        return rounds * self.sms + tile, begin, end
 
 
 class Mailbox(NamedTuple):
@@ -199,17 +202,16 @@ class Walk(NamedTuple):
 
     def _piece_of(self, cut: Cut, index, cta) -> Tile:
         # Almost all tiles are whole: their look-up does not wait until `total` has been read.
-        linear = cta + index * self.sms
+        linear, is_whole = cut.whole(self.total, cta, index)
         whole = self.tile(linear)
 
-        def piece():
-            linear, begin, end = cut.piece(self.total, cta, index)
+        def part():
+            linear, begin, end = cut.part(self.total, cta, index)
             tile = self.tile(linear)
             live = lax.select(end > begin, tile.live, jnp.int32(0))
             return tuple(tile._replace(live=live, begin=begin, end=end))
 
-        is_whole = linear < self.total - cut.cut_tiles(self.total)
-        return Tile(*lax.cond(is_whole, lambda: tuple(whole), piece))
+        return Tile(*lax.cond(is_whole, lambda: tuple(whole), part))
 
     def _known(self, fields) -> Tile:
         """The tile with what is known without reading it."""

@@ -13,7 +13,7 @@ from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.tuning_cache import Pair, Table
 
 KERNELS = "mosaic"
-MAX_BLOCK_M = tuning_check.MAX_BLOCK_M
+MAX_BLOCK_M, gathers = tuning_check.MAX_BLOCK_M, tuning_check.gathers
 
 # Measured on an H100 (docs/performance_log.md).
 _UP = {
@@ -51,15 +51,6 @@ def up_config(block_m: int) -> MatmulConfig:
 def down_config(block_m: int) -> MatmulConfig:
     """Tile and ring of the down-projection for a plan of `block_m`."""
     return _table()[block_m].down_projection
-
-
-def gathers(block_m: int) -> bool:
-    """Whether the up-projection picks its rows itself, instead of a kernel before it.
-
-    Not where tiles are full: threads that copy 128 rows hold up the tensor cores for longer than
-    that kernel takes.
-    """
-    return block_m < MAX_BLOCK_M
 
 
 def parts_bytes(hidden_size: int, intermediate_size: int) -> int:

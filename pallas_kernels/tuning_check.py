@@ -18,9 +18,18 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "down_projection": down_projection,
 }
 MAX_BLOCK_M = 128
-"""Tokens of the largest tile; those of smaller ones are gathered by the up-projection itself."""
+"""Tokens of the largest tile."""
 
 _EXPERTS, _HIDDEN, _INTERMEDIATE = 32, 7168, 2048  # DeepSeek-V3's, which the tables are made for
+
+
+def gathers(block_m: int) -> bool:
+    """Whether the up-projection picks its rows itself, instead of a kernel before it.
+
+    Not where tiles are full: threads that copy 128 rows hold up the tensor cores for longer than
+    that kernel takes.
+    """
+    return block_m < MAX_BLOCK_M
 
 
 def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callable[..., Any]:
@@ -42,11 +51,8 @@ def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callab
 
 
 def check(role: str, config: MatmulConfig) -> None:
-    """Raises what building the kernel would raise, such as ValueError for too large a ring.
-
-    The up-projection of small tiles gathers its rows, which wants the deeper ring of the two ways.
-    """
-    gathers = role == "up_projection" and config.block_m < MAX_BLOCK_M
+    """Raises what building the kernel would raise, such as ValueError for too large a ring."""
+    gathered = role == "up_projection" and gathers(config.block_m)
     rows, shape = round_up(config.block_m, 32), jax.ShapeDtypeStruct
     n, k = {
         "up_projection": (2 * _INTERMEDIATE, _HIDDEN),
@@ -59,7 +65,7 @@ def check(role: str, config: MatmulConfig) -> None:
         shape((_EXPERTS,), jnp.int32),
         shape((rows // config.block_m,), jnp.int32),
         shape((1,), jnp.int32),
-        *([shape((rows,), jnp.int32)] if gathers else []),
+        *([shape((rows,), jnp.int32)] if gathered else []),
         shape((_EXPERTS, n, k), jnp.float8_e4m3fn),
         shape((_EXPERTS, n // QUANT_BLOCK, k // QUANT_BLOCK), jnp.float32),
     )

@@ -213,9 +213,7 @@ def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, mo
         num_local_experts=num_local_experts,
         num_experts=num_experts,
         block_m=block_m,
-        num_counters=128,
     )
-    assert not plan[-1].any()
     check_plan(DispatchPlan(*plan), ids, offset, num_local_experts, num_experts)
 
 

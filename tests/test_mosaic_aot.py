@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import pytest
 
@@ -36,6 +38,30 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens):
     with jax_moe.assume_device("sm_90"):
         bound = jax_moe.workspace_bytes(num_tokens, backend="mosaic", **SIZES)
     assert report.temp_bytes <= bound <= 2.5e9
+
+
+@pytest.mark.parametrize("num_tokens", [1, 14107])
+def test_kernels_share_nothing_that_they_write(num_tokens):
+    """XLA plans two layers of one routing once; what their kernels count in stays their own."""
+    sharding = h100_target.h100_sharding()
+    shared = rank_specs(num_tokens)
+    specs = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+        (shared, shared[4], shared[6]),
+        is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
+    )
+
+    def two_layers(first, gemm1_weights, gemm2_weights):
+        second = (*first[:4], gemm1_weights, first[5], gemm2_weights, *first[7:])
+        return layer(*first), layer(*second)
+
+    program = jax.jit(two_layers).trace(*specs).lower().compile().as_text()
+    assert len(re.findall(r"custom-call\(.*/moe_plan_place/", program)) == 1
+    calls = re.findall(
+        r"custom-call\((.*?)\), .*output_to_operand_aliasing=\{\{\d+\}: \((\d+), \{\}\)\}", program
+    )
+    written = [operands.split(", ")[int(position)].split("*/")[-1] for operands, position in calls]
+    assert len(written) == len(set(written)) == 4, "two projections a layer, each with its own"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax_moe
 from jax_moe import DEEPSEEK_V3, backends
 from tests.backend_cases import EVERYWHERE, running
-from tests.moe_inputs import bits, make_inputs, on_device
+from tests.moe_inputs import SMALL, bits, make_inputs, on_device
 
 # Every tile height: 8, 64 and 256 tokens to spread over 32 experts, 8 each.
 TOKENS = (256, 8, 1024)
@@ -155,6 +155,21 @@ def test_independent_layers_in_one_program(case):
             outs = both(*map(inputs_of, TOKENS[:2]))
             for num_tokens, out in zip(TOKENS[:2], outs, strict=True):
                 np.testing.assert_array_equal(bits(out), first_bits(case, num_tokens))
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_layers_of_one_routing_in_one_program(case):
+    """XLA plans them once and may run them at the same time; a K this long is cut on a GPU."""
+    first = on_device(make_inputs(5, hidden_size=3584))
+    other = on_device(make_inputs(5, hidden_size=3584, seed=1))
+    second = first._replace(gemm1_weights=other.gemm1_weights, gemm2_weights=other.gemm2_weights)
+    with running(case) as backend:
+        apply = functools.partial(jax_moe.apply, config=SMALL, backend=backend)
+        expected = [bits(jax.jit(apply)(*inputs)) for inputs in (first, second)]
+        both = jax.jit(lambda a, b: (apply(*a), apply(*b)))
+        for _ in range(10):
+            for out, alone in zip(both(first, second), expected, strict=True):
+                np.testing.assert_array_equal(bits(out), alone)
 
 
 @pytest.mark.gpu

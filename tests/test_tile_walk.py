@@ -17,10 +17,13 @@ def pieces(cut, total, most):
     """tile, begin, end of every (CTA, index)."""
     ctas, indices = (jnp.arange(n, dtype=jnp.int32) for n in (cut.sms, most))
 
-    def of_cta(cta):
-        return jax.vmap(lambda index: cut.piece(total, cta, index))(indices)
+    def piece(cta, index):
+        linear, is_whole = cut.whole(total, cta, index)
+        whole = linear, jnp.int32(0), jnp.int32(cut.segments)
+        parts = zip(whole, cut.part(total, cta, index), strict=True)
+        return tuple(jnp.where(is_whole, a, b) for a, b in parts)
 
-    return jax.vmap(of_cta)(ctas)
+    return jax.vmap(lambda cta: jax.vmap(lambda index: piece(cta, index))(indices))(ctas)
 
 
 @pytest.mark.parametrize("cut", [Cut(4, 132), Cut(7, 132), Cut(2, 5), Cut(3, 1)])

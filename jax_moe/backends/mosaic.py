@@ -15,11 +15,10 @@ from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
 from jax_moe.types import DispatchPlan, Quantized, Routing
 from pallas_kernels import combine as combine_kernel
-from pallas_kernels import dispatch, group_quant, permute, routing, split_k, tuning
+from pallas_kernels import dispatch, group_quant, permute, routing, tuning
 from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
-from pallas_kernels.device import num_sms
 from pallas_kernels.down_projection import down_projection
-from pallas_kernels.shapes import QUANT_BLOCK, max_rows, round_up
+from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 from pallas_kernels.up_projection import up_projection
 
 NAME = "mosaic"
@@ -76,7 +75,6 @@ def plan_dispatch(
             num_local_experts=num_local_experts,
             num_experts=num_experts,
             block_m=tuning.block_m(num_tokens, top_k, num_experts),
-            num_counters=round_up(split_k.num_flags(num_sms()), 128),
             interpret=interpret_params(),
         )
     )
@@ -165,7 +163,6 @@ def _grouped(rows: Quantized, plan: DispatchPlan) -> GroupedRows:
         plan.group_offsets,
         plan.tile_expert,
         plan.num_tiles,
-        counters=plan.counters,
     )
 
 
