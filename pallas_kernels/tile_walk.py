@@ -231,6 +231,8 @@ def post(mailbox: Mailbox, index, tile: Tile) -> None:
 
     for position, field in enumerate(tile):
         mailbox.records[record, position] = field
+    # The producer's own warps read it, too, and none may be a record behind when this one goes.
+    plgpu.commit_smem()
     plgpu.barrier_arrive(mailbox.posted.at[record])
 
 

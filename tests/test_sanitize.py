@@ -14,10 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax_moe
 from jax_moe.backends import triton as triton_backend
 from tests import sanitize, sanitizer_target
+from tests.h100_target import compile_for_h100
 from tests.moe_inputs import SMALL
+from tests.sanitizer_control import READERS, kernels
 from tests.test_tools import executable
 
 ROOT = pathlib.Path(__file__).parent.parent
+CONTROL_RAN = '{"backend": "control", "relative_errors": {"tma_tiles": 0.0}}\n'
 RAN = '{"backend": "mosaic", "relative_errors": {"T=7": 0.02}}\n'
 CLEAN = f"========= COMPUTE-SANITIZER\n{RAN}========= ERROR SUMMARY: 0 errors\n"
 INVALID = f"""========= COMPUTE-SANITIZER
@@ -153,7 +156,7 @@ test "$XLA_PYTHON_CLIENT_PREALLOCATE" = false || exit 3
     assert sanitize.main(options) == 1
     content = json.loads((results / "sanitize.json").read_text())
     states = {(one["tool"], one["backend"]): one["state"] for one in content["runs"]}
-    assert len(states) == 8
+    assert len(states) == 9
     assert states.pop(("racecheck", "mosaic")) == "errors"
     assert states.pop(("synccheck", "triton")) == "timeout"
     assert set(states.values()) == {"clean"}
@@ -166,7 +169,45 @@ test "$XLA_PYTHON_CLIENT_PREALLOCATE" = false || exit 3
     assert sanitize.main([*options, "--tools", "synccheck", "--backends", "triton"]) == 0
     again = json.loads((results / "sanitize.json").read_text())["runs"]
     assert {one["state"] for one in again} == {"clean"}
-    assert len(again) == 8
+    assert len(again) == 9
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_control_decides_whether_initcheck_can_judge_the_combine(tmp_path, seen):
+    """With a stand-in that reports the combine, and the control's reader if it is blind."""
+    report = UNINITIALIZED.replace(RAN, "%s").replace("KERNEL", "%s_mosaic_gpu_kernel")
+    blind = report % ("control_reads_tma_tiles", CONTROL_RAN)
+    script = f"""
+case "$*" in
+  *--help*) echo ' --check-tensor-ops arg (=no)';;
+  *sanitizer_control*) cat <<'END'
+{CLEAN.replace(RAN, CONTROL_RAN) if seen else blind}END
+  ;;
+  *--kernel-name-exclude*moe_combine*) cat <<'END'
+{CLEAN}END
+  ;;
+  *--check-tensor-ops*) cat <<'END'
+{report % ("moe_combine", RAN)}END
+  ;;
+esac
+"""
+    tool = executable(tmp_path / "compute-sanitizer", script)
+    options = [str(tmp_path), "--sanitizer", str(tool), "--tools", "initcheck"]
+    assert sanitize.main([*options, "--backends", "mosaic"]) == (1 if seen else 0)
+    content = json.loads((tmp_path / "sanitize.json").read_text())
+    runs = {one["backend"]: one for one in content["runs"]}
+    assert runs["control"]["state"] == ("clean" if seen else "explained")
+    assert runs["mosaic"]["state"] == ("errors" if seen else "clean")
+    shown = (tmp_path / "sanitize.md").read_text()
+    assert ("`moe_combine` was left out" in shown) is not seen
+
+
+def test_the_control_compiles_for_an_h100():
+    spec = jax.ShapeDtypeStruct((64, 128), "bfloat16")
+    for kind, reader in READERS.items():
+        names = [compile_for_h100(fn, spec).kernels[0].name for fn in kernels(kind)]
+        assert names == [f"control_writes_{kind}", reader]
 
 
 def test_what_is_missing_is_one_clear_line(monkeypatch, capsys, tmp_path):
