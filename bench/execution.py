@@ -10,9 +10,11 @@ from bench.timers import Execution, no_wait
 from interop.solutions.base import Arguments, Solution
 
 Binder = Callable[[Arguments], Execution]
+Programs = dict[Any, tuple[Any, Any]]
+"""Jitted function and compiled program of each JAX solution's name and argument shapes."""
 
 
-def binder(solution: Solution, *, reload: bool) -> Binder:
+def binder(solution: Solution, *, reload: bool, programs: Programs | None = None) -> Binder:
     """Returns a function that prepares a solution to be called on some arguments, and runs it once.
 
     It takes JAX arrays and raises whatever the solution raises. A JAX solution is jitted with all
@@ -24,8 +26,11 @@ def binder(solution: Solution, *, reload: bool) -> Binder:
         solution: What to run.
         reload: Load a JAX program anew though it was compiled before: a profiler sees into its CUDA
             graph only if that is built while it is attached.
+        programs: Where compiled programs are looked up and kept, for a later pass to load anew.
     """
-    return _jax_binder(solution, reload) if solution.framework == "jax" else _torch_binder(solution)
+    if solution.framework != "jax":
+        return _torch_binder(solution)
+    return _jax_binder(solution, reload, {} if programs is None else programs)
 
 
 def to_jax(solution: Solution, output: Any) -> jax.Array:
@@ -37,15 +42,18 @@ def to_jax(solution: Solution, output: Any) -> jax.Array:
     return dlpack.to_jax(output)
 
 
-def _jax_binder(solution: Solution, reload: bool) -> Binder:
-    jitted = jax.jit(solution.run)
+def _jax_binder(solution: Solution, reload: bool, programs: Programs) -> Binder:
     loaded: dict[Any, Callable[..., jax.Array]] = {}
 
     def bind(arguments: Arguments) -> Execution:
         prepared = solution.prepare(arguments) if solution.prepare else tuple(arguments)
         jax.block_until_ready(prepared)
-        compiled = jitted.lower(*prepared).compile()  # `jitted` calls this very program
         shapes = tuple((array.shape, array.dtype) for array in prepared)
+        if (solution.name, shapes) not in programs:
+            jitted = jax.jit(solution.run)
+            # `jitted` calls this very program.
+            programs[solution.name, shapes] = jitted, jitted.lower(*prepared).compile()
+        jitted, compiled = programs[solution.name, shapes]
         if shapes not in loaded:
             loaded[shapes] = _loaded_again(compiled, solution.run) if reload else jitted
         run = loaded[shapes]

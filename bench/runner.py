@@ -69,6 +69,7 @@ def run(
     """
     done = set(results.rows)
     weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
+    programs: execution.Programs = {}
     for clock_name in settings.passes:
         clock = None
         if clock_name == "gpu":
@@ -84,7 +85,7 @@ def run(
                 row = results.rows.get((solution.name, workload.uuid))
                 if row is None or row.status == PASS:
                     recorder = trace if clock_name == settings.passes[-1] else None
-                    row = measure(settings, solution, prepared, clock, row, recorder)
+                    row = measure(settings, solution, prepared, clock, row, recorder, programs)
                     results.put(row)
                 progress.done(row)
                 _release_torch_memory()
@@ -131,6 +132,7 @@ def measure(
     clock: GpuClock | None,
     earlier: Row | None = None,
     trace: Callable[..., None] | None = None,
+    programs: execution.Programs | None = None,
 ) -> Row:
     """Checks a solution on every trial and times it while it is right.
 
@@ -141,13 +143,14 @@ def measure(
         clock: The GPU clock; None takes host times.
         earlier: The row of an earlier pass, to be completed.
         trace: As for `run`.
+        programs: What is compiled already, to be added to.
 
     Returns:
         The row. Whatever the solution raises becomes an `ERROR` row.
     """
     row = earlier or new_row(settings, solution.name, prepared)
     try:
-        return _measured(settings, solution, prepared, clock, row, trace)
+        return _measured(settings, solution, prepared, clock, row, trace, programs)
     except Exception as error:
         return without_times(row, ERROR, one_line(error))
 
@@ -175,10 +178,11 @@ def _measured(
     clock: GpuClock | None,
     row: Row,
     trace: Callable[..., None] | None,
+    programs: execution.Programs | None,
 ) -> Row:
     times: list[float] = []
     check, bound = row.check, None
-    bind = execution.binder(solution, reload=clock is not None)
+    bind = execution.binder(solution, reload=clock is not None, programs=programs)
     with clock.session() if clock else contextlib.nullcontext() as session:
         for case in prepared.cases:
             bound = bind(case.arguments)

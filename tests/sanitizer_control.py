@@ -22,6 +22,7 @@ from pallas_kernels import launch
 
 READERS = {kind: f"control_reads_{kind}" for kind in ("thread_stores", "tma_stores", "tma_tiles")}
 _SHAPE = (64, 128)
+_ROW = (1, 128)
 _TILE = (64, 64)
 _LAYOUT = plgpu.Layout.WG_STRIDED(_SHAPE, 8)
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -35,6 +36,11 @@ _SCRATCH = {
 def copy_by_threads(source_gmem, out_gmem):
     """Plain loads, plain stores."""
     out_gmem[...] = plgpu.load(source_gmem, layout=_LAYOUT)
+
+
+def read_a_row(source_gmem, out_gmem):
+    """The first row only: few reports, none of which the tool then has to drop."""
+    out_gmem[...] = plgpu.load(source_gmem.at[pl.ds(0, 1)], layout=plgpu.Layout.WG_STRIDED(_ROW, 1))
 
 
 def copy_by_tma(source_gmem, out_gmem, staging):
@@ -73,7 +79,8 @@ def kernels(kind: str):
         scratch_types=_SCRATCH[kind],
         kernel_name=f"control_writes_{kind}",
     )
-    return write, launch.kernel(copy_by_threads, out_type=shape, kernel_name=READERS[kind])
+    row = jax.ShapeDtypeStruct(_ROW, jnp.bfloat16)
+    return write, launch.kernel(read_a_row, out_type=row, kernel_name=READERS[kind])
 
 
 def run() -> dict[str, float]:
@@ -90,7 +97,9 @@ def run() -> dict[str, float]:
     for kind in READERS:
         write, read = kernels(kind)
         written = jax.jit(write)(source.astype(jnp.bfloat16))
-        errors[kind] = float(np.abs(np.asarray(jax.jit(read)(written), np.float32) - source).max())
+        for found in (written, jax.jit(read)(written)):
+            error = np.abs(np.asarray(found, np.float32) - source[: len(found)]).max()
+            errors[kind] = max(errors.get(kind, 0.0), float(error))
     assert not any(errors.values()), errors
     return errors
 

@@ -73,6 +73,23 @@ def test_one_program_serves_all_trials(arguments):
     assert (np.asarray(one.call()) != np.asarray(other.call())).any()
 
 
+def test_a_later_pass_loads_the_program_of_the_first(arguments):
+    traced = []
+
+    def run(*ten):
+        traced.append(1)
+        return jax_moe.apply(*ten, backend="xla")
+
+    programs = {}
+    passes = [
+        execution.binder(solution(run), reload=reload, programs=programs)(arguments)
+        for reload in (False, True)
+    ]
+    assert len(traced) == len(programs) == 1
+    wall, gpu = (np.asarray(bound.call()).view(np.uint16) for bound in passes)
+    np.testing.assert_array_equal(wall, gpu)
+
+
 def test_torch_sees_the_memory_of_the_jax_arrays():
     torch = pytest.importorskip("torch")
     seen = []
