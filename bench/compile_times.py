@@ -1,0 +1,119 @@
+"""How long the first jitted call of a shape takes, in a new process and in a second one.
+
+    python -m bench.compile_times [--tokens=1,80,901,14107] [--backend=auto] [--output=FILE.json]
+
+Each shape gets two processes that share an empty folder as JAX's persistent compilation cache. What
+is timed is the call alone, from the call to its complete output: tracing, lowering, compiling or
+reading from the cache, loading, running. Imports and the drawing of inputs come before it.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import environment
+from bench.tables import aligned
+from interop.files import write_atomically
+from jax_moe import backends
+
+ROOT = Path(__file__).parent.parent
+TOKENS = (1, 80, 901, 14107)
+
+
+def measure(tokens: Sequence[int], backend: str) -> list[dict[str, Any]]:
+    """Runs two processes a shape, one after the other.
+
+    Args:
+        tokens: Token counts.
+        backend: As for `jax_moe.apply`.
+
+    Returns:
+        `num_tokens`, and seconds of the `first` call and of that in a `second_process`.
+
+    Raises:
+        RuntimeError: A process failed; with its error.
+    """
+    rows = []
+    for num_tokens in tokens:
+        with tempfile.TemporaryDirectory() as cache:
+            first, second = (_in_a_process(num_tokens, backend, cache) for _ in range(2))
+        rows.append({"num_tokens": num_tokens, "first": first, "second_process": second})
+    return rows
+
+
+def _in_a_process(num_tokens: int, backend: str, cache: str) -> float:
+    command = [sys.executable, "-m", "bench.compile_times", f"--tokens={num_tokens}"]
+    command += [f"--backend={backend}", f"--cache={cache}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["no output"]
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        raise RuntimeError(f"T={num_tokens}: {(errors or lines)[-1]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def first_call_seconds(num_tokens: int, backend: str, cache: str) -> float:
+    """Seconds of this process's first jitted call of a shape, with JAX's persistent cache there."""
+    import jax
+
+    import jax_moe
+    from bench import inputs, routing
+    from bench.workloads import FULL, REDUCED, Workload
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    sizes = FULL if jax.default_backend() == "gpu" else REDUCED
+    workload = Workload(f"compile-{num_tokens}", num_tokens, 0, blob="")
+    routed = routing.draw(workload, sizes, 0)
+    weights = inputs.draw_weights("realistic", sizes, 0)
+    padded = inputs.make_arguments("realistic", workload, sizes, 0, 0, weights, routed)
+    arguments = inputs.head(padded, num_tokens)
+    call = jax.jit(lambda *ten: jax_moe.apply(*ten, backend=backend))
+    start = time.perf_counter()
+    jax.block_until_ready(call(*arguments))
+    return time.perf_counter() - start
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_times", description=__doc__)
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--backend", default="auto", choices=["auto", *backends.NAMES])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if not all(text.isdigit() and int(text) for text in arguments.tokens.split(",")):
+        parser.error(f"--tokens: expected positive numbers, 1,80,..., got {arguments.tokens!r}")
+    tokens = [int(text) for text in arguments.tokens.split(",")]
+    if arguments.cache:
+        print(first_call_seconds(tokens[0], arguments.backend, arguments.cache))
+        return 0
+    rows = measure(tokens, arguments.backend)
+    cells = [
+        [str(r["num_tokens"]), f"{r['first']:.1f}", f"{r['second_process']:.1f}"] for r in rows
+    ]
+    print("\n".join(aligned([["T", "first call s", "second process s"], *cells], left=0)))
+    if arguments.output:
+        about = {
+            "device": environment.device(),
+            "versions": environment.versions(),
+            "git_commit": environment.git_commit(),
+            "backend": arguments.backend,
+        }
+        with write_atomically(arguments.output) as file:
+            json.dump({**about, "rows": rows}, file, indent=1, default=str)
+            file.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    environment.prepare_process()
+    sys.exit(main())
