@@ -74,8 +74,8 @@ def has_gpu_driver() -> bool:
 def enable_compilation_cache() -> None:
     """Keeps GPU programs in the user's cache folder, unless JAX already has a cache folder.
 
-    A run that is repeated or resumed then reads what it compiled before. Not on a CPU: programs from
-    the cache hang in the interpreter of the GPU kernels.
+    A run that is repeated or resumed then reads what it compiled before. Not on a CPU: programs
+    from the cache hang in the interpreter of the GPU kernels.
     """
     import jax
 
