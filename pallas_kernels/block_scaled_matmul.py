@@ -53,7 +53,7 @@ class MatmulConfig:
         block_m: Tokens of a tile, 16 or a multiple of 32 up to 256; experts are padded to it.
         num_stages: Slots of the TMA ring, at least 2.
         widths: Narrower tile widths for an expert's last rows, ascending, multiples of 16.
-        sms: CTAs; None takes one for each multiprocessor.
+        sms: CTAs; None takes one for each multiprocessor, of which there may not be more.
         k_blocks: Slots that the producer fills together, a power of two up to `num_stages`: a
             weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
             of 128-column steps is not a multiple of it.
@@ -80,6 +80,8 @@ class MatmulConfig:
             )
         if self.num_stages < 2:
             raise ValueError(f"num_stages: expected at least 2, got {self.num_stages}")
+        if self.sms is not None and self.sms < 1:
+            raise ValueError(f"sms: expected None or at least 1, got {self.sms}")
         if self.k_blocks not in (1, 2, 4) or self.k_blocks > self.num_stages:
             raise ValueError(
                 f"k_blocks: expected 1, 2 or 4, up to num_stages={self.num_stages}, "
@@ -179,6 +181,9 @@ def grouped_matmul(
 
     Returns:
         Arrays of `out_type`; rows that no tile covers are unwritten.
+
+    Raises:
+        ValueError: The configuration does not fit the GPU, or rows that are gathered.
     """
     if interpret is not None and rows.row_token is not None:
         values, scales = row_gather.gather_first(rows.values, rows.scales, rows.row_token)
@@ -186,7 +191,9 @@ def grouped_matmul(
     num_blocks = len(weight_blocks(0))
     num_steps = rows.values.shape[1] // QUANT_BLOCK
     gathered = rows.row_token is not None
-    sms = config.sms or num_sms()
+    sms = num_sms() if config.sms is None else config.sms
+    if sms > num_sms():
+        raise ValueError(f"sms: expected at most the {num_sms()} of this GPU, got {sms}")
     segments = config.segments(num_steps)
     segment_steps = num_steps // segments
     together = config.k_blocks if segment_steps % config.k_blocks == 0 else 1

@@ -2,14 +2,16 @@
 
     python -m tests.barrier_mutations            # the table: which removal is caught, how, by what
 
-A call site is found by tracing, not by reading source: a pytest plugin (this module) stands in for
-the functions of `plgpu` in `SYNCHRONIZATION` while tests of the kernels run in the interpreter,
-which looks for races. One run records the sites that each test reaches; then, a process for each,
-the tests that reach a site run without it, until one of them fails, or hangs, as a deadlock does.
+A call site is found by tracing: a pytest plugin (this module) stands in for the functions of
+`plgpu` in `SYNCHRONIZATION` while tests of the kernels run in the interpreter, which looks for
+races. One run records the sites that each test reaches; then, a process for each, the tests that
+reach a site run without it, until one of them fails, or hangs, as a deadlock does. Sites that the
+source has and no test reaches must be in `UNREACHED`.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -47,6 +49,17 @@ UNSEEN = {
     ),
 }
 """Operations, or operations in one function, whose removal the interpreter cannot show, and why."""
+
+_NO_ATOMICS = "the interpreter has no semaphores or atomics; there, tiles are dealt out whole"
+UNREACHED = {
+    "barrier_arrive in pallas_kernels.matmul_ring._announce._landed": (
+        "the interpreter has no cp.async; there, rows are gathered beforehand"
+    ),
+    "commit_smem in pallas_kernels.split_k.Parts.announce._signal": _NO_ATOMICS,
+    "semaphore_signal in pallas_kernels.split_k.Parts.announce._signal": _NO_ATOMICS,
+    "semaphore_wait in pallas_kernels.split_k.Parts._sum_of_parts._wait": _NO_ATOMICS,
+}
+"""Operations in functions that no interpreted test can reach, and why."""
 
 _RECORD, _REMOVE = "BARRIER_MUTATIONS_RECORD", "BARRIER_MUTATIONS_REMOVE"
 _FIRST_ONLY = "BARRIER_MUTATIONS_FIRST_ONLY"
@@ -95,6 +108,24 @@ class Verdict:
         if self.how is None:
             return f"{self.site}: NOT SEEN ({self.excuse or 'unexplained'})"
         return f"{self.site}: {self.how} [{self.test.partition('::')[2]}]"
+
+
+def places_in_the_source() -> set[str]:
+    """The place of every call of `SYNCHRONIZATION` in the Mosaic kernels, reached or not."""
+    found: set[str] = set()
+    for path in sorted((ROOT / "pallas_kernels").glob("*.py")):
+        _collect(ast.parse(path.read_text()), (), f"pallas_kernels.{path.stem}", found)
+    return found
+
+
+def _collect(node: ast.AST, scopes: tuple[str, ...], module: str, found: set[str]) -> None:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        scopes = (*scopes, node.name)
+    called = node.func if isinstance(node, ast.Call) else None
+    if isinstance(called, ast.Attribute) and called.attr in SYNCHRONIZATION:
+        found.add(f"{called.attr} in {module}.{'.'.join(scopes)}")
+    for child in ast.iter_child_nodes(node):
+        _collect(child, scopes, module, found)
 
 
 def record(*, first_only: bool = False) -> dict[Site, dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import barrier_mutations
-from tests.barrier_mutations import record, remove, verdicts
+from tests.barrier_mutations import UNREACHED, places_in_the_source, record, remove, verdicts
 
 
 def test_a_sample_of_removals_is_caught():
@@ -17,9 +17,17 @@ def test_a_sample_of_removals_is_caught():
         assert verdict.how not in (None, "hang"), verdict
 
 
+def test_what_no_test_reaches_is_known():
+    places = places_in_the_source()
+    assert len(places) >= 20
+    assert places >= set(UNREACHED), "gone from the source"
+
+
 @pytest.mark.slow
 def test_every_removal_is_caught_or_explained():
-    found = list(verdicts(record()))
+    sites = record()
+    assert places_in_the_source() - {site.place for site in sites} == set(UNREACHED)
+    found = list(verdicts(sites))
     print("\n".join(map(str, found)))
     assert len(found) >= 8
     assert [str(v) for v in found if v.how is None and v.excuse is None] == []
