@@ -18,6 +18,7 @@ from jax_moe import reference as oracle
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of, holder_of
 from jax_moe.transforms import forward_only
+from pallas_kernels.shapes import QUANT_BLOCK
 
 
 def apply(
@@ -247,6 +248,8 @@ def reference(
         gemm2_weights_scale,
     )
     scalars = _check(arrays, local_expert_offset, routed_scaling_factor, config)
+    if hidden_states.shape[0] == 0:
+        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
     return _jitted_reference(*arrays, *scalars, config=config)
 
 
@@ -280,10 +283,26 @@ def workspace_bytes(
         Bytes.
 
     Raises:
-        ValueError: There is no such backend.
+        TypeError: A count is no integer, `config` no `MoEConfig`.
+        ValueError: There is no such backend, or a count is out of range.
         NotImplementedError: The backend does not run on the default device.
     """
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"config: expected a jax_moe.MoEConfig, found {type(config).__name__}")
+    num_tokens = _count("num_tokens", num_tokens, least=0)
+    num_local_experts = _count("num_local_experts", num_local_experts, least=1)
+    hidden_size = _count("hidden_size", hidden_size, least=QUANT_BLOCK, step=QUANT_BLOCK)
+    intermediate_size = _count(
+        "intermediate_size", intermediate_size, least=QUANT_BLOCK, step=QUANT_BLOCK
+    )
     stages = backends.load(backends.select(backend, device_of()))
     return stages.workspace_bytes(
         num_tokens, config.top_k, num_local_experts, hidden_size, intermediate_size
     )
+
+
+def _count(name: str, value: Any, least: int, step: int = 1) -> int:
+    number = int(validate.integer(name, value, least, 2**30))
+    if number % step:
+        raise ValueError(f"{name}: expected a multiple of {step}, found {number}")
+    return number

@@ -1,7 +1,7 @@
 """The stages of the layer, one by one: what `apply` runs, for those who compose their own.
 
 The data flows as `quantize`, `route`, `plan_dispatch`, `up_project`, `down_project`, `combine`.
-Keep to one backend along the way: rows of a tile and the form of `expert_outputs` are its choice.
+Keep to one backend along the way: the rows of a tile are its choice.
 All are forward only, run one by one under `jax.vmap`, and are jitted when called eagerly. What a
 plan of your own holds is checked under `jax.experimental.checkify` (`jax_moe.debug`).
 """
@@ -10,6 +10,8 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
@@ -18,6 +20,8 @@ from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import DispatchPlan, Quantized, Routing
+
+_BF16 = (np.dtype(jnp.bfloat16),)
 
 
 def route(
@@ -176,7 +180,7 @@ def down_project(
     plan: DispatchPlan,
     *,
     backend: str = "auto",
-) -> Any:
+) -> BFloat16[Array, "M H"]:
     """The second grouped matmul: `activations[r] @ W2[e].T` for each row r of each expert e.
 
     Args:
@@ -187,7 +191,7 @@ def down_project(
         backend: As in `jax_moe.apply`.
 
     Returns:
-        [M,H] in the form that the backend's `combine` takes; padding rows hold anything.
+        bf16[M,H]; padding rows hold anything.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -203,7 +207,7 @@ def down_project(
 
 
 def combine(
-    expert_outputs: Any,
+    expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
     plan: DispatchPlan,
     *,
@@ -214,7 +218,7 @@ def combine(
     Rows that are not local are skipped, not multiplied by zero: a NaN there has no effect.
 
     Args:
-        expert_outputs: From `down_project` with the same backend.
+        expert_outputs: bf16[M,H], from `down_project` with the same backend.
         topk_weights: f32[T,k], from `route`.
         plan: The plan that the matmuls had.
         backend: As in `jax_moe.apply`.
@@ -230,6 +234,8 @@ def combine(
     sizes: validate.Sizes = {}
     validate.array("topk_weights", topk_weights, "T k", validate.F32, sizes)
     validate.plan(plan, sizes)
+    validate.array("expert_outputs", expert_outputs, "M H", _BF16, sizes)
+    validate.blocked("H", sizes)
     debug.check_plan(plan)
     return _run("combine", backend, expert_outputs, topk_weights, plan)
 

@@ -35,6 +35,10 @@ def draw(num_tokens, num_experts, seed=0):
     return logits, (rng.standard_normal(num_experts) / 10).astype(ml_dtypes.bfloat16)
 
 
+# Two ulp of a group's score: a sum of two sigmoids and biases, it may lie in 2..4.
+TWO_ULP = 2 * np.spacing(np.float32(2))
+
+
 def assert_valid(ids, num_experts):
     assert (ids >= 0).all()
     assert (ids < num_experts).all()
@@ -48,7 +52,7 @@ def test_against_float64(case, num_experts, config, num_tokens):
     logits, bias = draw(num_tokens, num_experts)
     ids, weights = route(case, logits, bias, config=config)
     expected_ids, expected_weights = numpy_oracle.route(logits, bias, 2.5, config)
-    clear = numpy_oracle.routing_gaps(logits, bias, config) > 2 * np.spacing(np.float32(2))
+    clear = numpy_oracle.routing_gaps(logits, bias, config) > TWO_ULP
     assert clear.mean() > 0.98
     np.testing.assert_array_equal(np.sort(ids)[clear], np.sort(expected_ids)[clear])
     weights, expected_weights = (
@@ -66,7 +70,7 @@ def test_ties_on_a_bf16_grid_go_to_the_lowest_id(case):
     bias = np.where(np.arange(256) % 3 == 0, 0.25, 0.5).astype(ml_dtypes.bfloat16)
     ids, _ = route(case, logits, bias)
     expected, _ = numpy_oracle.route(logits, bias, 2.5, DEEPSEEK_V3)
-    clear = numpy_oracle.routing_gaps(logits, bias, DEEPSEEK_V3) > 2 * np.spacing(np.float32(2))
+    clear = numpy_oracle.routing_gaps(logits, bias, DEEPSEEK_V3) > TWO_ULP
     assert clear.mean() > 0.98
     np.testing.assert_array_equal(np.sort(ids)[clear], np.sort(expected)[clear])
 

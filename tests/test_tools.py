@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,31 @@ def test_no_python_is_one_clear_line(tmp_path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "Python >= 3.12" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 1", "everything: it does not run Python"),
+        (f'exec "{sys.executable}" -I -S "$@"', "needs Python 3.12 or newer with the package"),
+    ],
+)
+def test_a_python_for_the_gpu_tests_that_lacks_all_is_told_so(tmp_path, script, reason):
+    for name in ("tools", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    python = executable(tmp_path / "bare/python", script)
+    done = subprocess.run(
+        ["bash", "tools/gpu_python.sh", "-c", "print()"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert "no interpreter here holds the packages" in first
+    assert reason in second
 
 
 def test_a_named_python_that_does_not_work_is_an_error(tmp_path):

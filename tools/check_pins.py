@@ -12,11 +12,16 @@ import argparse
 import importlib.metadata
 import pathlib
 import sys
-import tomllib
 from collections.abc import Iterator
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+try:
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+except ImportError as error:
+    running = f"Python {sys.version.split()[0]} of {sys.executable}"
+    sys.exit(f"needs Python 3.12 or newer with the package 'packaging'; {running}: {error}")
 
 PYPROJECT = pathlib.Path(__file__).parent.parent / "pyproject.toml"
 
