@@ -7,9 +7,8 @@ Nothing outside of the folder is opened, whatever a path says or a symlink point
 checked before it is used; what does not fit is a `ValueError` that names the file and the entry.
 """
 
-import math
 import re
-from collections.abc import Iterator
+import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +17,14 @@ import numpy as np
 import safetensors
 from jaxtyping import BFloat16, Float32
 
-from interop.files import confined_file
+from interop.files import confined_files, data_set_root, read_bytes, read_lines, shown
 from interop.safetensors_header import check_header
-from interop.strict_json import check_fields, parse_object
+from interop.strict_json import check_fields
 from interop.workloads import Workload, definition
 
 MAX_TOKENS = 2**20
 MAX_LINE_BYTES = 2**20
+_MAX_FACTOR = float(np.finfo(np.float32).max)
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _UUID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _RANDOM = (
@@ -67,14 +67,15 @@ def read_workloads(folder: str | Path) -> tuple[DatasetWorkload, ...]:
     Raises:
         ValueError: The folder or file is missing, leaves the folder, or a line does not fit.
     """
-    root = _root(folder)
+    root = data_set_root(folder)
     name = definition()["name"]
-    found = sorted(root.glob(f"workloads/**/{name}.jsonl"))
+    found = confined_files(root, "workloads", f"{name}.jsonl")
     if not found:
-        raise ValueError(f"{root}: no workloads/**/{name}.jsonl in this data set")
+        raise ValueError(f"{shown(root)}: no workloads/**/{name}.jsonl in this data set")
     rows: dict[str, DatasetWorkload] = {}
     for path in found:
-        for where, row in _lines(confined_file(root, path)):
+        for where, line in read_lines(root, path, MAX_LINE_BYTES):
+            row = _workload(line, where)
             if row.workload.uuid in rows:
                 raise ValueError(f"{where}: uuid {row.workload.uuid} appears twice")
             rows[row.workload.uuid] = row
@@ -96,30 +97,13 @@ def read_routing(
     Raises:
         ValueError: A file is missing, leaves the folder, is broken, or holds something else.
     """
-    root = _root(folder)
+    root = data_set_root(folder)
     experts = definition()["axes"]["num_experts"]["value"]
-    logits = _tensor(root, row.routing_logits, "F32", (row.workload.num_tokens, experts))
-    bias = _tensor(root, row.routing_bias, "BF16", (experts,))
+    shape = (row.workload.num_tokens, experts)
+    where = f"workload {row.workload.uuid}"
+    logits = _tensor(root, row.routing_logits, "F32", shape, f"{where}: routing_logits")
+    bias = _tensor(root, row.routing_bias, "BF16", (experts,), f"{where}: routing_bias")
     return logits, bias
-
-
-def _root(folder: str | Path) -> Path:
-    root = Path(folder).resolve()
-    if not root.is_dir():
-        raise ValueError(f"{folder}: not a data set folder")
-    return root
-
-
-def _lines(path: Path) -> Iterator[tuple[str, DatasetWorkload]]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(f"{where}: line longer than {MAX_LINE_BYTES} bytes")
-            if line.strip():
-                yield where, _workload(parse_object(line, where), where)
 
 
 def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
@@ -144,11 +128,10 @@ def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
     sizes = definition()["axes"]
     last = sizes["num_experts"]["value"] - sizes["num_local_experts"]["value"]
     offset = _integer(offset, 0, last, f"{where}: local_expert_offset")
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
-        raise ValueError(f"{where}: routed_scaling_factor: expected a number, found {factor!r}")
+    factor = _factor(factor, f"{where}: routed_scaling_factor")
     logits, bias = (_blob(inputs[name], f"{where}: {name}") for name in _BLOBS)
     return DatasetWorkload(
-        Workload(row["uuid"], tokens, offset, Path(logits.path).name), float(factor), logits, bias
+        Workload(row["uuid"], tokens, offset, Path(logits.path).name), factor, logits, bias
     )
 
 
@@ -156,6 +139,15 @@ def _integer(value: Any, low: int, high: int, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{where}: expected an integer in {low}..{high}, found {value!r}")
     return value
+
+
+def _factor(value: Any, where: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared before it is converted: an int may be beyond any float.
+    if not is_number or not abs(value) <= _MAX_FACTOR:
+        found = reprlib.repr(value)
+        raise ValueError(f"{where}: expected a number, finite in float32, found {found}")
+    return float(value)
 
 
 def _scalar(spec: Any, where: str) -> Any:
@@ -174,14 +166,21 @@ def _blob(spec: Any, where: str) -> BlobRef:
         raise ValueError(f"{where}: expected text for path and tensor_key")
     if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
         raise ValueError(f"{where}: expected a relative path without '..', found {path!r}")
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: expected a path of Unicode text, found {shown(path)}") from None
     return BlobRef(path, key)
 
 
-def _tensor(root: Path, ref: BlobRef, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    path = confined_file(root, root / ref.path)
-    content = path.read_bytes()
-    tensors = check_header(content, str(path))
-    where = f"{path}: {ref.tensor_key!r}"
+def _tensor(root: Path, ref: BlobRef, dtype: str, shape: tuple[int, ...], entry: str) -> np.ndarray:
+    path = root / ref.path
+    try:
+        content = read_bytes(root, path)
+        tensors = check_header(content, shown(path))
+    except ValueError as error:
+        raise ValueError(f"{entry}: {error}") from None
+    where = f"{entry}: {shown(path)}: {ref.tensor_key!r}"
     if ref.tensor_key not in tensors:
         raise ValueError(f"{where}: no such tensor; the file holds {sorted(tensors)}")
     found = tensors[ref.tensor_key]

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from interop.strict_json import parse_object
+from interop.files import parse_utf8
 
 MAX_HEADER_BYTES = 2**20
 _DTYPE_BYTES = {
@@ -40,13 +40,14 @@ def check_header(content: bytes, where: str) -> dict[str, TensorInfo]:
     length = int.from_bytes(content[:8], "little")
     if length > min(MAX_HEADER_BYTES, len(content) - 8):
         raise ValueError(f"{where}: header of {length} bytes in a file of {len(content)}")
-    entries = parse_object(content[8 : 8 + length], f"{where}: header")
+    entries = parse_utf8(content[8 : 8 + length], f"{where}: header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{where}: '__metadata__': expected an object of strings")
     tensors = {name: _entry(entry, f"{where}: {name!r}") for name, entry in entries.items()}
     end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+    # By end too: an empty tensor begins where its neighbour does, in whatever order they are named.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
             problem = "overlaps another tensor" if tensor.begin < end else "leaves a hole before it"
             raise ValueError(f"{where}: {name!r}: data at {tensor.begin} {problem}")

@@ -23,6 +23,7 @@ from interop import dlpack
 
 _ACTIVATIONS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
 _KEPT_SCALARS = 1024
+_MAX_FACTOR = float(np.finfo(np.float32).max)
 
 
 class TorchMoEWeights(NamedTuple):
@@ -233,13 +234,19 @@ def _integer(name: str, value: Any, last: int) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) is float:
-        return value
-    _check_on_host(name, value)
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if type(value) is not float:
+        _check_on_host(name, value)
+        try:
+            value = float(value)
+        except OverflowError:  # a Python integer, perhaps of more digits than Python would print
+            raise ValueError(
+                f"{name}: expected a finite float32, got a number beyond float64"
+            ) from None
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not abs(value) <= _MAX_FACTOR:
+        raise ValueError(f"{name}: expected a finite float32, got {value}")
+    return value
 
 
 def _check_on_host(name: str, value: Any) -> None:

@@ -181,7 +181,11 @@ def real(name: str, value: Any) -> Array | np.float32:
     _scalar(name, value, "a real number", (int, float, np.integer, np.floating), jnp.number)
     if isinstance(value, jax.core.Tracer):
         return value.astype(jnp.float32)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a Python integer, perhaps of more digits than Python would print
+        found = f"an integer of {value.bit_length()} bits"
+        raise ValueError(f"{name}: expected a finite float32, found {found}") from None
     if not abs(number) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name}: expected a finite float32, found {number}")
     return np.float32(number)

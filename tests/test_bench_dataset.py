@@ -1,13 +1,16 @@
 """Data sets that nobody vouches for: read right, or refused with the file and entry named."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from safetensors.numpy import save_file
 
+import bench_main
 from interop.dataset import read_routing, read_workloads
 from interop.workloads import definition
 
@@ -127,6 +130,11 @@ OFFSET = (*INPUTS, "local_expert_offset", "value")
         ((*LOGITS, "path"), "blob/../../x", "relative path without '..'"),
         ((*LOGITS, "path"), "a\0b", "relative path"),
         ((*LOGITS, "path"), 3, "expected text"),
+        (
+            (*LOGITS, "path"),
+            "\ud800",
+            r"routing_logits: expected a path of Unicode text, found '\ud800'",
+        ),
         ((*LOGITS, "tensor_key"), None, "expected text"),
     ],
 )
@@ -154,9 +162,29 @@ def test_text_that_is_no_workload_is_refused(folder, text, message):
         read_workloads(folder)
 
 
-def test_an_infinite_factor_is_refused(folder):
-    write_lines(folder, [json.dumps(line()).replace("2.5", "1e999")])
-    with pytest.raises(ValueError, match="routed_scaling_factor: expected a number, found inf"):
+@pytest.mark.parametrize(
+    ("factor", "shown"),
+    [
+        ("1e999", "inf"),
+        ("1e39", r"1e\+39"),
+        ("-3.5e38", r"-3\.5e\+38"),
+        ("1" + "0" * 400, r"10+\.\.\.0+"),
+    ],
+)
+def test_a_factor_that_float32_does_not_hold_is_refused(folder, factor, shown):
+    write_lines(folder, [line(), json.dumps(line("abc-2")).replace("2.5", factor)])
+    message = (
+        rf"\.jsonl:2: routed_scaling_factor: expected a number, finite in float32, found {shown}"
+    )
+    with pytest.raises(ValueError, match=message + "$"):
+        read_workloads(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_lines_that_are_not_utf_8_are_refused(folder, encoding):
+    path = folder / "workloads" / "moe" / f"{NAME}.jsonl"
+    path.write_bytes(json.dumps(line(path="blob/\xe9"), ensure_ascii=False).encode(encoding))
+    with pytest.raises(ValueError, match=rf"{NAME}\.jsonl:1: not valid JSON"):
         read_workloads(folder)
 
 
@@ -174,6 +202,70 @@ def test_missing_folders_and_files_are_named(folder, tmp_path):
     (folder / BLOB).unlink()
     with pytest.raises(ValueError, match=r"routing\.safetensors: no such file"):
         routing_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("blob/" + "x" * 256, "x" * 256 + ": .*too long"),
+        ("y/" * 3000 + "z", r"/y/y/y.*\.\.\..*/y/z: .*too long"),
+        ("blob/\xe9" + "\xe9" * 127, "\xe9" * 128 + ": .*"),  # 256 bytes
+        ("blob/two\nlines", r"two\\nlines': no such file"),
+        ("", "no such file"),
+    ],
+    ids=["component", "path", "bytes", "line break", "empty"],
+)
+def test_a_path_that_names_no_file_is_one_line(folder, path, shown):
+    write_lines(folder, [line(path=path)])
+    with pytest.raises(ValueError, match=f"^workload abc-1: routing_logits: .*{shown}") as caught:
+        routing_of(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+def loop(path):
+    path.unlink()
+    path.symlink_to(path.name)
+    return path
+
+
+def test_symlinks_that_lead_to_themselves_are_named(folder, tmp_path):
+    loop(folder / BLOB)
+    with pytest.raises(ValueError, match=r"abc-1: routing_logits: .*/routing\.safetensors: "):
+        routing_of(folder)
+    loop(folder / "workloads" / "moe" / f"{NAME}.jsonl")
+    with pytest.raises(ValueError, match=rf"/{NAME}\.jsonl: "):
+        read_workloads(folder)
+    (tmp_path / "root").symlink_to("root")
+    with pytest.raises(ValueError, match="/root: "):
+        read_workloads(tmp_path / "root")
+
+
+@pytest.mark.parametrize(("root", "shown"), [("a\0b", r"'a\\x00b': "), ("x" * 256, "x{256}: ")])
+def test_a_root_that_is_no_path_is_named(root, shown):
+    with pytest.raises(ValueError, match=f"^{shown}"):
+        read_workloads(root)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: loop(root / BLOB), "routing.safetensors: "),
+        (lambda root: write_lines(root, [line(path="x" * 256)]), "xxx: "),
+        (lambda root: write_lines(root, [line(path="\ud800")]), "found '\\ud800'"),
+        (lambda root: write_lines(root, [line(factor=10**400)]), "routed_scaling_factor: "),
+    ],
+    ids=["loop", "long", "surrogate", "factor"],
+)
+def test_the_benchmark_ends_with_one_line_and_exit_code_2(folder, tmp_path, capsys, spoil, message):
+    spoil(folder)
+    flags = [f"--dataset={folder}", "--inputs=dataset", f"--output={tmp_path}", "--warmup=1"]
+    with flagsaver.flagsaver():
+        flags = bench_main._parse(["bench_main.py", *flags, "--solutions=jax_moe_xla"])
+        assert bench_main.main(flags) == bench_main.USAGE_ERROR
+    *_, last = capsys.readouterr().err.splitlines()  # progress may come before
+    assert last.startswith("bench_main.py: ")
+    assert message in last
 
 
 def test_symlinks_out_of_the_folder_are_not_followed(folder, tmp_path):
@@ -194,6 +286,29 @@ def test_a_linked_workload_file_outside_is_not_read(folder, tmp_path):
     inside.symlink_to(tmp_path / "lines.jsonl")
     with pytest.raises(ValueError, match="leads out of the data set folder"):
         read_workloads(folder)
+
+
+def test_a_linked_workload_folder_outside_is_not_listed(folder, tmp_path, monkeypatch):
+    (folder / "workloads").rename(tmp_path / "outside")
+    (folder / "workloads").symlink_to(tmp_path / "outside")
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    with pytest.raises(ValueError, match="/workloads: leads out of the data set folder"):
+        read_workloads(folder)
+    assert listed == []
+    (folder / "workloads").unlink()
+    (folder / "workloads").mkdir()
+    (folder / "workloads" / "moe").symlink_to(tmp_path / "outside" / "moe")
+    with pytest.raises(ValueError, match="no workloads"):
+        read_workloads(folder)
+    assert set(listed) <= {str(folder / "workloads")}
+
+
+def test_a_linked_workload_folder_inside_is_read(folder):
+    (folder / "workloads").rename(folder / "elsewhere")
+    (folder / "workloads").symlink_to("elsewhere")
+    assert len(read_workloads(folder)) == 1
 
 
 LOGIT_BYTES = TOKENS * 256 * 4
@@ -217,6 +332,21 @@ def test_the_hand_made_header_is_good_as_it_stands(folder):
     assert not routing_of(folder)[0].any()
 
 
+@pytest.mark.parametrize("at", [0, LOGIT_BYTES, LOGIT_BYTES + 512])
+def test_an_empty_tensor_may_be_named_last(folder, at):
+    empty = {"dtype": "F32", "shape": [0, 256], "data_offsets": [at, at]}
+    write_blob(folder, {**GOOD, "empty": empty}, DATA)
+    assert routing_of(folder)[0].shape == (TOKENS, 256)
+
+
+def test_no_tokens_are_an_empty_tensor(folder):
+    write_lines(folder, [line(tokens=0)])
+    bias = {**GOOD["routing_bias"], "data_offsets": [0, 512]}
+    logits = {"dtype": "F32", "shape": [0, 256], "data_offsets": [0, 0]}
+    write_blob(folder, {"routing_bias": bias, "routing_logits": logits}, DATA[:512])
+    assert routing_of(folder)[0].shape == (0, 256)
+
+
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
@@ -233,6 +363,8 @@ def test_the_hand_made_header_is_good_as_it_stands(folder):
         (entry("routing_bias", shape=[True]), DATA, "shape of non-negative integers"),
         (entry("routing_bias", shape=[2**62, 2**62]), DATA, "takes"),
         (entry("routing_bias", data_offsets=[0, 512]), DATA, "overlaps another tensor"),
+        ({**GOOD, "e": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}}, DATA, "overlaps"),
+        (json.dumps(GOOD).encode("utf-16"), DATA, "header: not valid JSON: expected UTF-8"),
         (entry("routing_bias", data_offsets=[2**40, 2**40 + 512]), DATA, "leaves a hole before it"),
         (entry("routing_bias", data_offsets=[LOGIT_BYTES]), DATA, "two data_offsets"),
         (entry("routing_bias", dtype="F16"), DATA, "expected BF16[256], found F16[256]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -198,6 +199,26 @@ SPOILED_TRACES = {
     "negative time": (
         lambda t: t["evaluation"]["performance"].update(latency_ms=-1.0), "positive number"
     ),
+    "endless time": (
+        lambda t: t["evaluation"]["performance"].update(latency_ms=10**400),
+        "jsonl:1: latency_ms: expected a positive number",
+    ),
+    "huge ratio": (
+        lambda t: t["evaluation"]["correctness"]["extra"].update(matched_ratio=10**400),
+        "jsonl:1: matched_ratio: expected a positive number",
+    ),
+    "a list of libraries": (
+        lambda t: t["evaluation"]["environment"].update(libs=["jax"]),
+        "environment: libs: expected an object, found list",
+    ),
+    "a list for correctness": (
+        lambda t: t["evaluation"].update(correctness=[]),
+        "correctness: expected an object, found list",
+    ),
+    "text for its extras": (
+        lambda t: t["evaluation"]["correctness"].update(extra="all"),
+        "correctness: extra: expected an object, found str",
+    ),
     "no time": (lambda t: t["evaluation"].update(performance=None), "performance: expected"),
     "workload line": (lambda t: t.update(solution=None, evaluation=None), "unknown solution None"),
 }  # fmt: skip
@@ -225,6 +246,33 @@ def test_a_trace_twice_or_outside_is_refused(folder, tmp_path_factory):
         traces.read_traces(folder)
 
 
+@pytest.mark.parametrize("name", ["traces", "solutions", "workloads"])
+def test_a_folder_that_leads_outside_is_not_listed(folder, tmp_path_factory, name):
+    write_traces(folder, [trace(ROW, "sglang_v1", 1.0)])
+    shutil.rmtree(folder / name)
+    (folder / name).symlink_to(tmp_path_factory.mktemp("outside"))
+    with pytest.raises(ValueError, match=f"/{name}: leads out of the data set folder"):
+        traces.read_traces(folder)
+
+
+@pytest.mark.parametrize("name", [run.RECORD, "workspace.json", TRACES, "root"])
+def test_symlinks_that_lead_to_themselves_are_named(folder, name, capsys):
+    write_traces(folder, [trace(ROW, "sglang_v1", 1.0)])
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / name)
+    assert __main__.main(["report", str(folder / name if name == "root" else folder)]) == 2
+    shown = capsys.readouterr().err
+    assert f"{folder / name}: " in shown
+    assert shown.count("\n") == 1
+
+
+def test_only_utf_8_is_read(folder):
+    path = folder / SOLUTION_FOLDER / "sglang_v1.json"
+    path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(ValueError, match=r"sglang_v1\.json: not valid JSON: expected UTF-8"):
+        traces.read_solutions(folder)
+
+
 def test_the_report_from_traces(folder):
     latencies = {"jax_moe_mosaic": 0.5, "sglang_v1": 2.0, "sglang_v2": 1.0}
     rows = [
@@ -250,6 +298,15 @@ def test_the_report_from_traces(folder):
     assert "| `b8f4f012` | 7 | 192 | TIMEOUT | - | 1.000 | 10.00x |" in text
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert __main__.main(["export", str(tmp_path / "loop")]) == 2
+    assert f"{tmp_path / 'loop'}: " in capsys.readouterr().err
+    (tmp_path / "blob").symlink_to("blob")
+    with pytest.raises(ValueError, match=r"/blob/.*: "):
+        export(tmp_path)
+
+
 def test_the_command_line_explains_bad_input(tmp_path, capsys):
     assert __main__.main(["report", str(tmp_path)]) == 2
     assert "workloads" in capsys.readouterr().err
@@ -260,6 +317,8 @@ def test_the_command_line_explains_bad_input(tmp_path, capsys):
 
 def test_a_run_can_be_cut_into_pieces(folder, monkeypatch):
     seen = {}
+    (folder / "workloads").rename(folder / "elsewhere")  # a link within the folder is followed
+    (folder / "workloads").symlink_to("elsewhere")
 
     def record(command, env, check):
         root = pathlib.Path(command[command.index("--local") + 1])

@@ -157,6 +157,11 @@ SCALARS = [
     (8, torch.tensor([8, 8]), TypeError, "local_expert_offset: expected an integer"),
     (9, "high", TypeError, "routed_scaling_factor: expected a number"),
     (9, torch.ones(2), TypeError, "routed_scaling_factor: expected a number"),
+    (9, float("nan"), ValueError, "routed_scaling_factor: expected a finite float32, got nan"),
+    (9, 1e39, ValueError, r"routed_scaling_factor: expected a finite float32, got 1e\+39"),
+    pytest.param(
+        9, 10**5000, ValueError, "routed_scaling_factor: .* got a number beyond float64", id="huge"
+    ),
 ]
 
 

@@ -168,7 +168,10 @@ def test_factors_that_are_no_numbers(factor):
     refuses(TypeError, "routed_scaling_factor: expected a real", routed_scaling_factor=factor)
 
 
-@pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf, 1e39, np.array([2.5])])
+HUGE = [pytest.param(-(10**400), id="401 digits"), pytest.param(10**5000, id="5001 digits")]
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf, 1e39, *HUGE, np.array([2.5])])
 def test_factors_out_of_range(factor):
     refuses(ValueError, "routed_scaling_factor: expected a", routed_scaling_factor=factor)
 

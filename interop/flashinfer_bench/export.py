@@ -17,7 +17,7 @@ import safetensors.numpy
 from jaxtyping import BFloat16, Float32
 
 from interop.dataset import read_routing, read_workloads
-from interop.files import write_atomically
+from interop.files import confined, naming, write_atomically
 from interop.flashinfer_bench import solutions
 from interop.workloads import (
     ROUTED_SCALING_FACTOR,
@@ -58,8 +58,9 @@ def export(folder: str | Path, *, dataset: str | Path | None = None, seed: int =
         ValueError: `dataset` is broken (see `interop.dataset`), or a symlink leads out of `folder`.
     """
     root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    root = root.resolve()
+    with naming(root):
+        root.mkdir(parents=True, exist_ok=True)
+        root = root.resolve()
     name, op_type = definition()["name"], definition()["op_type"]
     rows = list(_drawn(seed) if dataset is None else _copied(dataset))
     blobs = f"blob/workloads/{op_type}/{name}"
@@ -174,8 +175,7 @@ def _json(record: dict[str, Any]) -> str:
 
 def _write(root: Path, relative: str, content: str | bytes) -> None:
     path = root / relative
-    if not path.parent.resolve().is_relative_to(root):
-        raise ValueError(f"{path}: leads out of {root}")
+    confined(root, path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path, "w" if isinstance(content, str) else "wb") as file:
         file.write(content)

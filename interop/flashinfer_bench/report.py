@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from interop import seed_report
-from interop.files import confined_file
+from interop.files import data_set_root, read_object
 from interop.flashinfer_bench import run, solutions, workspace
 from interop.flashinfer_bench.traces import Traces, read_traces
-from interop.strict_json import check_fields, parse_object
+from interop.strict_json import check_fields
 from interop.workloads import definition
 
 _UNKNOWN = "not recorded"
@@ -27,7 +27,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
     Raises:
         ValueError: The folder holds no traces or something unfit (see `traces`).
     """
-    root = Path(folder).resolve()
+    root = data_set_root(folder)
     traces = read_traces(root)
     record = _run_record(root)
     sizes = workspace.read(root)
@@ -57,10 +57,10 @@ def _ordered(traces: Traces) -> list[str]:
 
 
 def _run_record(root: Path) -> dict[str, Any]:
-    if not (root / run.RECORD).exists():
+    path = root / run.RECORD
+    if not path.exists(follow_symlinks=False):
         return {}
-    path = confined_file(root, root / run.RECORD)
-    record = parse_object(path.read_bytes(), str(path))
+    record = read_object(root, path)
     check_fields(record, ("command", "settings", "versions"), (), str(path))
     if not isinstance(record["command"], str):
         raise ValueError(f"{path}: command: expected text, found {record['command']!r}")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import interop
-from interop.dataset import read_workloads
-from interop.files import write_atomically
+from interop.dataset import MAX_LINE_BYTES, read_workloads
+from interop.files import confined_files, data_set_root, read_lines, shown, write_atomically
 from interop.flashinfer_bench import solutions
 from interop.workloads import definition
 
@@ -59,12 +59,12 @@ def run(
     Raises:
         ValueError: The folder is no data set, or no workload has these token counts.
     """
-    root = Path(folder).resolve()
+    root = data_set_root(folder)
     rows = read_workloads(root)
     if tokens:
         rows = tuple(row for row in rows if row.workload.num_tokens in tokens)
         if not rows:
-            raise ValueError(f"--tokens: no workload of {root} has one of {sorted(tokens)}")
+            raise ValueError(f"--tokens: no workload of {shown(root)} has one of {sorted(tokens)}")
     with tempfile.TemporaryDirectory() as scratch:
         view = _view(root, Path(scratch), {row.workload.uuid for row in rows}) if tokens else root
         command = _command(view, settings, extra)
@@ -108,12 +108,16 @@ def _view(root: Path, view: Path, uuids: set[str]) -> Path:
     (root / "traces").mkdir(exist_ok=True)
     for name in ("definitions", "solutions", "blob", "traces"):
         (view / name).symlink_to(root / name, target_is_directory=True)
-    for path in root.glob("workloads/**/*.jsonl"):
-        copy = view / path.relative_to(root)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["workload"]["uuid"] in uuids]
-        copy.write_text("".join(kept), "utf-8")
+    name = definition()["name"]
+    kept = [
+        json.dumps(line) + "\n"
+        for path in confined_files(root, "workloads", f"{name}.jsonl")
+        for _, line in read_lines(root, path, MAX_LINE_BYTES)
+        if line["workload"]["uuid"] in uuids
+    ]
+    copy = view / "workloads" / definition()["op_type"] / f"{name}.jsonl"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("".join(kept), "utf-8")
     return view
 
 

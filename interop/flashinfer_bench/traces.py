@@ -5,15 +5,16 @@ or path that appears twice, a trace of an unknown definition, solution or worklo
 each is a `ValueError` that names the file and the entry.
 """
 
-import math
+import reprlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from interop.dataset import read_workloads
-from interop.files import confined_file
+from interop.files import confined_files, data_set_root, read_lines, read_object, shown
 from interop.seed_analysis import PASSED, Measurement
-from interop.strict_json import check_fields, parse_object
+from interop.strict_json import check_fields
 from interop.workloads import Workload, definition
 
 MAX_LINE_BYTES = 2**24  # a trace embeds up to 5 MiB of log
@@ -61,14 +62,13 @@ def read_solutions(folder: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: See the module.
     """
-    root = Path(folder).resolve()
+    root = data_set_root(folder)
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(root.glob("solutions/**/*.json")):
-        content = confined_file(root, path).read_bytes()
-        solution = parse_object(content, str(path))
-        _check_solution(solution, str(path))
+    for path in confined_files(root, "solutions", "*.json"):
+        solution = read_object(root, path)
+        _check_solution(solution, shown(path))
         if solution["name"] in found:
-            raise ValueError(f"{path}: solution {solution['name']!r} appears twice")
+            raise ValueError(f"{shown(path)}: solution {solution['name']!r} appears twice")
         found[solution["name"]] = solution
     return found
 
@@ -85,7 +85,7 @@ def read_traces(folder: str | Path) -> Traces:
     Raises:
         ValueError: See the module; also if there is no trace.
     """
-    root = Path(folder).resolve()
+    root = data_set_root(folder)
     workloads = tuple(row.workload for row in read_workloads(root))
     known = {"solution": set(read_solutions(root)), "uuid": {row.uuid for row in workloads}}
     results: dict[str, dict[str, Measurement]] = {}
@@ -102,26 +102,30 @@ def read_traces(folder: str | Path) -> Traces:
             evaluation["environment"], ("hardware",), ("libs",), f"{where}: environment"
         )
         hardware[str(environment["hardware"])] = None
-        libraries |= {str(k): str(v) for k, v in environment.get("libs", {}).items()}
-        ratio = ((evaluation.get("correctness") or {}).get("extra") or {}).get("matched_ratio")
+        libs = _optional_object(environment, "libs", f"{where}: environment")
+        libraries |= {str(name): str(version) for name, version in libs.items()}
+        correctness = _optional_object(evaluation, "correctness", where)
+        extra = _optional_object(correctness, "extra", f"{where}: correctness")
+        ratio = extra.get("matched_ratio")
         if ratio is not None:
             matched[name] = min(matched.get(name, 1.0), _positive(ratio, where, "matched_ratio"))
     if not results:
-        raise ValueError(f"{root}: no traces/**/{definition()['name']}.jsonl with a measured trace")
+        raise ValueError(
+            f"{shown(root)}: no traces/**/{definition()['name']}.jsonl with a measured trace"
+        )
     return Traces(workloads, results, tuple(hardware), libraries, matched)
 
 
+def _optional_object(holder: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = {} if holder.get(name) is None else holder[name]
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {name}: expected an object, found {type(value).__name__}")
+    return value
+
+
 def _traces(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in sorted(root.glob("traces/**/*.jsonl")):
-        with confined_file(root, path).open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                where = f"{path}:{number}"
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"{where}: line longer than {MAX_LINE_BYTES} bytes")
-                if line.strip():
-                    yield where, parse_object(line, where)
+    for path in confined_files(root, "traces", "*.jsonl"):
+        yield from read_lines(root, path, MAX_LINE_BYTES)
 
 
 def _check_solution(solution: dict[str, Any], where: str) -> None:
@@ -186,6 +190,8 @@ def _measurement(evaluation: Mapping[str, Any], where: str) -> Measurement:
 
 def _positive(value: Any, where: str, name: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{where}: {name}: expected a positive number, found {value!r}")
+    # Compared before it is converted: an int may be beyond any float.
+    if not is_number or not 0 < value <= sys.float_info.max:
+        found = reprlib.repr(value)
+        raise ValueError(f"{where}: {name}: expected a positive number, found {found}")
     return float(value)

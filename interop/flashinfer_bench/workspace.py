@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from interop.dataset import DatasetWorkload, read_routing, read_workloads
-from interop.files import confined_file, write_atomically
+from interop.files import data_set_root, read_object, write_atomically
 from interop.flashinfer_bench import solutions
 from interop.solutions import SOLUTIONS
-from interop.strict_json import check_fields, parse_object
+from interop.strict_json import check_fields
 from interop.workloads import definition
 
 RECORD = "workspace.json"
@@ -114,11 +114,11 @@ def read(folder: str | Path) -> Mapping[str, Mapping[str, int]]:
     Raises:
         ValueError: Malformed, or an unknown solution or workload.
     """
-    root = Path(folder).resolve()
-    if not (root / RECORD).exists():
+    root = data_set_root(folder)
+    path = root / RECORD
+    if not path.exists(follow_symlinks=False):
         return {}
-    path = confined_file(root, root / RECORD)
-    found = parse_object(path.read_bytes(), str(path))
+    found = read_object(root, path)
     names = tuple(record["name"] for record in solutions.records())
     uuids = tuple(row.workload.uuid for row in read_workloads(root))
     check_fields(found, (), names, str(path))
