@@ -83,6 +83,9 @@ def _settings() -> Settings:
             raise ValueError(
                 f"--{flag.name}: expected names separated by commas, found an empty one"
             )
+    for folder in (_DATASET, _OUTPUT, _PROFILE):
+        if folder.value == "":  # pathlib's current directory, which nobody means by it
+            raise ValueError(f"--{folder.name}: expected a folder, found an empty name")
     if (_INPUTS.value == "dataset") != (_DATASET.value is not None):
         raise ValueError("--dataset=FOLDER and --inputs=dataset go together")
     if _SCALING.value and _INPUTS.value == "dataset":

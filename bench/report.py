@@ -53,8 +53,12 @@ def _calls(results: Results, row: Row) -> str:
     return str(times.n) if times else _DASH
 
 
-def _workspace(_: Results, row: Row) -> str:
-    return _optional("{:.1f}", None if row.workspace_bytes is None else row.workspace_bytes / 1e6)
+def _megabytes(name: str) -> Callable[[Results, Row], str]:
+    def show(_: Results, row: Row) -> str:
+        found = getattr(row, name)
+        return _optional("{:.1f}", None if found is None else found / 1e6)
+
+    return show
 
 
 COLUMNS = (
@@ -73,7 +77,8 @@ COLUMNS = (
     Column("TFLOP/s", lambda results, row: _rate(results.figures(row).tflops)),
     Column("TB/s", lambda results, row: _rate(results.figures(row).tb_per_s)),
     Column("roofline", _figure("roofline_fraction", "{:.1%}")),
-    Column("temp MB", _workspace),
+    Column("temp MB", _megabytes("workspace_bytes")),
+    Column("bound MB", _megabytes("workspace_bound")),
     Column("speedup", _figure("speedup", "{:.2f}x")),
 )
 
@@ -109,7 +114,7 @@ def grouped(results: Results) -> list[tuple[str, list[list[str]]]]:
 
 
 def terminal_table(results: Results) -> str:
-    """Every row with all its columns, grouped by workload, at most about 150 characters wide."""
+    """Every row with all its columns, grouped by workload, at most about 160 characters wide."""
     groups = grouped(results)
     titles = groups[0][1][0]
     title, *lines = aligned([titles, *(line for _, (_, *rest) in groups for line in rest)], left=2)

@@ -29,14 +29,15 @@ class KernelTime(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One solution on one workload. Times are there only if every output was right.
+    """One solution on one workload. Times are there only if the row is right.
 
     Attributes:
         solution: Its name.
         uuid: The workload's.
         num_tokens: T.
         local_expert_offset: At the definition's 256 experts.
-        status: `PASS`, `WRONG` (an output failed the check) or `ERROR` (the solution raised).
+        status: `PASS`, `WRONG` (an output failed the check, or a call takes more memory than its
+            solution states) or `ERROR` (the solution raised).
         problem: One line on what is wrong; None if nothing.
         repro: The command line that repeats this row.
         load: What the routing asks of this rank.
@@ -44,6 +45,7 @@ class Row:
         check: Worst over the trials; None if there was no output.
         how: How it was launched: "jit", "CUDA graph", "eager".
         workspace_bytes: Temporary memory of a call.
+        workspace_bound: What the solution says it is at most, in bytes; None if it says nothing.
         gpu: GPU time, us.
         wall: Host time, us.
         launches: Launch calls by the host a call; a CUDA graph counts once.
@@ -63,6 +65,7 @@ class Row:
     check: Check | None = None
     how: str = ""
     workspace_bytes: int | None = None
+    workspace_bound: int | None = None
     gpu: Statistics | None = None
     wall: Statistics | None = None
     launches: int | None = None

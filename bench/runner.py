@@ -197,11 +197,16 @@ def _measured(
                 times += wall_times(bound, calls)
     if bound is None or check is None:
         raise ValueError("a row needs at least one trial")
+    stated = solution.workspace_bound
     row = dataclasses.replace(
-        row, check=check, how=bound.how, workspace_bytes=bound.workspace_bytes
+        row,
+        check=check,
+        how=bound.how,
+        workspace_bytes=bound.workspace_bytes,
+        workspace_bound=stated(prepared.cases[0].arguments) if stated else None,
     )
-    if check.problem:
-        return without_times(row, WRONG, check.problem)
+    if problem := check.problem or _over_bound(row):
+        return without_times(row, WRONG, problem)
     if trace:
         trace(bound, solution, prepared.workload, clock)
     if session:
@@ -214,6 +219,13 @@ def _check(solution: Solution, bound: Execution, case: Case, settings: Settings)
     bound.block(output)
     found = execution.to_jax(solution, output)
     return correctness.check(found, case.reference, settings.tolerance)
+
+
+def _over_bound(row: Row) -> str | None:
+    found, stated = row.workspace_bytes, row.workspace_bound
+    if found is None or stated is None or found <= stated:
+        return None
+    return f"a call takes {found:,} bytes of temporary memory, stated are at most {stated:,}"
 
 
 def without_times(row: Row, status: str, problem: str) -> Row:

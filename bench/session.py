@@ -2,6 +2,7 @@
 
 import datetime
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import SCALING, WORKLOADS, select
 from interop import dataset
+from interop.files import naming
 from interop.solutions.base import Solution
 from interop.workloads import Workload
 
@@ -47,14 +49,16 @@ def execute(
         The exit code: 0; 1 if a row is wrong or failed; 130 if interrupted.
 
     Raises:
-        ValueError: A setting names something unknown or unreadable; one line.
+        ValueError: A setting names something unknown, unreadable or unwritable; one line.
     """
     workloads = select(settings.workloads, _pool(settings))
     chosen, unavailable = _choose(settings)
     results = _new_results(settings, unavailable)
     if resume:
         _keep_finished(results, settings)
-    settings.output.mkdir(parents=True, exist_ok=True)
+    _make_folder("--output", settings.output)
+    if profile:
+        _make_folder("--profile", profile)
     print(documents.introduction(results, settings, len(workloads), list(chosen)), flush=True)
     code = _measure(settings, chosen, workloads, results, profile)
     results.about["gpu_state_after"] = environment.gpu_state()
@@ -63,6 +67,16 @@ def execute(
     for path in documents.write_all(results, settings, options):
         print(f"wrote {path}")
     return code
+
+
+def _make_folder(flag: str, folder: Path) -> None:
+    """Makes a folder and writes to it, so that a run does not fail on it when it is measured."""
+    try:
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def _pool(settings: Settings) -> Sequence[Workload]:

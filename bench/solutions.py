@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax_moe
 from bench import interpreter, ragged_dot
 from bench.results import REFERENCE
-from interop.solutions.base import Solution
+from interop.solutions.base import Arguments, Solution
 from jax_moe import backends
 from jax_moe.device import device_of
 
@@ -82,5 +82,17 @@ def _jax_moe(name: str, backend: str, description: str) -> Solution:
         description=description,
         run=functools.partial(jax_moe.apply, backend=backend),
         unavailable_reason=functools.partial(backends.unsupported_reason, backend),
+        workspace_bound=functools.partial(_workspace_bound, backend),
         design=_UNFUSED if backend == "xla" else _FUSED,
+    )
+
+
+def _workspace_bound(backend: str, arguments: Arguments) -> int:
+    num_local_experts, hidden_size, intermediate_size = arguments.gemm2_weights.shape
+    return jax_moe.workspace_bytes(
+        arguments.hidden_states.shape[0],
+        num_local_experts=num_local_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        backend=backend,
     )

@@ -21,9 +21,8 @@ def recorder(folder: Path) -> Recorder:
 
     With the GPU clock it is torch's profiler, which sees JAX's kernels too, as a Chrome trace
     `SOLUTION_TN.json.gz`; without it JAX's profiler, in a folder `SOLUTION_TN`, whose
-    `perfetto_trace.json.gz` is the file to open.
+    `perfetto_trace.json.gz` is the file to open. The folder must exist.
     """
-    folder.mkdir(parents=True, exist_ok=True)
 
     def record(
         bound: Execution, solution: Solution, workload: Workload, clock: GpuClock | None

@@ -9,7 +9,7 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """Parses one JSON object, refusing what `json.loads` lets pass.
 
     Args:
-        text: The object, UTF-8 if bytes.
+        text: The object; bytes may be UTF-8, 16 or 32, which `interop.files.parse_utf8` narrows.
         where: What to call it in errors, such as "file:line".
 
     Returns:

@@ -10,9 +10,12 @@ import pytest
 from absl.testing import flagsaver
 
 import bench_main
+import jax_moe
 from bench import session
 from bench.solutions import default_names, registry
 from bench.workloads import FULL, REDUCED
+from interop.solutions.base import Arguments
+from jax_moe import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
 on_cpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="about a machine without a GPU")
@@ -93,6 +96,9 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
         ("--timer=gpu", "--timer=gpu: needs a GPU, JAX found cpu"),
         ("--inputs=dataset", "--dataset=FOLDER and --inputs=dataset go together"),
         ("--dataset=/tmp", "--dataset=FOLDER and --inputs=dataset go together"),
+        ("--dataset=", "--dataset: expected a folder, found an empty name"),
+        ("--output=", "--output: expected a folder, found an empty name"),
+        ("--profile=", "--profile: expected a folder, found an empty name"),
         ("--workloads=", "--workloads: expected names"),
         ("--solutions=a,,b", "--solutions: expected names"),
         ("stray", "unexpected argument 'stray'"),
@@ -147,6 +153,49 @@ def test_unknown_names_end_before_anything_is_measured(capsys, tmp_path, flag, m
     shown = capsys.readouterr()
     assert shown.err.startswith(f"bench_main.py: {message}")
     assert not (tmp_path / "out").exists()
+
+
+@on_cpu
+@pytest.mark.parametrize("flag", ["output", "profile"])
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("README.md", "File exists"),
+        ("README.md/x", "Not a directory"),
+        ("/proc/foo", "No such file or directory"),
+        ("/proc", "No such file or directory"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+def test_unusable_folders_end_before_anything_is_measured(
+    monkeypatch, capsys, tmp_path, flag, path, reason
+):
+    monkeypatch.setattr(session, "_measure", lambda *_: pytest.fail("measured"))
+    with flagsaver.flagsaver():
+        # Of two equal flags the last one counts.
+        flags = [f"--output={tmp_path}", f"--{flag}={ROOT / path}"]
+        argv = bench_main._parse(["bench_main.py", "--workloads=1", *flags])
+        assert bench_main.main(argv) == bench_main.USAGE_ERROR
+    shown = capsys.readouterr()
+    assert shown.err == f"bench_main.py: --{flag}: {ROOT / path}: cannot be used: {reason}\n"
+    assert shown.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_our_solutions_state_a_bound_on_their_memory(backend):
+    shapes = Arguments(*[None] * 10)._replace(
+        hidden_states=jax.ShapeDtypeStruct((14107, 7168), jax.numpy.float8_e4m3fn),
+        gemm2_weights=jax.ShapeDtypeStruct((32, 7168, 2048), jax.numpy.float8_e4m3fn),
+    )
+    with jax_moe.assume_device("sm_90"):
+        if reason := backends.unsupported_reason(backend):
+            pytest.skip(reason)
+        found = registry()[f"jax_moe_{backend}"].workspace_bound(shapes)
+        wanted = jax_moe.workspace_bytes(
+            14107, num_local_experts=32, hidden_size=7168, intermediate_size=2048, backend=backend
+        )
+    assert found == wanted
 
 
 def test_list_names_every_solution_and_says_why_not():

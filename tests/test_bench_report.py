@@ -144,6 +144,23 @@ def test_the_terminal_table_fits_and_a_wrong_row_has_no_speed(results):
     assert "6 of 7 rows PASS" in shown
 
 
+def test_temporary_memory_stands_beside_its_bound(results):
+    found, settings = results
+    assert "bound MB" not in report.terminal_table(found)
+    ours = row("jax_moe_mosaic", 7, 125, workspace_bound=81_429_376)
+    found.rows[ours.solution, ours.uuid] = ours
+    (_, cells), *_ = report.grouped(found)
+    shown = {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[1:]}
+    memory = {name: (line["temp MB"], line["bound MB"]) for name, line in shown.items()}
+    assert memory["jax_moe_mosaic"] == ("3.0", "81.4")
+    assert memory["torch_reference"] == memory["deepgemm"] == ("3.0", "-")
+    table = report.terminal_table(found)
+    assert "temp MB  bound MB" in table
+    assert max(map(len, table.splitlines())) <= 160
+    documents.write_all(found, settings, documents.Options())
+    assert "| 3.0 | 81.4 |" in (settings.output / "results.md").read_text()
+
+
 def test_documents_hold_what_a_reader_needs(results):
     found, settings = results
     written = documents.write_all(found, settings, documents.Options(report=True, breakdown=True))

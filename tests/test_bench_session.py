@@ -125,6 +125,29 @@ def test_a_wrong_solution_shows_no_speed_and_fails_the_run(tmp_path, registry, c
     assert "WRONG | - |" in report
 
 
+def test_more_memory_than_stated_makes_the_row_wrong(tmp_path, registry, capsys):
+    shapes = []
+
+    def stated(arguments):
+        shapes.append((arguments.hidden_states.shape, arguments.gemm2_weights.shape))
+        return 1000
+
+    registry(solution("modest", right, workspace_bound=lambda _: 10**9))
+    registry(solution("greedy", right, workspace_bound=stated))
+    chosen = settings(tmp_path, "modest", "greedy", workloads=("7",), num_trials=1)
+    assert execute(chosen) == session.FAILED
+    rows, _ = rows_of(chosen)
+    assert (rows["modest", 7]["status"], rows["modest", 7]["workspace_bound"]) == (PASS, 10**9)
+    assert rows["torch_reference", 7]["workspace_bound"] is None
+    row = rows["greedy", 7]
+    assert set(shapes) == {((7, 256), (8, 256, 128))}
+    assert (row["status"], row["workspace_bound"], row["wall"]) == (WRONG, 1000, None)
+    assert row["workspace_bytes"] == rows["modest", 7]["workspace_bytes"] > 1000
+    problem = f"a call takes {row['workspace_bytes']:,} bytes of temporary memory, stated are at "
+    assert row["problem"] == problem + "most 1,000"
+    assert f"WRONG: greedy at T=7: {problem}" in capsys.readouterr().out
+
+
 def test_one_bad_trial_makes_the_row_wrong(tmp_path, registry):
     def largest_scale(trial):
         workload = select(["1"])[0]
@@ -216,6 +239,21 @@ def test_only_comparable_and_whole_files_are_resumed(tmp_path, registry):
     path.write_text(path.read_text()[:-40])
     with pytest.raises(ValueError, match="not valid JSON"):
         execute(chosen, resume=True)
+
+
+def test_rows_from_before_there_was_a_bound_are_kept(tmp_path, registry):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", num_trials=1)
+    assert execute(chosen) == session.OK
+    path = chosen.output / "results.json"
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        del row["workspace_bound"]
+    path.write_text(json.dumps(content))
+    assert execute(chosen, resume=True) == session.OK
+    rows, content = rows_of(chosen)
+    assert content["resumed_rows"] == len(rows) == 2
+    assert {row["workspace_bound"] for row in rows.values()} == {None}
 
 
 def test_failed_rows_are_measured_again_when_resumed(tmp_path, registry):

@@ -14,8 +14,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 MAX_LINES = 400
-UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "pickle.load"}
+UNSAFE_MODULES = {"_pickle", "cPickle", "cloudpickle", "dill", "joblib"}
+UNSAFE_MODULES |= {"marshal", "pickle", "shelve"}
+UNSAFE_NAMES = {"eval", "exec", "torch.hub.load", "torch.load", "torch.serialization.load"}
+UNSAFE_NAMES |= {f"yaml.{how}load" for how in ("", "full_", "unsafe_")}
+UNSAFE_NAMES |= {f"yaml.{how}load_all" for how in ("", "full_", "unsafe_")}
+UNSAFE_METHODS = {"read_pickle", "to_pickle"}
+NUMPY_LOADS = {"numpy.load", "jax.numpy.load"}
+IMPORTERS = {"__import__", "builtins.__import__", "importlib.__import__", "importlib.import_module"}
 
 
 def tracked(*patterns: str) -> list[pathlib.Path]:
@@ -26,45 +32,141 @@ def tracked(*patterns: str) -> list[pathlib.Path]:
     return [path for line in listing.stdout.splitlines() if (path := ROOT / line).exists()]
 
 
-def unsafe(source: str) -> list[str]:
-    """What in `source` could run code that a file brought along."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+def imported(tree: ast.AST) -> dict[str, set[str]]:
+    """What the names that imports bind stand for, all scopes of a file together."""
+    names: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [a.name for a in node.names if a.name.split(".")[0] in UNSAFE_MODULES]
+            for alias in node.names:
+                # Without `as`, `import a.b` binds `a`.
+                module = alias.name if alias.asname else alias.name.split(".")[0]
+                names.setdefault(alias.asname or module, set()).add(module)
         elif isinstance(node, ast.ImportFrom):
-            imported = {f"{node.module}.{alias.name}" for alias in node.names}
-            if (node.module or "").split(".")[0] in UNSAFE_MODULES or imported & UNSAFE_CALLS:
-                found += sorted(imported)
-        elif isinstance(node, ast.Call):
-            if ast.unparse(node.func) in UNSAFE_CALLS:
-                found.append(ast.unparse(node.func))
-            found += [k.arg for k in node.keywords if k.arg == "allow_pickle"]
-    return found
+            module = "." * node.level + (node.module or "")
+            for alias in node.names:
+                names.setdefault(alias.asname or alias.name, set()).add(f"{module}.{alias.name}")
+    return names
+
+
+def meanings(node: ast.AST, names: dict[str, set[str]]) -> set[str]:
+    """The dotted names that an expression may stand for; `?` is what only a run could tell."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, {node.id})
+    if isinstance(node, ast.Attribute):
+        return {f"{owner}.{node.attr}" for owner in meanings(node.value, names)}
+    if isinstance(node, ast.Call) and meanings(node.func, names) & IMPORTERS:
+        arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+        return {str(a.value) for a in arguments if isinstance(a, ast.Constant)} or {"?"}
+    return {"?"}
+
+
+def is_unsafe(meaning: str) -> bool:
+    """Whether what goes by that full name runs code from files; `torch.*` includes `torch.load`."""
+    parts = meaning.removeprefix("builtins.").split(".")
+    if parts[0] in UNSAFE_MODULES or parts[-1] in UNSAFE_METHODS or ".".join(parts) in UNSAFE_NAMES:
+        return True
+    return parts[-1] == "*" and any(name.startswith(meaning[:-1]) for name in UNSAFE_NAMES)
+
+
+def may_unpickle(call: ast.Call, names: dict[str, set[str]]) -> bool:
+    """Whether a call sets `allow_pickle`: by name, as `numpy.load`'s third argument, or unseen."""
+    keywords = {keyword.arg for keyword in call.keywords}  # None: a `**`
+    unseen = None in keywords or any(isinstance(a, ast.Starred) for a in call.args)
+    to_numpy = meanings(call.func, names) & NUMPY_LOADS
+    return "allow_pickle" in keywords or bool(to_numpy and (unseen or len(call.args) > 2))
+
+
+def unsafe(source: str) -> list[str]:
+    """What in `source` could run code that a file brought along, called or only named."""
+    tree = ast.parse(source)
+    names = imported(tree)
+    found = set().union(*names.values())
+    for node in ast.walk(tree):
+        found |= meanings(node, names)
+    pickles = any(isinstance(n, ast.Call) and may_unpickle(n, names) for n in ast.walk(tree))
+    return sorted(filter(is_unsafe, found)) + ["allow_pickle"] * pickles
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle",
-        "from pickle import loads",
+        *(f"import {module}" for module in sorted(UNSAFE_MODULES)),
         "import joblib.memory",
+        "import pickle as p",
+        "from pickle import loads",
+        "def f():\n    from _pickle import loads as read",
+        "__import__('pickle').load(file)",
+        "importlib.import_module('pickle')",
+        "import importlib as i\ni.import_module(name='dill')",
+        "from importlib import import_module as get\nget('joblib.memory')",
+        "importlib.import_module('torch').load(path)",
         "eval(text)",
         "exec(text)",
+        "list(map(eval, texts))",
+        "builtins.eval(text)",
+        "import builtins as b\nb.exec(text)",
+        "from builtins import exec as run",
         "torch.load(path)",
+        "import torch as t; t.load(path)",
+        "import torch as t\nread = t.load",
+        "import torch as t, numpy as np\ndef f():\n    import numpy as t\nt.load(path)",
         "from torch import load",
+        "from torch import load as read\nread(path)",
+        "from torch import *\nload(path)",
+        "from torch.serialization import load",
+        "from torch.serialization import load as read\nread(path)",
+        "import torch.serialization\ntorch.serialization.load(path)",
+        "import torch.serialization as s\ns.load(path)",
+        "from torch import serialization as s\ns.load(path)",
         "numpy.load(path, allow_pickle=True)",
+        "import numpy as np\nnp.load(path, None, True)",
+        "import numpy as np\nnp.load(path, **{'allow_pickle': True})",
+        "import numpy as np\nnp.load(path, **options)",
+        "import numpy as np\nnp.load(*arguments)",
+        "from numpy import load as read\nread(path, None, True)",
+        "import functools, numpy\nfunctools.partial(numpy.load, allow_pickle=True)",
+        "import pandas as pd\npd.read_pickle(path)",
+        "from pandas import read_pickle",
+        "pd.DataFrame(rows).to_pickle(path)",
+        "frames[0].to_pickle(path)",
         "yaml.load(text)",
+        "import yaml as y\ny.load(text)",
+        "import yaml as y\ny.full_load(text)",
+        "import yaml as y\ny.unsafe_load(text)",
+        "from yaml import load as read",
+        "from yaml import unsafe_load_all",
     ],
 )
 def test_the_rule_sees_unsafe_loading(source):
     assert unsafe(source)
 
 
-def test_the_rule_leaves_safe_code_alone():
-    assert (
-        unsafe("import json\nmodel.eval()\njson.load(file)\nsafetensors.torch.load_file(p)") == []
-    )
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import json\njson.load(file)",
+        "from json import load\nload(file)",
+        "def load(path): ...\nload(path)",
+        "model.eval()",
+        "import torch\ntorch.no_grad()(f)\nmodel.load(path)",
+        "import safetensors.torch\nsafetensors.torch.load_file(path)",
+        "from safetensors import torch\ntorch.load(content)",
+        "from safetensors.torch import load as read\nread(content)",
+        "from jax.experimental.pallas import mosaic_gpu as plgpu\nplgpu.load(x.at[0], layout=l)",
+        "import triton.language as tl\ntl.load(x, mask, 0.0, **options)",
+        "memref.load(mailbox, [first])",
+        "from jax_moe import backends\nbackends.load(name)",
+        "import numpy as np\nnp.load(path)\nnp.load(path, mmap_mode='r')\nnp.save(path, x)",
+        "import yaml\nyaml.safe_load(text)",
+        "import importlib\nimportlib.import_module(f'{__name__}.{name}')",
+        "from importlib import import_module\nimport_module('json').load(file)",
+        "from .pickle import jar\nfrom . import marshal",
+        "import re, os\nre.compile(text)\nos.execv(path, [])",
+        "text = 'eval(x); import pickle'",
+    ],
+)
+def test_the_rule_leaves_safe_code_alone(source):
+    assert unsafe(source) == []
 
 
 def test_nothing_in_the_tree_runs_code_from_files():

@@ -61,6 +61,9 @@ class Solution:
         prepare: Untimed step that turns the ten arguments into those of `run`, for a solution whose
             weights would lie in another form in practice (say, dequantized). None passes the ten
             arguments on.
+        workspace_bound: Returns, for the ten arguments' shapes, the stated bound on the temporary
+            memory of one call in bytes, whatever the routing. A call that takes more is wrong.
+            None states no bound.
         capturable: Whether a PyTorch `run` may be captured in a CUDA graph (no host sync inside).
         caveat: What a reader must know about its figures: favourable or unfavourable conditions.
             Empty if none.
@@ -74,6 +77,7 @@ class Solution:
     run: Callable[..., Any]
     unavailable_reason: Callable[[], str | None] = always_available
     prepare: Callable[[Arguments], tuple[Any, ...]] | None = None
+    workspace_bound: Callable[[Arguments], int] | None = None
     capturable: bool = True
     caveat: str = ""
     design: Mapping[str, str] = MappingProxyType({})
