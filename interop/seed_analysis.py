@@ -105,10 +105,9 @@ def pairs(results: Results) -> list[tuple[str, str]]:
     )
 
 
-def common_uuids(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
-    """The workloads that every solution with any result passed: what means may run over."""
-    live = [name for name in results if any(passed(results, name, w.uuid) for w in workloads)]
-    return [w.uuid for w in workloads if live and all(passed(results, n, w.uuid) for n in live)]
+def covered_uuids(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
+    """The workloads that a solution passed: what a mean of all runs over."""
+    return [w.uuid for w in workloads if any(passed(results, name, w.uuid) for name in results)]
 
 
 def _plural(count: int, noun: str) -> str:
@@ -120,6 +119,15 @@ def _spread(values: Sequence[float], unit: str = "x") -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _geomean_text(values: Sequence[float], count: int) -> str:
+    of = "" if len(values) == count else f" of {len(values)}"
+    return f"geometric mean{of}, {_spread(values)}"
+
+
+def _on_one(count: int) -> str:
+    return "" if count == 1 else f" on 1 of {count}"
+
+
 def _pair_sentence(results: Results, slow: str, fast: str, uuids: Sequence[str]) -> str | None:
     found = [latency_ratio(results, slow, fast, uuid) for uuid in uuids]
     ratios = [ratio for ratio in found if ratio is not None]
@@ -127,11 +135,11 @@ def _pair_sentence(results: Results, slow: str, fast: str, uuids: Sequence[str])
         return None
     wins, n = sum(ratio > 1 for ratio in ratios), len(ratios)
     if n == 1:
-        return f"`{fast}` is {ratios[0]:.2f}x as fast as `{slow}`."
+        return f"`{fast}` is {ratios[0]:.2f}x as fast as `{slow}`{_on_one(len(uuids))}."
     who = "each" if wins == n else "none" if wins == 0 else f"{wins} of {n}"
     return (
         f"`{fast}` is {geomean(ratios):.2f}x as fast as `{slow}` "
-        f"(geometric mean, {_spread(ratios)}), faster on {who}."
+        f"({_geomean_text(ratios, len(uuids))}), faster on {who}."
     )
 
 
@@ -158,8 +166,8 @@ def _speedup_sentence(results: Results, name: str, uuids: Sequence[str]) -> str 
     if not values:
         return None
     if len(values) == 1:
-        return f"`{name}`: {values[0]:.2f}x the reference's speed."
-    spread = f"(geometric mean, {_spread(values)})"
+        return f"`{name}`: {values[0]:.2f}x the reference's speed{_on_one(len(uuids))}."
+    spread = f"({_geomean_text(values, len(uuids))})"
     return f"`{name}`: {geomean(values):.2f}x the reference's speed {spread}."
 
 

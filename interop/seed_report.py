@@ -9,13 +9,13 @@ measured (flashinfer-bench traces, `bench_main.py`) hands in plain rows:
     write(folder, workloads, results, header={"Device": "NVIDIA H100", ...}, command="python ...",
           designs={"sglang_v1": SOLUTIONS["sglang_v1"].design, ...})
 
-A missing row or one whose status is not PASSED never shows a speed; means run over the rows that
-every solution passed. Every sentence of the analysis is computed from the numbers
-(`interop.seed_analysis`).
+A missing row or one whose status is not PASSED never shows a speed. A mean runs over all workloads
+that any solution passed; one over fewer, for want of the others, says over how many. Every sentence
+of the analysis is computed from the numbers (`interop.seed_analysis`).
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,7 +26,7 @@ from interop.seed_analysis import (
     Results,
     WorkloadRow,
     analysis,
-    common_uuids,
+    covered_uuids,
     geomean,
     latency_ratio,
     mean,
@@ -36,6 +36,13 @@ from interop.seed_analysis import (
 )
 
 __all__ = ["PASSED", "Measurement", "WorkloadRow", "plot_speedups", "render", "write"]
+
+_Average = Callable[[Sequence[float]], float]
+_TIMES = "{:.2f}x"
+_OF = "(of {})"
+_OF_NOTE = (
+    "`(of n)`: a mean over the n workloads that the column has, not comparable with those over all."
+)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int) -> list[str]:
@@ -53,7 +60,7 @@ def _differences(designs: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    return "-" if value is None else _TIMES.format(value)
 
 
 def _result_cells(results: Results, name: str, uuid: str) -> list[str]:
@@ -64,19 +71,27 @@ def _result_cells(results: Results, name: str, uuid: str) -> list[str]:
     return [f"{row.latency_ms:.3f}", _times(speedup(row))]
 
 
+def _mean_cell(average: _Average, values: Sequence[float], count: int, shape: str) -> str:
+    if not values:
+        return "-"
+    cell = shape.format(average(values))
+    return cell if len(values) == count else f"{cell} {_OF.format(len(values))}"
+
+
 def _summary_rows(results: Results, uuids: Sequence[str]) -> list[list[str]]:
+    count = len(uuids)
     rows = []
     for label, average in (("mean", mean), ("geomean", geomean)):
-        cells = [f"**{label}** of {len(uuids)}", "", ""]
+        cells = [f"**{label}** of {count}", "", ""]
         for name in results:
             rated = [passed(results, name, uuid) for uuid in uuids]
             latencies = [row.latency_ms for row in rated if row and row.latency_ms]
             speedups = [value for row in rated if (value := speedup(row)) is not None]
-            cells.append(f"{average(latencies):.3f}" if latencies else "-")
-            cells.append(_times(average(speedups)) if speedups else "-")
+            cells.append(_mean_cell(average, latencies, count, "{:.3f}"))
+            cells.append(_mean_cell(average, speedups, count, _TIMES))
         for slow, fast in pairs(results):
             ratios = [r for uuid in uuids if (r := latency_ratio(results, slow, fast, uuid))]
-            cells.append(_times(average(ratios)) if ratios else "-")
+            cells.append(_mean_cell(average, ratios, count, _TIMES))
         rows.append(cells)
     return rows
 
@@ -95,8 +110,10 @@ def _results_table(workloads: Sequence[WorkloadRow], results: Results) -> list[s
             _times(latency_ratio(results, slow, fast, work.uuid)) for slow, fast in pairs(results)
         ]
         rows.append(cells)
-    rows += _summary_rows(results, common_uuids(workloads, results))
-    return _table(header, rows, numeric_from=1)
+    means = _summary_rows(results, covered_uuids(workloads, results))
+    lines = _table(header, rows + means, numeric_from=1)
+    is_marked = any(cell.endswith(")") for cells in means for cell in cells)
+    return [*lines, "", _OF_NOTE] if is_marked else lines
 
 
 def _workspace(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:

@@ -11,13 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from interop import dataset, workloads  # noqa: E402
-from interop.flashinfer_bench import __main__, run, solutions, traces  # noqa: E402
+from interop.flashinfer_bench import __main__, solutions, traces  # noqa: E402
 from interop.flashinfer_bench.export import export  # noqa: E402
+from interop.flashinfer_bench.record import RECORD  # noqa: E402
 from interop.flashinfer_bench.report import report  # noqa: E402
+from tests.flashinfer_folders import NAME, TRACES, trace, write_traces  # noqa: E402
 
-NAME = workloads.definition()["name"]
 SOLUTION_FOLDER = f"solutions/jax-moe/moe/{NAME}"
-TRACES = f"traces/moe/{NAME}.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -33,41 +33,6 @@ def folder(exported, tmp_path) -> pathlib.Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     return tmp_path
-
-
-def trace(workload: workloads.Workload, solution: str, latency: float, status="PASSED") -> dict:
-    passed = status == "PASSED"
-    return {
-        "definition": NAME,
-        "workload": {"uuid": workload.uuid, "axes": {"seq_len": workload.num_tokens}, "inputs": {}},
-        "solution": solution,
-        "evaluation": {
-            "status": status,
-            "environment": {"hardware": "NVIDIA H100 80GB HBM3", "libs": {"torch": "2.11.0"}},
-            "timestamp": "2026-01-01T00:00:00",
-            "log": "",
-            "correctness": {
-                "max_relative_error": "Infinity",
-                "max_absolute_error": 1.0,
-                "extra": {"matched_ratio": 0.93},
-            }
-            if passed
-            else None,
-            "performance": {
-                "latency_ms": latency,
-                "reference_latency_ms": 10.0,
-                "speedup_factor": 10.0 / latency,
-            }
-            if passed
-            else None,
-        },
-    }
-
-
-def write_traces(root: pathlib.Path, rows: list[dict]) -> None:
-    path = root / TRACES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_real_package_accepts_the_folder(exported, monkeypatch, tmp_path):
@@ -175,6 +140,7 @@ SPOILED_SOLUTIONS = {
     "unknown definition": (lambda s: s.update(definition="mla"), "unknown definition 'mla'"),
     "unknown key": (lambda s: s.update(extra=1), "unknown key 'extra'"),
     "unknown spec key": (lambda s: s["spec"].update(shell="rm"), "unknown key 'shell'"),
+    "name of two lines": (lambda s: s.update(name="a\nb"), r"json: name: expected one line"),
     "name of another": (lambda s: s.update(name="sglang_v2"), "'sglang_v2' appears twice"),
 }
 
@@ -182,9 +148,9 @@ SPOILED_SOLUTIONS = {
 @pytest.mark.parametrize(("spoil", "message"), SPOILED_SOLUTIONS.values(), ids=SPOILED_SOLUTIONS)
 def test_hostile_solutions_are_refused(folder, spoil, message):
     path = folder / SOLUTION_FOLDER / "sglang_v1.json"
-    record = json.loads(path.read_text())
-    spoil(record)
-    path.write_text(json.dumps(record))
+    solution = json.loads(path.read_text())
+    spoil(solution)
+    path.write_text(json.dumps(solution))
     with pytest.raises(ValueError, match=message):
         traces.read_solutions(folder)
 
@@ -197,15 +163,78 @@ SPOILED_TRACES = {
     "unknown status": (lambda t: t["evaluation"].update(status="FINE"), "unknown status"),
     "unknown key": (lambda t: t.update(path="../x"), "unknown key 'path'"),
     "negative time": (
-        lambda t: t["evaluation"]["performance"].update(latency_ms=-1.0), "positive number"
+        lambda t: t["evaluation"]["performance"].update(latency_ms=-1.0), "found -1.0"
+    ),
+    "subnormal time": (
+        lambda t: t["evaluation"]["performance"].update(latency_ms=1e-320),
+        r"jsonl:1: latency_ms: expected a number in 1e-06\.\.1e\+09, found 1e-320",
+    ),
+    "absurd reference": (
+        lambda t: t["evaluation"]["performance"].update(reference_latency_ms=9e-7),
+        "jsonl:1: reference_latency_ms: expected a number",
+    ),
+    "ratio above one": (
+        lambda t: t["evaluation"]["correctness"]["extra"].update(matched_ratio=1.0001),
+        r"matched_ratio: expected a number in 0\.\.1, found 1\.0001",
+    ),
+    "ratio below zero": (
+        lambda t: t["evaluation"]["correctness"]["extra"].update(matched_ratio=-1e-9),
+        "matched_ratio: expected a number",
+    ),
+    "other tokens": (
+        lambda t: t["workload"]["axes"].update(seq_len=ROW.num_tokens + 1),
+        "jsonl:1: workload: axes: seq_len: expected 7 as in the folder's workload, found 8",
+    ),
+    "tokens of another type": (
+        lambda t: t["workload"]["axes"].update(seq_len=float(ROW.num_tokens)),
+        r"axes: seq_len: expected 7 as in the folder's workload, found 7\.0",
+    ),
+    "another axis": (lambda t: t["workload"]["axes"].update(k=1), "axes: unknown key 'k'"),
+    "no axes": (lambda t: t["workload"].update(axes=[]), "axes: expected an object, found list"),
+    "no inputs": (lambda t: t["workload"].update(inputs={}), "inputs: missing 'routing_logits'"),
+    "other offset": (
+        lambda t: t["workload"]["inputs"]["local_expert_offset"].update(value=0),
+        "workload: local_expert_offset: value: expected 192",
+    ),
+    "other blob": (
+        lambda t: t["workload"]["inputs"]["routing_bias"].update(path="./b.safetensors"),
+        r"workload: routing_bias: path: expected '.*' as in .*, found '\./b\.safetensors'",
+    ),
+    "input of another kind": (
+        lambda t: t["workload"]["inputs"].update(hidden_states={"type": "scalar", "value": 1}),
+        "workload: hidden_states: unknown key 'value'",
+    ),
+    "hardware of two lines": (
+        lambda t: t["evaluation"]["environment"].update(hardware="H100\n- Passed: all"),
+        r"jsonl:1: environment: hardware: expected one line .*found 'H100\\n",
+    ),
+    "hardware of no text": (
+        lambda t: t["evaluation"]["environment"].update(hardware=["H100"]),
+        "environment: hardware: expected one line",
+    ),
+    "half a character": (
+        lambda t: t["evaluation"]["environment"].update(hardware="H\ud800"),
+        r"environment: hardware: expected one line .*found 'H\\ud800'",
+    ),
+    "version with a control character": (
+        lambda t: t["evaluation"]["environment"].update(libs={"torch": "2\x1b[2J"}),
+        r"environment: libs: torch: expected one line .*found '2\\x1b",
+    ),
+    "version of no text": (
+        lambda t: t["evaluation"]["environment"].update(libs={"torch": 2}),
+        "environment: libs: torch: expected one line",
+    ),
+    "library of two lines": (
+        lambda t: t["evaluation"]["environment"].update(libs={"a\rb": "1"}),
+        r"environment: libs: expected one line .*found 'a\\rb'",
     ),
     "endless time": (
         lambda t: t["evaluation"]["performance"].update(latency_ms=10**400),
-        "jsonl:1: latency_ms: expected a positive number",
+        r"jsonl:1: latency_ms: expected a number in 1e-06\.\.1e\+09, found 1000",
     ),
     "huge ratio": (
         lambda t: t["evaluation"]["correctness"]["extra"].update(matched_ratio=10**400),
-        "jsonl:1: matched_ratio: expected a positive number",
+        r"jsonl:1: matched_ratio: expected a number in 0\.\.1, found 1000",
     ),
     "a list of libraries": (
         lambda t: t["evaluation"]["environment"].update(libs=["jax"]),
@@ -255,7 +284,7 @@ def test_a_folder_that_leads_outside_is_not_listed(folder, tmp_path_factory, nam
         traces.read_traces(folder)
 
 
-@pytest.mark.parametrize("name", [run.RECORD, "workspace.json", TRACES, "root"])
+@pytest.mark.parametrize("name", [RECORD, "workspace.json", TRACES, "root"])
 def test_symlinks_that_lead_to_themselves_are_named(folder, name, capsys):
     write_traces(folder, [trace(ROW, "sglang_v1", 1.0)])
     (folder / name).unlink(missing_ok=True)
@@ -273,31 +302,6 @@ def test_only_utf_8_is_read(folder):
         traces.read_solutions(folder)
 
 
-def test_the_report_from_traces(folder):
-    latencies = {"jax_moe_mosaic": 0.5, "sglang_v1": 2.0, "sglang_v2": 1.0}
-    rows = [
-        trace(row, name, latency)
-        for row in workloads.workloads()
-        for name, latency in latencies.items()
-    ]
-    rows[1] = trace(workloads.workloads()[0], "sglang_v1", 0, status="TIMEOUT")
-    write_traces(folder, rows)
-    settings = run.Settings(warmup_runs=2, iterations=5, num_trials=1)
-    record = {"command": "flashinfer-bench run", "settings": settings._asdict(), "versions": {}}
-    (folder / run.RECORD).write_text(json.dumps(record))
-    sizes = {"sglang_v1": {row.uuid: 1 << 30 for row in workloads.workloads()}}
-    (folder / "workspace.json").write_text(json.dumps(sizes))
-    text = report(folder).read_text()
-    assert text.startswith("# sglang_v1 vs sglang_v2 vs jax_moe_mosaic\n")
-    assert "- Device: NVIDIA H100 80GB HBM3" in text
-    assert "rtol 0.2, atol 0.1, required_matched_ratio 0.85" in text
-    assert "warmup_runs 2, iterations 5, num_trials 1, timeout 600" in text
-    assert "sglang_v1 18 of 19" in text
-    assert "`jax_moe_mosaic` is 4.00x as fast as `sglang_v1`" in text
-    assert "- `sglang_v1`: 1,073,741,824 bytes" in text
-    assert "| `b8f4f012` | 7 | 192 | TIMEOUT | - | 1.000 | 10.00x |" in text
-
-
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
     (tmp_path / "loop").symlink_to("loop")
     assert __main__.main(["export", str(tmp_path / "loop")]) == 2
@@ -313,28 +317,3 @@ def test_the_command_line_explains_bad_input(tmp_path, capsys):
     assert __main__.main(["run", str(tmp_path / "none")]) == 2
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["report", str(tmp_path), "--unknown"])
-
-
-def test_a_run_can_be_cut_into_pieces(folder, monkeypatch):
-    seen = {}
-    (folder / "workloads").rename(folder / "elsewhere")  # a link within the folder is followed
-    (folder / "workloads").symlink_to("elsewhere")
-
-    def record(command, env, check):
-        root = pathlib.Path(command[command.index("--local") + 1])
-        lines = (root / f"workloads/moe/{NAME}.jsonl").read_text().splitlines()
-        seen["tokens"] = [json.loads(line)["workload"]["axes"]["seq_len"] for line in lines]
-        seen["solutions"] = len(list((root / "solutions").rglob("*.json")))
-        (root / "traces" / "x").write_text("kept")
-        seen["command"], seen["env"] = command, env
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(run.subprocess, "run", record)
-    assert run.run(folder, tokens=[1, 80], extra=["--use-isolated-runner"]) == 0
-    assert sorted(seen["tokens"]) == [1, 80]
-    assert seen["solutions"] == 3
-    assert (folder / "traces" / "x").read_text() == "kept"
-    assert seen["command"][-1] == "--use-isolated-runner"
-    assert seen["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    with pytest.raises(ValueError, match="no workload"):
-        run.run(folder, tokens=[2])

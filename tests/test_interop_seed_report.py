@@ -89,8 +89,32 @@ def test_a_wrong_result_never_shows_a_speed():
     text = render(results)
     assert cells(text, "`00000001`")[-3:] == ["INCORRECT_NUMERICAL", "-", "-"]
     assert cells(text, "`00000007`")[-3:] == ["not run", "-", "-"]
-    assert cells(text, "**mean**")[0] == "**mean** of 17"
     assert "`v2` has no passing result on 2 of 19." in text
+
+
+def test_means_keep_what_only_some_solutions_passed():
+    results = published_results()
+    results["v3"] = {uuid: row._replace(latency_ms=1.0) for uuid, row in results["v1"].items()}
+    for name, last in (("v2", 18), ("v3", 17)):
+        for work in WORKLOADS[last:]:
+            del results[name][work.uuid]
+    results["v3"][WORKLOADS[0].uuid] = Measurement(PASSED, 1.0)  # no reference: no speedup
+    text = render(results)
+    means = cells(text, "**geomean**")
+    assert means[0] == "**geomean** of 19"
+    speedups = [v1 for _, v1, _ in PUBLISHED]
+    latencies = [15.0 / v2 for _, _, v2 in PUBLISHED[:18]]
+    assert means[4] == f"{seed_analysis.geomean(speedups):.2f}x"
+    assert means[5] == f"{seed_analysis.geomean(latencies):.3f} (of 18)"
+    assert means[7:9] == ["1.000 (of 17)", "15.00x (of 16)"]
+    ratios = [v2 / v1 for _, v1, v2 in PUBLISHED[:18]]
+    expected = f"{seed_analysis.geomean(ratios):.2f}x"
+    assert means[9] == f"{expected} (of 18)"
+    assert "`(of n)`: " in text
+    assert f"`v2` is {expected} as fast as `v1` (geometric mean of 18, 0.97x to 1.70x)" in text
+    assert "- `v2` is 1.13x as fast as `v1` on 1 of 2." in text
+    assert "- `v2`: 4.29x the reference's speed on 1 of 2." in text
+    assert "(of " not in render(published_results())
 
 
 def test_a_solution_that_never_passed_does_not_empty_the_means():

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from interop.flashinfer_bench import run
+from interop.flashinfer_bench import record, run
 from interop.flashinfer_bench.export import export
 from interop.flashinfer_bench.report import report
 
@@ -26,7 +26,7 @@ def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
     if arguments.command == "export":
         print(export(folder, dataset=arguments.dataset, seed=arguments.seed))
     elif arguments.command == "run":
-        settings = run.Settings(*(getattr(arguments, name) for name in run.Settings._fields))
+        settings = record.Settings(*(getattr(arguments, n) for n in record.Settings._fields))
         tokens = [int(text) for text in arguments.tokens.split(",") if text]
         return run.run(folder, settings, tokens=tokens, extra=extra)
     elif arguments.command == "workspace":
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--dataset", help="flashinfer-trace folder with the real blobs")
             command.add_argument("--seed", type=int, default=0, help="of the stand-in blobs")
         elif name == "run":
-            for field, value in run.PUBLISHED._asdict().items():
+            for field, value in record.PUBLISHED._asdict().items():
                 flag = f"--{field.replace('_', '-')}"
                 command.add_argument(flag, type=type(value), default=value, help=f"default {value}")
             command.add_argument("--tokens", default="", help="only these token counts, 1,7,...")

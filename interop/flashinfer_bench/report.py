@@ -1,14 +1,14 @@
 """The published comparison's document from a folder's traces."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from interop import seed_report
-from interop.files import data_set_root, read_object
-from interop.flashinfer_bench import run, solutions, workspace
+from interop.files import data_set_root
+from interop.flashinfer_bench import record, solutions, workspace
 from interop.flashinfer_bench.traces import Traces, read_traces
-from interop.strict_json import check_fields
 from interop.workloads import definition
 
 _UNKNOWN = "not recorded"
@@ -29,7 +29,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
     """
     root = data_set_root(folder)
     traces = read_traces(root)
-    record = _run_record(root)
+    called = record.read(root)
     sizes = workspace.read(root)
     results = {
         name: {
@@ -42,8 +42,8 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         folder if output is None else output,
         [seed_report.WorkloadRow(*row[:3]) for row in traces.workloads],
         results,
-        header=_header(traces, record),
-        command=record.get("command", _UNKNOWN),
+        header=_header(traces, called),
+        command=called.get("command", _UNKNOWN),
         designs=solutions.designs(),
         name="flashinfer_bench",
     )
@@ -51,27 +51,17 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def _ordered(traces: Traces) -> list[str]:
     """The exported order first: its first solution is the baseline of the ratios."""
-    exported = [record["name"] for record in solutions.records()]
+    exported = [solution["name"] for solution in solutions.records()]
     known = [name for name in exported if name in traces.results]
     return known + [name for name in traces.results if name not in exported]
 
 
-def _run_record(root: Path) -> dict[str, Any]:
-    path = root / run.RECORD
-    if not path.exists(follow_symlinks=False):
-        return {}
-    record = read_object(root, path)
-    check_fields(record, ("command", "settings", "versions"), (), str(path))
-    if not isinstance(record["command"], str):
-        raise ValueError(f"{path}: command: expected text, found {record['command']!r}")
-    check_fields(record["settings"], run.Settings._fields, (), f"{path}: settings")
-    check_fields(record["versions"], (), tuple(record["versions"]), f"{path}: versions")
-    return record
-
-
-def _header(traces: Traces, record: dict[str, Any]) -> dict[str, str]:
-    settings = record.get("settings", {})
-    versions = {**traces.libraries, **record.get("versions", {})}
+def _header(traces: Traces, called: Mapping[str, Any]) -> dict[str, str]:
+    settings = called.get("settings", {})
+    found = {name: " and ".join(texts) for name, texts in traces.libraries.items()}
+    # Where traces disagree with each other, the record does not speak for them.
+    several = {name: found[name] for name, texts in traces.libraries.items() if len(texts) > 1}
+    versions = {**found, **called.get("versions", {}), **several}
     ratios = ", ".join(f"{name} {ratio:.4f}" for name, ratio in traces.matched_ratio.items())
     config = ("warmup_runs", "iterations", "num_trials", "timeout")
     return {
@@ -80,7 +70,7 @@ def _header(traces: Traces, record: dict[str, Any]) -> dict[str, str]:
         "Tolerances": _pairs(settings, ("rtol", "atol", "required_matched_ratio")),
         "Config": _pairs(settings, config),
         "Clock": "flashinfer-bench: CUDA events around the call on PyTorch's stream, L2 zeroed and "
-        "arguments cloned before each, host gaps included; mean of iterations and trials",
+        f"arguments cloned before each, host gaps included; mean of {_calls(settings)}",
         "Versions": ", ".join(f"{name} {text}" for name, text in versions.items()) or _UNKNOWN,
         "Smallest matched ratio": ratios or "not reported",
         "Passed": ", ".join(
@@ -91,5 +81,12 @@ def _header(traces: Traces, record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _pairs(settings: dict[str, Any], names: tuple[str, ...]) -> str:
+def _calls(settings: Mapping[str, Any]) -> str:
+    if not settings:
+        return "iterations and trials"
+    iterations, trials = settings["iterations"], settings["num_trials"]
+    return f"n = {iterations * trials} calls ({iterations} iterations x {trials} trials)"
+
+
+def _pairs(settings: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return ", ".join(f"{n} {json.dumps(settings[n])}" for n in names if n in settings) or _UNKNOWN

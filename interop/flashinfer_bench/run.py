@@ -9,30 +9,14 @@ import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import interop
-from interop.dataset import MAX_LINE_BYTES, read_workloads
-from interop.files import confined_files, data_set_root, read_lines, shown, write_atomically
-from interop.flashinfer_bench import solutions
+from interop.dataset import DatasetWorkload, read_workloads
+from interop.files import confined, confined_file, confined_files, data_set_root, shown
+from interop.flashinfer_bench import record, solutions
+from interop.flashinfer_bench.record import PUBLISHED, Settings
+from interop.flashinfer_bench.traces import read_solutions, workload_lines
 from interop.workloads import definition
-
-RECORD = "run.json"
-
-
-class Settings(NamedTuple):
-    """The benchmark's numbers; the defaults are those of the published comparison."""
-
-    warmup_runs: int = 10
-    iterations: int = 100
-    num_trials: int = 5
-    rtol: float = 0.2
-    atol: float = 0.1
-    required_matched_ratio: float = 0.85
-    timeout: int = 600
-
-
-PUBLISHED = Settings()
 
 
 def run(
@@ -57,10 +41,13 @@ def run(
         The command's exit status.
 
     Raises:
-        ValueError: The folder is no data set, or no workload has these token counts.
+        ValueError: The folder is no data set, a solution does not fit, a file leads out of the
+            folder, no workload has these token counts, or the folder holds traces of another
+            command, other settings or other versions.
     """
     root = data_set_root(folder)
     rows = read_workloads(root)
+    _check_folder(root, rows)
     if tokens:
         rows = tuple(row for row in rows if row.workload.num_tokens in tokens)
         if not rows:
@@ -68,20 +55,32 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         view = _view(root, Path(scratch), {row.workload.uuid for row in rows}) if tokens else root
         command = _command(view, settings, extra)
-        record = {
+        called = {
             "command": shlex.join(_command(Path("DIR"), settings, extra)),
             "settings": settings._asdict(),
             "versions": _versions(),
         }
-        with write_atomically(root / RECORD) as file:
-            file.write(json.dumps(record, indent=1) + "\n")
+        record.keep(root, called)
         arguments = [sys.executable, "-c", "from flashinfer_bench.cli.main import cli; cli()"]
         environment = _environment(root)
         return subprocess.run(arguments + command[1:], env=environment, check=False).returncode
 
 
+def _check_folder(root: Path, rows: Sequence[DatasetWorkload]) -> None:
+    """Refuses what would make the benchmark read, run or write something outside of the folder."""
+    read_solutions(root)
+    name, op_type = definition()["name"], definition()["op_type"]
+    read = {"definitions": "*.json", "workloads": "*.jsonl", "solutions": "*.json"}
+    for folder, pattern in {**read, "traces": "*.jsonl"}.items():
+        for path in confined_files(root, folder, pattern):
+            confined_file(root, path)
+    blobs = [ref.path for row in rows for ref in (row.routing_logits, row.routing_bias)]
+    for relative in (f"traces/{op_type}/{name}.jsonl", "blob", ".cache/jax", *blobs):
+        confined(root, root / relative)
+
+
 def _command(folder: Path, settings: Settings, extra: Sequence[str]) -> list[str]:
-    names = [record["name"] for record in solutions.records()]
+    names = [solution["name"] for solution in solutions.records()]
     options = [
         text
         for field, value in settings._asdict().items()
@@ -109,12 +108,8 @@ def _view(root: Path, view: Path, uuids: set[str]) -> Path:
     for name in ("definitions", "solutions", "blob", "traces"):
         (view / name).symlink_to(root / name, target_is_directory=True)
     name = definition()["name"]
-    kept = [
-        json.dumps(line) + "\n"
-        for path in confined_files(root, "workloads", f"{name}.jsonl")
-        for _, line in read_lines(root, path, MAX_LINE_BYTES)
-        if line["workload"]["uuid"] in uuids
-    ]
+    lines = (line for _, line in workload_lines(root))
+    kept = [json.dumps(line) + "\n" for line in lines if line["workload"]["uuid"] in uuids]
     copy = view / "workloads" / definition()["op_type"] / f"{name}.jsonl"
     copy.parent.mkdir(parents=True)
     copy.write_text("".join(kept), "utf-8")

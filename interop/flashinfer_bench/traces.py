@@ -1,23 +1,26 @@
 """Reads the solutions and traces of a flashinfer-trace folder that nobody vouches for.
 
 Nothing outside of the folder is opened. A path in a solution that is absolute or holds `..`, a name
-or path that appears twice, a trace of an unknown definition, solution or workload, an unknown key:
-each is a `ValueError` that names the file and the entry.
+or path that appears twice, a trace of an unknown definition, solution or workload, or of a workload
+that is not the folder's of that uuid, an unknown key, a time or share that cannot be: each is a
+`ValueError` that names the file and the entry.
 """
 
 import reprlib
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from interop.dataset import read_workloads
+from interop.dataset import MAX_LINE_BYTES, read_workloads
 from interop.files import confined_files, data_set_root, read_lines, read_object, shown
+from interop.flashinfer_bench.checks import number, one_line
 from interop.seed_analysis import PASSED, Measurement
 from interop.strict_json import check_fields
 from interop.workloads import Workload, definition
 
-MAX_LINE_BYTES = 2**24  # a trace embeds up to 5 MiB of log
+_MAX_TRACE_BYTES = 2**24  # a trace embeds up to 5 MiB of log
+# What no clock reads and no run takes; between them every ratio and logarithm is finite.
+_MIN_MS, _MAX_MS = 1e-6, 1e9
 STATUSES = (
     PASSED,
     "INCORRECT_SHAPE",
@@ -39,15 +42,31 @@ class Traces(NamedTuple):
         results: Solution -> workload uuid -> measurement, for the solutions that have traces, in
             the order of their first trace.
         hardware: Devices named by the traces.
-        libraries: Library versions named by the traces, name -> version.
+        libraries: Library versions named by the traces, name -> each version.
         matched_ratio: The smallest share of matched elements of each solution; where reported.
     """
 
     workloads: tuple[Workload, ...]
     results: Mapping[str, Mapping[str, Measurement]]
     hardware: tuple[str, ...]
-    libraries: Mapping[str, str]
+    libraries: Mapping[str, tuple[str, ...]]
     matched_ratio: Mapping[str, float]
+
+
+def workload_lines(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads the workload file as it is written; `interop.dataset.read_workloads` checks it.
+
+    Args:
+        root: The data set, resolved.
+
+    Yields:
+        "file:line" and the line's object.
+
+    Raises:
+        ValueError: See the module.
+    """
+    for path in confined_files(root, "workloads", f"{definition()['name']}.jsonl"):
+        yield from read_lines(root, path, MAX_LINE_BYTES)
 
 
 def read_solutions(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -87,10 +106,11 @@ def read_traces(folder: str | Path) -> Traces:
     """
     root = data_set_root(folder)
     workloads = tuple(row.workload for row in read_workloads(root))
-    known = {"solution": set(read_solutions(root)), "uuid": {row.uuid for row in workloads}}
+    given = [line["workload"] for _, line in workload_lines(root)]
+    known = {"solution": read_solutions(root), "uuid": {line["uuid"]: line for line in given}}
     results: dict[str, dict[str, Measurement]] = {}
     hardware: dict[str, None] = {}
-    libraries: dict[str, str] = {}
+    libraries: dict[str, tuple[str, ...]] = {}
     matched: dict[str, float] = {}
     for where, trace in _traces(root):
         name, uuid, evaluation = _check_trace(trace, known, where)
@@ -98,22 +118,30 @@ def read_traces(folder: str | Path) -> Traces:
         if uuid in rows:
             raise ValueError(f"{where}: {name!r} has two traces for workload {uuid}")
         rows[uuid] = _measurement(evaluation, where)
-        environment = check_fields(
-            evaluation["environment"], ("hardware",), ("libs",), f"{where}: environment"
-        )
-        hardware[str(environment["hardware"])] = None
-        libs = _optional_object(environment, "libs", f"{where}: environment")
-        libraries |= {str(name): str(version) for name, version in libs.items()}
+        device, libs = _environment(evaluation["environment"], f"{where}: environment")
+        hardware[device] = None
+        for library, version in libs.items():
+            libraries[library] = tuple(dict.fromkeys([*libraries.get(library, ()), version]))
         correctness = _optional_object(evaluation, "correctness", where)
         extra = _optional_object(correctness, "extra", f"{where}: correctness")
         ratio = extra.get("matched_ratio")
         if ratio is not None:
-            matched[name] = min(matched.get(name, 1.0), _positive(ratio, where, "matched_ratio"))
+            ratio = number(ratio, 0, 1, f"{where}: matched_ratio")
+            matched[name] = min(matched.get(name, 1.0), ratio)
     if not results:
         raise ValueError(
             f"{shown(root)}: no traces/**/{definition()['name']}.jsonl with a measured trace"
         )
     return Traces(workloads, results, tuple(hardware), libraries, matched)
+
+
+def _environment(value: Any, where: str) -> tuple[str, Mapping[str, str]]:
+    environment = check_fields(value, ("hardware",), ("libs",), where)
+    libs = _optional_object(environment, "libs", where)
+    for library, version in libs.items():
+        one_line(library, f"{where}: libs")
+        one_line(version, f"{where}: libs: {library}")
+    return one_line(environment["hardware"], f"{where}: hardware"), libs
 
 
 def _optional_object(holder: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
@@ -125,14 +153,13 @@ def _optional_object(holder: Mapping[str, Any], name: str, where: str) -> Mappin
 
 def _traces(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in confined_files(root, "traces", "*.jsonl"):
-        yield from read_lines(root, path, MAX_LINE_BYTES)
+        yield from read_lines(root, path, _MAX_TRACE_BYTES)
 
 
 def _check_solution(solution: dict[str, Any], where: str) -> None:
     required = ("name", "definition", "author", "spec", "sources")
     check_fields(solution, required, ("description",), where)
-    if not isinstance(solution["name"], str) or not solution["name"]:
-        raise ValueError(f"{where}: name: expected text, found {solution['name']!r}")
+    one_line(solution["name"], f"{where}: name")
     if solution["definition"] != definition()["name"]:
         raise ValueError(f"{where}: unknown definition {solution['definition']!r}")
     spec = check_fields(solution["spec"], _SPEC, _SPEC_OPTIONAL, f"{where}: spec")
@@ -159,7 +186,7 @@ def _is_confined(path: str) -> bool:
 
 
 def _check_trace(
-    trace: dict[str, Any], known: Mapping[str, set[str]], where: str
+    trace: dict[str, Any], known: Mapping[str, Mapping[str, Any]], where: str
 ) -> tuple[str, str, Mapping[str, Any]]:
     check_fields(trace, ("definition", "workload", "solution", "evaluation"), (), where)
     if trace["definition"] != definition()["name"]:
@@ -167,7 +194,8 @@ def _check_trace(
     workload = check_fields(trace["workload"], ("uuid", "axes", "inputs"), (), f"{where}: workload")
     for label, value in (("solution", trace["solution"]), ("uuid", workload["uuid"])):
         if not isinstance(value, str) or value not in known[label]:
-            raise ValueError(f"{where}: unknown {label} {value!r}")
+            raise ValueError(f"{where}: unknown {label} {reprlib.repr(value)}")
+    _check_workload(workload, known["uuid"][workload["uuid"]], f"{where}: workload")
     evaluation = check_fields(
         trace["evaluation"],
         ("status", "environment", "timestamp"),
@@ -179,19 +207,32 @@ def _check_trace(
     return trace["solution"], workload["uuid"], evaluation
 
 
+def _check_workload(found: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+    """Compares a trace's axes and inputs with the folder's of that uuid, which are checked."""
+    axes = check_fields(found["axes"], tuple(given["axes"]), (), f"{where}: axes")
+    _check_same(axes, given["axes"], f"{where}: axes")
+    inputs = check_fields(found["inputs"], tuple(given["inputs"]), (), f"{where}: inputs")
+    for name, spec in given["inputs"].items():
+        check_fields(inputs[name], tuple(spec), (), f"{where}: {name}")
+        _check_same(inputs[name], spec, f"{where}: {name}")
+
+
+def _check_same(found: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+    for name, value in given.items():
+        # True equals 1, and 1.0 too: types tell them apart.
+        if type(found[name]) is not type(value) or found[name] != value:
+            raise ValueError(
+                f"{where}: {name}: expected {reprlib.repr(value)} as in the folder's workload, "
+                f"found {reprlib.repr(found[name])}"
+            )
+
+
 def _measurement(evaluation: Mapping[str, Any], where: str) -> Measurement:
     if evaluation["status"] != PASSED:
         return Measurement(evaluation["status"])
     fields = ("latency_ms", "reference_latency_ms", "speedup_factor")
     performance = check_fields(evaluation.get("performance"), fields, (), f"{where}: performance")
-    latency, reference = (_positive(performance[f], where, f) for f in fields[:2])
+    latency, reference = (
+        number(performance[field], _MIN_MS, _MAX_MS, f"{where}: {field}") for field in fields[:2]
+    )
     return Measurement(PASSED, latency_ms=latency, reference_ms=reference)
-
-
-def _positive(value: Any, where: str, name: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Compared before it is converted: an int may be beyond any float.
-    if not is_number or not 0 < value <= sys.float_info.max:
-        found = reprlib.repr(value)
-        raise ValueError(f"{where}: {name}: expected a positive number, found {found}")
-    return float(value)

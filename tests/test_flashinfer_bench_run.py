@@ -1,0 +1,232 @@
+"""What `run` refuses before it starts the benchmark, what it records, and what the report says."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from interop import workloads  # noqa: E402
+from interop.flashinfer_bench import __main__, run, traces  # noqa: E402
+from interop.flashinfer_bench.export import export  # noqa: E402
+from interop.flashinfer_bench.record import RECORD, Settings  # noqa: E402
+from interop.flashinfer_bench.report import report  # noqa: E402
+from tests.flashinfer_folders import NAME, TRACES, failed, trace, write_traces  # noqa: E402
+
+MEASURED = pathlib.Path(__file__).parent.parent / "results" / "flashinfer_bench_h100"
+ROWS = workloads.workloads()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> pathlib.Path:
+    return export(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def folder(exported, tmp_path) -> pathlib.Path:
+    """A copy to spoil, without the blobs."""
+    root = tmp_path / "folder"
+    shutil.copytree(exported, root, ignore=shutil.ignore_patterns("blob"))
+    return root
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[list[str]]:
+    """The commands that would have run."""
+    commands: list[list[str]] = []
+
+    def start(command, env, check):
+        commands.append(command)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(run.subprocess, "run", start)
+    return commands
+
+
+def test_a_run_can_be_cut_into_pieces(folder, monkeypatch):
+    seen = {}
+    (folder / "workloads").rename(folder / "elsewhere")  # a link within the folder is followed
+    (folder / "workloads").symlink_to("elsewhere")
+
+    def record(command, env, check):
+        root = pathlib.Path(command[command.index("--local") + 1])
+        lines = (root / f"workloads/moe/{NAME}.jsonl").read_text().splitlines()
+        seen["tokens"] = [json.loads(line)["workload"]["axes"]["seq_len"] for line in lines]
+        seen["solutions"] = len(list((root / "solutions").rglob("*.json")))
+        (root / "traces" / "x").write_text("kept")
+        seen["command"], seen["env"] = command, env
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(run.subprocess, "run", record)
+    assert run.run(folder, tokens=[1, 80], extra=["--use-isolated-runner"]) == 0
+    assert sorted(seen["tokens"]) == [1, 80]
+    assert seen["solutions"] == 3
+    assert (folder / "traces" / "x").read_text() == "kept"
+    assert seen["command"][-1] == "--use-isolated-runner"
+    assert seen["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    with pytest.raises(ValueError, match="no workload"):
+        run.run(folder, tokens=[2])
+
+
+def spoil_solution(root: pathlib.Path, **changes) -> None:
+    path = root / f"solutions/jax-moe/moe/{NAME}/sglang_v1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": [{"path": "../../x.py", "content": ""}]}, "relative path without"),
+        ({"shell": "rm"}, "unknown key 'shell'"),
+        ({"name": "sglang_v2"}, "'sglang_v2' appears twice"),
+    ],
+)
+def test_solutions_are_checked_before_they_run(folder, started, changes, message, capsys):
+    spoil_solution(folder, **changes)
+    assert __main__.main(["run", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+    assert not started
+    assert not (folder / RECORD).exists()
+
+
+LINKS = [
+    *("definitions", "workloads", "solutions", "traces", "blob", ".cache"),
+    *("traces/moe", TRACES, "definitions/moe/x.json", "solutions/x.json"),
+    *("workloads/x.jsonl", "traces/x.jsonl"),
+]
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("tokens", [(), (1,)], ids=["all", "a piece"])
+def test_nothing_outside_of_the_folder_reaches_the_benchmark(folder, started, name, tokens):
+    """Each link leads to what the folder had there, or to an empty folder, but outside."""
+    outside = folder.parent / "outside"
+    link = folder / name
+    if link.exists():
+        link.rename(outside)
+    elif link.suffix:
+        outside.write_text("{}")
+    else:
+        outside.mkdir()
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(outside)
+    with pytest.raises(ValueError, match="leads out of the data set folder"):
+        run.run(folder, tokens=tokens)
+    assert not started
+
+
+def test_a_blob_outside_of_the_folder_does_not_reach_the_benchmark(folder, started):
+    blob = folder / f"blob/workloads/moe/{NAME}/stand_in_{ROWS[0].uuid}.safetensors"
+    blob.parent.mkdir(parents=True)
+    blob.symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match=f"{ROWS[0].uuid}.safetensors: leads out"):
+        run.run(folder)
+    assert not started
+
+
+def test_pieces_must_be_measured_alike(folder, started, monkeypatch):
+    few = Settings(iterations=5)
+    assert run.run(folder) == 0
+    assert run.run(folder, few, tokens=[1]) == 0  # the first left no traces: it speaks for nothing
+    write_traces(folder, [trace(ROWS[0], "sglang_v1", 1.0)])
+    kept = (folder / RECORD).read_bytes()
+    assert run.run(folder, few, tokens=[80]) == 0
+    assert len(started) == 3
+    with pytest.raises(
+        ValueError, match=r"run\.json: settings: iterations: .* have 5, .* has 100;"
+    ):
+        run.run(folder, tokens=[901])
+    with pytest.raises(ValueError, match=r"run\.json: command: .*--use-isolated-runner"):
+        run.run(folder, few, extra=["--use-isolated-runner"])
+    monkeypatch.setattr(run, "_versions", lambda: {"jax": "0.0"})
+    with pytest.raises(ValueError, match=r"run\.json: versions: jax: .* this run has '0\.0'"):
+        run.run(folder, few)
+    assert len(started) == 3
+    assert (folder / RECORD).read_bytes() == kept
+
+
+def test_traces_of_unknown_settings_are_not_added_to(folder, started):
+    write_traces(folder, [trace(ROWS[0], "sglang_v1", 1.0)])
+    with pytest.raises(ValueError, match=r"run\.json: missing, but the folder holds traces"):
+        run.run(folder)
+    assert not started
+    assert not (folder / RECORD).exists()
+
+
+SPOILED_RECORDS = {
+    "a list of iterations": (lambda r: r["settings"].update(iterations=[5]), "iterations: exp"),
+    "true iterations": (lambda r: r["settings"].update(iterations=True), "found True"),
+    "text for a tolerance": (lambda r: r["settings"].update(rtol="0.2\n"), "rtol: expected"),
+    "endless timeout": (lambda r: r["settings"].update(timeout=10**400), "timeout: expected"),
+    "command of two lines": (lambda r: r.update(command="a\n```"), "command: expected one line"),
+    "version of no text": (lambda r: r["versions"].update(jax=1), "versions: jax: expected one"),
+    "library of two lines": (lambda r: r["versions"].update({"a\nb": "1"}), "versions: expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED_RECORDS.values(), ids=SPOILED_RECORDS)
+def test_hostile_records_are_refused(folder, started, spoil, message):
+    run.run(folder)
+    record = json.loads((folder / RECORD).read_text())
+    spoil(record)
+    (folder / RECORD).write_text(json.dumps(record))
+    write_traces(folder, [trace(ROWS[0], "sglang_v1", 1.0)])
+    for use in (report, run.run):
+        with pytest.raises(ValueError, match=rf"run\.json: .*{message}"):
+            use(folder)
+    assert len(started) == 1
+
+
+def test_the_report_from_traces(folder):
+    latencies = {"jax_moe_mosaic": 0.5, "sglang_v1": 2.0, "sglang_v2": 1.0}
+    rows = [trace(row, name, latency) for row in ROWS for name, latency in latencies.items()]
+    rows[1] = trace(ROWS[0], "sglang_v1", 0, status="TIMEOUT")
+    write_traces(folder, rows)
+    settings = Settings(warmup_runs=2, iterations=5, num_trials=1)
+    record = {"command": "flashinfer-bench run", "settings": settings._asdict(), "versions": {}}
+    (folder / RECORD).write_text(json.dumps(record))
+    sizes = {"sglang_v1": {row.uuid: 1 << 30 for row in ROWS}}
+    (folder / "workspace.json").write_text(json.dumps(sizes))
+    text = report(folder).read_text()
+    assert text.startswith("# sglang_v1 vs sglang_v2 vs jax_moe_mosaic\n")
+    assert "- Device: NVIDIA H100 80GB HBM3" in text
+    assert "rtol 0.2, atol 0.1, required_matched_ratio 0.85" in text
+    assert "warmup_runs 2, iterations 5, num_trials 1, timeout 600" in text
+    assert "sglang_v1 18 of 19" in text
+    assert "`jax_moe_mosaic` is 4.00x as fast as `sglang_v1`" in text
+    assert "- `sglang_v1`: 1,073,741,824 bytes" in text
+    assert "| `b8f4f012` | 7 | 192 | TIMEOUT | - | 1.000 | 10.00x |" in text
+    assert "mean of n = 5 calls (5 iterations x 1 trials)" in text
+
+
+def test_the_measured_traces_are_of_the_exported_workloads(folder, tmp_path):
+    write_traces(folder, [])
+    shutil.copy(MEASURED / "traces.jsonl", folder / TRACES)
+    shutil.copy(MEASURED / RECORD, folder / RECORD)
+    text = report(folder, tmp_path / "out").read_text()
+    assert "jax_moe_mosaic 19 of 19, sglang_v1 19 of 19, sglang_v2 19 of 19" in text
+
+
+def test_wrong_results_are_reported(folder):
+    rows = [trace(row, "sglang_v1", 1.0) for row in ROWS]
+    write_traces(folder, rows + [failed(row, "jax_moe_mosaic", 0.0) for row in ROWS])
+    text = report(folder).read_text()
+    assert "Smallest matched ratio: sglang_v1 0.9300, jax_moe_mosaic 0.0000" in text
+    assert "Passed: sglang_v1 19 of 19, jax_moe_mosaic 0 of 19" in text
+    assert text.count("| INCORRECT_NUMERICAL | - |") == 19
+    assert "**mean** of 19 |  |  | 1.000 | 10.00x | - | - |" in text
+    write_traces(folder, [failed(ROWS[0], "sglang_v1", 0.5)])  # not one has a time
+    assert "**mean** of 0" in report(folder).read_text()
+
+
+def test_versions_that_differ_between_traces_are_all_named(folder, started):
+    run.run(folder)
+    rows = [trace(row, "sglang_v1", 1.0) for row in ROWS[:2]]
+    rows[1]["evaluation"]["environment"]["libs"] = {"torch": "9.9"}
+    write_traces(folder, rows)
+    assert traces.read_traces(folder).libraries == {"torch": ("2.11.0", "9.9")}
+    assert "torch 2.11.0 and 9.9" in report(folder).read_text()
