@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from interop import torch_definition as definition
 
@@ -71,6 +72,41 @@ def apply_shuffle_mul_sum(rows, out, place, factors):
     assert factors.dtype == out.dtype == torch.bfloat16
     gathered = rows[place.long()].view(*factors.shape, -1).float()
     out.copy_((gathered * factors.float()[:, :, None]).sum(dim=1))
+
+
+class FillCounter(TorchDispatchMode):
+    """Lists the calls that set a whole tensor to one number; on a GPU each is a kernel.
+
+    What happens inside the operators of `ops` is left out.
+    """
+
+    FILLS = ("full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "fill_", "zero_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fills: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._inside = False
+        self.ops = SimpleNamespace(
+            **{name: SimpleNamespace(default=self._hidden(op)) for name, op in vars(OPS).items()}
+        )
+
+    def _hidden(self, op):
+        def call(*args):
+            self._inside = True
+            try:
+                return op.default(*args)
+            finally:
+                self._inside = False
+
+        return call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        # torch.where and other composites make a tensor of a number with scalar_tensor.
+        if not self._inside and name in (*self.FILLS, "scalar_tensor"):
+            self.fills.append((tuple(found.shape), found.dtype))
+        return found
 
 
 OPS = SimpleNamespace(

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,37 @@ def test_the_sglang_pipelines_around_their_operators(monkeypatch, name, num_toke
         assert not found[~expected.any(dim=1)].any()
 
 
+@pytest.mark.parametrize("name", ["sglang_v1", "sglang_v2"])
+def test_the_sglang_pipelines_fill_what_the_published_ones_fill(monkeypatch, name):
+    """One fill per distinct stride and one for the output: at T=1 each costs about 1 us of 154."""
+    hidden, intermediate, experts = 512, 128, 8
+    inputs = torch_inputs(4, hidden_size=hidden, intermediate_size=intermediate)
+    counter = fake_sgl_ops.FillCounter()
+    monkeypatch.setattr(sgl_library, "load", lambda: counter.ops)
+    with counter:
+        found = SOLUTIONS[name].run(*inputs)
+    strides = [((experts,), torch.int64)] * len({hidden, 2 * intermediate, intermediate})
+    assert counter.fills == [*strides, ((4, hidden), torch.bfloat16)]
+    assert relative_error(found, torch_definition.run(*inputs)) < 0.04
+
+
+@pytest.mark.parametrize("has_switch", [True, False])
+def test_deepgemm_launches_early_where_the_package_can(monkeypatch, has_switch):
+    calls = []
+    package = SimpleNamespace(
+        set_mk_alignment_for_contiguous_layout=lambda rows: calls.append(("align", rows)),
+        m_grouped_fp8_gemm_nt_contiguous=lambda *_, **__: calls.append(("gemm",)),
+    )
+    if has_switch:
+        package.set_pdl = lambda on: calls.append(("pdl", on))
+    monkeypatch.setitem(sys.modules, "deep_gemm", package)
+    a = torch.zeros(64, 128, dtype=torch.float8_e4m3fn), torch.zeros(1, 64)
+    weights = torch.zeros(1, 256, 128, dtype=torch.float8_e4m3fn), torch.zeros(1, 2, 1)
+    out = deepgemm._grouped_gemm(64, 1, a, weights, torch.ones(1, dtype=torch.int32))
+    assert out.shape == (64, 256)
+    assert calls == [("align", 64)] + [("pdl", True)] * has_switch + [("gemm",)]
+
+
 def test_worst_case_rows_hold_every_routing():
     for counts in ([9] * 8, [72] + [0] * 7, [1] * 8, [65, 7] + [0] * 6):
         pairs = sum(counts)
@@ -135,8 +167,8 @@ KERNELS = {
         4,
     ),
     "combine_kernel": (
-        {"expert_outputs": "*bf16", "weights": "*fp32", "out": "*bf16"},
-        {"HIDDEN": 7168, "TOP_K": 8, "BLOCK": 1024},
+        {"expert_outputs": "*bf16", "topk_weights": "*fp32", "output": "*bf16"},
+        {"H": 7168, "TOP_K": 8, "BLOCK_H": 1024},
         4,
     ),
 }

@@ -122,7 +122,7 @@ def combine(expert_outputs: Any, weights: Any, pair_row: Any) -> Any:
     out = torch.empty(num_tokens, hidden_size, dtype=torch.bfloat16, device=pair_row.device)
     combine_kernel[(num_tokens, -(-hidden_size // 1024))](
         expert_outputs, weights, pair_row, out,
-        HIDDEN=hidden_size, TOP_K=TOP_K, BLOCK=1024, num_warps=4,
+        H=hidden_size, TOP_K=TOP_K, BLOCK_H=1024, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -142,6 +142,8 @@ def _grouped_gemm(align: int, expected_rows: int, a: Any, weights: Any, ends: An
     values, scales = a
     out = values.new_empty(values.shape[0], weights[0].shape[1], dtype=torch.bfloat16)
     deep_gemm.set_mk_alignment_for_contiguous_layout(align)
+    if hasattr(deep_gemm, "set_pdl"):
+        deep_gemm.set_pdl(True)  # off by default: its launch then overlaps the previous kernel
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
         (values, scales.t()),
         weights,

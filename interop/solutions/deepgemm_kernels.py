@@ -10,6 +10,8 @@ order of the choices, so results do not.
 import triton
 import triton.language as tl
 
+from pallas_kernels.triton.combine import combine_kernel as combine_kernel  # ours fits as it is
+
 _DROPPED = tl.constexpr(-(1 << 62))
 
 
@@ -49,13 +51,12 @@ def route_kernel(
 
     choice = tl.arange(0, TOP_K)
     ids = tl.zeros([TOP_K], tl.int32)
-    chosen = tl.zeros([TOP_K], tl.float32)
     for i in tl.static_range(TOP_K):
-        best = key == tl.max(tl.max(key, axis=1), axis=0)
-        ids = tl.where(choice == i, tl.sum(tl.sum(tl.where(best, expert, 0), axis=1), axis=0), ids)
-        picked = tl.sum(tl.sum(tl.where(best, score, 0.0), axis=1), axis=0)
-        chosen = tl.where(choice == i, picked, chosen)
-        key = tl.where(best, _DROPPED, key)
+        best = tl.max(tl.max(key, axis=1), axis=0)
+        # The low bits of a key name its expert: no reduction is spent on finding it.
+        ids = tl.where(choice == i, (0xFFFF - (best & 0xFFFF)).to(tl.int32), ids)
+        key = tl.where(key == best, _DROPPED, key)
+    chosen = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + ids)))
 
     local = ids - local_offset
     is_local = (local >= 0) & (local < E_LOCAL)
@@ -143,26 +144,3 @@ def swiglu_quantize_kernel(
             place = block.to(tl.int64)[None, :] * num_rows + row[:, None]
             tl.store(scales + place, scale, mask=live[:, None] & (block[None, :] >= 0))
         item += tl.num_programs(0)
-
-
-@triton.jit
-def combine_kernel(
-    expert_outputs, weights, pair_row, out,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One token and BLOCK columns: weighted float32 sum of its local rows, one cast."""
-    token = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    choice = tl.arange(0, TOP_K)
-    rows = tl.load(pair_row + token * TOP_K + choice)
-    factors = tl.load(weights + token * TOP_K + choice)
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(TOP_K):
-        row = tl.max(tl.where(choice == i, rows, -1), axis=0)
-        factor = tl.sum(tl.where(choice == i, factors, 0.0), axis=0)
-        live = (column < HIDDEN) & (row >= 0)
-        value = tl.load(expert_outputs + row.to(tl.int64) * HIDDEN + column, mask=live, other=0.0)
-        total += tl.where(live, value.to(tl.float32) * factor, 0.0)
-    tl.store(
-        out + token.to(tl.int64) * HIDDEN + column, total.to(tl.bfloat16), mask=column < HIDDEN
-    )

@@ -4,6 +4,7 @@ The order of the operators is the published one (flashinfer-bench solutions
 sglang_fp8_blockwise_moe_v1 and _v2). Every buffer is allocated in the call.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,16 +44,16 @@ def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) 
         logits, bias.float(), N_GROUP, TOPK_GROUP, TOP_K, 0, factor, False
     )
     # The published expert map: pairs of other ranks land on the first or last expert, weight 0.
-    local = ids - offset
-    is_local = (local >= 0) & (local < num_local_experts)
-    local = local.clamp(0, num_local_experts - 1).to(torch.int32)
-    weights = torch.where(is_local, weights * factor, 0.0)
+    shifted = ids - offset
+    local = shifted.clamp(0, num_local_experts - 1)
+    # In place: torch.where with a number would first fill a tensor with it.
+    weights = (weights * factor).masked_fill_(shifted != local, 0.0)
 
     offsets = empty(num_local_experts + 1)
     problems1, problems2 = empty(num_local_experts, 3), empty(num_local_experts, 3)
     pair_source, pair_row = empty(num_pairs), empty(num_pairs)
     ops.prepare_moe_input.default(
-        local,
+        local.to(torch.int32),
         offsets,
         None,
         problems1,
@@ -68,12 +69,24 @@ def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) 
     ops.shuffle_rows.default(hidden_states, pair_source, rows)
     ops.shuffle_rows.default(hidden_scale.t().contiguous(), pair_source, row_scale)
 
-    workspace = empty(workspace_bytes, dtype=torch.uint8)
+    # As published: what the GEMMs only write into, and strides of one length, serve both of them.
+    gemm = functools.partial(
+        _grouped_gemm,
+        ops,
+        pointers=[empty(num_local_experts, dtype=torch.int64) for _ in range(5)],
+        layouts=[empty(num_local_experts, 5) for _ in range(2)],
+        strides={
+            length: torch.full((num_local_experts,), length, dtype=torch.int64, device=rows.device)
+            for length in {hidden_size, 2 * intermediate_size, intermediate_size}
+        },
+        offsets=offsets[:-1],
+        workspace=empty(workspace_bytes, dtype=torch.uint8),
+    )
     gemm1 = empty(num_pairs, 2 * intermediate_size, dtype=torch.bfloat16)
-    _grouped_gemm(ops, gemm1, (rows, row_scale), (w13, s13), problems1, offsets, workspace)
-    values, scales = activate(ops, gemm1)
+    gemm(gemm1, (rows, row_scale), (w13, s13), problems1)
+    activations = activate(ops, gemm1)
     gemm2 = empty(num_pairs, hidden_size, dtype=torch.bfloat16)
-    _grouped_gemm(ops, gemm2, (values, scales), (w2, s2), problems2, offsets, workspace)
+    gemm(gemm2, activations, (w2, s2), problems2)
 
     out = torch.zeros(num_tokens, hidden_size, dtype=torch.bfloat16, device=gemm2.device)
     ops.apply_shuffle_mul_sum.default(gemm2, out, pair_row, weights.to(torch.bfloat16))
@@ -81,19 +94,21 @@ def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) 
 
 
 def _grouped_gemm(
-    ops: Any, out: Any, a: Any, weights: Any, problems: Any, offsets: Any, workspace: Any
+    ops: Any,
+    out: Any,
+    a: Any,
+    weights: Any,
+    problems: Any,
+    *,
+    pointers: Any,
+    layouts: Any,
+    strides: Any,
+    offsets: Any,
+    workspace: Any,
 ) -> None:
     """`out[rows of e] = a[rows of e] @ weights[e].T` with block scales, for all experts."""
-    import torch
-
     (values, scales), (w, w_scale) = a, weights
-    num_experts, _, k = w.shape
-
-    def filled(value: int) -> torch.Tensor:
-        return torch.full((num_experts,), value, dtype=torch.int64, device=out.device)
-
-    pointers = [torch.empty_like(filled(0)) for _ in range(5)]
-    layouts = [torch.empty(num_experts, 5, dtype=torch.int32, device=out.device) for _ in range(2)]
+    row_length = strides[values.shape[1]]
     ops.fp8_blockwise_scaled_grouped_mm.default(
         out,
         *pointers,
@@ -101,11 +116,11 @@ def _grouped_gemm(
         w.transpose(1, 2),
         scales,
         w_scale.transpose(1, 2),
-        filled(k),
-        filled(k),
-        filled(out.shape[1]),
+        row_length,
+        row_length,
+        strides[out.shape[1]],
         *layouts,
         problems,
-        offsets[:-1],
+        offsets,
         workspace,
     )
