@@ -2,8 +2,10 @@
 
 Ownership and order, the whole contract:
 
-- An imported array shares memory with its tensor and keeps that memory alive: freeing the tensor is
-  safe. Writing to the tensor afterwards is visible on the other side; the writer orders such writes
+- An imported array shares memory with its tensor and keeps that storage alive: freeing the tensor
+  and giving it another storage (`x.data = y`, `module.double()`, `x.set_()`) are safe. Resizing the
+  shared storage itself (`x.resize_` beyond it, `x.untyped_storage().resize_`) frees it under JAX.
+  Writing to the tensor afterwards is visible on the other side; the writer orders such writes
   itself.
 - `to_jax`: JAX's kernels wait for what was enqueued before the call on torch's *current* stream of
   the tensor's device.
@@ -78,8 +80,8 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
     Raises:
         TypeError: not a `torch.Tensor`.
         ValueError: unsupported dtype, layout (sparse, ...) or device (meta, pinned host memory,
-            other accelerators, a CUDA device that JAX does not see), or a tensor that requires
-            grad.
+            other accelerators, a CUDA device that JAX does not see), a tensor that requires grad,
+            or one whose storage lacks its elements (freed, shrunk, fake, wrapped by torch.func).
         RuntimeError: torch captures a CUDA graph.
     """
     bridge = bridge_of(tensor, name)
@@ -99,12 +101,14 @@ def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
 
     Raises:
         TypeError: not a `jax.Array`.
-        ValueError: traced or sharded over several devices, unsupported dtype or device.
+        ValueError: traced, deleted or sharded over several devices, unsupported dtype or device.
     """
     if not isinstance(array, jax.Array):
         raise TypeError(f"{name}: expected a jax.Array, got {type(array).__name__}")
     if isinstance(array, jax.core.Tracer):
         raise ValueError(f"{name}: a traced array has no memory to share; export it outside of jit")
+    if array.is_deleted():
+        raise ValueError(f"{name}: expected an array with memory, got a deleted or donated one")
     if len(array.devices()) != 1:
         raise ValueError(f"{name}: expected one device, got {sorted(map(str, array.devices()))}")
     if array.dtype not in _TORCH_DTYPES:
@@ -173,34 +177,49 @@ class Bridge:
         return torch.cuda.current_stream(self.device.index)
 
     def import_all(
-        self, names: Sequence[str], tensors: Sequence[torch.Tensor | None], stream: Stream
+        self,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor | None],
+        stream: Stream,
+        optional: str | None = None,
     ) -> list[Any]:
-        """Imports tensors as `to_jax` does, after one hand-over; None stays None.
+        """Imports tensors as `to_jax` does, after one hand-over.
 
         Args:
             names: what to call each tensor in errors.
             tensors: on this bridge's device.
             stream: torch's current stream.
+            optional: the name of the only tensor that may be None, and then stays None.
         """
-        here, alignment, on_cpu = self.device, self._alignment, self._on_cpu
-        ready = []
-        for name, tensor in zip(names, tensors, strict=True):
-            # What crosses as it is, in one quick look; the others are copied or refused.
-            if not (
+        ready = [
+            tensor
+            if self._crosses(tensor) or (tensor is None and name == optional)
+            else self._made_ready(tensor, name)
+            for name, tensor in zip(names, tensors, strict=True)
+        ]
+        address = self.order_after_torch(stream)
+        return [None if tensor is None else self._imported(tensor, address) for tensor in ready]
+
+    def _crosses(self, tensor: Any) -> bool:
+        """Whether the tensor crosses as it is, in one quick look; others are copied or refused."""
+        try:
+            return (
                 isinstance(tensor, torch.Tensor)
-                and tensor.device == here
+                and tensor.device == self.device
                 and tensor.layout is torch.strided
                 and tensor.dtype in _NARROW_DTYPES
+                and not tensor.is_nested
                 and not tensor.requires_grad
                 and not tensor.is_neg()
                 and tensor.is_contiguous()
-                and not tensor.data_ptr() % alignment
-                and not (on_cpu and tensor.is_pinned())
-            ):
-                tensor = None if tensor is None else self._made_ready(tensor, name)
-            ready.append(tensor)
-        address = self.order_after_torch(stream)
-        return [None if tensor is None else self._imported(tensor, address) for tensor in ready]
+                and (address := tensor.data_ptr()) != 0
+                and address % self._alignment == 0
+                and tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+                <= tensor.untyped_storage().nbytes()
+                and not (self._on_cpu and tensor.is_pinned())
+            )
+        except RuntimeError:  # torch.func's wrappers have no address
+            return False
 
     def _made_ready(self, tensor: Any, name: str) -> torch.Tensor:
         """The tensor, checked as `to_jax` promises, or its row-major copy if one is due."""
@@ -210,6 +229,8 @@ class Bridge:
             raise ValueError(f"{name}: expected a tensor on {self.device}, got {tensor.device}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+        if tensor.is_nested:
+            raise ValueError(f"{name}: expected a dense tensor, got a nested tensor")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: unsupported dtype {tensor.dtype}; supported: {_supported()}")
         if tensor.dtype == torch.int64 and not jax.config.jax_enable_x64:
@@ -220,6 +241,7 @@ class Bridge:
             raise ValueError(
                 f"{name}: requires grad, which does not cross the bridge; pass {name}.detach()"
             )
+        _check_memory(tensor, name)
         if tensor.is_cpu and tensor.is_pinned():
             raise ValueError(
                 f"{name}: pinned host memory is not supported; got device cpu (pinned)"
@@ -248,7 +270,32 @@ class Bridge:
         if not tensor.numel():
             return jax.device_put(np.zeros(tensor.shape, DTYPES[tensor.dtype]), self.target)
         kind = _KDL_CPU if self._on_cpu else _KDL_CUDA
-        return _to_buffer(_to_capsule(tensor), self.target, address, None, kind)
+        # A capsule holds its tensor, whose storage can be exchanged: only an alias keeps this one.
+        # `detach` costs twice as much and has no memory inside of torch.func's transforms.
+        return _to_buffer(_to_capsule(tensor.data), self.target, address, None, kind)
+
+
+def _check_memory(tensor: torch.Tensor, name: str) -> None:
+    """Refuses a strided tensor whose storage does not hold all of its elements."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: expected a tensor with memory of its own, got one without, as inside of "
+            f"torch.func's transforms: {error}"
+        ) from None
+    if not tensor.numel():
+        return
+    if not address:
+        raise ValueError(
+            f"{name}: expected a tensor with memory, got a null pointer (a freed storage, a fake "
+            "tensor)"
+        )
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in strides)
+    needed, held = (last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
+    if needed > held:
+        raise ValueError(f"{name}: expected a storage of {needed} bytes or more, got {held} bytes")
 
 
 def _refuse_capture() -> None:

@@ -22,6 +22,7 @@ import jax_moe
 from interop import dlpack
 
 _ACTIVATIONS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
+_OPTIONAL = "hidden_states_scale"
 _KEPT_SCALARS = 1024
 _MAX_FACTOR = float(np.finfo(np.float32).max)
 
@@ -97,7 +98,7 @@ def torch_moe(
     stream = bridge.current_stream()
     activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
     names = _ACTIVATIONS + TorchMoEWeights._fields
-    arrays = bridge.import_all(names, (*activations, *weights), stream)
+    arrays = bridge.import_all(names, (*activations, *weights), stream, _OPTIONAL)
     scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor, num_tokens, _on_host)
     apply = _compiled(config, backend, bridge.device.type)
     return _run(apply, arrays, scalars, out, bridge, stream)
@@ -153,7 +154,8 @@ class TorchMoE:
         """Runs the layer; arguments, result and errors as for `torch_moe`."""
         stream = self._bridge.current_stream()
         activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
-        arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream) + self._weights
+        arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream, _OPTIONAL)
+        arrays += self._weights
         scalars = _scalars(
             arrays, local_expert_offset, routed_scaling_factor, num_tokens, self._on_device
         )

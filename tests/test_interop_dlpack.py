@@ -15,6 +15,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+
 from interop import dlpack, to_jax, to_torch  # noqa: E402
 from tests import moe_inputs, torch_inputs  # noqa: E402
 
@@ -95,6 +98,73 @@ def test_what_cannot_cross_is_named(make, reason):
         to_jax(make(), "router")
 
 
+def freed(tensor: torch.Tensor, nbytes: int = 0) -> torch.Tensor:
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(64)
+
+
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)])
+
+
+NO_MEMORY = {
+    "freed": (lambda: freed(torch.ones(64)), "with memory, got a null pointer"),
+    "freed, transposed": (lambda: freed(torch.ones(8, 8).t()), "got a null pointer"),
+    "zeros without memory": (lambda: torch._efficientzerotensor(64), "got a null pointer"),
+    "fake": (fake, "got a null pointer"),
+    "shrunk": (lambda: freed(torch.ones(64), 192), "storage of 256 bytes or more, got 192 bytes"),
+    "shrunk, transposed": (lambda: freed(torch.ones(8, 8).t(), 252), "256 bytes .* got 252 bytes"),
+    "shrunk, strided": (lambda: freed(torch.ones(8, 8)[:, ::2], 248), "252 bytes .* got 248 bytes"),
+    "shrunk, a part": (lambda: freed(torch.ones(64)[16:48], 188), "192 bytes .* got 188 bytes"),
+    "nested": (nested, "expected a dense tensor, got a nested tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(("make", "reason"), NO_MEMORY.values(), ids=NO_MEMORY)
+def test_a_tensor_without_its_memory_is_named(make, reason):
+    with pytest.raises(ValueError, match=f"^router: .*{reason}"):
+        to_jax(make(), "router")
+
+
+def test_what_a_shrunk_storage_still_holds_crosses():
+    assert to_jax(freed(torch.ones(64), 128)[:32]).tolist() == [1.0] * 32
+    assert to_jax(freed(torch.ones(4, 0))).shape == (4, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.parametrize(
+    "transform",
+    [torch.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), torch.func.functionalize],
+    ids=["vmap", "jvp", "functionalize"],
+)
+def test_inside_torch_func_wrapped_tensors_are_named_and_others_cross(transform):
+    captured = torch.ones(64)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        assert to_jax(captured).unsafe_buffer_pointer() == captured.data_ptr()
+        with pytest.raises(ValueError, match=r"^x: expected a tensor with memory"):
+            to_jax(x, "x")
+        return x.sin()
+
+    transform(function)(torch.ones(2, 64))
+
+
+def test_only_the_optional_tensor_may_be_none():
+    bridge = dlpack.bridge_of(torch.ones(2), "x")
+    first, second = bridge.import_all(("x", "y"), (torch.ones(2), None), None, "y")
+    assert first.shape == (2,)
+    assert second is None
+    with pytest.raises(TypeError, match=r"^x: expected a torch\.Tensor, got NoneType"):
+        bridge.import_all(("x", "y"), (None, None), None, "y")
+
+
 def test_a_tensor_elsewhere_is_named():
     bridge = dlpack.bridge_of(torch.ones(2), "x")
     with pytest.raises(ValueError, match=r"^y: expected a tensor on cpu, got meta"):
@@ -151,6 +221,14 @@ def test_other_objects_are_refused():
         jax.jit(lambda y: to_torch(y, "y"))(jnp.ones(2))
 
 
+@pytest.mark.parametrize("shape", [(2,), (0,)], ids=str)
+def test_a_deleted_array_is_named(shape):
+    array = jnp.ones(shape)
+    array.delete()
+    with pytest.raises(ValueError, match=r"^y: expected an array with memory, got a deleted"):
+        to_torch(array, "y")
+
+
 def test_a_device_that_jax_does_not_see_is_named():
     with pytest.raises(ValueError, match=r"^x: JAX does not see device cuda:99"):
         dlpack.jax_device(torch.device("cuda:99"), "x")
@@ -164,6 +242,35 @@ def test_freeing_the_tensor_leaves_the_array_whole():
     overwritten = [torch.full((1024, 256), 9.0) for _ in range(8)]
     assert float(array.min()) == float(array.max()) == 3.0
     assert len(overwritten) == 8
+
+
+def give_other_data(tensor: torch.Tensor) -> None:
+    tensor.data = torch.zeros(3)
+
+
+def set_other_storage(tensor: torch.Tensor) -> None:
+    tensor.set_(torch.zeros(3))
+
+
+def convert_module(tensor: torch.Tensor) -> None:
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(tensor, requires_grad=False)
+    tensor.data = module.double().weight.data.float()
+
+
+@pytest.mark.parametrize("change", [give_other_data, set_other_storage, convert_module])
+def test_another_storage_of_the_tensor_leaves_the_array_whole(change):
+    tensor = torch.full((1 << 16,), 3.0)
+    array = to_jax(tensor)
+    storage = StorageWeakRef(tensor.untyped_storage())
+    change(tensor)
+    overwritten = [torch.full((1 << 16,), 9.0) for _ in range(8)]
+    assert not storage.expired()
+    assert float(array.min()) == float(array.max()) == 3.0
+    assert len(overwritten) == 8
+    del array
+    gc.collect()
+    assert storage.expired()
 
 
 def test_freeing_the_array_leaves_the_tensor_whole():

@@ -200,7 +200,7 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
 
 @pytest.mark.timing
 def test_host_time_of_a_handle_call(record_property):
-    """What a call costs the host while the GPU is busy with something else."""
+    """What a call costs the host, the GPU idle before each so that launches do not queue up."""
     inputs = torch_inputs(1, "cuda")
     handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
     for _ in range(50):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-import weakref
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import numpy as np  # noqa: E402
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 import jax_moe  # noqa: E402
 from interop import TorchMoE, TorchMoEWeights, host_time, to_jax, to_torch, torch_moe  # noqa: E402
@@ -88,15 +88,52 @@ def test_nothing_is_kept_between_calls(inputs):
 
 def test_inputs_are_released(inputs):
     hidden_states = inputs.hidden_states.clone()
-    watched = weakref.ref(hidden_states)
+    watched = StorageWeakRef(hidden_states.untyped_storage())
     result = torch_moe(*inputs[:2], hidden_states, *inputs[3:])
     del hidden_states
     give_up = time.monotonic() + 20  # the layer may still be running, and reads it until it ends
-    while watched() is not None and time.monotonic() < give_up:
+    while not watched.expired() and time.monotonic() < give_up:
         gc.collect()
         time.sleep(0.01)
-    assert watched() is None
+    assert watched.expired()
     assert result.isfinite().all()
+
+
+def test_a_handle_keeps_the_storages_of_its_weights(inputs, expected):
+    """A weight that is given other data leaves the handle as it was made."""
+    weights = TorchMoEWeights(*[tensor.clone() for tensor in inputs[4:8]])
+    handle = TorchMoE(weights)
+    for weight in weights:
+        size, weight.data = weight.nbytes, torch.empty(0, dtype=weight.dtype)
+        torch.full((size,), 0xFF, dtype=torch.uint8)  # NaNs, where freed memory would be taken
+    np.testing.assert_array_equal(bits(handle(*inputs[:4], *inputs[8:])), bits(expected))
+
+
+def test_a_freed_weight_is_named(inputs):
+    """FSDP frees a shard's storage and keeps its tensor."""
+    tensors = [tensor.clone() for tensor in inputs[:8]]
+    tensors[6].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^gemm2_weights: .* got a null pointer"):
+        torch_moe(*tensors, *inputs[8:])
+
+
+ALL_BUT_SCALE = [index for index in range(8) if index != 3]
+
+
+@pytest.mark.parametrize("index", ALL_BUT_SCALE)
+def test_none_is_named(inputs, handle, index):
+    tensors = list(inputs)
+    name, tensors[index] = inputs._fields[index], None
+    message = f"^{name}: expected a torch.Tensor, got NoneType"
+    with pytest.raises(TypeError, match=message):
+        torch_moe(*tensors)
+
+    def with_handle() -> None:
+        used = handle if index < 4 else TorchMoE(TorchMoEWeights(*tensors[4:8]))
+        used(*tensors[:4], *tensors[8:])
+
+    with pytest.raises(TypeError, match=message):
+        with_handle()
 
 
 def test_live_rows(inputs, expected, handle):
