@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.cache:
         print(first_call_seconds(tokens[0], arguments.backend, arguments.cache))
         return 0
+    if arguments.output and not arguments.output.parent.is_dir():
+        parser.error(f"--output: expected a path in a folder that exists, got {arguments.output}")
     rows = measure(tokens, arguments.backend)
     cells = [
         [str(r["num_tokens"]), f"{r['first']:.1f}", f"{r['second_process']:.1f}"] for r in rows

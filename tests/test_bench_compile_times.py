@@ -32,3 +32,9 @@ def test_what_is_no_token_count_is_refused(tokens, capsys):
     with pytest.raises(SystemExit, match="2"):
         compile_times.main([f"--tokens={tokens}"])
     assert "--tokens: expected positive numbers" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_named_before_anything_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compile_times.main([f"--output={tmp_path}/missing/times.json"])
+    assert "--output: expected a path in a folder that exists" in capsys.readouterr().err
