@@ -20,6 +20,7 @@ import torch
 
 import jax_moe
 from interop import dlpack
+from jax_moe import memory
 
 _ACTIVATIONS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
 _OPTIONAL = "hidden_states_scale"
@@ -89,6 +90,8 @@ def torch_moe(
         TypeError: an argument that should be a tensor or a number is not.
         ValueError: a tensor on another device than `hidden_states`, one that the bridge refuses, a
             scalar out of range; also whatever `jax_moe.apply` refuses.
+        MemoryError: the device has less memory than the call may need, where that is 256 MiB or
+            more; nothing has been launched.
         RuntimeError: called while torch captures a CUDA graph.
     """
     bridge = dlpack.bridge_of(hidden_states, "hidden_states")
@@ -100,8 +103,8 @@ def torch_moe(
     names = _ACTIVATIONS + TorchMoEWeights._fields
     arrays = bridge.import_all(names, (*activations, *weights), stream, _OPTIONAL)
     scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor, num_tokens, _on_host)
-    apply = _compiled(config, backend, bridge.device.type)
-    return _run(apply, arrays, scalars, out, bridge, stream)
+    layer = _compiled(config, backend, bridge.device.type)
+    return _run(layer, arrays, scalars, out, bridge, stream)
 
 
 class TorchMoE:
@@ -134,7 +137,7 @@ class TorchMoE:
         self._bridge = dlpack.bridge_of(weights[0], weights._fields[0])
         stream = self._bridge.current_stream()
         self._weights = self._bridge.import_all(weights._fields, weights, stream)
-        self._apply = _compiled(config, backend, self._bridge.device.type)
+        self._layer = _compiled(config, backend, self._bridge.device.type)
         # An upload is a transfer of its own: once a value is enough.
         upload = functools.partial(_upload, self._bridge.target)
         self._on_device = functools.lru_cache(_KEPT_SCALARS)(upload)
@@ -159,7 +162,7 @@ class TorchMoE:
         scalars = _scalars(
             arrays, local_expert_offset, routed_scaling_factor, num_tokens, self._on_device
         )
-        return _run(self._apply, arrays, scalars, out, self._bridge, stream)
+        return _run(self._layer, arrays, scalars, out, self._bridge, stream)
 
 
 def _upload(target: jax.Device, kind: Any, value: float) -> jax.Array:
@@ -170,8 +173,16 @@ def _on_host(kind: Any, value: float) -> np.generic:
     return kind(value)
 
 
+class _Layer(NamedTuple):
+    """`jax_moe.apply`, jitted, with what is fixed in it."""
+
+    apply: Callable[..., jax.Array]
+    config: jax_moe.MoEConfig
+    backend: str
+
+
 @functools.cache
-def _compiled(config: jax_moe.MoEConfig, backend: str, device_type: str) -> Any:
+def _compiled(config: jax_moe.MoEConfig, backend: str, device_type: str) -> _Layer:
     if backend == "auto" and device_type == "cpu":
         backend = "xla"  # "auto" looks at JAX's default device, which may be a GPU
 
@@ -179,11 +190,31 @@ def _compiled(config: jax_moe.MoEConfig, backend: str, device_type: str) -> Any:
         live = arguments[10] if len(arguments) > 10 else None
         return jax_moe.apply(*arguments[:10], num_tokens=live, config=config, backend=backend)
 
-    return jax.jit(layer)
+    return _Layer(jax.jit(layer), config, backend)
+
+
+def _require_memory(layer: _Layer, arrays: Sequence[Any], device: jax.Device) -> None:
+    """Raises MemoryError if a large call cannot fit, as an eager `jax_moe.apply` does."""
+    hidden_states, gemm1_weights = arrays[2], arrays[4]
+    pair_bytes = 4 * layer.config.top_k * hidden_states.size  # more than a pair takes
+    if pair_bytes < memory.LEAST_ASKED or hidden_states.ndim != 2 or gemm1_weights.ndim != 3:
+        return
+    (rows, hidden_size), (experts, both, _) = hidden_states.shape, gemm1_weights.shape
+    if hidden_size % 128 or both % 256 or not experts:
+        return  # `apply` refuses these by name
+    needed = jax_moe.workspace_bytes(
+        rows,
+        num_local_experts=experts,
+        hidden_size=hidden_size,
+        intermediate_size=both // 2,
+        config=layer.config,
+        backend=layer.backend,
+    )
+    memory.require(device, needed + 2 * rows * hidden_size, "torch_moe")
 
 
 def _run(
-    apply: Callable[..., jax.Array],
+    layer: _Layer,
     arrays: list[Any],
     scalars: list[Any],
     out: torch.Tensor | None,
@@ -192,7 +223,8 @@ def _run(
 ) -> torch.Tensor:
     if out is not None:
         _check_out(out, arrays[2].shape, bridge.device)  # hidden_states
-    result = apply(*arrays, *scalars)
+    _require_memory(layer, arrays, bridge.target)
+    result = layer.apply(*arrays, *scalars)
     if not result.size:
         return dlpack.to_torch(result) if out is None else out
     exported = dlpack.export_buffer(result, stream)

@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 import jax_moe  # noqa: E402
 from interop import TorchMoE, TorchMoEWeights, host_time, to_jax, to_torch, torch_moe  # noqa: E402
+from interop.torch_api import _compiled  # noqa: E402
+from jax_moe import memory  # noqa: E402
 from tests import moe_inputs  # noqa: E402
 from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
@@ -84,6 +86,27 @@ def test_nothing_is_kept_between_calls(inputs):
     assert not torch.equal(first, second)
     tensors[5].mul_(2.0)
     np.testing.assert_array_equal(bits(torch_moe(*tensors, *inputs[8:])), bits(first))
+
+
+def test_a_call_that_cannot_fit_is_refused_before_it_is_launched(inputs, handle, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "LEAST_ASKED", 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: asked.append(device) or 1000)
+    monkeypatch.setattr(jax_moe, "apply", lambda *_, **__: pytest.fail("launched"))
+    _compiled.cache_clear()
+    try:
+        for call in (torch_moe, handle):
+            arguments = inputs if call is torch_moe else (*inputs[:4], *inputs[8:])
+            with pytest.raises(MemoryError, match=r"torch_moe: needs up to [\d,]+ bytes .* 1,000"):
+                call(*arguments)
+    finally:
+        _compiled.cache_clear()
+    assert len(asked) == 2
+
+
+def test_small_calls_are_not_asked_about(inputs, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: pytest.fail("asked"))
+    assert torch_moe(*inputs).isfinite().all()
 
 
 def test_inputs_are_released(inputs):
