@@ -65,7 +65,8 @@ def first_call_seconds(num_tokens: int, backend: str, cache: str) -> float:
 
     import jax_moe
     from bench import inputs, routing
-    from bench.workloads import FULL, REDUCED, Workload
+    from bench.workloads import FULL, REDUCED
+    from interop.workloads import Workload
 
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

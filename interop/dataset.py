@@ -8,7 +8,6 @@ checked before it is used; what does not fit is a `ValueError` that names the fi
 """
 
 import re
-import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from jaxtyping import BFloat16, Float32
 
 from interop.files import confined_files, data_set_root, read_bytes, read_lines, shown
 from interop.safetensors_header import check_header
-from interop.strict_json import check_fields
+from interop.strict_json import check_fields, number
 from interop.workloads import Workload, definition
 
 MAX_TOKENS = 2**20
@@ -128,7 +127,7 @@ def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
     sizes = definition()["axes"]
     last = sizes["num_experts"]["value"] - sizes["num_local_experts"]["value"]
     offset = _integer(offset, 0, last, f"{where}: local_expert_offset")
-    factor = _factor(factor, f"{where}: routed_scaling_factor")
+    factor = number(factor, -_MAX_FACTOR, _MAX_FACTOR, f"{where}: routed_scaling_factor")
     logits, bias = (_blob(inputs[name], f"{where}: {name}") for name in _BLOBS)
     return DatasetWorkload(
         Workload(row["uuid"], tokens, offset, Path(logits.path).name), factor, logits, bias
@@ -139,15 +138,6 @@ def _integer(value: Any, low: int, high: int, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{where}: expected an integer in {low}..{high}, found {value!r}")
     return value
-
-
-def _factor(value: Any, where: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Compared before it is converted: an int may be beyond any float.
-    if not is_number or not abs(value) <= _MAX_FACTOR:
-        found = reprlib.repr(value)
-        raise ValueError(f"{where}: expected a number, finite in float32, found {found}")
-    return float(value)
 
 
 def _scalar(spec: Any, where: str) -> Any:

@@ -1,6 +1,7 @@
-"""JSON objects from files that nobody vouches for."""
+"""JSON objects from files that nobody vouches for, and checks of what they hold."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,48 @@ def check_fields(
         problem = f"missing {missing[0]!r}" if missing else f"unknown key {unknown[0]!r}"
         raise ValueError(f"{where}: {problem}")
     return value
+
+
+def one_line(value: Any, where: str) -> str:
+    """Checks a text that a document shows.
+
+    Args:
+        value: What was parsed.
+        where: What to call it in errors.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: No text, empty, or with line breaks, control characters or lone surrogates.
+    """
+    if not isinstance(value, str) or not value or not value.isprintable():
+        found = reprlib.repr(value)
+        raise ValueError(f"{where}: expected one line of printable text, found {found}")
+    return value
+
+
+def number(value: Any, low: float, high: float, where: str) -> float:
+    """Checks a number and its range.
+
+    Args:
+        value: What was parsed.
+        low: The least that it may be.
+        high: The most that it may be.
+        where: What to call it in errors.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: No number, or out of the range.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared before it is converted: an int may be beyond any float.
+    if not is_number or not low <= value <= high:
+        found = reprlib.repr(value)
+        raise ValueError(f"{where}: expected a number in {low:g}..{high:g}, found {found}")
+    return float(value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

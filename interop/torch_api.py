@@ -24,7 +24,7 @@ from jax_moe import memory
 
 _ACTIVATIONS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
 _OPTIONAL = "hidden_states_scale"
-_KEPT_SCALARS = 1024
+_KEPT_SCALARS = _KEPT_SHAPES = 1024
 _MAX_FACTOR = float(np.finfo(np.float32).max)
 
 
@@ -195,22 +195,25 @@ def _compiled(config: jax_moe.MoEConfig, backend: str, device_type: str) -> _Lay
 
 def _require_memory(layer: _Layer, arrays: Sequence[Any], device: jax.Device) -> None:
     """Raises MemoryError if a large call cannot fit, as an eager `jax_moe.apply` does."""
-    hidden_states, gemm1_weights = arrays[2], arrays[4]
-    pair_bytes = 4 * layer.config.top_k * hidden_states.size  # more than a pair takes
-    if pair_bytes < memory.LEAST_ASKED or hidden_states.ndim != 2 or gemm1_weights.ndim != 3:
-        return
-    (rows, hidden_size), (experts, both, _) = hidden_states.shape, gemm1_weights.shape
-    if hidden_size % 128 or both % 256 or not experts:
-        return  # `apply` refuses these by name
-    needed = jax_moe.workspace_bytes(
-        rows,
-        num_local_experts=experts,
-        hidden_size=hidden_size,
-        intermediate_size=both // 2,
+    needed = _bytes_of(layer, arrays[2].shape, arrays[4].shape)
+    if needed is not None:
+        memory.require(device, needed, "torch_moe")
+
+
+@functools.lru_cache(_KEPT_SHAPES)
+def _bytes_of(layer: _Layer, tokens: tuple[int, ...], gemm1: tuple[int, ...]) -> int | None:
+    """Workspace and result of a call; None for shapes that `apply` refuses by name."""
+    if len(tokens) != 2 or len(gemm1) != 3 or tokens[1] % 128 or gemm1[1] % 256 or not all(gemm1):
+        return None
+    workspace = jax_moe.workspace_bytes(
+        tokens[0],
+        num_local_experts=gemm1[0],
+        hidden_size=tokens[1],
+        intermediate_size=gemm1[1] // 2,
         config=layer.config,
         backend=layer.backend,
     )
-    memory.require(device, needed + 2 * rows * hidden_size, "torch_moe")
+    return workspace + 2 * tokens[0] * tokens[1]
 
 
 def _run(

@@ -10,8 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
@@ -20,8 +18,6 @@ from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import DispatchPlan, Quantized, Routing
-
-_BF16 = (np.dtype(jnp.bfloat16),)
 
 
 def route(
@@ -234,7 +230,7 @@ def combine(
     sizes: validate.Sizes = {}
     validate.array("topk_weights", topk_weights, "T k", validate.F32, sizes)
     validate.plan(plan, sizes)
-    validate.array("expert_outputs", expert_outputs, "M H", _BF16, sizes)
+    validate.array("expert_outputs", expert_outputs, "M H", validate.BF16, sizes)
     validate.blocked("H", sizes)
     debug.check_plan(plan)
     return _run("combine", backend, expert_outputs, topk_weights, plan)

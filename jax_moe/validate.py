@@ -23,8 +23,9 @@ from pallas_kernels.shapes import QUANT_BLOCK
 E4M3 = (np.dtype(jnp.float8_e4m3fn),)
 F32 = (np.dtype(np.float32),)
 I32 = (np.dtype(np.int32),)
-BIAS = (np.dtype(jnp.bfloat16), *F32)
-UNQUANTIZED = (np.dtype(jnp.bfloat16), np.dtype(np.float16), *F32)
+BF16 = (np.dtype(jnp.bfloat16),)
+BIAS = (*BF16, *F32)
+UNQUANTIZED = (*BF16, np.dtype(np.float16), *F32)
 
 type Sizes = dict[str, tuple[int, str]]
 """Symbol -> its size and the argument that set it."""

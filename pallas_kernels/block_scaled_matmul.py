@@ -191,9 +191,10 @@ def grouped_matmul(
     num_blocks = len(weight_blocks(0))
     num_steps = rows.values.shape[1] // QUANT_BLOCK
     gathered = rows.row_token is not None
-    sms = num_sms() if config.sms is None else config.sms
-    if sms > num_sms():
-        raise ValueError(f"sms: expected at most the {num_sms()} of this GPU, got {sms}")
+    available = num_sms()
+    sms = available if config.sms is None else config.sms
+    if sms > available:
+        raise ValueError(f"sms: expected at most the {available} of this GPU, got {sms}")
     segments = config.segments(num_steps)
     segment_steps = num_steps // segments
     together = config.k_blocks if segment_steps % config.k_blocks == 0 else 1

@@ -76,7 +76,7 @@ def test_logs_are_read(tool, log, code, state, reports):
 
 
 def test_an_explanation_is_for_one_tool_and_kernel():
-    name = "moe_up_projection_mosaic_gpu_kernel"
+    name = "control_reads_tma_tiles_mosaic_gpu_kernel"
     log = UNINITIALIZED.replace("KERNEL", name)
     assert sanitize.verdict("initcheck", log, 0)["state"] == "explained"
     assert sanitize.verdict("memcheck", log, 0)["state"] == "errors"

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interop.files import confined_file, confined_files, read_object, shown, write_atomically
-from interop.flashinfer_bench.checks import number, one_line
-from interop.strict_json import check_fields
+from interop.strict_json import check_fields, number, one_line
 
 RECORD = "run.json"
 _MAX_SETTING = 1e9

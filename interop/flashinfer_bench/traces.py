@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from interop.dataset import MAX_LINE_BYTES, read_workloads
 from interop.files import confined_files, data_set_root, read_lines, read_object, shown
-from interop.flashinfer_bench.checks import number, one_line
 from interop.seed_analysis import PASSED, Measurement
-from interop.strict_json import check_fields
+from interop.strict_json import check_fields, number, one_line
 from interop.workloads import Workload, definition
 
 _MAX_TRACE_BYTES = 2**24  # a trace embeds up to 5 MiB of log
