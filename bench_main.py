@@ -61,6 +61,10 @@ _TIMER = flags.DEFINE_enum(
 _WALL_TIME = flags.DEFINE_bool("wall_time", True, "Also take host times in a --timer=gpu run.")
 _OUTPUT = flags.DEFINE_string("output", "out/bench", "Folder of results, report and plots.")
 _RESUME = flags.DEFINE_bool("resume", False, "Keep the finished rows in --output, do the rest.")
+_JOBS = flags.DEFINE_integer(
+    "jobs", 0, "Processes that compile ahead; 0 compiles row by row, as --wall_time needs.",
+    lower_bound=0,
+)  # fmt: skip
 _LIST = flags.DEFINE_bool("list", False, "List the solutions and what they need, then stop.")
 _REPORT = flags.DEFINE_bool("report", False, "Also write the published comparison's document.")
 _BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also show the time of every kernel.")
@@ -137,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
             Options(report=_REPORT.value, breakdown=_BREAKDOWN.value),
             resume=_RESUME.value,
             profile=Path(_PROFILE.value) if _PROFILE.value else None,
+            jobs=_JOBS.value,
         )
     except ValueError as error:
         print(f"bench_main.py: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Binds a solution to its inputs in its fastest honest form: `jax.jit`, or a CUDA graph."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
@@ -10,8 +10,39 @@ from bench.timers import Execution, no_wait
 from interop.solutions.base import Arguments, Solution
 
 Binder = Callable[[Arguments], Execution]
-Programs = dict[Any, tuple[Any, Any]]
-"""Jitted function and compiled program of each JAX solution's name and argument shapes."""
+
+
+class Program(NamedTuple):
+    """A compiled JAX program.
+
+    Attributes:
+        serialized: For `serialize_executable.deserialize_and_load`; None if it cannot be.
+        workspace_bytes: Temporary memory of a call, if XLA says.
+        jitted: The function that calls this very program; None if another process compiled it.
+    """
+
+    serialized: tuple[Any, ...] | None
+    workspace_bytes: int | None
+    jitted: Callable[..., jax.Array] | None = None
+
+
+Programs = dict[Any, Program]
+"""What is compiled, by `key_of`."""
+
+
+def key_of(solution: Solution, arguments: Sequence[Any]) -> Any:
+    """What a program is compiled for: the solution, and its arguments' shapes and dtypes."""
+    return solution.name, tuple((tuple(one.shape), str(one.dtype)) for one in arguments)
+
+
+def compiled_program(compiled: Any, jitted: Callable[..., jax.Array] | None = None) -> Program:
+    """What to keep of `jax.jit(...).lower(...).compile()`."""
+    try:
+        serialized = serialize_executable.serialize(compiled)
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+        serialized = None
+    workspace = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+    return Program(serialized, workspace, jitted)
 
 
 def binder(solution: Solution, *, reload: bool, programs: Programs | None = None) -> Binder:
@@ -48,32 +79,33 @@ def _jax_binder(solution: Solution, reload: bool, programs: Programs) -> Binder:
     def bind(arguments: Arguments) -> Execution:
         prepared = solution.prepare(arguments) if solution.prepare else tuple(arguments)
         jax.block_until_ready(prepared)
-        shapes = tuple((array.shape, array.dtype) for array in prepared)
-        if (solution.name, shapes) not in programs:
+        key = key_of(solution, prepared)
+        if key not in programs:
             jitted = jax.jit(solution.run)
-            # `jitted` calls this very program.
-            programs[solution.name, shapes] = jitted, jitted.lower(*prepared).compile()
-        jitted, compiled = programs[solution.name, shapes]
-        if shapes not in loaded:
-            loaded[shapes] = _loaded_again(compiled, solution.run) if reload else jitted
-        run = loaded[shapes]
+            programs[key] = compiled_program(jitted.lower(*prepared).compile(), jitted)
+        program = programs[key]
+        if key not in loaded:
+            loaded[key] = _function(program, solution.run, reload)
+        run = loaded[key]
         jax.block_until_ready(run(*prepared))
         return Execution(
             call=lambda: run(*prepared),
             block=jax.block_until_ready,
             how="jit",
-            workspace_bytes=getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
+            workspace_bytes=program.workspace_bytes,
         )
 
     return bind
 
 
-def _loaded_again(compiled: Any, run: Callable[..., Any]) -> Callable[..., jax.Array]:
-    try:
-        return serialize_executable.deserialize_and_load(*serialize_executable.serialize(compiled))
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-        # Some programs cannot be serialized; a new function object is compiled again.
-        return jax.jit(lambda *arguments: run(*arguments))
+def _function(program: Program, run: Callable[..., Any], reload: bool) -> Callable[..., jax.Array]:
+    if program.jitted is not None and not reload:
+        return program.jitted
+    if program.serialized is not None and reload:
+        return serialize_executable.deserialize_and_load(*program.serialized)
+    # A new function object is compiled again: some programs cannot be serialized, and host times
+    # are those of `jax.jit`.
+    return jax.jit(lambda *arguments: run(*arguments))
 
 
 def _torch_binder(solution: Solution) -> Binder:

@@ -139,6 +139,25 @@ def make_arguments(
     )
 
 
+def specs(num_tokens: int, sizes: Sizes) -> Arguments:
+    """Shapes and dtypes of the ten arguments, for compiling without them."""
+    experts, hidden, intermediate = sizes[1:]
+    blocks, inner_blocks = hidden // BLOCK, intermediate // BLOCK
+    f32, e4m3 = jnp.float32, jnp.float8_e4m3fn
+    return Arguments(
+        routing_logits=jax.ShapeDtypeStruct((num_tokens, sizes.num_experts), f32),
+        routing_bias=jax.ShapeDtypeStruct((sizes.num_experts,), jnp.bfloat16),
+        hidden_states=jax.ShapeDtypeStruct((num_tokens, hidden), e4m3),
+        hidden_states_scale=jax.ShapeDtypeStruct((blocks, num_tokens), f32),
+        gemm1_weights=jax.ShapeDtypeStruct((experts, 2 * intermediate, hidden), e4m3),
+        gemm1_weights_scale=jax.ShapeDtypeStruct((experts, 2 * inner_blocks, blocks), f32),
+        gemm2_weights=jax.ShapeDtypeStruct((experts, hidden, intermediate), e4m3),
+        gemm2_weights_scale=jax.ShapeDtypeStruct((experts, blocks, inner_blocks), f32),
+        local_expert_offset=jax.ShapeDtypeStruct((), jnp.int32),
+        routed_scaling_factor=jax.ShapeDtypeStruct((), f32),
+    )
+
+
 def head(arguments: Arguments, num_tokens: int) -> Arguments:
     """The arguments of the first `num_tokens` tokens, in memory of their own."""
     taken = arguments._replace(

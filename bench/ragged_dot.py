@@ -81,6 +81,7 @@ SOLUTION = Solution(
     description="jax.lax.ragged_dot in bf16: what a JAX user has today",
     run=_run,
     prepare=_prepare,
+    compile_ahead=False,
     caveat=(
         "weights dequantized to bf16 and transposed beforehand, so twice the bytes to read; the "
         "number of local pairs is known to the host, which favours it"

@@ -53,6 +53,7 @@ def run(
     results: Results,
     progress: Progress,
     trace: Callable[[Execution, Solution, Workload, GpuClock | None], None] | None = None,
+    programs: execution.Programs | None = None,
 ) -> None:
     """Measures every solution on every workload, with each clock in turn.
 
@@ -66,10 +67,11 @@ def run(
         results: Filled and written as rows are finished; rows already there are kept.
         progress: Told of each row.
         trace: Called after a row's last pass, if given, to record a profile.
+        programs: What is compiled already, from `bench.ahead`.
     """
     done = set(results.rows)
     weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
-    programs: execution.Programs = {}
+    programs = {} if programs is None else programs
     for clock_name in settings.passes:
         clock = None
         if clock_name == "gpu":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tqdm
 
-from bench import documents, environment, interpreter, runner, solutions, tracing
+from bench import ahead, documents, environment, interpreter, runner, solutions, tracing
 from bench.gpu_clock import ClockError
 from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
@@ -35,7 +35,12 @@ def list_solutions(backend: str) -> str:
 
 
 def execute(
-    settings: Settings, options: documents.Options, *, resume: bool, profile: Path | None
+    settings: Settings,
+    options: documents.Options,
+    *,
+    resume: bool,
+    profile: Path | None,
+    jobs: int = 0,
 ) -> int:
     """Runs the benchmark and writes its files.
 
@@ -44,6 +49,7 @@ def execute(
         options: What to write besides the results.
         resume: Keep the finished rows of the results file in the output folder.
         profile: Folder for a trace of each row; None records none.
+        jobs: Processes that compile JAX programs before the first row; 0 compiles row by row.
 
     Returns:
         The exit code: 0; 1 if a row is wrong or failed; 130 if interrupted.
@@ -51,6 +57,11 @@ def execute(
     Raises:
         ValueError: A setting names something unknown, unreadable or unwritable; one line.
     """
+    if jobs and "wall" in settings.passes:
+        raise ValueError(
+            "--jobs: host times need programs compiled row by row; "
+            "expected --timer=gpu and --nowall_time with it"
+        )
     workloads = select(settings.workloads, _pool(settings))
     chosen, unavailable = _choose(settings)
     results = _new_results(settings, unavailable)
@@ -60,7 +71,7 @@ def execute(
     if profile:
         _make_folder("--profile", profile)
     print(documents.introduction(results, settings, len(workloads), list(chosen)), flush=True)
-    code = _measure(settings, chosen, workloads, results, profile)
+    code = _measure(settings, chosen, workloads, results, profile, jobs)
     results.about["gpu_state_after"] = environment.gpu_state()
     results.write()
     print(documents.conclusion(results, settings, options))
@@ -128,11 +139,14 @@ def _measure(
     workloads: Sequence[Workload],
     results: Results,
     profile: Path | None,
+    jobs: int,
 ) -> int:
     timed = {name: one for name, one in chosen.items() if one is not interpreter.SOLUTION}
     finished = sum((name, row.uuid) in results.rows for name in timed for row in workloads)
     total = (len(timed) * len(workloads) - finished) * len(settings.passes)
     total += len(chosen) - len(timed)
+    orders = ahead.orders(timed, workloads, set(results.rows)) if jobs else []
+    total += len(orders)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:
 
         def done(row: Row) -> None:
@@ -143,7 +157,11 @@ def _measure(
         progress = runner.Progress(start=bar.set_postfix_str, done=done)
         trace = tracing.recorder(profile) if profile else None
         try:
-            runner.run(settings, timed, workloads, results, progress, trace)
+            programs = None
+            if orders:
+                progress.start("compiling")
+                programs = ahead.compile_all(settings, orders, jobs, bar.update)
+            runner.run(settings, timed, workloads, results, progress, trace, programs)
             if len(timed) < len(chosen):
                 progress.start("the kernels in the interpreter")
                 row = interpreter.check(settings)

@@ -83,6 +83,7 @@ def _jax_moe(name: str, backend: str, description: str) -> Solution:
         run=functools.partial(jax_moe.apply, backend=backend),
         unavailable_reason=functools.partial(backends.unsupported_reason, backend),
         workspace_bound=functools.partial(_workspace_bound, backend),
+        compile_ahead=backend != "xla",  # XLA times its matmuls to choose them
         design=_UNFUSED if backend == "xla" else _FUSED,
     )
 

@@ -65,6 +65,8 @@ class Solution:
             memory of one call in bytes, whatever the routing. A call that takes more is wrong.
             None states no bound.
         capturable: Whether a PyTorch `run` may be captured in a CUDA graph (no host sync inside).
+        compile_ahead: Whether a JAX `run` may be compiled while other processes use the GPU: not if
+            XLA times candidates to compile it, or if `run`'s arguments are not the ten.
         caveat: What a reader must know about its figures: favourable or unfavourable conditions.
             Empty if none.
         design: Facts for the report's differences table, for example `{"SwiGLU": "...", "GEMM
@@ -79,5 +81,6 @@ class Solution:
     prepare: Callable[[Arguments], tuple[Any, ...]] | None = None
     workspace_bound: Callable[[Arguments], int] | None = None
     capturable: bool = True
+    compile_ahead: bool = True
     caveat: str = ""
     design: Mapping[str, str] = MappingProxyType({})

@@ -1,0 +1,96 @@
+"""Compiles JAX solutions in other processes, before the first row is measured.
+
+Lowering a Pallas kernel takes seconds of Python, one program after another in one process. Here a
+pool of processes lowers and compiles; this one loads what they send. It is the same program that
+`jax.jit` would compile here, and nothing is measured meanwhile.
+"""
+
+import concurrent.futures as futures
+import logging
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+import jax
+
+from bench import environment, execution, inputs
+from bench.settings import Settings
+from interop.solutions.base import Arguments, Solution
+from interop.workloads import Workload
+
+Order = tuple[Solution, int]
+
+
+def orders(
+    solutions: Mapping[str, Solution], workloads: Sequence[Workload], done: set[tuple[str, str]]
+) -> list[Order]:
+    """Which programs a run needs that other processes may compile, the largest first.
+
+    Args:
+        solutions: Those to run.
+        workloads: The rows.
+        done: Name and uuid of rows that are finished.
+
+    Returns:
+        Solution and token count, each pair once.
+    """
+    wanted = {
+        (one.name, row.num_tokens): (one, row.num_tokens)
+        for one in solutions.values()
+        for row in workloads
+        if one.framework == "jax" and one.compile_ahead and (one.name, row.uuid) not in done
+    }
+    return sorted(wanted.values(), key=lambda order: -order[1])
+
+
+def compile_all(
+    settings: Settings, ordered: Sequence[Order], jobs: int, done: Callable[[], None]
+) -> execution.Programs:
+    """Compiles programs in `jobs` processes, which are gone when it returns.
+
+    Args:
+        settings: Of the run: backend and sizes.
+        ordered: From `orders`.
+        jobs: Processes at most.
+        done: Called after each program.
+
+    Returns:
+        The programs that could be compiled; what failed is left out, to fail where it is measured.
+    """
+    programs: execution.Programs = {}
+    spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
+    processes = min(jobs, len(ordered))
+    with futures.ProcessPoolExecutor(max(processes, 1), spawn, _start) as pool:
+        pending = {}
+        for solution, num_tokens in ordered:
+            specs = inputs.specs(num_tokens, settings.sizes)
+            future = pool.submit(_compile, settings.backend, solution.name, specs)
+            pending[future] = execution.key_of(solution, specs)
+        try:
+            for future in futures.as_completed(pending):
+                try:
+                    programs[pending[future]] = future.result()
+                except BrokenProcessPool:
+                    logging.getLogger(__name__).warning(
+                        "--jobs: a process ended early; the rest is compiled row by row"
+                    )
+                    break
+                except Exception as error:
+                    logging.getLogger(__name__).debug("%s: %s", pending[future], error)
+                done()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return programs
+
+
+def _start() -> None:
+    environment.prepare_process()
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    environment.enable_compilation_cache()
+
+
+def _compile(backend: str, name: str, specs: Arguments) -> execution.Program:
+    from bench import solutions
+
+    run = solutions.registry(backend)[name].run
+    return execution.compiled_program(jax.jit(run).lower(*specs).compile())
