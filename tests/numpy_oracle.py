@@ -30,11 +30,16 @@ def route(logits: Any, bias: Any, factor: float, config: Any) -> tuple[np.ndarra
 
 
 def routing_gaps(logits: Any, bias: Any, config: Any) -> np.ndarray:
-    """Per token, the narrower of the two gaps that decide: between the last expert chosen and the
-    first one left, and the same for groups. Exact ties, settled by a rule, count as infinite."""
-    _, biased, kept = _scores(logits, bias, config)
-    gaps = [_gap(np.where(kept, biased, -np.inf), config.top_k)]
-    gaps.append(_gap(_group_scores(biased, config), config.topk_group))
+    """Per token, the narrowest gap that decides: how far what is chosen last lies from what is left
+    first, of experts and of groups. Ties of equal numbers are settled by a rule: where these two
+    are such a tie, the gap is that to the nearest other candidate. A tie of sums, 0.25 + 0.75 and
+    0.5 + 0.5, is none, since float32 may round them apart."""
+    scores, biased, kept = _scores(logits, bias, config)
+    added = np.broadcast_to(np.asarray(bias, np.float64), biased.shape)
+    summands = np.stack([scores, added], axis=2)
+    gaps = [_gap(np.where(kept, biased, -np.inf), summands, config.top_k)]
+    best_two = np.sort(biased.reshape(len(biased), config.n_group, -1), axis=2)[:, :, -2:]
+    gaps.append(_gap(_group_scores(biased, config), best_two, config.topk_group))
     return np.minimum(*gaps)
 
 
@@ -78,12 +83,16 @@ def _argsort(scores: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")
 
 
-def _gap(scores: np.ndarray, chosen: int) -> np.ndarray:
-    if chosen == scores.shape[1]:
-        return np.full(len(scores), np.inf)
-    ranked = -np.sort(-scores, axis=1)
-    gap = ranked[:, chosen - 1] - ranked[:, chosen]
-    return np.where(gap == 0, np.inf, gap)
+def _gap(totals: np.ndarray, summands: np.ndarray, chosen: int) -> np.ndarray:
+    if chosen == totals.shape[1]:
+        return np.full(len(totals), np.inf)
+    order = _argsort(totals)
+    token = np.arange(len(totals))
+    last, left = order[:, chosen - 1], order[:, chosen]
+    boundary = totals[token, last][:, None]
+    same = (summands == summands[token, last][:, None]).all(axis=2)
+    others = np.abs(np.where(same, np.inf, totals) - boundary).min(axis=1)
+    return np.where(same[token, left], others, boundary[:, 0] - totals[token, left])
 
 
 def _dequantize(values: Any, scales: Any) -> np.ndarray:
