@@ -48,6 +48,10 @@ EXPLAINED = {
     )
     for kind in ("tma_stores", "tma_tiles")
 }
+COPIED = "control, copied to the host"
+EXPLAINED["initcheck", COPIED] = (
+    "the control compares its whole buffers on the host, those that such stores wrote, too"
+)
 """(tool, kernel) whose reports are expected, and why."""
 READS_TILES = ("mosaic", "moe_combine")
 LEFT_OUT = (
@@ -75,6 +79,7 @@ _REPORT = re.compile(
     r"(?:\n=========  .*)*",
     re.MULTILINE,
 )
+_HOST_COPY, _OF_CONTROL = "on access by cudaMemcpy source", '"backend": "control"'
 _MOST_LOG = 200_000  # characters of a log that are kept, from its end
 
 
@@ -106,6 +111,9 @@ def reports_of(log: str) -> dict[str, int]:
     """Reports by kernel; "" for those that name none."""
     found: collections.Counter[str] = collections.Counter()
     for report in _REPORT.findall(log):
+        if _HOST_COPY in report and _OF_CONTROL in log:
+            found[COPIED] += 1
+            continue
         kernel = _KERNEL.search(report)
         found[(kernel[1] or kernel[2]) if kernel else ""] += 1
     return dict(found)

@@ -84,6 +84,19 @@ def test_an_explanation_is_for_one_tool_and_kernel():
     assert sanitize.verdict("initcheck", other, 0)["state"] == "errors"
 
 
+def test_only_the_control_may_copy_to_the_host_what_was_not_seen_written():
+    copied = (
+        "========= COMPUTE-SANITIZER\n"
+        "========= Host API memory access error at host access to 0x7f00 of size 16,384 bytes\n"
+        "=========     Uninitialized access to 0x7f20 on access by cudaMemcpy source\n"
+        "========= ERROR SUMMARY: 1 error\n"
+    )
+    of_control = sanitize.verdict("initcheck", copied + CONTROL_RAN, 0)
+    assert (of_control["state"], of_control["reports"]) == ("explained", {sanitize.COPIED: 1})
+    other = copied + CONTROL_RAN.replace("control", "mosaic")
+    assert sanitize.verdict("initcheck", other, 0)["state"] == "errors"
+
+
 def kernels_of_the_tree():
     """Names of all GPU kernels in the source, by backend."""
     found = {"mosaic": set(), "triton": set()}
