@@ -50,7 +50,7 @@ def test_no_flags_do_the_right_thing_without_a_gpu(asked):
     assert (settings.iterations, settings.timer, settings.inputs) == (3, "wall", "realistic")
     assert settings.tolerance == (0.2, 0.1, 0.85)
     assert not any(options)
-    assert others == {"resume": False, "profile": None}
+    assert others == {"resume": False, "profile": None, "jobs": 0}
 
 
 def test_no_flags_do_the_right_thing_on_a_gpu(asked, monkeypatch):
