@@ -7,7 +7,6 @@ pool of processes lowers and compiles; this one loads what they send. It is the 
 
 import concurrent.futures as futures
 import logging
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
@@ -15,10 +14,12 @@ import jax
 
 from bench import environment, execution, inputs
 from bench.settings import Settings
+from interop.processes import spawned
 from interop.solutions.base import Arguments, Solution
 from interop.workloads import Workload
 
 Order = tuple[Solution, int]
+_LOG = logging.getLogger(__name__)
 
 
 def orders(
@@ -58,28 +59,21 @@ def compile_all(
         The programs that could be compiled; what failed is left out, to fail where it is measured.
     """
     programs: execution.Programs = {}
-    spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
-    processes = min(jobs, len(ordered))
-    with futures.ProcessPoolExecutor(max(processes, 1), spawn, _start) as pool:
+    with spawned(min(jobs, len(ordered)), _start) as pool:
         pending = {}
         for solution, num_tokens in ordered:
             specs = inputs.specs(num_tokens, settings.sizes)
             future = pool.submit(_compile, settings.backend, solution.name, specs)
             pending[future] = execution.key_of(solution, specs)
-        try:
-            for future in futures.as_completed(pending):
-                try:
-                    programs[pending[future]] = future.result()
-                except BrokenProcessPool:
-                    logging.getLogger(__name__).warning(
-                        "--jobs: a process ended early; the rest is compiled row by row"
-                    )
-                    break
-                except Exception as error:
-                    logging.getLogger(__name__).debug("%s: %s", pending[future], error)
-                done()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for future in futures.as_completed(pending):
+            try:
+                programs[pending[future]] = future.result()
+            except BrokenProcessPool:
+                _LOG.warning("--jobs: a process ended early; the rest is compiled row by row")
+                break
+            except Exception as error:
+                _LOG.debug("%s: %s", pending[future], error)
+            done()
     return programs
 
 

@@ -1,5 +1,6 @@
 """Binds a solution to its inputs in its fastest honest form: `jax.jit`, or a CUDA graph."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from bench.timers import Execution, no_wait
 from interop.solutions.base import Arguments, Solution
 
 Binder = Callable[[Arguments], Execution]
+_CANNOT_BE_LOADED = (ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 
 
 class Program(NamedTuple):
@@ -39,7 +41,7 @@ def compiled_program(compiled: Any, jitted: Callable[..., jax.Array] | None = No
     """What to keep of `jax.jit(...).lower(...).compile()`."""
     try:
         serialized = serialize_executable.serialize(compiled)
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+    except _CANNOT_BE_LOADED:
         serialized = None
     workspace = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
     return Program(serialized, workspace, jitted)
@@ -102,7 +104,8 @@ def _function(program: Program, run: Callable[..., Any], reload: bool) -> Callab
     if program.jitted is not None and not reload:
         return program.jitted
     if program.serialized is not None and reload:
-        return serialize_executable.deserialize_and_load(*program.serialized)
+        with contextlib.suppress(*_CANNOT_BE_LOADED):
+            return serialize_executable.deserialize_and_load(*program.serialized)
     # A new function object is compiled again: some programs cannot be serialized, and host times
     # are those of `jax.jit`.
     return jax.jit(lambda *arguments: run(*arguments))

@@ -38,8 +38,8 @@ def routing_gaps(logits: Any, bias: Any, config: Any) -> np.ndarray:
     added = np.broadcast_to(np.asarray(bias, np.float64), biased.shape)
     summands = np.stack([scores, added], axis=2)
     gaps = [_gap(np.where(kept, biased, -np.inf), summands, config.top_k)]
-    best_two = np.sort(biased.reshape(len(biased), config.n_group, -1), axis=2)[:, :, -2:]
-    gaps.append(_gap(_group_scores(biased, config), best_two, config.topk_group))
+    best_two = _best_two(biased, config)
+    gaps.append(_gap(best_two.sum(axis=2), best_two, config.topk_group))
     return np.minimum(*gaps)
 
 
@@ -70,13 +70,13 @@ def layer(
 def _scores(logits: Any, bias: Any, config: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scores = special.expit(np.asarray(logits, np.float64))
     biased = scores + np.asarray(bias, np.float64)
-    best = _argsort(_group_scores(biased, config))[:, : config.topk_group]
+    best = _argsort(_best_two(biased, config).sum(axis=2))[:, : config.topk_group]
     kept = (best[:, None, :] == np.arange(config.n_group)[:, None]).any(axis=2)
     return scores, biased, np.repeat(kept, biased.shape[1] // config.n_group, axis=1)
 
 
-def _group_scores(biased: np.ndarray, config: Any) -> np.ndarray:
-    return np.sort(biased.reshape(len(biased), config.n_group, -1), axis=2)[:, :, -2:].sum(axis=2)
+def _best_two(biased: np.ndarray, config: Any) -> np.ndarray:
+    return np.sort(biased.reshape(len(biased), config.n_group, -1), axis=2)[:, :, -2:]
 
 
 def _argsort(scores: np.ndarray) -> np.ndarray:

@@ -3,12 +3,14 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 
-from bench import ahead, execution, inputs, routing, solutions
+from bench import ahead, execution, inputs, solutions
 from bench.session import execute
 from bench.settings import Settings
 from bench.workloads import REDUCED, select
 from interop.solutions.base import Solution
+from tests.bench_inputs import reduced_arguments
 
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
 
@@ -21,11 +23,7 @@ def solution(name, **fields):
 
 @pytest.fixture(scope="module")
 def arguments():
-    workload = select(["7"])[0]
-    weights = inputs.draw_weights("realistic", REDUCED, 0)
-    routed = routing.draw(workload, REDUCED, 0)
-    drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, 0, weights, routed)
-    return inputs.head(drawn, 7)
+    return reduced_arguments(7)
 
 
 def test_specs_are_those_of_the_arguments(arguments):
@@ -75,6 +73,18 @@ def test_only_open_rows_of_what_may_be_compiled_ahead_are_ordered():
     known = {one.name: one for one in (jax_one, alone, torch_one)}
     done = {("one", rows[1].uuid)}
     assert ahead.orders(known, rows, done) == [(jax_one, 80), (jax_one, 1)]
+
+
+def test_a_program_that_cannot_be_loaded_is_compiled_here(arguments, monkeypatch):
+    def refuse(*program):
+        raise ValueError("incompatible device")
+
+    monkeypatch.setattr(serialize_executable, "deserialize_and_load", refuse)
+    known = solutions.registry("xla")["jax_moe_xla"]
+    key = execution.key_of(known, arguments)
+    foreign = execution.Program(serialized=("another device's",), workspace_bytes=None)
+    bound = execution.binder(known, reload=True, programs={key: foreign})(arguments)
+    assert bound.call().shape == (7, REDUCED.hidden_size)
 
 
 def test_jobs_do_not_go_with_host_times(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 from jax.experimental import serialize_executable
 
 import jax_moe
-from bench import execution, inputs, routing
+from bench import execution, inputs
 from bench.workloads import REDUCED, select
 from interop.solutions.base import Solution
+from tests.bench_inputs import padded_arguments, reduced_arguments
 
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
 
@@ -20,18 +21,11 @@ def solution(run, **fields):
 
 @pytest.fixture(scope="module")
 def arguments():
-    workload = select(["7"])[0]
-    weights = inputs.draw_weights("realistic", REDUCED, 0)
-    routed = routing.draw(workload, REDUCED, 0)
-    drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, 0, weights, routed)
-    return inputs.head(drawn, 7)
+    return reduced_arguments(7)
 
 
 def test_padding_for_the_oracle_changes_no_row_of_the_workload(arguments):
-    workload = select(["7"])[0]
-    weights = inputs.draw_weights("realistic", REDUCED, 0)
-    routed = routing.draw(workload, REDUCED, 0)
-    padded = inputs.make_arguments("realistic", workload, REDUCED, 0, 0, weights, routed)
+    padded, routed = padded_arguments(7)
     assert padded.hidden_states.shape[0] == inputs.padded_tokens(7) == 64
     np.testing.assert_array_equal(padded.routing_logits[:7], routed.logits)
     whole = np.asarray(jax_moe.reference(*padded)[:7].astype(jnp.float32))
@@ -98,17 +92,14 @@ def test_torch_sees_the_memory_of_the_jax_arrays():
         seen.append(ten)
         return torch.zeros(ten[2].shape, dtype=torch.bfloat16)
 
-    workload = select(["7"])[0]
-    weights = inputs.draw_weights("realistic", REDUCED, 0)
-    routed = routing.draw(workload, REDUCED, 0)
-    drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, 0, weights, routed)
+    drawn, _ = padded_arguments(7)
     chosen = Solution(name="test", framework="torch", description="test", run=run)
     bound = execution.binder(chosen, reload=False)(drawn)
     output = execution.to_jax(chosen, bound.call())
     assert isinstance(output, jax.Array)
     assert output.dtype == jnp.bfloat16
     *tensors, offset, factor = seen[0]
-    assert (offset, factor) == (REDUCED.offset(workload), 2.5)
+    assert (offset, factor) == (REDUCED.offset(select(["7"])[0]), 2.5)
     for tensor, array in zip(tensors, drawn[:8], strict=True):
         assert tensor.data_ptr() == array.unsafe_buffer_pointer()
     assert not tensors[0].requires_grad

@@ -10,12 +10,12 @@ import matplotlib.image
 import pytest
 
 import jax_moe
-from bench import documents, inputs, routing, session, solutions
+from bench import documents, session, solutions
 from bench.correctness import Tolerance
 from bench.results import ERROR, PASS, WRONG
 from bench.settings import Settings
-from bench.workloads import REDUCED, select
 from interop.solutions.base import Solution
+from tests.bench_inputs import reduced_arguments
 
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
 
@@ -150,11 +150,7 @@ def test_more_memory_than_stated_makes_the_row_wrong(tmp_path, registry, capsys)
 
 def test_one_bad_trial_makes_the_row_wrong(tmp_path, registry):
     def largest_scale(trial):
-        workload = select(["1"])[0]
-        weights = inputs.draw_weights("realistic", REDUCED, 0)
-        routed = routing.draw(workload, REDUCED, 0)
-        drawn = inputs.make_arguments("realistic", workload, REDUCED, 0, trial, weights, routed)
-        return float(inputs.head(drawn, 1).hidden_states_scale.max())
+        return float(reduced_arguments(1, trial).hidden_states_scale.max())
 
     first, last = largest_scale(0), largest_scale(2)
     assert first != last

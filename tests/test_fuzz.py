@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from tests import fuzz, fuzz_cases
+from tests import fuzz, fuzz_cases, numpy_oracle
 from tests.backend_cases import EVERYWHERE
 from tests.moe_inputs import bits
 
@@ -28,6 +28,16 @@ def test_a_few_cases(case, slot):
         drawn = fuzz_cases.draw(number)
         outcome = fuzz_cases.check(drawn, fuzz_cases.oracle(drawn), case)
         assert outcome.problem is None, drawn
+
+
+def test_only_a_tie_of_equal_numbers_is_clear():
+    config = jax_moe.MoEConfig(1, 2, 1)
+    logits = np.array([[0.25, -0.25, 0.5, -0.5], [0.25, -0.25, -0.25, 0.25], [1.0, 0.0, 0.5, 0.5]])
+    gaps = numpy_oracle.routing_gaps(logits, np.zeros(4), config)
+    assert gaps[0] < 1e-15  # sigmoid(x) + sigmoid(-x) is 1 twice
+    assert gaps[1] > 0.1  # the same two numbers twice: the lower id
+    one, half = 1 / (1 + np.exp([-1.0, -0.5]))
+    np.testing.assert_allclose(gaps[2], 2 * half - (one + 0.5))
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels run for real there")

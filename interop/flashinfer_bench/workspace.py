@@ -5,10 +5,8 @@ most beyond inputs and output; a JAX solution's is the temporary size of the com
 processes beside this one compile.
 """
 
-import concurrent.futures as futures
 import functools
 import json
-import multiprocessing
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from interop.dataset import DatasetWorkload, read_routing, read_workloads
 from interop.files import data_set_root, read_object, write_atomically
 from interop.flashinfer_bench import solutions
+from interop.processes import spawned
 from interop.solutions import SOLUTIONS
 from interop.strict_json import check_fields
 from interop.workloads import definition
@@ -41,9 +40,8 @@ def measure(folder: str | Path) -> Path:
 
     rows = read_workloads(folder)
     found: dict[str, dict[str, int]] = {r["name"]: {} for r in solutions.records()}
-    processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
-    spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
-    with futures.ProcessPoolExecutor(processes, spawn, _start) as pool:
+    processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
+    with spawned(processes) as pool:
         compiling = {
             (name, row.workload.uuid): pool.submit(_jax_temporary, name, row.workload.num_tokens)
             for name in found
@@ -65,11 +63,15 @@ def measure(folder: str | Path) -> Path:
     return path
 
 
+def _axes(num_tokens: int) -> dict[str, int]:
+    return {name: axis.get("value", num_tokens) for name, axis in definition()["axes"].items()}
+
+
 def _zeros(names: tuple[str, ...], num_tokens: int) -> dict[str, Any]:
     """Zeros on the GPU for the named inputs: memory does not depend on values, routing aside."""
     import torch
 
-    axes = {name: axis.get("value", num_tokens) for name, axis in definition()["axes"].items()}
+    axes = _axes(num_tokens)
     inputs = definition()["inputs"]
     return {
         name: torch.zeros(
@@ -110,16 +112,12 @@ def _torch_peak(name: str, arguments: list[Any]) -> int:
     return torch.cuda.max_memory_allocated() - before - output.nbytes
 
 
-def _start() -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-
 def _jax_temporary(name: str, num_tokens: int) -> int:
     import jax
 
     import jax_moe
 
-    axes = {axis: at.get("value", num_tokens) for axis, at in definition()["axes"].items()}
+    axes = _axes(num_tokens)
     specs = [
         jax.ShapeDtypeStruct([axes[axis] for axis in one["shape"] or ()], one["dtype"])
         for one in definition()["inputs"].values()
