@@ -9,7 +9,6 @@ python bench_main.py --scaling --breakdown --output=results/scaling
 
 import logging
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ environment.prepare_process()  # before jax and torch are imported
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from bench import gpu_clock, inputs, routing, session, solutions  # noqa: E402
+from bench import gpu_clock, inputs, interruption, routing, session, solutions  # noqa: E402
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
@@ -135,14 +134,14 @@ def main(argv: Sequence[str]) -> int:
         for chatty in ("jax", "matplotlib"):  # absl shows INFO, such as "no TPU"
             logging.getLogger(chatty).setLevel(logging.WARNING)
         environment.enable_compilation_cache()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is done
-        return session.execute(
-            _settings(),
-            Options(report=_REPORT.value, breakdown=_BREAKDOWN.value),
-            resume=_RESUME.value,
-            profile=Path(_PROFILE.value) if _PROFILE.value else None,
-            jobs=_JOBS.value,
-        )
+        with interruption.remembered():
+            return session.execute(
+                _settings(),
+                Options(report=_REPORT.value, breakdown=_BREAKDOWN.value),
+                resume=_RESUME.value,
+                profile=Path(_PROFILE.value) if _PROFILE.value else None,
+                jobs=_JOBS.value,
+            )
     except ValueError as error:
         print(f"bench_main.py: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 import jax_moe
-from bench import correctness, execution, inputs, roofline, routing
+from bench import correctness, execution, inputs, interruption, roofline, routing
 from bench.correctness import Check
 from bench.gpu_clock import GpuClock, Sample, busy_us
 from bench.results import ERROR, PASS, WRONG, KernelTime, Results, Row
@@ -154,6 +154,7 @@ def measure(
     try:
         return _measured(settings, solution, prepared, clock, row, trace, programs)
     except Exception as error:
+        interruption.check()  # native code turns an interrupt into an error of its own
         return without_times(row, ERROR, one_line(error))
 
 

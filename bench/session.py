@@ -9,7 +9,16 @@ from pathlib import Path
 
 import tqdm
 
-from bench import ahead, documents, environment, interpreter, runner, solutions, tracing
+from bench import (
+    ahead,
+    documents,
+    environment,
+    interpreter,
+    interruption,
+    runner,
+    solutions,
+    tracing,
+)
 from bench.gpu_clock import ClockError
 from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
@@ -149,10 +158,15 @@ def _measure(
     total += len(orders)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:
 
+        def step() -> None:
+            bar.update()
+            interruption.check()
+
         def done(row: Row) -> None:
             bar.update()
             if row.problem:
                 bar.write(f"{row.status}: {row.solution} at T={row.num_tokens}: {row.problem}")
+            interruption.check()
 
         progress = runner.Progress(start=bar.set_postfix_str, done=done)
         trace = tracing.recorder(profile) if profile else None
@@ -160,7 +174,7 @@ def _measure(
             programs = None
             if orders:
                 progress.start("compiling")
-                programs = ahead.compile_all(settings, orders, jobs, bar.update)
+                programs = ahead.compile_all(settings, orders, jobs, step)
             runner.run(settings, timed, workloads, results, progress, trace, programs)
             if len(timed) < len(chosen):
                 progress.start("the kernels in the interpreter")

@@ -21,7 +21,7 @@ from typing import Any
 
 import tqdm
 
-from bench import environment
+from bench import environment, interruption
 from interop.files import write_atomically
 
 INTERPRETED = "interpreted_mosaic"
@@ -76,6 +76,7 @@ class Campaign:
         try:
             return self.cases.check(case, expected, backend)
         except Exception as error:  # whatever it raises is a finding
+            interruption.check()
             message = str(error).strip().split("\n")[0][:200]
             return self.cases.Outcome(f"{type(error).__name__}: {message}", 0, 0.0)
 
@@ -124,6 +125,7 @@ def fuzz(campaign: Campaign, seed: int, seconds: float, slots: list[int], runnin
                 running.flush()
                 before = now
                 campaign.run(number)
+                interruption.check()
                 now = time.monotonic()
                 if position == opened:
                     opened, opening = opened + 1, opening + now - before
@@ -199,7 +201,8 @@ def run_for(campaign: Campaign, seed: int, seconds: float, output: pathlib.Path)
     started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
     with (output / "running.txt").open("w") as running:
         try:
-            complete = fuzz(campaign, seed, seconds, slots, running)
+            with interruption.remembered():
+                complete = fuzz(campaign, seed, seconds, slots, running)
         except KeyboardInterrupt:
             complete = False
     (output / "running.txt").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from bench import documents, session, solutions
+from bench import documents, interruption, session, solutions
 from bench.results import PASS
 from bench.settings import Settings
 from interop.files import write_atomically
@@ -182,6 +183,84 @@ def test_an_interrupted_run_goes_on_where_it_was(run, capsys):
 
 def rows_in(path: pathlib.Path) -> list[dict]:
     return json.loads(path.read_text())["rows"]
+
+
+@pytest.fixture
+def signalled(monkeypatch, tmp_path):
+    """Runs a benchmark of one solution that `interrupts` at its first call with seven tokens."""
+
+    def execute(interrupt):
+        pending = [interrupt]
+
+        def layer(*arguments):
+            if arguments[0].shape[0] == 7 and pending:
+                pending.pop()()
+            return jax_moe.apply(*arguments, backend="xla")
+
+        found = {
+            name: Solution(name=name, framework="jax", description=name, run=function)
+            for name, function in (("torch_reference", jax_moe.reference), ("ours", layer))
+        }
+        for module in (solutions, documents):
+            monkeypatch.setattr(module, "registry", lambda backend="auto": found)
+        monkeypatch.setattr(documents, "write_all", lambda *_: [])
+        few = {"warmup": 1, "iterations": 1, "num_trials": 1, "timer": "wall", "on_gpu": False}
+        chosen = Settings(
+            solutions=("ours",), output=tmp_path / "out", workloads=("1", "7", "14"), **few
+        )  # fmt: skip
+        handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        with interruption.remembered():
+            code = session.execute(chosen, documents.Options(), resume=False, profile=None)
+        assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        interruption.check()  # forgotten with the block
+        return code, [
+            (r["solution"], r["num_tokens"]) for r in rows_in(tmp_path / "out/results.json")
+        ]
+
+    return execute
+
+
+@on_cpu
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the swallowing
+def test_an_interrupt_that_a_callback_swallows_ends_the_run(signalled, number, capsys):
+    def collect():
+        gc.callbacks.append(in_callback)
+        gc.collect()
+
+    def in_callback(*_):
+        gc.callbacks.remove(in_callback)
+        signal.raise_signal(number)
+
+    code, rows = signalled(collect)
+    assert code == session.INTERRUPTED
+    assert rows == [(n, t) for t in (1, 7) for n in ("torch_reference", "ours")]
+    assert "--resume goes on from there" in capsys.readouterr().out
+
+
+@on_cpu
+def test_an_interrupt_that_became_an_error_is_no_row(signalled, capsys):
+    def translated():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("INTERNAL: the callback failed") from error
+
+    code, rows = signalled(translated)
+    assert code == session.INTERRUPTED
+    assert rows[-1] == ("torch_reference", 7)
+    capsys.readouterr()
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.remembered():
+            signal.raise_signal(signal.SIGINT)
+            interruption.check()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @on_cpu

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM that cannot get lost.
+
+Python raises `KeyboardInterrupt` wherever the main thread happens to be. Raised inside a callback,
+such as jaxlib's of the garbage collector, it is printed as "Exception ignored" and forgotten;
+native code that calls back may turn it into an error of its own. So a signal is also remembered,
+and a long run asks for it between its steps.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
+_asked = False
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """Within the block both signals raise `KeyboardInterrupt`, and `check` does so again.
+
+    A signal that the parent had this process ignore stays ignored, as Python keeps it too. For the
+    main thread only, which is where Python runs handlers.
+    """
+    global _asked
+    _asked = False
+    heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+    before = [(one, signal.signal(one, _interrupt)) for one in heard]
+    try:
+        yield
+    finally:
+        for one, handler in before:
+            signal.signal(one, handler)
+        _asked = False
+
+
+def check() -> None:
+    """Raises what a signal asked for, if something swallowed it.
+
+    Raises:
+        KeyboardInterrupt: A signal came within `remembered`.
+    """
+    if _asked:
+        raise KeyboardInterrupt
