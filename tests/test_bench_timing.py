@@ -1,6 +1,7 @@
 """The GPU clock's cutting of events into calls, statistics, and how many calls are timed."""
 
 import time
+import types
 
 import pytest
 
@@ -112,14 +113,30 @@ def test_wall_times_cover_the_wait_for_the_output():
     assert all(us > 3_000 for us in times)
 
 
-def test_warm_up_returns_the_fastest_call_and_gives_up_on_slow_ones():
-    naps = iter([0.05, 0.001, 0.002, 0.003])
-    execution = timers.Execution(lambda: time.sleep(next(naps)), timers.no_wait, "eager", None)
-    assert 1_000 < timers.warm_up(execution, 4) < 2_000
-    calls = []
-    slow = timers.Execution(lambda: calls.append(time.sleep(0.02)), timers.no_wait, "eager", None)
-    assert timers.warm_up(slow, 10) > timers.SLOW_US
-    assert len(calls) == 2
+@pytest.fixture
+def taking(monkeypatch):
+    """Makes an execution whose calls take the given us on a clock that nothing else moves."""
+    now = [0]
+    monkeypatch.setattr(timers, "time", types.SimpleNamespace(perf_counter_ns=lambda: now[0]))
+
+    def make(*durations_us):
+        left = list(durations_us)
+
+        def call():
+            now[0] += left.pop(0) * 1000
+
+        return timers.Execution(call, timers.no_wait, "eager", None), left
+
+    return make
+
+
+def test_warm_up_returns_the_fastest_call_and_gives_up_on_slow_ones(taking):
+    execution, left = taking(50_000, 1_000, 2_000, 3_000)
+    assert timers.warm_up(execution, 4) == 1_000
+    assert not left
+    slow, left = taking(*[20_000] * 10)
+    assert timers.warm_up(slow, 10) == 20_000 > timers.SLOW_US
+    assert len(left) == 8
 
 
 def test_without_a_gpu_there_is_no_gpu_clock_and_nothing_to_flush():
