@@ -40,6 +40,16 @@ def remembered() -> Iterator[None]:
         _asked = False
 
 
+@contextlib.contextmanager
+def undisguised() -> Iterator[None]:
+    """Within the block an error that a signal was turned into is `KeyboardInterrupt` again."""
+    try:
+        yield
+    except Exception:
+        check()
+        raise
+
+
 def check() -> None:
     """Raises what a signal asked for, if something swallowed it.
 

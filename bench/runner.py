@@ -152,9 +152,9 @@ def measure(
     """
     row = earlier or new_row(settings, solution.name, prepared)
     try:
-        return _measured(settings, solution, prepared, clock, row, trace, programs)
+        with interruption.undisguised():
+            return _measured(settings, solution, prepared, clock, row, trace, programs)
     except Exception as error:
-        interruption.check()  # native code turns an interrupt into an error of its own
         return without_times(row, ERROR, one_line(error))
 
 

@@ -163,24 +163,24 @@ def _measure(
             interruption.check()
 
         def done(row: Row) -> None:
-            bar.update()
             if row.problem:
                 bar.write(f"{row.status}: {row.solution} at T={row.num_tokens}: {row.problem}")
-            interruption.check()
+            step()
 
         progress = runner.Progress(start=bar.set_postfix_str, done=done)
         trace = tracing.recorder(profile) if profile else None
         try:
-            programs = None
-            if orders:
-                progress.start("compiling")
-                programs = ahead.compile_all(settings, orders, jobs, step)
-            runner.run(settings, timed, workloads, results, progress, trace, programs)
-            if len(timed) < len(chosen):
-                progress.start("the kernels in the interpreter")
-                row = interpreter.check(settings)
-                results.put(row)
-                progress.done(row)
+            with interruption.undisguised():
+                programs = None
+                if orders:
+                    progress.start("compiling")
+                    programs = ahead.compile_all(settings, orders, jobs, step)
+                runner.run(settings, timed, workloads, results, progress, trace, programs)
+                if len(timed) < len(chosen):
+                    progress.start("the kernels in the interpreter")
+                    row = interpreter.check(settings)
+                    results.put(row)
+                    progress.done(row)
         except KeyboardInterrupt:
             bar.write("interrupted: what was finished is kept; --resume goes on from there")
             return INTERRUPTED

@@ -74,9 +74,9 @@ class Campaign:
 
     def _check(self, case: Any, expected: Any, backend: str) -> Any:
         try:
-            return self.cases.check(case, expected, backend)
+            with interruption.undisguised():
+                return self.cases.check(case, expected, backend)
         except Exception as error:  # whatever it raises is a finding
-            interruption.check()
             message = str(error).strip().split("\n")[0][:200]
             return self.cases.Outcome(f"{type(error).__name__}: {message}", 0, 0.0)
 

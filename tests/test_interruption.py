@@ -107,13 +107,8 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     assert len(set(counts)) > 1
 
 
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Runs a small benchmark; returns the exit code, None where the interrupt got through."""
-
-    def layer(*arguments):
-        return jax_moe.apply(*arguments, backend="xla")
-
+def small_benchmark(monkeypatch, tmp_path, layer, *workloads):
+    """Settings of a run of the reference and `layer`, which writes no documents."""
     found = {
         name: Solution(name=name, framework="jax", description=name, run=function)
         for name, function in (("torch_reference", jax_moe.reference), ("ours", layer))
@@ -122,9 +117,17 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "registry", lambda backend="auto": found)
     monkeypatch.setattr(documents, "write_all", lambda *_: [])  # matplotlib takes a second
     few = {"warmup": 1, "iterations": 1, "num_trials": 1, "timer": "wall", "on_gpu": False}
-    chosen = Settings(
-        solutions=("ours",), output=tmp_path / "out", workloads=("1", "7"), **few
-    )  # fmt: skip
+    return Settings(solutions=("ours",), output=tmp_path / "out", workloads=workloads, **few)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a small benchmark; returns the exit code, None where the interrupt got through."""
+
+    def layer(*arguments):
+        return jax_moe.apply(*arguments, backend="xla")
+
+    chosen = small_benchmark(monkeypatch, tmp_path, layer, "1", "7")
 
     def execute(n=None, *, resume=False):
         with InterruptAt(n, MEASURING) as tracer:
@@ -187,7 +190,7 @@ def rows_in(path: pathlib.Path) -> list[dict]:
 
 @pytest.fixture
 def signalled(monkeypatch, tmp_path):
-    """Runs a benchmark of one solution that `interrupts` at its first call with seven tokens."""
+    """Runs a benchmark of one solution that calls `interrupt` once, where it has seven tokens."""
 
     def execute(interrupt):
         pending = [interrupt]
@@ -197,25 +200,14 @@ def signalled(monkeypatch, tmp_path):
                 pending.pop()()
             return jax_moe.apply(*arguments, backend="xla")
 
-        found = {
-            name: Solution(name=name, framework="jax", description=name, run=function)
-            for name, function in (("torch_reference", jax_moe.reference), ("ours", layer))
-        }
-        for module in (solutions, documents):
-            monkeypatch.setattr(module, "registry", lambda backend="auto": found)
-        monkeypatch.setattr(documents, "write_all", lambda *_: [])
-        few = {"warmup": 1, "iterations": 1, "num_trials": 1, "timer": "wall", "on_gpu": False}
-        chosen = Settings(
-            solutions=("ours",), output=tmp_path / "out", workloads=("1", "7", "14"), **few
-        )  # fmt: skip
+        chosen = small_benchmark(monkeypatch, tmp_path, layer, "1", "7", "14")
         handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
         with interruption.remembered():
             code = session.execute(chosen, documents.Options(), resume=False, profile=None)
         assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
         interruption.check()  # forgotten with the block
-        return code, [
-            (r["solution"], r["num_tokens"]) for r in rows_in(tmp_path / "out/results.json")
-        ]
+        rows = rows_in(chosen.output / "results.json")
+        return code, [(row["solution"], row["num_tokens"]) for row in rows]
 
     return execute
 
@@ -250,6 +242,25 @@ def test_an_interrupt_that_became_an_error_is_no_row(signalled, capsys):
     assert code == session.INTERRUPTED
     assert rows[-1] == ("torch_reference", 7)
     capsys.readouterr()
+
+
+@on_cpu
+def test_an_interrupt_that_became_an_error_of_the_oracle_ends_the_run(
+    signalled, monkeypatch, capsys
+):
+    def reference(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("INTERNAL: the callback failed") from error
+
+    def break_the_oracle():
+        monkeypatch.setattr(jax_moe, "reference", reference)
+
+    code, rows = signalled(break_the_oracle)
+    assert code == session.INTERRUPTED
+    assert rows[-1] == ("ours", 7)
+    assert "--resume goes on from there" in capsys.readouterr().out
 
 
 def test_an_ignored_signal_stays_ignored():
