@@ -31,6 +31,8 @@ def asked(monkeypatch):
         return session.OK
 
     monkeypatch.setattr(session, "execute", execute)
+    # It would last for all later tests of this process, and keep programs from run to run.
+    monkeypatch.setattr(bench_main.environment, "enable_compilation_cache", lambda: None)
 
     def run(*flags):
         with flagsaver.flagsaver():
