@@ -182,6 +182,7 @@ class Bridge:
         tensors: Sequence[torch.Tensor | None],
         stream: Stream,
         optional: str | None = None,
+        leader: str | None = None,
     ) -> list[Any]:
         """Imports tensors as `to_jax` does, after one hand-over.
 
@@ -190,6 +191,10 @@ class Bridge:
             tensors: on this bridge's device.
             stream: torch's current stream.
             optional: the name of the only tensor that may be None, and then stays None.
+            leader: the only tensor whose array carries an event to wait for, each of which costs
+                the host an event, a wait and a callback. For arrays that nothing but one compiled
+                program reads, the leader among them: a program starts when all of its arguments
+                are there. None: all arrays carry one.
         """
         ready = [
             tensor
@@ -198,7 +203,14 @@ class Bridge:
             for name, tensor in zip(names, tensors, strict=True)
         ]
         address = self.order_after_torch(stream)
-        return [None if tensor is None else self._imported(tensor, address) for tensor in ready]
+        if leader is None or jax.config.jax_disable_jit:  # then many programs read them
+            leaders: Sequence[str] = names
+        else:
+            leaders = (leader,)
+        return [
+            None if tensor is None else self._imported(tensor, address if name in leaders else None)
+            for name, tensor in zip(names, ready, strict=True)
+        ]
 
     def _crosses(self, tensor: Any) -> bool:
         """Whether the tensor crosses as it is, in one quick look; others are copied or refused."""

@@ -23,7 +23,7 @@ from interop import dlpack
 from jax_moe import memory
 
 _ACTIVATIONS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
-_OPTIONAL = "hidden_states_scale"
+_OPTIONAL, _LEADER = "hidden_states_scale", "hidden_states"  # no program of ours drops the latter
 _KEPT_SCALARS = _KEPT_SHAPES = 1024
 _MAX_FACTOR = float(np.finfo(np.float32).max)
 
@@ -101,7 +101,7 @@ def torch_moe(
     stream = bridge.current_stream()
     activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
     names = _ACTIVATIONS + TorchMoEWeights._fields
-    arrays = bridge.import_all(names, (*activations, *weights), stream, _OPTIONAL)
+    arrays = bridge.import_all(names, (*activations, *weights), stream, _OPTIONAL, _LEADER)
     scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor, num_tokens, _on_host)
     layer = _compiled(config, backend, bridge.device.type)
     return _run(layer, arrays, scalars, out, bridge, stream)
@@ -157,7 +157,7 @@ class TorchMoE:
         """Runs the layer; arguments, result and errors as for `torch_moe`."""
         stream = self._bridge.current_stream()
         activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
-        arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream, _OPTIONAL)
+        arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream, _OPTIONAL, _LEADER)
         arrays += self._weights
         scalars = _scalars(
             arrays, local_expert_offset, routed_scaling_factor, num_tokens, self._on_device

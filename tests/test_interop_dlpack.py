@@ -171,6 +171,17 @@ def test_a_tensor_elsewhere_is_named():
         bridge.import_all(("x", "y"), (torch.ones(2), torch.ones(2, device="meta")), None)
 
 
+def test_one_event_serves_the_arrays_of_a_program(monkeypatch):
+    bridge = dlpack.Bridge(torch.device("cpu"), "x")
+    monkeypatch.setattr(bridge, "order_after_torch", lambda stream: 0xABC)
+    monkeypatch.setattr(dlpack, "_to_buffer", lambda capsule, target, address, copy, kind: address)
+    names, tensors = ("x", "y", "z"), (torch.ones(2), torch.ones(2), None)
+    assert bridge.import_all(names, tensors, None, "z") == [0xABC, 0xABC, None]
+    assert bridge.import_all(names, tensors, None, "z", "y") == [None, 0xABC, None]
+    with jax.disable_jit():  # then every operation is a program
+        assert bridge.import_all(names, tensors, None, "z", "y") == [0xABC, 0xABC, None]
+
+
 class OneEvent:
     """What `Bridge` needs of an event and a stream; notes what was waited for."""
 
