@@ -35,7 +35,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import launch, matmul_ring, promotion, row_gather, split_k, tickets
+from pallas_kernels import (
+    launch,
+    matmul_ring,
+    promotion,
+    row_gather,
+    single_warp,
+    split_k,
+    tickets,
+)
 from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.matmul_ring import Ring, ring_types
 from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
@@ -207,10 +215,10 @@ def grouped_matmul(
     ring_scratch = ring_types(
         config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS, gathered
     )
-    mail = mailbox_types(NUM_CONSUMERS)
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
     # The interpreter has neither atomics nor semaphores.
-    dynamic = config.dynamic and interpret is None
+    dynamic = config.dynamic and interpret is None and not gathered
+    mail = mailbox_types(NUM_CONSUMERS, dynamic)
     cut = Cut(segments, sms) if segments > 1 and interpret is None else None
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
     partials = (jax.ShapeDtypeStruct(partial_shape, jnp.float32),) if cut else ()
@@ -242,7 +250,7 @@ def grouped_matmul(
 
                 @pl.loop(0, groups)
                 def _steps(group):
-                    pl.when(group == lax.div(groups, jnp.int32(2)))(look_ahead)
+                    pl.when(group == walk.look_ahead_at(groups))(look_ahead)
                     first = tile.begin * segment_steps + group * together
                     ks = [first + i for i in range(together)]
                     matmul_ring.fill(ring, sources, tile, width, blocks, first_step, ks, box_rows)
@@ -251,8 +259,16 @@ def grouped_matmul(
                 if gathered:
                     matmul_ring.announce_rest(ring, done * segment_steps)
 
-            done = walk.produce(mailbox, _by_width(config, fill_tile), finish)
-            matmul_ring.drain(ring, done * segment_steps)
+            fill = _by_width(config, fill_tile)
+
+            def fill_drawn():
+                matmul_ring.drain(ring, walk.fill(mailbox, fill) * segment_steps)
+
+            if dynamic:
+                single_warp.run(fill_drawn, lambda: walk.schedule(mailbox))
+            else:
+                done = walk.produce(mailbox, fill, finish)
+                matmul_ring.drain(ring, done * segment_steps)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():

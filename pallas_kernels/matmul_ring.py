@@ -158,7 +158,8 @@ def _copy_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) -> N
         full = ring.full(slot, 0)
         tokens = sources.x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
         plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
-        scales = pl.ds(tile.row - ring.scale_offset(tile.row), ring.x_scales.shape[1])
+        inside = lax.rem(tile.row, jnp.int32(ring.x_scales.shape[1]))
+        scales = pl.ds(tile.row - inside, ring.x_scales.shape[1])
         plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], ring.x_scales.at[slot], full)
 
 

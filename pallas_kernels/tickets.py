@@ -8,15 +8,23 @@ these atomics.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm, memref
+from jax._src.lib.mlir.dialects import llvm
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from pallas_kernels import single_warp
 from pallas_kernels.ptx import asm, i32
 
+_DRAW = """{
+    .reg .pred first; .reg .b32 lane, drawn;
+    mov.u32 lane, %laneid;
+    setp.eq.u32 first, lane, 0;
+    mov.u32 drawn, 0;
+    @first atom.add.relaxed.gpu.global.u32 drawn, [$1], 1;
+    shfl.sync.idx.b32 $0, drawn, 0, 31, 0xffffffff;
+}"""
 _RETIRE = """{{
     .reg .pred last; .reg .u32 done;
     atom.add.acq_rel.gpu.global.u32 done, [$0+4], 1;
@@ -31,39 +39,28 @@ def new_counter():
     return pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
 
 
-def draw(counter_gmem, mailbox_smem) -> Int32[Array, ""]:
-    """The next ticket, 0, 1, 2, ..., the same for all threads of the calling warpgroup.
+def draw(counter_gmem) -> Int32[Array, ""]:
+    """The next ticket, 0, 1, 2, ..., for a single warp.
 
     Args:
         counter_gmem: From `new_counter`.
-        mailbox_smem: `i32[1]`, through which the thread that draws tells the others.
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType()),
+        arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
     )
-    def drawn(_, counter, mailbox):
-        first = mgpu.utils.c(0, ir.IndexType.get())
-        with mgpu.utils.when(_one_thread()):
-            ticket = llvm.inline_asm(
-                i32(),
-                [mgpu.utils.memref_ptr(counter)],
-                "atom.add.relaxed.gpu.global.u32 $0, [$1], 1;",
-                "=r,l",
-                has_side_effects=True,
-            )
-            memref.store(ticket, mailbox, [first])
-        mgpu.utils.warpgroup_barrier()
-        ticket = memref.load(mailbox, [first])
-        mgpu.utils.warpgroup_barrier()  # nobody may draw again before everybody has read
+    def drawn(_, counter):
+        ticket = llvm.inline_asm(
+            i32(), [mgpu.utils.memref_ptr(counter)], _DRAW, "=r,l", has_side_effects=True
+        )
         return mgpu.FragmentedArray.splat(ticket, (), is_signed=True)
 
-    return drawn(counter_gmem, mailbox_smem)
+    return drawn(counter_gmem)
 
 
 def retire(counter_gmem, num_ctas: int) -> None:
-    """Says that this CTA draws no more; called once by one warpgroup of each CTA.
+    """Says that this CTA draws no more; called once by one warp of each CTA.
 
     Args:
         counter_gmem: From `new_counter`.
@@ -72,11 +69,7 @@ def retire(counter_gmem, num_ctas: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def retired(_, counter):
-        with mgpu.utils.when(_one_thread()):
+        with mgpu.utils.when(single_warp.one_thread()):
             asm(_RETIRE.format(others=num_ctas - 1), [mgpu.utils.memref_ptr(counter)], "l")
 
     retired(counter_gmem)
-
-
-def _one_thread():
-    return mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.WARPGROUP)

@@ -1,22 +1,36 @@
 """Which CTA computes which tile, and how a CTA's warpgroups agree on it.
 
 Tiles are ordered expert by expert; inside one, rows fastest, so that an expert's weights are read
-from HBM once and from L2 after that. The first tile of a CTA is its index. Every further one is
-`sms` tiles on or, with a counter, the next that no CTA has, drawn as a ticket, so that nobody idles
-while another has two tiles left. Few long tiles are cut along K instead: see `Cut`.
+from HBM once and from L2 after that. The first tile of a CTA is its index, every further one is
+`sms` tiles on. Few long tiles are cut along K: see `Cut`.
 
     producer warpgroup                    consumer warpgroups
     ------------------                    -------------------
     wait taken[i % 2]
     tile i -> record[i % 2], posted[i % 2]  -->  wait posted[i % 2], read the record
-    draw the next ticket, look it up      <--    arrive taken[i % 2]
+    look the next tile up                 <--    arrive taken[i % 2]
     fill the ring for tile i                     compute tile i
+
+With a counter a CTA takes the next tile that no CTA has instead, so that nobody idles while another
+has two tiles left. Drawing a ticket and looking it up takes longer than the ring lasts, so a warp
+of its own does it. It draws late: CTAs should draw in the order in which they will be done.
+
+    producer warp 1                  producer warp 0                  consumer warpgroups
+    ---------------                  ---------------                  -------------------
+    wait taken
+    draw a ticket, look it up
+    tile -> record, posted      -->  wait posted, read the record     wait posted, read the record
+                                     fill the ring for the tile       arrive taken
+                                <--  arrive taken, a few steps        compute the tile
+                                     before the last one
 
 A record with no live rows ends the walk.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,9 +38,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tickets
+from pallas_kernels import single_warp, tickets
 
 _RECORDS = 2
+_LATE = 8  # steps that are left when the next ticket is drawn: twice what a look-up takes
 _BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
 MAILBOX_BYTES = 1024  # every piece of shared memory takes a multiple of that
 
@@ -95,19 +110,28 @@ class Cut(NamedTuple):
 
 
 class Mailbox(NamedTuple):
-    """Shared memory through which the producer tells the consumers their next tile."""
+    """Shared memory through which the producer tells the consumers their next tile.
+
+    One record where tickets are drawn, two where they are not.
+    """
 
     records: Any
     posted: Any
     taken: Any
 
+    def place(self, index):
+        """The record of the `index`-th tile."""
+        count = self.records.shape[0]
+        return jnp.int32(0) if count == 1 else lax.rem(index, jnp.int32(count))
 
-def mailbox_types(num_consumers: int) -> list[Any]:
+
+def mailbox_types(num_consumers: int, dynamic: bool) -> list[Any]:
     """Scratch types of a `Mailbox`."""
+    records, readers = (1, num_consumers + 1) if dynamic else (_RECORDS, num_consumers)
     return [
-        plgpu.SMEM((_RECORDS + 1, len(Tile._fields)), jnp.int32),  # the last one is the ticket's
-        plgpu.Barrier(num_arrivals=1, num_barriers=_RECORDS),
-        plgpu.Barrier(num_arrivals=num_consumers, num_barriers=_RECORDS),
+        plgpu.SMEM((records, len(Tile._fields)), jnp.int32),
+        plgpu.Barrier(num_arrivals=1, num_barriers=records),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=records),
     ]
 
 
@@ -128,12 +152,18 @@ class Walk(NamedTuple):
     cut: Cut | None
     segments: int
 
-    def tile(self, linear) -> Tile:
-        """The `linear`-th tile, whole; past the last one, a tile without live rows."""
+    def tile(self, linear, load=operator.getitem) -> Tile:
+        """The `linear`-th tile, whole; past the last one, a tile without live rows.
+
+        Args:
+            linear: Its number.
+            load: How to read a number.
+        """
         # Dead tiles name expert 0, so the look-up need not wait until `total` has been read.
         row_tile = lax.div(linear, jnp.int32(self.num_columns))
-        expert = self.tile_expert[lax.min(row_tile, jnp.int32(self.tile_expert.shape[0] - 1))]
-        size, offset = self.sizes[expert], self.offsets[expert]
+        last = jnp.int32(self.tile_expert.shape[0] - 1)
+        expert = load(self.tile_expert, lax.min(row_tile, last))
+        size, offset = load(self.sizes, expert), load(self.offsets, expert)
         row_tiles = lax.max(lax.div(size + (self.block_m - 1), jnp.int32(self.block_m)), 1)
         inside = linear - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
         first = lax.rem(inside, row_tiles) * self.block_m
@@ -143,7 +173,7 @@ class Walk(NamedTuple):
         return Tile(expert, offset + first, live, column, jnp.int32(0), jnp.int32(self.segments))
 
     def produce(self, mailbox: Mailbox, fill, finish) -> Any:
-        """Posts every tile of this CTA and fills the ring for it.
+        """Posts every tile of this CTA and fills the ring for it; without a counter.
 
         Args:
             mailbox: Where the tiles are posted.
@@ -155,20 +185,18 @@ class Walk(NamedTuple):
         Returns:
             How many segments there were.
         """
-        post(mailbox, jnp.int32(0), self._tile_of(0, mailbox))
+        post(mailbox, jnp.int32(0), self._tile_of(jnp.int32(0)))
 
         def step(carry):
             index, done = carry
-            tile = self._known(read(mailbox, index))
-            fill(done, tile, lambda: post(mailbox, index + 1, self._tile_of(index + 1, mailbox)))
+            tile = self._aligned(self._known(read(mailbox, index)))
+            fill(done, tile, lambda: post(mailbox, index + 1, self._tile_of(index + 1)))
             return index + 1, done + (tile.end - tile.begin)
 
         count, done = lax.while_loop(
             lambda carry: read(mailbox, carry[0]).live > 0, step, (jnp.int32(0), jnp.int32(0))
         )
         finish(done)
-        if self.counter is not None:
-            tickets.retire(self.counter, self.sms)
 
         # Every completed phase must be observed before the barriers go away.
         @pl.loop(lax.max(count - (_RECORDS - 1), 0), count + 1)
@@ -177,12 +205,61 @@ class Walk(NamedTuple):
 
         return done
 
+    def schedule(self, mailbox: Mailbox) -> None:
+        """A warp: posts every tile of this CTA, drawn when `fill` is almost done with the last."""
+        first = self.tile(lax.axis_index("sm"), single_warp.load)
+        _post_by_warp(mailbox, first)
+
+        def step(_):
+            plgpu.barrier_wait(mailbox.taken.at[0])
+            ticket = tickets.draw(self.counter)
+            tile = self.tile(self.sms + ticket, single_warp.load)
+            _post_by_warp(mailbox, tile)
+            return tile.live
+
+        single_warp.while_loop(self.total, lambda live: live > 0, step, first.live)
+        tickets.retire(self.counter, self.sms)
+        # Every completed phase must be observed before the barriers go away.
+        plgpu.barrier_wait(mailbox.taken.at[0])
+
+    def fill(self, mailbox: Mailbox, fill) -> Any:
+        """Another warp: fills the ring for every tile that `schedule` posts.
+
+        Args:
+            mailbox: Where the tiles are posted.
+            fill: As for `produce`; what it calls lets the next ticket be drawn.
+
+        Returns:
+            How many segments there were.
+        """
+
+        def step(carry):
+            index, fields = carry
+            tile = self._known(fields)
+            tile = tile._replace(row=lax.div(tile.row, jnp.int32(self.block_m)) * self.block_m)
+            release = functools.partial(plgpu.barrier_arrive, mailbox.taken.at[0])
+            fill(index * self.segments, tile, release)
+            return index + 1, _take_by_warp(mailbox)
+
+        initial = (jnp.int32(0), _take_by_warp(mailbox))
+        count, _ = single_warp.while_loop(
+            self.total, lambda carry: Tile(*carry[1]).live > 0, step, initial
+        )
+        plgpu.barrier_arrive(mailbox.taken.at[0])  # of the record that ended the walk
+        return count * self.segments
+
+    def look_ahead_at(self, groups):
+        """Before which of a tile's groups of steps to see about the next tile."""
+        if self.counter is None:
+            return lax.div(groups, jnp.int32(2))
+        return lax.max(groups - _LATE, 0)
+
     def consume(self, mailbox: Mailbox, body) -> None:
         """Calls `body(done, tile)` for every tile that the producer posts, `done` as in `fill`."""
 
         def step(carry):
             index, done, fields = carry
-            tile = self._known(fields)
+            tile = self._aligned(self._known(fields))
             # Where tiles are whole, `done` is a multiple of `index`: a register less to carry.
             body(done if self.cut is not None else index * self.segments, tile)
             return index + 1, done + (tile.end - tile.begin), tuple(take(mailbox, index + 1))
@@ -190,15 +267,12 @@ class Walk(NamedTuple):
         initial = (jnp.int32(0), jnp.int32(0), tuple(take(mailbox, jnp.int32(0))))
         lax.while_loop(lambda carry: Tile(*carry[2]).live > 0, step, initial)
 
-    def _tile_of(self, index, mailbox) -> Tile:
-        """The `index`-th tile of this CTA; called once for each, in order."""
+    def _tile_of(self, index) -> Tile:
+        """The `index`-th tile of this CTA."""
         cta = lax.axis_index("sm")
         if self.cut is not None:
-            return self._piece_of(self.cut, jnp.int32(index), cta)
-        if self.counter is None or (isinstance(index, int) and index == 0):
-            return self.tile(cta + jnp.int32(index) * self.sms)
-        ticket = tickets.draw(self.counter, mailbox.records.at[_RECORDS, pl.ds(0, 1)])
-        return self.tile(self.sms + ticket)
+            return self._piece_of(self.cut, index, cta)
+        return self.tile(cta + index * self.sms)
 
     def _piece_of(self, cut: Cut, index, cta) -> Tile:
         # Almost all tiles are whole: their look-up does not wait until `total` has been read.
@@ -218,12 +292,15 @@ class Walk(NamedTuple):
         tile = Tile(*fields)
         if self.cut is None:
             tile = tile._replace(begin=jnp.int32(0), end=jnp.int32(self.segments))
+        return tile
+
+    def _aligned(self, tile: Tile) -> Tile:
         return tile._replace(row=pl.multiple_of(tile.row, self.block_m))
 
 
 def post(mailbox: Mailbox, index, tile: Tile) -> None:
     """Producer: makes `tile` the record of `index`."""
-    record = lax.rem(index, jnp.int32(_RECORDS))
+    record = mailbox.place(index)
 
     @pl.when(index >= _RECORDS)
     def _reuse():
@@ -238,7 +315,7 @@ def post(mailbox: Mailbox, index, tile: Tile) -> None:
 
 def take(mailbox: Mailbox, index) -> Tile:
     """Consumer: waits for the record of `index` and releases it."""
-    record = lax.rem(index, jnp.int32(_RECORDS))
+    record = mailbox.place(index)
     plgpu.barrier_wait(mailbox.posted.at[record])
     tile = read(mailbox, index)
     plgpu.barrier_arrive(mailbox.taken.at[record])
@@ -247,5 +324,19 @@ def take(mailbox: Mailbox, index) -> Tile:
 
 def read(mailbox: Mailbox, index) -> Tile:
     """The record of `index`, which must be posted."""
-    record = lax.rem(index, jnp.int32(_RECORDS))
+    record = mailbox.place(index)
     return Tile(*(mailbox.records[record, position] for position in range(len(Tile._fields))))
+
+
+def _post_by_warp(mailbox: Mailbox, tile: Tile) -> None:
+    """Makes `tile` the record, which nobody may need any more."""
+    for position, field in enumerate(tile):
+        single_warp.store(mailbox.records, field, 0, position)
+    plgpu.barrier_arrive(mailbox.posted.at[0])
+
+
+def _take_by_warp(mailbox: Mailbox) -> tuple[Any, ...]:
+    """Waits for the record, without releasing it."""
+    plgpu.barrier_wait(mailbox.posted.at[0])
+    positions = range(len(Tile._fields))
+    return tuple(single_warp.load(mailbox.records, 0, position) for position in positions)

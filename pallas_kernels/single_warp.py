@@ -1,0 +1,83 @@
+"""What Pallas lacks in code of a single warp: loads and stores of a number, `while_loop`.
+
+See `plgpu.WarpMesh`. Only numbers and references exist there; jax 0.11.2 lowers neither `ref[i]`
+nor `lax.while_loop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, memref
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int32
+
+_BLOCK = 32
+_WARP = mgpu.utils.ThreadSubset.WARP
+
+
+def load(ref, *index) -> Int32[Array, ""]:
+    """`ref[index]` of an int32 reference."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * len(index)),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
+    )
+    def loaded(_, ref, *index):
+        value = memref.load(ref, _places(index))
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return loaded(ref, *map(jnp.int32, index))
+
+
+def store(ref, value, *index) -> None:
+    """`ref[index] = value` of an int32 reference; seen by who waits for the warp's next arrival."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * (len(index) + 1)),
+    )
+    def stored(_, ref, value, *index):
+        with mgpu.utils.when(one_thread()):
+            memref.store(value.registers.flat[0], ref, _places(index))
+
+    stored(ref, value, *map(jnp.int32, index))
+
+
+def while_loop(most, alive: Callable[[Any], Any], step: Callable[[Any], Any], carry: Any) -> Any:
+    """`lax.while_loop(alive, step, carry)`, of at most `most` steps: loops of known length.
+
+    Each skips what is left once `carry` is not alive, so that the end costs little.
+    """
+
+    def guarded(body, carry):
+        return lax.cond(alive(carry), lambda: body(carry), lambda: carry)
+
+    def block(carry):
+        return lax.fori_loop(0, _BLOCK, lambda _, carry: guarded(step, carry), carry)
+
+    blocks = lax.div(most + (_BLOCK - 1), jnp.int32(_BLOCK))
+    return lax.fori_loop(0, blocks, lambda _, carry: guarded(block, carry), carry)
+
+
+def run(*warps: Callable[[], None]) -> None:
+    """Each function by one warp of the warpgroup, all at once."""
+
+    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+    def _each():
+        for i, warp in enumerate(warps):
+            pl.when(lax.axis_index("warp") == i)(warp)
+
+
+def one_thread():
+    """Whether this is the one thread of its warp that speaks for it; all its threads must ask."""
+    return mgpu.utils.single_thread_predicate(scope=_WARP)
+
+
+def _places(index):
+    return [arith.index_cast(ir.IndexType.get(), i.registers.flat[0]) for i in index]
