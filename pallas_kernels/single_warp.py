@@ -1,6 +1,6 @@
 """What Pallas lacks in code of a single warp: loads and stores of a number, `while_loop`.
 
-See `plgpu.WarpMesh`. Only numbers and references exist there; jax 0.11.2 lowers neither `ref[i]`
+See `plgpu.warp_map`. Only numbers and references exist there; jax 0.11.2 lowers neither `ref[i]`
 nor `lax.while_loop`.
 """
 
@@ -68,10 +68,10 @@ def while_loop(most, alive: Callable[[Any], Any], step: Callable[[Any], Any], ca
 def run(*warps: Callable[[], None]) -> None:
     """Each function by one warp of the warpgroup, all at once."""
 
-    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-    def _each():
+    @plgpu.warp_map
+    def _each(index):
         for i, warp in enumerate(warps):
-            pl.when(lax.axis_index("warp") == i)(warp)
+            pl.when(index == i)(warp)
 
 
 def one_thread():

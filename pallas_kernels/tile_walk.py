@@ -29,7 +29,6 @@ A record with no live rows ends the walk.
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any, NamedTuple
 
@@ -237,8 +236,7 @@ class Walk(NamedTuple):
             index, fields = carry
             tile = self._known(fields)
             tile = tile._replace(row=lax.div(tile.row, jnp.int32(self.block_m)) * self.block_m)
-            release = functools.partial(plgpu.barrier_arrive, mailbox.taken.at[0])
-            fill(index * self.segments, tile, release)
+            fill(index * self.segments, tile, lambda: plgpu.barrier_arrive(mailbox.taken.at[0]))
             return index + 1, _take_by_warp(mailbox)
 
         initial = (jnp.int32(0), _take_by_warp(mailbox))

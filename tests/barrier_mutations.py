@@ -55,6 +55,12 @@ UNREACHED = {
     "barrier_arrive in pallas_kernels.matmul_ring._announce._landed": (
         "the interpreter has no cp.async; there, rows are gathered beforehand"
     ),
+    "barrier_arrive in pallas_kernels.tile_walk.Walk.fill": _NO_ATOMICS,
+    "barrier_arrive in pallas_kernels.tile_walk.Walk.fill.step": _NO_ATOMICS,
+    "barrier_arrive in pallas_kernels.tile_walk._post_by_warp": _NO_ATOMICS,
+    "barrier_wait in pallas_kernels.tile_walk.Walk.schedule": _NO_ATOMICS,
+    "barrier_wait in pallas_kernels.tile_walk.Walk.schedule.step": _NO_ATOMICS,
+    "barrier_wait in pallas_kernels.tile_walk._take_by_warp": _NO_ATOMICS,
     "commit_smem in pallas_kernels.split_k.Parts.announce._signal": _NO_ATOMICS,
     "semaphore_signal in pallas_kernels.split_k.Parts.announce._signal": _NO_ATOMICS,
     "semaphore_wait in pallas_kernels.split_k.Parts._sum_of_parts._wait": _NO_ATOMICS,

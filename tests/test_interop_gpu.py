@@ -200,18 +200,23 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
 
 @pytest.mark.timing
 def test_host_time_of_a_handle_call(record_property):
-    """What a call costs the host, the GPU idle before each so that launches do not queue up."""
+    """What a call costs the host, the GPU idle before each so that launches do not queue up.
+
+    The host's other tenants can only add, and do so for seconds at a time: the bar is on the least
+    of several medians, and all of them are recorded.
+    """
     inputs = torch_inputs(1, "cuda")
     handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
-    for _ in range(50):
-        handle(*inputs[:4], *inputs[8:])
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(300):
+
+    def call() -> float:
+        torch.cuda.synchronize()
         before = time.perf_counter()
         handle(*inputs[:4], *inputs[8:])
-        times.append((time.perf_counter() - before) * 1e6)
-        torch.cuda.synchronize()
-    record_property("host_us", statistics.median(times))
-    print(f"TorchMoE call: median {statistics.median(times):.0f} us of host time")
-    assert statistics.median(times) <= MAX_HOST_US
+        return (time.perf_counter() - before) * 1e6
+
+    for _ in range(50):
+        call()
+    medians = [statistics.median(call() for _ in range(100)) for _ in range(8)]
+    record_property("host_us", [round(median, 1) for median in medians])
+    print("TorchMoE call, us of host time, medians of 100:", *(f"{m:.0f}" for m in medians))
+    assert min(medians) <= MAX_HOST_US
