@@ -67,6 +67,7 @@ class MatmulConfig:
             of 128-column steps is not a multiple of it.
         dynamic: Whether a CTA takes the next tile that nobody has, instead of every `sms`-th one.
             Worth it where tiles are many and long; the counter costs a launch of its own.
+            Taken as False where rows are gathered: that takes the warp which would draw.
         segment_steps: Cuts the last tiles along K, where they are few, into pieces of that many
             128-column steps; None, or a number of steps that it does not divide, leaves them
             whole. The order of additions does not depend on where a tile is cut. Costs a launch

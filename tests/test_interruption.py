@@ -191,6 +191,8 @@ def rows_in(path: pathlib.Path) -> list[dict]:
 @pytest.fixture
 def signalled(monkeypatch, tmp_path):
     """Runs a benchmark of one solution that calls `interrupt` once, where it has seven tokens."""
+    # A shell starts what it runs in the background with SIGINT ignored, and so do its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def execute(interrupt):
         pending = [interrupt]
@@ -209,7 +211,8 @@ def signalled(monkeypatch, tmp_path):
         rows = rows_in(chosen.output / "results.json")
         return code, [(row["solution"], row["num_tokens"]) for row in rows]
 
-    return execute
+    yield execute
+    signal.signal(signal.SIGINT, before)
 
 
 @on_cpu

@@ -74,8 +74,8 @@ def main(argv: list[str]) -> int:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     spread = ["-n", str(workers()), "--dist", "loadgroup"]  # compiling dominates
     codes = [
-        run_pytest("gpu and timing", alone, argv[1:]),
         run_pytest("gpu and not timing", parallel, [*spread, *argv[1:]]),
+        run_pytest("gpu and timing", alone, argv[1:]),
     ]
     exit_code = next((code for code in codes if code), 0)
     outcomes = [outcome(junit) for junit in (parallel, alone) if junit.exists()]
