@@ -52,9 +52,16 @@ class Ring(NamedTuple):
             return self.first_full.at[slot]
         return self.next_full.at[slot + (block - 1) * self.num_stages]
 
+    def first_scale(self, row):
+        """Whose token scale comes first in the slot that TMA fills for a tile."""
+        return row - self._inside(row)
+
     def scale_offset(self, row):
         """Where a tile's token scales start in a slot that TMA filled, which may be wider."""
-        return pl.multiple_of(lax.rem(row, jnp.int32(self.x_scales.shape[1])), self.block_m)
+        return pl.multiple_of(self._inside(row), self.block_m)
+
+    def _inside(self, row):
+        return lax.rem(row, jnp.int32(self.x_scales.shape[1]))
 
 
 def scale_slots(block_m: int) -> int:
@@ -158,8 +165,7 @@ def _copy_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) -> N
         full = ring.full(slot, 0)
         tokens = sources.x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
         plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
-        inside = lax.rem(tile.row, jnp.int32(ring.x_scales.shape[1]))
-        scales = pl.ds(tile.row - inside, ring.x_scales.shape[1])
+        scales = pl.ds(ring.first_scale(tile.row), ring.x_scales.shape[1])
         plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], ring.x_scales.at[slot], full)
 
 

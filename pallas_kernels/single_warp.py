@@ -1,7 +1,7 @@
 """What Pallas lacks in code of a single warp: loads and stores of a number, `while_loop`.
 
 See `plgpu.warp_map`. Only numbers and references exist there; jax 0.11.2 lowers neither `ref[i]`
-nor `lax.while_loop`.
+nor `lax.while_loop`, and knows no `pl.multiple_of`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ _BLOCK = 32
 _WARP = mgpu.utils.ThreadSubset.WARP
 
 
-def load(ref, *index) -> Int32[Array, ""]:
-    """`ref[index]` of an int32 reference."""
+def load(ref, index) -> Int32[Array, ""]:
+    """`ref[index]` of an int32 reference; a tuple of numbers where it has several dimensions."""
+    index = _tuple(index)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * len(index)),
@@ -33,11 +34,12 @@ def load(ref, *index) -> Int32[Array, ""]:
         value = memref.load(ref, _places(index))
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
-    return loaded(ref, *map(jnp.int32, index))
+    return loaded(ref, *index)
 
 
-def store(ref, value, *index) -> None:
-    """`ref[index] = value` of an int32 reference; seen by who waits for the warp's next arrival."""
+def store(ref, index, value) -> None:
+    """`ref[index] = value`, index as for `load`; seen by who waits for the warp's next arrival."""
+    index = _tuple(index)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * (len(index) + 1)),
@@ -46,7 +48,7 @@ def store(ref, value, *index) -> None:
         with mgpu.utils.when(one_thread()):
             memref.store(value.registers.flat[0], ref, _places(index))
 
-    stored(ref, value, *map(jnp.int32, index))
+    stored(ref, value, *index)
 
 
 def while_loop(most, alive: Callable[[Any], Any], step: Callable[[Any], Any], carry: Any) -> Any:
@@ -77,6 +79,10 @@ def run(*warps: Callable[[], None]) -> None:
 def one_thread():
     """Whether this is the one thread of its warp that speaks for it; all its threads must ask."""
     return mgpu.utils.single_thread_predicate(scope=_WARP)
+
+
+def _tuple(index) -> tuple[Any, ...]:
+    return tuple(map(jnp.int32, index if isinstance(index, tuple) else (index,)))
 
 
 def _places(index):

@@ -233,15 +233,16 @@ class Walk(NamedTuple):
         """
 
         def step(carry):
-            index, fields = carry
-            tile = self._known(fields)
+            index, tile = carry
+            tile = self._known(tile)
+            # What `_aligned` says, for a warp: TMA wants to know that rows come in whole tiles.
             tile = tile._replace(row=lax.div(tile.row, jnp.int32(self.block_m)) * self.block_m)
             fill(index * self.segments, tile, lambda: plgpu.barrier_arrive(mailbox.taken.at[0]))
             return index + 1, _take_by_warp(mailbox)
 
         initial = (jnp.int32(0), _take_by_warp(mailbox))
         count, _ = single_warp.while_loop(
-            self.total, lambda carry: Tile(*carry[1]).live > 0, step, initial
+            self.total, lambda carry: carry[1].live > 0, step, initial
         )
         plgpu.barrier_arrive(mailbox.taken.at[0])  # of the record that ended the walk
         return count * self.segments
@@ -320,21 +321,21 @@ def take(mailbox: Mailbox, index) -> Tile:
     return tile
 
 
-def read(mailbox: Mailbox, index) -> Tile:
-    """The record of `index`, which must be posted."""
+def read(mailbox: Mailbox, index, load=operator.getitem) -> Tile:
+    """The record of `index`, which must be posted; `load` as for `Walk.tile`."""
     record = mailbox.place(index)
-    return Tile(*(mailbox.records[record, position] for position in range(len(Tile._fields))))
+    places = [(record, position) for position in range(len(Tile._fields))]
+    return Tile(*(load(mailbox.records, place) for place in places))
 
 
 def _post_by_warp(mailbox: Mailbox, tile: Tile) -> None:
     """Makes `tile` the record, which nobody may need any more."""
     for position, field in enumerate(tile):
-        single_warp.store(mailbox.records, field, 0, position)
+        single_warp.store(mailbox.records, (0, position), field)
     plgpu.barrier_arrive(mailbox.posted.at[0])
 
 
-def _take_by_warp(mailbox: Mailbox) -> tuple[Any, ...]:
+def _take_by_warp(mailbox: Mailbox) -> Tile:
     """Waits for the record, without releasing it."""
     plgpu.barrier_wait(mailbox.posted.at[0])
-    positions = range(len(Tile._fields))
-    return tuple(single_warp.load(mailbox.records, 0, position) for position in positions)
+    return read(mailbox, 0, single_warp.load)

@@ -18,7 +18,7 @@ from tests.torch_inputs import bits, torch_inputs  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 LONG = 200_000_000  # cycles, about a tenth of a second
-MAX_HOST_US, DISPATCH_US = 300.0, 52.0
+MAX_HOST_US = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -198,34 +198,20 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
     assert after[1] - before[1] <= 8 << 20, f"jax: {before[1]} to {after[1]} bytes"
 
 
-def host_us(call) -> float:
-    """Median host time of a call, the GPU idle before each so that launches do not queue up."""
-    times = []
-    for _ in range(100):
-        torch.cuda.synchronize()
-        before = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - before) * 1e6)
-    return statistics.median(times)
-
-
 @pytest.mark.timing
 def test_host_time_of_a_handle_call(record_property):
-    """The bar holds for a host that takes 52 us for a dispatch of ten arrays, as when it was set.
-
-    A slower one gets as much longer. Its other tenants can only add, and do so for seconds at a
-    time: one of several rounds must keep the bar, and all of them are recorded.
-    """
+    """What a call costs the host, the GPU idle before each so that launches do not queue up."""
     inputs = torch_inputs(1, "cuda")
     handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
-    arrays = [to_jax(tensor) for tensor in inputs[:8]]
-    numbers = [jax.device_put(number, arrays[0].device) for number in (np.int32(8), np.float32(2))]
-    dispatch = jax.jit(lambda *ten: ten[2].astype(jnp.bfloat16))
-    pieces = lambda: handle(*inputs[:4], *inputs[8:]), lambda: dispatch(*arrays, *numbers)
-    rounds = [[host_us(piece) for piece in pieces] for _ in range(9)][1:]
-    record_property("host_us", [[round(us, 1) for us in one] for one in rounds])
-    print(
-        "TorchMoE / dispatch, us:", *(f"{call:.0f}/{yardstick:.0f}" for call, yardstick in rounds)
-    )
-    bar = [MAX_HOST_US * max(1.0, yardstick / DISPATCH_US) for _, yardstick in rounds]
-    assert any(call <= most for (call, _), most in zip(rounds, bar, strict=True)), rounds
+    for _ in range(50):
+        handle(*inputs[:4], *inputs[8:])
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(300):
+        before = time.perf_counter()
+        handle(*inputs[:4], *inputs[8:])
+        times.append((time.perf_counter() - before) * 1e6)
+        torch.cuda.synchronize()
+    record_property("host_us", statistics.median(times))
+    print(f"TorchMoE call: median {statistics.median(times):.0f} us of host time")
+    assert statistics.median(times) <= MAX_HOST_US
