@@ -18,6 +18,7 @@ _STAGES = {
     "gather": r"permute_rows",
     "up": r"up_projection",
     "down": r"down_projection",
+    "combine local": r"combine_local",
     "combine": r"combine",
 }
 
@@ -36,7 +37,8 @@ def stage_work(stage: str, row: Row, sizes: Sizes) -> Work:
     What a later stage finds in the L2 counts as moved, so a fraction above 1 is possible.
 
     Args:
-        stage: "route", "plan", "gather", "up", "down" or "combine".
+        stage: "route", "plan", "gather", "up", "down", "combine", or "combine local" where the
+            zeros of tokens without a local pair are the up-projection's (not counted there).
         row: Gives T and the local load.
         sizes: Gives E, H and I.
 
@@ -49,14 +51,16 @@ def stage_work(stage: str, row: Row, sizes: Sizes) -> Work:
     outputs = load.pairs * BF16_BYTES * hidden
     weights = (gemm_bytes(2 * intermediate, hidden), gemm_bytes(hidden, intermediate))
     per_choice = 4 + 4  # an id and a weight, or an id and a row
+    choices_of_all = tokens * per_choice * choices
     rows = quantized_row_bytes(hidden)
     moved = {
-        "route": tokens * (4 * sizes.num_experts + per_choice * choices),
-        "plan": tokens * per_choice * choices,
+        "route": tokens * 4 * sizes.num_experts + choices_of_all,
+        "plan": choices_of_all,
         "gather": (load.tokens + load.pairs) * rows,
         "up": load.active_experts * weights[0] + load.pairs * rows + activations,
         "down": load.active_experts * weights[1] + activations + outputs,
-        "combine": outputs + tokens * (per_choice * choices + BF16_BYTES * hidden),
+        "combine": outputs + choices_of_all + tokens * BF16_BYTES * hidden,
+        "combine local": outputs + choices_of_all + load.tokens * BF16_BYTES * hidden,
     }
     multiplied = {
         "up": 2 * load.pairs * 2 * intermediate * hidden,

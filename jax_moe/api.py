@@ -181,8 +181,9 @@ def _layer(
     routing = stages.route(routing_logits, routing_bias, routed_scaling_factor, config=config)
     topk_ids = _of_live_tokens(routing.topk_ids, num_tokens)
     plan = stages.plan_dispatch(topk_ids, local_expert_offset, **counts)
+    rows = hidden_states, hidden_states_scale
     activations = stages.up_project(
-        hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, plan
+        *rows, gemm1_weights, gemm1_weights_scale, plan, whole_layer=True
     )
     expert_outputs = stages.down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
     return stages.combine(expert_outputs, routing.topk_weights, plan)

@@ -45,6 +45,7 @@ from pallas_kernels import (
     tickets,
 )
 from pallas_kernels.device import SMEM_BYTES, num_sms
+from pallas_kernels.idle_work import IdleWork
 from pallas_kernels.matmul_ring import Ring, ring_types
 from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
 from pallas_kernels.shapes import QUANT_BLOCK
@@ -168,6 +169,7 @@ def grouped_matmul(
     out_type: Any,
     scratch_types: Sequence[Any],
     name: str,
+    idle_work: IdleWork | None = None,
     interpret=None,
 ):
     """Runs `epilogue` on every tile of `rows @ weights[expert].T`.
@@ -186,13 +188,14 @@ def grouped_matmul(
         out_type: Shapes of the results.
         scratch_types: The epilogue's scratch.
         name: Kernel name.
+        idle_work: What a warp that would idle does besides; only where `has_idle_warps`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        Arrays of `out_type`; rows that no tile covers are unwritten.
+        Arrays of `out_type`, then that of `idle_work`; rows that no tile covers are unwritten.
 
     Raises:
-        ValueError: The configuration does not fit the GPU, or rows that are gathered.
+        ValueError: The configuration does not fit the GPU, rows that are gathered or `idle_work`.
     """
     if interpret is not None and rows.row_token is not None:
         values, scales = row_gather.gather_first(rows.values, rows.scales, rows.row_token)
@@ -217,8 +220,10 @@ def grouped_matmul(
         config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS, gathered
     )
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
-    # The interpreter has neither atomics nor semaphores.
-    dynamic = config.dynamic and interpret is None and not gathered
+    dynamic = has_idle_warps(config, gathered=gathered, interpret=interpret)
+    if idle_work and not dynamic:
+        raise ValueError(f"idle_work: expected None where no warp idles, got one with {config}")
+    side_inputs, side_types = (idle_work.inputs, (idle_work.out_type,)) if idle_work else ((), ())
     mail = mailbox_types(NUM_CONSUMERS, dynamic)
     cut = Cut(segments, sms) if segments > 1 and interpret is None else None
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
@@ -228,8 +233,10 @@ def grouped_matmul(
         x, x_scales, sizes, offsets, tile_expert, num_tiles, *refs = all_refs
         row_token = refs.pop(0) if gathered else None
         w, w_scales, *refs = refs
+        side_refs, refs = refs[: len(side_inputs)], refs[len(side_inputs) :]
         counter = tickets.new_counter() if dynamic else None
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
+        side_result = refs.pop(0) if idle_work else None
         total = num_tiles[0] * num_columns
         parts = split_k.Parts(refs.pop(0), split_k.new_flags(sms), cut, total) if cut else None
         ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
@@ -266,7 +273,10 @@ def grouped_matmul(
                 matmul_ring.drain(ring, walk.fill(mailbox, fill) * segment_steps)
 
             if dynamic:
-                single_warp.run(fill_drawn, lambda: walk.schedule(mailbox))
+                warps = [fill_drawn, lambda: walk.schedule(mailbox)]
+                if idle_work:
+                    warps.append(lambda: idle_work.run(side_refs, side_result, sms))
+                single_warp.run(*warps)
             else:
                 done = walk.produce(mailbox, fill, finish)
                 matmul_ring.drain(ring, done * segment_steps)
@@ -301,7 +311,7 @@ def grouped_matmul(
 
     kernel = launch.kernel(
         body,
-        out_type=(*outputs, *partials),
+        out_type=(*outputs, *side_types, *partials),
         scratch_types=[*ring_scratch, *mail, *scratch_types],
         grid=(sms,),
         grid_names=("sm",),
@@ -311,8 +321,22 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    found = kernel(*(array for array in rows if array is not None), weights, weights_scale)
-    return tuple(found[: len(outputs)]) if isinstance(out_type, tuple) else found[0]
+    given = (array for array in rows if array is not None)
+    found = kernel(*given, weights, weights_scale, *side_inputs)
+    several = isinstance(out_type, tuple) or idle_work
+    return tuple(found[: len(outputs) + len(side_types)]) if several else found[0]
+
+
+def has_idle_warps(config: MatmulConfig, *, gathered: bool, interpret) -> bool:
+    """Whether tiles are drawn by a warp of its own, which leaves two without work.
+
+    Args:
+        config: Tile and ring.
+        gathered: Whether the producer gathers the rows, which takes all of its warps.
+        interpret: Interpreter parameters, or None for the GPU: the interpreter has neither
+            atomics nor semaphores.
+    """
+    return config.dynamic and interpret is None and not gathered
 
 
 def _registers(block_m: int, gathered: bool) -> tuple[int, int]:

@@ -4,7 +4,8 @@
     few tokens    1024 columns a warpgroup   local rows loaded together: the latency of one row
 
 The sum runs over the token's choices in their order, in f32, with one cast at the end, so the
-result does not depend on scheduling. Only local pairs are read; a token without one gets zeros.
+result does not depend on scheduling. Only local pairs are read; a token without one gets zeros,
+or is left alone where another kernel has written them (`zero_rows`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def combine(
     topk_weights: Float[Array, "T k"],
     pair_row: Int32[Array, "T k"],
     *,
+    zeroed: BFloat16[Array, "T H"] | None = None,
     interpret=None,
 ) -> BFloat16[Array, "T H"]:
     """`out[t] = sum over local k of topk_weights[t, k] * expert_outputs[pair_row[t, k]]`.
@@ -38,11 +40,14 @@ def combine(
         expert_outputs: `bf16[M, H]`, H a multiple of 128.
         topk_weights: `f32[T, k]`.
         pair_row: `i32[T, k]`, -1 where the pair is not local.
+        zeroed: The result as far as it is known, from `zero_rows`; written in place.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
         `bf16[T, H]`.
     """
+    if zeroed is not None:
+        return _sum_into(zeroed, expert_outputs, topk_weights, pair_row, interpret)
     num_tokens = pair_row.shape[0]
     hidden_size = expert_outputs.shape[1]
     few = num_tokens <= _FEW_TOKENS
@@ -56,6 +61,27 @@ def combine(
         interpret=interpret,
     )
     return kernel(expert_outputs, topk_weights, pair_row)
+
+
+def _sum_into(zeroed, expert_outputs, topk_weights, pair_row, interpret):
+    """Sums of the tokens with a local pair, the others are those of `zeroed`."""
+    kernel = launch.kernel(
+        _sum_row_if_local,
+        out_type=(),
+        grid=(pair_row.shape[0],),
+        grid_names=("token",),
+        kernel_name="moe_combine_local",
+        interpret=interpret,
+    )
+    return pl.run_state(lambda out: kernel(expert_outputs, topk_weights, pair_row, out))(zeroed)
+
+
+def _sum_row_if_local(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
+    rows, _ = _pairs(lax.axis_index("token"), pair_row_gmem, weight_gmem)
+
+    @pl.when(functools.reduce(lax.max, rows) >= 0)
+    def _sum():
+        _sum_row(expert_gmem, weight_gmem, pair_row_gmem, out_gmem)
 
 
 def _sum_row(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Float8e4m3fn
 from pallas_kernels import layouts
 from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig, grouped_matmul
 from pallas_kernels.group_quant import E4M3_MAX, SMALLEST_NORMAL
+from pallas_kernels.idle_work import IdleWork
 from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -39,8 +40,9 @@ def up_projection(
     gemm1_weights_scale: Float[Array, "E 2*I/128 H/128"],
     *,
     config: MatmulConfig,
+    idle_work: IdleWork | None = None,
     interpret=None,
-) -> tuple[Float8e4m3fn[Array, "M I"], Float[Array, "I/128 M"]]:
+) -> tuple[Array, ...]:
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
 
     Args:
@@ -48,13 +50,14 @@ def up_projection(
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
         config: Tile and ring.
+        idle_work: As for `grouped_matmul`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `e4m3[M, I]` and `f32[I/128, M]`; padding rows hold anything.
+        `e4m3[M, I]` and `f32[I/128, M]`, padding rows hold anything; then what `idle_work` gives.
 
     Raises:
-        ValueError: The configuration needs more shared memory than there is.
+        ValueError: The configuration needs more shared memory than there is, or no warp idles.
     """
     num_rows = rows.num_rows
     intermediate_size = gemm1_weights.shape[1] // 2
@@ -90,6 +93,7 @@ def up_projection(
             plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         ],
         name="moe_up_projection",
+        idle_work=idle_work,
         interpret=interpret,
     )
 

@@ -249,6 +249,17 @@ def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
         expected[t] += topk_weights[t, k] * outputs[pair_row[t, k]].astype(np.float32)
     np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
 
+    idle = (pair_row < 0).all(axis=1)
+    assert idle[2]
+    zeroed = np.full((6, hidden_size), np.nan, ml_dtypes.bfloat16)
+    zeroed[idle] = 7  # so that it is seen who wrote them
+    expected[idle] = 7
+    pairs = topk_weights, pair_row.astype(np.int32)
+    found = run(
+        lambda z, *rest, **how: combine.combine(*rest, zeroed=z, **how), zeroed, outputs, *pairs
+    )
+    np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
+
 
 def test_outputs_are_jax_arrays():
     """The wrappers take numpy and jax arrays alike."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 
 import jax
+import numpy as np
 import pytest
 
 import jax_moe
+from pallas_kernels import zero_rows
+from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.up_projection import up_projection
 from tests import h100_target
 from tests.moe_inputs import rank_specs
+from tests.test_kernels_interpreted import grouped_rows, weights
 
 TOKENS = (1, 80, 901, 14107)  # at least one of each tile height
 SIZES = {"num_local_experts": 32, "hidden_size": 7168, "intermediate_size": 2048}
@@ -33,6 +38,8 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens):
     assert spilled == {}, f"with ptxas {report.ptxas_version}:\n{report}"
     multiplying = {kernel.name for kernel in report.kernels if "QGMMA" in kernel.instructions}
     assert multiplying == {"moe_up_projection", "moe_down_projection"}
+    combining = {kernel.name for kernel in report.kernels if "combine" in kernel.name}
+    assert combining == {"moe_combine_local" if num_tokens > 2048 else "moe_combine"}
     assert report.command_buffers == 1
     assert report.launches_outside_command_buffers == 0
     with jax_moe.assume_device("sm_90"):
@@ -63,6 +70,36 @@ def test_kernels_share_nothing_that_they_write(num_tokens):
     )
     written = [operands.split(", ")[int(position)].split("*/")[-1] for operands, position in calls]
     assert len(written) == len(set(written)) == 4, "two projections a layer, each with its own"
+
+
+@pytest.mark.parametrize("hidden_size", [384, 512])
+def test_zeros_are_written_in_words_that_divide_a_row(hidden_size):
+    config = MatmulConfig(128, num_stages=3, dynamic=True)
+
+    def run(pair_row, rows, w, w_scale):
+        work = zero_rows.zero_rows(pair_row, hidden_size)
+        with jax_moe.assume_device("sm_90"):
+            return up_projection(GroupedRows(*rows), w, w_scale, config=config, idle_work=work)
+
+    rows, _ = grouped_rows([128, 5], 128, columns=512)
+    arguments = (np.zeros((131, 8), np.int32), rows[:6], *weights(2, 256, 512))
+    specs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arguments)
+    (kernel,) = h100_target.compile_for_h100(run, *specs).kernels
+    assert kernel.spill_bytes == 0
+
+
+def test_work_without_a_warp_for_it_is_refused():
+    with pytest.raises(ValueError, match="pair_row: expected at most 32 pairs a token, got 33"):
+        zero_rows.zero_rows(np.zeros((2, 33), np.int32), 512)
+    rows, _ = grouped_rows([128, 5], 128, columns=512)
+    work = zero_rows.zero_rows(np.zeros((2, 8), np.int32), 512)
+    with (
+        jax_moe.assume_device("sm_90"),
+        pytest.raises(ValueError, match="idle_work: expected None"),
+    ):
+        up_projection(
+            rows, *weights(2, 256, 512), config=MatmulConfig(128, num_stages=3), idle_work=work
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

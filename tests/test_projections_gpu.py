@@ -8,11 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import row_gather
+import jax_moe
+from pallas_kernels import row_gather, zero_rows
 from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
 from pallas_kernels.down_projection import down_projection
 from pallas_kernels.up_projection import up_projection
+from tests.moe_inputs import SMALL, bits, make_inputs, on_device
 from tests.test_kernels_interpreted import E4M3, grouped_rows, weights
+from tests.test_repeatability import NAN, poison
 
 pytestmark = pytest.mark.gpu
 
@@ -78,3 +81,49 @@ def test_a_cut_down_projection_is_exact():
         results.append(np.asarray(run(rows, w, w_scale))[live].view(np.uint16))
     for found in results[1:]:
         np.testing.assert_array_equal(found, results[0])
+
+
+@pytest.mark.parametrize("hidden_size", [384, 512])
+@pytest.mark.parametrize("num_tokens", [1, 131, 1000])
+def test_zeros_are_those_of_the_tokens_without_a_local_pair(num_tokens, hidden_size):
+    """Of each other token the row still holds what was in memory before: NaN."""
+    rows, live = grouped_rows([128, 5], 128, columns=512)
+    w, w_scale = weights(2, 256, 512)
+    rng = np.random.default_rng(num_tokens)
+    pair_row = np.where(rng.random((num_tokens, 8)) < 0.1, 3, -1).astype(np.int32)
+    config = MatmulConfig(128, num_stages=3, widths=(32,), dynamic=True)
+
+    @jax.jit
+    def run(pair_row, rows, w, w_scale):
+        work = zero_rows.zero_rows(pair_row, hidden_size)
+        return up_projection(GroupedRows(*rows), w, w_scale, config=config, idle_work=work)
+
+    expected = up(rows, w, w_scale, block_m=128, num_stages=3, widths=(32,), dynamic=True)
+    run(pair_row, rows, w, w_scale)
+    poison(NAN)
+    values, _, zeroed = run(pair_row, rows, w, w_scale)
+    np.testing.assert_array_equal(np.asarray(values).view(np.uint8)[live], expected[0][live])
+    idle = (pair_row < 0).all(axis=1)
+    assert (bits(zeroed)[idle] == 0).all()
+    assert num_tokens == 1 or not idle.all()
+    assert np.isnan(np.asarray(zeroed)[~idle].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("hidden_size", [384, 512])
+def test_a_layer_that_writes_its_zeros_early_gives_the_bits_of_its_stages(hidden_size):
+    inputs = on_device(make_inputs(1024, hidden_size=hidden_size))
+    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs
+    on = {"backend": "mosaic"}
+    routing = jax_moe.route(logits, bias, factor, config=SMALL, **on)
+    counts = {"num_local_experts": 8, "num_experts": 32}
+    plan = jax_moe.plan_dispatch(routing.topk_ids, offset, **counts, **on)
+    assert plan.block_m == 128, "the tiles whose kernel has warps to spare"
+    activations = jax_moe.up_project(x, x_scale, w13, s13, plan, **on)
+    rows = jax_moe.down_project(activations, w2, s2, plan, **on)
+    expected = bits(jax_moe.combine(rows, routing.topk_weights, plan, **on))
+    idle = (np.asarray(plan.pair_row) < 0).all(axis=1)
+    assert 0 < idle.sum() < len(idle)
+    poison(NAN)
+    found = bits(jax_moe.apply(*inputs, config=SMALL, **on))
+    np.testing.assert_array_equal(found, expected)
+    assert (found[idle] == 0).all()

@@ -65,12 +65,18 @@ class Backend(Protocol):
         gemm1_weights: Array,
         gemm1_weights_scale: Array,
         plan: DispatchPlan,
-    ) -> Quantized:
-        """Gather, GEMM1, SwiGLU, requantization."""
+        *,
+        whole_layer: bool = False,
+    ) -> Any:
+        """Gather, GEMM1, SwiGLU, requantization: a `Quantized`.
+
+        With `whole_layer`, which says that the two stages below follow, whatever `down_project`
+        takes: work of theirs may be done here, where the GPU has time for it.
+        """
 
     def down_project(
         self,
-        activations: Quantized,
+        activations: Any,
         gemm2_weights: Array,
         gemm2_weights_scale: Array,
         plan: DispatchPlan,

@@ -7,6 +7,7 @@ multiprocessors.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
@@ -15,15 +16,31 @@ from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
 from jax_moe.types import DispatchPlan, Quantized, Routing
 from pallas_kernels import combine as combine_kernel
-from pallas_kernels import dispatch, group_quant, permute, routing, tuning
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
+from pallas_kernels import dispatch, group_quant, permute, routing, tuning, zero_rows
+from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig, has_idle_warps
 from pallas_kernels.down_projection import down_projection
+from pallas_kernels.idle_work import IdleWork
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 from pallas_kernels.up_projection import up_projection
 
 NAME = "mosaic"
 
 _INTERPRETED_SMS = 2
+
+
+class _Activations(NamedTuple):
+    """`Quantized`, and the layer's output as far as it is known: zeros of some tokens."""
+
+    values: Float8e4m3fn[Array, "M I"]
+    scales: Float32[Array, "I//128 M"]
+    zeroed: BFloat16[Array, "T H"]
+
+
+class _ExpertOutputs(NamedTuple):
+    """The down-projection's rows, and the same output if there is one."""
+
+    rows: BFloat16[Array, "M H"]
+    zeroed: BFloat16[Array, "T H"] | None
 
 
 def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
@@ -86,8 +103,11 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: DispatchPlan,
-) -> Quantized:
+    *,
+    whole_layer: bool = False,
+) -> Quantized | _Activations:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    config = _on_this_device(tuning.up_config(plan.block_m))
     if tuning.gathers(plan.block_m):
         tokens = Quantized(hidden_states, hidden_states_scale)
         rows = _grouped(tokens, plan)._replace(row_token=plan.row_token)
@@ -100,41 +120,57 @@ def up_project(
             interpret=interpret_params(),
         )
         rows = _grouped(Quantized(*permuted), plan)
-    return Quantized(
-        *up_projection(
-            rows,
-            gemm1_weights,
-            gemm1_weights_scale,
-            config=_on_this_device(tuning.up_config(plan.block_m)),
-            interpret=interpret_params(),
-        )
+    zeroing = _zeroing(config, rows, plan) if whole_layer else None
+    found = up_projection(
+        rows,
+        gemm1_weights,
+        gemm1_weights_scale,
+        config=config,
+        idle_work=zeroing,
+        interpret=interpret_params(),
     )
+    return _Activations(*found) if zeroing else Quantized(*found)
+
+
+def _zeroing(config: MatmulConfig, rows: GroupedRows, plan: DispatchPlan) -> IdleWork | None:
+    """The work of writing the output's zeros, where the up-projection has a warp for it."""
+    gathered = rows.row_token is not None
+    idle = has_idle_warps(config, gathered=gathered, interpret=interpret_params())
+    if not idle or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
+        return None
+    return zero_rows.zero_rows(plan.pair_row, rows.values.shape[1])
 
 
 def down_project(
-    activations: Quantized,
+    activations: Quantized | _Activations,
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: DispatchPlan,
-) -> BFloat16[Array, "M H"]:
+) -> BFloat16[Array, "M H"] | _ExpertOutputs:
     """GEMM2; see `jax_moe.down_project`."""
-    return down_projection(
+    rows = down_projection(
         _grouped(activations, plan),
         gemm2_weights,
         gemm2_weights_scale,
         config=_on_this_device(tuning.down_config(plan.block_m)),
         interpret=interpret_params(),
     )
+    if isinstance(activations, _Activations):
+        return _ExpertOutputs(rows, activations.zeroed)
+    return rows
 
 
 def combine(
-    expert_outputs: BFloat16[Array, "M H"],
+    expert_outputs: BFloat16[Array, "M H"] | _ExpertOutputs,
     topk_weights: Float32[Array, "T k"],
     plan: DispatchPlan,
 ) -> BFloat16[Array, "T H"]:
     """Weighted sum per token; see `jax_moe.combine`."""
+    if not isinstance(expert_outputs, _ExpertOutputs):
+        expert_outputs = _ExpertOutputs(expert_outputs, None)
+    rows, zeroed = expert_outputs
     return combine_kernel.combine(
-        expert_outputs, topk_weights, plan.pair_row, interpret=interpret_params()
+        rows, topk_weights, plan.pair_row, zeroed=zeroed, interpret=interpret_params()
     )
 
 
@@ -155,7 +191,7 @@ def workspace_bytes(
     return int(activations + max(gathered, outputs)) + plan + parts + 2**20
 
 
-def _grouped(rows: Quantized, plan: DispatchPlan) -> GroupedRows:
+def _grouped(rows: Quantized | _Activations, plan: DispatchPlan) -> GroupedRows:
     return GroupedRows(
         rows.values,
         rows.scales,

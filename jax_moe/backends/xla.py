@@ -111,6 +111,8 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: DispatchPlan,
+    *,
+    whole_layer: bool = False,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     rows, intermediate = plan.row_token.shape[0], gemm1_weights.shape[1] // 2
