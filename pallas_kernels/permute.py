@@ -1,13 +1,15 @@
-"""Copies activation rows and their scales into expert-major order, one warpgroup a token.
+"""Copies activation rows and their scales into expert-major order: two kinds of CTA, one launch.
 
-A token's row is read once and written to each of its local pairs' rows; tokens without a local
-expert cost one look at `pair_row`. Padding rows are left unwritten.
+    scales, 2 an SM      a tile of the plan's rows times up to 14 blocks, and on to the next
+    rows, one a token    the token's row, read once, to each of its local pairs' rows
+
+Scales are block-major, so those of a tile's rows are stored side by side, those of a token each in
+a line of its own. Tokens without a local expert cost one look at `pair_row`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,69 +18,126 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import launch, layouts
-from pallas_kernels.indexed_memory import load_at, store_at
-from pallas_kernels.shapes import round_up
+from pallas_kernels import device, launch
+from pallas_kernels.indexed_memory import load_at
+
+_WARPGROUP = 128  # threads
+_SCALE_CTAS = 2  # of an SM
+_SCALE_BLOCKS = 14  # on their way together: all are loaded before the first is stored
 
 
 def permute_rows(
     hidden_states: Float8e4m3fn[Array, "T H"],
     hidden_states_scale: Float[Array, "H/128 T"],
     pair_row: Int32[Array, "T k"],
+    row_token: Int32[Array, "M"],
+    num_tiles: Int32[Array, "1"],
     *,
-    num_rows: int,
+    block_m: int,
     interpret=None,
 ) -> tuple[Float8e4m3fn[Array, "M H"], Float[Array, "H/128 M"]]:
-    """Scatters rows to `pair_row`.
+    """Rows and scales in the order of a dispatch plan.
 
     Args:
         hidden_states: `e4m3[T, H]`, H a multiple of 128.
         hidden_states_scale: `f32[H/128, T]`.
         pair_row: `i32[T, k]`, row of each pair, -1 for none; rows are distinct.
-        num_rows: M.
+        row_token: `i32[M]`, token of each row, -1 in padding; anything past the live tiles.
+        num_tiles: `i32[1]`, live tiles; all rows that pairs name are in them.
+        block_m: Rows of a tile, a multiple of 128.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `e4m3[M, H]` and `f32[H/128, M]`; rows that no pair names are unwritten.
+        `e4m3[M, H]` and `f32[H/128, M]`. Padding rows are unwritten and have the scales of any
+        token; past the live tiles nothing is written.
+
+    Raises:
+        ValueError: `block_m` is no multiple of 128, M none of `block_m`, or `hidden_states_scale`
+            has more elements than int32 offsets reach.
     """
     num_tokens, hidden_size = hidden_states.shape
+    num_rows = row_token.shape[0]
+    if block_m < 1 or block_m % _WARPGROUP:
+        raise ValueError(f"block_m: expected a multiple of {_WARPGROUP}, got {block_m}")
+    if num_rows % block_m:
+        raise ValueError(f"row_token: expected whole tiles of {block_m} rows, got {num_rows} rows")
+    scale_ctas = _SCALE_CTAS * (device.num_sms() if interpret is None else 1)
     kernel = launch.kernel(
-        functools.partial(_kernel, interpret=interpret),
+        functools.partial(_kernel, scale_ctas=scale_ctas, block_m=block_m, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct((num_rows, hidden_size), hidden_states.dtype),
             jax.ShapeDtypeStruct((hidden_states_scale.shape[0], num_rows), jnp.float32),
         ),
-        grid=(num_tokens,),
-        grid_names=("token",),
+        grid=(scale_ctas + num_tokens,),
+        grid_names=("cta",),
         kernel_name="moe_permute_rows",
         interpret=interpret,
     )
-    return kernel(hidden_states, hidden_states_scale, pair_row)
+    return kernel(hidden_states, hidden_states_scale, pair_row, row_token, num_tiles)
 
 
-def _kernel(x_gmem, scale_gmem, pair_row_gmem, rows_gmem, row_scale_gmem, *, interpret):
-    token = lax.axis_index("token")
-    num_tokens, hidden_size = x_gmem.shape
-    num_rows = rows_gmem.shape[0]
-    num_blocks = scale_gmem.shape[0]
+def _kernel(
+    x_gmem, scale_gmem, pair_row_gmem, row_token_gmem, num_tiles_gmem, rows_gmem, row_scale_gmem,
+    *, scale_ctas, block_m, interpret,
+):  # fmt: skip
+    cta = lax.axis_index("cta")
+
+    @pl.when(cta < scale_ctas)
+    def _scales():
+        _copy_scales(
+            scale_gmem, row_token_gmem, num_tiles_gmem[0], row_scale_gmem,
+            first=cta, step=scale_ctas, block_m=block_m, interpret=interpret,
+        )  # fmt: skip
+
+    @pl.when(cta >= scale_ctas)
+    def _row():
+        _copy_row(cta - scale_ctas, x_gmem, pair_row_gmem, rows_gmem)
+
+
+def _copy_scales(
+    scale_gmem, row_token_gmem, num_tiles, row_scale_gmem, *, first, step, block_m, interpret
+):
+    """Every `step`-th piece from the `first` on; a piece is a tile's rows times a few blocks."""
+    num_blocks, num_tokens = scale_gmem.shape
+    # A divisor: pieces that overlapped would be a race.
+    at_once = max(n for n in range(1, _SCALE_BLOCKS + 1) if num_blocks % n == 0)
+    per_tile = num_blocks // at_once
+    column = plgpu.Layout.WG_STRIDED((block_m,), 1)
+    load = functools.partial(load_at, scale_gmem, layout=column, interpret=interpret)
+
+    @pl.loop(first, num_tiles * per_tile, step=step)
+    def _piece(piece):
+        rows = pl.ds(lax.div(piece, jnp.int32(per_tile)) * block_m, block_m)
+        block = lax.rem(piece, jnp.int32(per_tile)) * at_once
+        token = plgpu.load(row_token_gmem.at[rows], layout=column)
+        source = block * num_tokens + lax.max(token, 0)  # padding takes what token 0 has
+        scales = [load(source, shift=i * num_tokens) for i in range(at_once)]
+        for i, values in enumerate(scales):
+            row_scale_gmem[block + i, rows] = values
+
+
+def _copy_row(token, x_gmem, pair_row_gmem, rows_gmem):
     rows = [pair_row_gmem[token, k] for k in range(pair_row_gmem.shape[1])]
 
     @pl.when(functools.reduce(lax.max, rows) >= 0)
     def _copy():
-        vector = plgpu.Layout.WG_STRIDED((hidden_size,), math.gcd(hidden_size // 128, 16))
-        values = plgpu.load(x_gmem.at[token], layout=vector)
-        size = round_up(num_blocks, 128)
-        column = plgpu.Layout.WG_STRIDED((size,), 1)
-        block = layouts.iota((size,), 0, column)
-        in_range = block < num_blocks
-        at = functools.partial(load_at, layout=column, interpret=interpret)
-        scales = at(scale_gmem, lax.min(block, jnp.int32(num_blocks - 1)) * num_tokens + token)
+        slices = [
+            (columns, plgpu.load(x_gmem.at[token, columns], layout=layout))
+            for columns, layout in _column_slices(x_gmem.shape[1])
+        ]
         for row in rows:
 
             @pl.when(row >= 0)
             def _store(row=row):
-                rows_gmem[row] = values
-                store_at(
-                    row_scale_gmem, block * num_rows + row, scales, in_range,
-                    layout=column, interpret=interpret,
-                )  # fmt: skip
+                for columns, values in slices:
+                    rows_gmem[row, columns] = values
+
+
+def _column_slices(hidden_size: int):
+    """Slices that make up a row, each with its layout: vectors of 16 bytes as far as they go."""
+    start = 0
+    for vector in (16, 8, 4, 2, 1):
+        size = (hidden_size - start) // (_WARPGROUP * vector) * (_WARPGROUP * vector)
+        if size:
+            yield pl.ds(start, size), plgpu.Layout.WG_STRIDED((size,), vector)
+        start += size

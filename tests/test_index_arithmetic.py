@@ -89,10 +89,12 @@ def test_offsets_that_int32_does_not_reach_are_refused():
     tokens, hidden = 2**26, 7168
     with pytest.raises(ValueError, match=r"at most 2\^31 elements.* got \[56, 67108864\]"):
         jax.eval_shape(
-            functools.partial(permute.permute_rows, num_rows=64),
+            functools.partial(permute.permute_rows, block_m=128),
             jax.ShapeDtypeStruct((tokens, hidden), E4M3),
             jax.ShapeDtypeStruct((hidden // 128, tokens), jnp.float32),
             jax.ShapeDtypeStruct((tokens, 8), jnp.int32),
+            jax.ShapeDtypeStruct((128,), jnp.int32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
         )
 
 

@@ -217,16 +217,45 @@ def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, mo
     check_plan(DispatchPlan(*plan), ids, offset, num_local_experts, num_experts)
 
 
-def test_permute():
+@pytest.mark.parametrize("num_blocks", [3, 28, 29])
+def test_permute(num_blocks):
+    """Experts of two tiles, of none and of one; tokens of two, of one and of no expert."""
     rng = np.random.default_rng(0)
-    pair_row = np.array([[-1, -1], [0, 9], [-1, -1], [3, -1], [-1, 11]], np.int32)
-    x = rng.standard_normal((5, 256)).astype(E4M3)
-    x_scale = rng.random((2, 5)).astype(np.float32)
-    rows, row_scales = run(permute.permute_rows, x, x_scale, pair_row, num_rows=12)
+    block_m, live = 128, 3 * 128
+    pair_row = np.full((133, 2), -1, np.int32)
+    pair_row[2:132, 0] = np.arange(130)
+    pair_row[[0, 70, 131], [0, 1, 1]] = 2 * block_m + np.arange(3)
     token, choice = np.nonzero(pair_row >= 0)
     taken = pair_row[token, choice]
+    row_token = np.full(5 * block_m, -1, np.int32)
+    row_token[taken] = token
+    row_token[live:] = rng.choice([2**30, 133, -(2**30), 0], 2 * block_m)  # unwritten memory
+    x = rng.standard_normal((133, num_blocks * 128)).astype(E4M3)
+    x_scale = rng.random((num_blocks, 133)).astype(np.float32)
+    plan = pair_row, row_token, np.array([3], np.int32)
+    rows, row_scales = run(permute.permute_rows, x, x_scale, *plan, block_m=block_m)
     np.testing.assert_array_equal(rows[taken].view(np.uint8), x[token].view(np.uint8))
     np.testing.assert_array_equal(row_scales[:, taken], x_scale[:, token])
+    padding = np.setdiff1d(np.arange(live), taken)
+    for found, given in zip(row_scales[:, padding], x_scale, strict=True):
+        assert np.isin(found, given).all(), "padding has scales of the same block"
+    assert np.isnan(row_scales[:, live:]).all(), "nothing is written past the live tiles"
+
+
+@pytest.mark.parametrize(
+    ("block_m", "num_rows", "message"),
+    [
+        (64, 128, "block_m: expected a multiple of 128, got 64"),
+        (0, 128, "block_m: expected a multiple of 128, got 0"),
+        (256, 384, "row_token: expected whole tiles of 256 rows, got 384 rows"),
+    ],
+)
+def test_permute_refuses_tiles_that_do_not_fit(block_m, num_rows, message):
+    plan = np.zeros((1, 1), np.int32), np.zeros(num_rows, np.int32), np.ones(1, np.int32)
+    with pytest.raises(ValueError, match=message):
+        permute.permute_rows(
+            np.zeros((1, 128), E4M3), np.ones((1, 1), np.float32), *plan, block_m=block_m
+        )
 
 
 @pytest.mark.parametrize("few_tokens", [0, 256])

@@ -116,7 +116,9 @@ def up_project(
             hidden_states,
             hidden_states_scale,
             plan.pair_row,
-            num_rows=plan.row_token.shape[0],
+            plan.row_token,
+            plan.num_tiles,
+            block_m=plan.block_m,
             interpret=interpret_params(),
         )
         rows = _grouped(Quantized(*permuted), plan)
