@@ -22,7 +22,7 @@ from pallas_kernels.ptx import asm, constant, flat, global_address
 MAX_PAIRS = 32
 """Pairs of a token, at most: a lane each."""
 
-_PAUSE_NS = 2000
+_PAUSE_NS = 500
 _ZERO_IF_IDLE = """{{
     .reg .pred mine, any, more; .reg .b32 lane, row, left; .reg .b64 at;
     mov.u32 lane, %laneid;
