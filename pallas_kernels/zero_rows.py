@@ -71,14 +71,12 @@ def zero_rows(pair_row: Int32[Array, "T k"], hidden_size: int) -> IdleWork:
     )
 
 
-def _write(inputs, out, sms: int) -> None:
-    (pair_row,) = inputs
-    num_tokens, top_k = pair_row.shape
-    hidden_size = out.shape[1]
+def code(top_k: int, hidden_size: int) -> str:
+    """PTX of one warp for one token: $0 is where its pairs' rows are, $1 its row of the output."""
     row_bytes = 2 * hidden_size
     lane_bytes = 16 if row_bytes % (32 * 16) == 0 else 8
     words = lane_bytes // 4
-    code = _ZERO_IF_IDLE.format(
+    return _ZERO_IF_IDLE.format(
         pairs=top_k,
         lane_bytes=lane_bytes,
         stores=row_bytes // (32 * lane_bytes),
@@ -87,12 +85,18 @@ def _write(inputs, out, sms: int) -> None:
         pause=_PAUSE_NS,
     )
 
+
+def _write(inputs, out, sms: int) -> None:
+    (pair_row,) = inputs
+    num_tokens, top_k = pair_row.shape
+    hidden_size = out.shape[1]
+
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def zero_if_idle(_, pair_row, out, token):
         (token,) = token.registers.flat
         pairs = global_address(pair_row, flat(token, top_k, constant(0)), 4)
         row = global_address(out, flat(token, hidden_size, constant(0)), 2)
-        asm(code, [pairs, row], "l,l")
+        asm(code(top_k, hidden_size), [pairs, row], "l,l")
 
     cta = lax.axis_index("sm")
 
