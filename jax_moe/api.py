@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, buckets, memory, validate
+from jax_moe import backends, buckets, lowering_cache, memory, validate
 from jax_moe import reference as oracle
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of, holder_of
@@ -151,8 +151,8 @@ def _bytes_of(arrays: tuple[Any, ...], padded: int, config: MoEConfig, backend: 
 
 @functools.partial(jax.jit, static_argnames=("config", "backend"))
 def _jitted_layer(*arguments: Any, config: MoEConfig, backend: str) -> Array:
-    stages = backends.load(backend)
-    return forward_only(functools.partial(_layer, config=config, stages=stages))(*arguments)
+    layer = functools.partial(_layer, config=config, stages=backends.load(backend))
+    return forward_only(lowering_cache.kept(layer, backend, config))(*arguments)
 
 
 def _layer(

@@ -134,6 +134,11 @@ def _ensure_interpreter_threads() -> None:
         )
 
 
+def has_context() -> bool:
+    """Whether `assume_device` or `interpret_mode` surrounds the caller."""
+    return _assumed.value is not None or _interpret_params.value is not None
+
+
 def interpret_params() -> Any:
     """The `InterpretGPUParams` of the surrounding `interpret_mode`, None outside of one."""
     return _interpret_params.value

@@ -46,12 +46,12 @@ def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
 
 def up_config(block_m: int) -> MatmulConfig:
     """Tile and ring of the up-projection for a plan of `block_m`."""
-    return _table()[block_m].up_projection
+    return table()[block_m].up_projection
 
 
 def down_config(block_m: int) -> MatmulConfig:
     """Tile and ring of the down-projection for a plan of `block_m`."""
-    return _table()[block_m].down_projection
+    return table()[block_m].down_projection
 
 
 def parts_bytes(hidden_size: int, intermediate_size: int) -> int:
@@ -60,16 +60,17 @@ def parts_bytes(hidden_size: int, intermediate_size: int) -> int:
     return max(
         pair.up_projection.parts_bytes(hidden_size // QUANT_BLOCK, 2, sms)
         + pair.down_projection.parts_bytes(intermediate_size // QUANT_BLOCK, 2, sms)
-        for pair in _table().values()
+        for pair in table().values()
     )
 
 
 def is_shipped() -> bool:
     """Whether the table in use here is the one that comes with the package."""
-    return _table() is SHIPPED
+    return table() is SHIPPED
 
 
-def _table() -> Table[MatmulConfig]:
+def table() -> Table[MatmulConfig]:
+    """The table in use here: `block_m` to the tilings of both matmuls."""
     gpu = device.local_gpu()
     return SHIPPED if gpu is None else _table_of(gpu.device_kind)
 

@@ -1,0 +1,139 @@
+"""Keeps lowered layers beside JAX's compilation cache, for the next process.
+
+JAX's persistent cache saves XLA's part of a compilation. Before it, Pallas lowers the kernels, in
+every process, which takes seconds of Python. Where that cache is switched on, a layer that was
+lowered once is kept there as well, as `jax.export` writes it: program text, no result, no weights.
+
+A file's name is a hash of everything that the text depends on: the sources of this package, JAX's
+version, the GPU, the table of tilings, shapes and dtypes of the arguments, what is static, and the
+settings of JAX that change what is traced. What cannot be read is made anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax import export
+
+import pallas_kernels
+from jax_moe.device import has_context
+from pallas_kernels import device, tuning
+from pallas_kernels.files import write_atomically
+
+_BACKEND = "mosaic"  # the one whose lowering is slow
+_PLATFORM = "cuda"
+_CUSTOM_CALL = "mosaic_gpu_v2"  # no promise between versions of JAX, which are part of the name
+_SEAL_BYTES = hashlib.sha256().digest_size
+_TRACED_DIFFERENTLY = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+)
+
+
+def kept(function: Callable[..., Any], backend: str, *static: Any) -> Callable[..., Any]:
+    """`function`, lowered once for all processes that share JAX's compilation cache.
+
+    Args:
+        function: Traced with arrays or None as its arguments.
+        backend: What it runs on.
+        *static: What else it depends on, besides the sources of this package; by its `repr`.
+
+    Returns:
+        A function of the same arguments, for use inside of `jax.jit`.
+    """
+
+    def call(*arguments: Any) -> Any:
+        folder = _folder(backend)
+        if folder is None:
+            return function(*arguments)
+        specs = jax.tree.map(_spec, arguments)
+        path = folder / f"jax_moe-{_digest(specs, static)}-layer"
+        program = _read(path)
+        if program is None:
+            program = _make(function, specs)
+            _write(path, program)
+        return export.deserialize(bytearray(program)).call(*arguments)
+
+    return call
+
+
+def _spec(array: Any) -> jax.ShapeDtypeStruct:
+    aval = jax.typeof(array)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def _folder(backend: str) -> Path | None:
+    """Where layers are kept; None where they are not."""
+    place = jax.config.jax_compilation_cache_dir
+    if backend != _BACKEND or not place or not jax.config.jax_enable_compilation_cache:
+        return None
+    if "://" in place or has_context() or device.local_gpu() is None:
+        return None
+    # Inside of `jax.shard_map` and with explicit shardings the program is one of several devices'.
+    return Path(place) if jax.sharding.get_abstract_mesh().empty else None
+
+
+def _digest(specs: Any, static: Any) -> str:
+    gpu = device.local_gpu()
+    settings = [getattr(jax.config, name) for name in _TRACED_DIFFERENTLY]
+    parts = (
+        _sources(),
+        (jax.__version__, jaxlib.__version__),
+        gpu and (gpu.device_kind, gpu.compute_capability, gpu.core_count),
+        tuning.table(),
+        settings,
+        jax.tree.structure(specs),
+        [(s.shape, s.dtype.name, s.weak_type) for s in jax.tree.leaves(specs)],
+        static,
+    )
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of the text of the packages that make the program."""
+    found = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(pallas_kernels.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            found.update(f"\n{path.relative_to(package)}\n".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def _make(function: Callable[..., Any], specs: Any) -> bytes:
+    checks = [export.DisabledSafetyCheck.custom_call(_CUSTOM_CALL)]
+    exported = export.export(jax.jit(function), platforms=[_PLATFORM], disabled_checks=checks)
+    return bytes(exported(*specs).serialize())
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        warnings.warn(f"{path}: not read: {error}", stacklevel=2)
+        return None
+    seal, program = data[:_SEAL_BYTES], data[_SEAL_BYTES:]
+    if hashlib.sha256(program).digest() != seal:
+        warnings.warn(f"{path}: damaged, made anew", stacklevel=2)
+        return None
+    return program
+
+
+def _write(path: Path, program: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path, "wb") as file:
+            file.write(hashlib.sha256(program).digest() + program)
+    except OSError as error:
+        warnings.warn(f"{path}: not kept: {error}", stacklevel=2)

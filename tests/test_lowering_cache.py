@@ -1,0 +1,183 @@
+"""Lowered layers kept for the next process: the same program, made anew whenever in doubt."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jax_moe
+from jax_moe import DEEPSEEK_V3, lowering_cache
+from pallas_kernels import device, tuning
+from tests import h100_target
+from tests.moe_inputs import SMALL, bits, make_inputs, rank_specs
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Everything is kept there, whatever device and settings this is."""
+    monkeypatch.setattr(lowering_cache, "_folder", lambda backend: tmp_path / "cache")
+    monkeypatch.setattr(lowering_cache, "_PLATFORM", "cpu")
+    return tmp_path / "cache"
+
+
+def never(*_):
+    raise AssertionError("traced again")
+
+
+def product(x, nothing, y):
+    assert nothing is None
+    return x * y
+
+
+def test_the_next_process_does_not_trace(folder):
+    arguments = np.arange(6, dtype=np.float32), None, 2.5
+    expected = jax.jit(product)(*arguments)
+    first = jax.jit(lowering_cache.kept(product, "mosaic", SMALL))(*arguments)
+    (file,) = folder.iterdir()
+    kept = file.read_bytes()
+    again = jax.jit(lowering_cache.kept(never, "mosaic", SMALL))(*arguments)
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(again, expected)
+    assert first.weak_type == again.weak_type == expected.weak_type
+    assert file.read_bytes() == kept
+
+
+def test_a_layer_gives_the_same_bits(folder):
+    inputs = make_inputs(5)
+    plain = jax_moe.apply(*inputs, config=SMALL, backend="xla", num_tokens=4)
+    assert len(list(folder.iterdir())) == 1
+    jax.clear_caches()  # as another process: read from the file
+    again = jax_moe.apply(*inputs, config=SMALL, backend="xla", num_tokens=4)
+    batched = jax.vmap(
+        lambda logits: jax_moe.apply(logits, *inputs[1:], config=SMALL, backend="xla")
+    )
+    np.testing.assert_array_equal(bits(plain), bits(again))
+    np.testing.assert_array_equal(
+        bits(batched(jnp.stack([inputs.routing_logits] * 2))[1]),
+        bits(jax_moe.apply(*inputs, config=SMALL, backend="xla")),
+    )
+    with pytest.raises(NotImplementedError, match="forward only"):
+        jax.grad(
+            lambda logits: jax_moe.apply(logits, *inputs[1:], config=SMALL).sum().astype(float)
+        )(inputs.routing_logits)
+
+
+def test_what_a_program_depends_on_is_in_its_name(monkeypatch):
+    specs = (jax.ShapeDtypeStruct((4, 8), jnp.float32), None)
+    gpu = SimpleNamespace(device_kind="H100", compute_capability="9.0", core_count=132)
+    monkeypatch.setattr(device, "local_gpu", lambda: gpu)
+    names = [lowering_cache._digest(specs, (DEEPSEEK_V3,))]
+    assert names[0] == lowering_cache._digest(specs, (DEEPSEEK_V3,))
+    names.append(lowering_cache._digest(specs, (SMALL,)))
+    for other in (
+        (jax.ShapeDtypeStruct((4, 9), jnp.float32), None),
+        (jax.ShapeDtypeStruct((4, 8), jnp.bfloat16), None),
+        (jax.ShapeDtypeStruct((4, 8), jnp.float32, weak_type=True), None),
+        (None, jax.ShapeDtypeStruct((4, 8), jnp.float32)),
+    ):
+        names.append(lowering_cache._digest(other, (DEEPSEEK_V3,)))
+    with jax.enable_x64(True):
+        names.append(lowering_cache._digest(specs, (DEEPSEEK_V3,)))
+    changes = [
+        (tuning, "table", lambda: {}),
+        (jax, "__version__", "0.0.0"),
+        (lowering_cache, "_sources", lambda: "other"),
+        (gpu, "core_count", 114),
+        (gpu, "device_kind", "H200"),
+    ]
+    for place, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            names.append(lowering_cache._digest(specs, (DEEPSEEK_V3,)))
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"short", lambda data: data[:-1], lambda data: data + b"x"]
+)
+def test_a_damaged_file_is_made_anew(folder, damage):
+    function = lowering_cache.kept(lambda x: x + 1, "mosaic")
+    jax.jit(function)(1.0)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole) if callable(damage) else damage)
+    with pytest.warns(UserWarning, match="damaged, made anew"):
+        assert jax.jit(lambda x: function(x))(1.0) == 2
+    assert list(folder.iterdir()) == [file]
+    assert jax.jit(lowering_cache.kept(never, "mosaic"))(1.0) == 2
+
+
+def test_a_folder_that_cannot_be_used_is_a_warning(folder):
+    folder.write_text("a file")
+    function = lowering_cache.kept(lambda x: x + 1, "mosaic")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert jax.jit(function)(1.0) == 2
+    messages = [str(warning.message) for warning in seen]
+    assert [message.split(": ")[1] for message in messages] == ["not read", "not kept"]
+    assert all(str(folder) in message for message in messages)
+
+
+@pytest.fixture
+def cache_at():
+    """Where JAX keeps what it compiles, for one test."""
+    before = jax.config.jax_compilation_cache_dir
+    yield functools.partial(jax.config.update, "jax_compilation_cache_dir")
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_when_layers_are_kept(tmp_path, monkeypatch, cache_at):
+    monkeypatch.setattr(device, "local_gpu", lambda: object())
+    cache_at(None)
+    assert lowering_cache._folder("mosaic") is None, "JAX's own cache is off"
+    cache_at(str(tmp_path))
+    assert lowering_cache._folder("mosaic") == tmp_path
+    assert lowering_cache._folder("triton") is None
+    with jax_moe.assume_device("sm_90"):
+        assert lowering_cache._folder("mosaic") is None
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    seen = []
+
+    @jax.shard_map(mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    def inside(x):
+        seen.append(lowering_cache._folder("mosaic"))
+        return x
+
+    inside(jnp.ones(1))
+    assert seen == [None]
+    monkeypatch.setattr(device, "local_gpu", lambda: None)
+    assert lowering_cache._folder("mosaic") is None
+    monkeypatch.setattr(device, "local_gpu", lambda: object())
+    cache_at("gs://bucket/cache")
+    assert lowering_cache._folder("mosaic") is None
+
+
+def test_the_kept_program_is_the_layer_itself(folder, monkeypatch):
+    """For an H100: the same instructions, in one CUDA graph, and no copy between them."""
+    monkeypatch.setattr(lowering_cache, "_PLATFORM", "cuda")
+
+    def layer():
+        def run(*arguments):
+            with jax_moe.assume_device("sm_90"):
+                return jax_moe.apply(*arguments, backend="mosaic")
+
+        return run
+
+    specs = rank_specs(14107)
+    kept = h100_target.compile_for_h100(layer(), *specs)
+    assert len(list(folder.iterdir())) == 1
+    monkeypatch.undo()
+    jax.clear_caches()
+    plain = h100_target.compile_for_h100(layer(), *specs)
+    assert [k.name for k in kept.kernels] == [k.name for k in plain.kernels]
+    assert [k.instructions for k in kept.kernels] == [k.instructions for k in plain.kernels]
+    assert (kept.launches, kept.command_buffers) == (plain.launches, plain.command_buffers)
+    assert kept.launches_outside_command_buffers == 0
+    assert kept.temp_bytes == plain.temp_bytes
