@@ -17,7 +17,8 @@ there (consumer w takes rows 64 w .. 64 w + 63 of every block) and the tokens on
 may be as narrow as 16, so that little padding is multiplied. Each 128-column step is promoted to
 f32 registers with its own scales (DeepSeek-V3 technical report, section 3.3.2). CTAs are
 persistent; `tile_walk` has the order of tiles, `matmul_ring` the slots, `row_gather` the copies of
-rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut along K.
+rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut along K,
+`idle_work` what the producer's spare warps may do meanwhile.
 """
 
 from __future__ import annotations

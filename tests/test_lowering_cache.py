@@ -140,6 +140,8 @@ def test_when_layers_are_kept(tmp_path, monkeypatch, cache_at):
     cache_at(str(tmp_path))
     assert lowering_cache._folder("mosaic") == tmp_path
     assert lowering_cache._folder("triton") is None
+    with h100_target.no_compilation_cache():
+        assert lowering_cache._folder("mosaic") is None
     with jax_moe.assume_device("sm_90"):
         assert lowering_cache._folder("mosaic") is None
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))

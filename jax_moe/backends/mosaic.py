@@ -37,10 +37,10 @@ class _Activations(NamedTuple):
 
 
 class _ExpertOutputs(NamedTuple):
-    """The down-projection's rows, and the same output if there is one."""
+    """The down-projection's rows, and the same output."""
 
     rows: BFloat16[Array, "M H"]
-    zeroed: BFloat16[Array, "T H"] | None
+    zeroed: BFloat16[Array, "T H"]
 
 
 def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
@@ -168,9 +168,10 @@ def combine(
     plan: DispatchPlan,
 ) -> BFloat16[Array, "T H"]:
     """Weighted sum per token; see `jax_moe.combine`."""
-    if not isinstance(expert_outputs, _ExpertOutputs):
-        expert_outputs = _ExpertOutputs(expert_outputs, None)
-    rows, zeroed = expert_outputs
+    if isinstance(expert_outputs, _ExpertOutputs):
+        rows, zeroed = expert_outputs
+    else:
+        rows, zeroed = expert_outputs, None
     return combine_kernel.combine(
         rows, topk_weights, plan.pair_row, zeroed=zeroed, interpret=interpret_params()
     )
