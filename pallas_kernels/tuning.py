@@ -41,7 +41,7 @@ def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
     if expected_rows <= 8:
         return 16
     # Experts get more and less than that; those of more than one tile are read twice.
-    return 64 if expected_rows <= 40 else 128
+    return 64 if expected_rows <= 48 else 128
 
 
 def up_config(block_m: int) -> MatmulConfig:
