@@ -144,14 +144,14 @@ def device() -> Mapping[str, Any]:
 
 
 def _tuned(capability: str) -> list[str]:
-    from pallas_kernels import tuning
+    from pallas_kernels.mosaic import tilings
 
-    found = [] if tuning.is_shipped() else [tuning.KERNELS]
+    found = [] if tilings.is_shipped() else [tilings.KERNELS]
     if importlib.util.find_spec("triton") is not None:
-        from pallas_kernels.triton import configs
+        from pallas_kernels.triton import tilings
 
-        if not configs.is_shipped(int(capability.replace(".", ""))):
-            found.append(configs.KERNELS)
+        if not tilings.is_shipped(int(capability.replace(".", ""))):
+            found.append(tilings.KERNELS)
     return found
 
 

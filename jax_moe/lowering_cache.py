@@ -24,8 +24,9 @@ from jax import export
 
 import pallas_kernels
 from jax_moe.device import has_context
-from pallas_kernels import device, tuning
+from pallas_kernels import device
 from pallas_kernels.files import write_atomically
+from pallas_kernels.mosaic import tilings
 
 _BACKEND = "mosaic"  # the one whose lowering is slow
 _PLATFORM = "cuda"
@@ -89,7 +90,7 @@ def _digest(specs: Any, static: Any) -> str:
         _sources(),
         (jax.__version__, jaxlib.__version__),
         gpu and (gpu.device_kind, gpu.compute_capability, gpu.core_count),
-        tuning.table(),
+        tilings.table(),
         settings,
         jax.tree.structure(specs),
         [(s.shape, s.dtype.name, s.weak_type) for s in jax.tree.leaves(specs)],

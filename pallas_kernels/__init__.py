@@ -1,1 +1,1 @@
-"""GPU kernels of the FP8 mixture-of-experts layer: one module a stage, no framework around them."""
+"""The GPU kernels: `mosaic` (Pallas Mosaic GPU), `triton`, and the `tuning` that both share."""

@@ -41,10 +41,10 @@ SYNCHRONIZATION = (
 )
 UNSEEN = {
     "wgmma_wait": "the interpreter multiplies at once",
-    "commit_smem in pallas_kernels.dispatch._place": (
+    "commit_smem in pallas_kernels.mosaic.plan._place": (
         "the interpreter lets wgmma see plain writes to shared memory without the fence"
     ),
-    "commit_smem in pallas_kernels.tile_walk.post": (
+    "commit_smem in pallas_kernels.mosaic.hopper.tile_scheduler.post": (
         "the interpreter has one thread for a warpgroup; racecheck reports the removal"
     ),
 }
@@ -52,18 +52,18 @@ UNSEEN = {
 
 _NO_ATOMICS = "the interpreter has no semaphores or atomics; there, tiles are dealt out whole"
 UNREACHED = {
-    "barrier_arrive in pallas_kernels.matmul_ring._announce._landed": (
+    "barrier_arrive in pallas_kernels.mosaic.hopper.pipeline._announce._landed": (
         "the interpreter has no cp.async; there, rows are gathered beforehand"
     ),
-    "barrier_arrive in pallas_kernels.tile_walk.Walk.fill": _NO_ATOMICS,
-    "barrier_arrive in pallas_kernels.tile_walk.Walk.fill.step": _NO_ATOMICS,
-    "barrier_arrive in pallas_kernels.tile_walk._post_by_warp": _NO_ATOMICS,
-    "barrier_wait in pallas_kernels.tile_walk.Walk.schedule": _NO_ATOMICS,
-    "barrier_wait in pallas_kernels.tile_walk.Walk.schedule.step": _NO_ATOMICS,
-    "barrier_wait in pallas_kernels.tile_walk._take_by_warp": _NO_ATOMICS,
-    "commit_smem in pallas_kernels.split_k.Parts.announce._signal": _NO_ATOMICS,
-    "semaphore_signal in pallas_kernels.split_k.Parts.announce._signal": _NO_ATOMICS,
-    "semaphore_wait in pallas_kernels.split_k.Parts._sum_of_parts._wait": _NO_ATOMICS,
+    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.fill": _NO_ATOMICS,
+    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.fill.step": _NO_ATOMICS,
+    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_scheduler._post_by_warp": _NO_ATOMICS,
+    "barrier_wait in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.schedule": _NO_ATOMICS,
+    "barrier_wait in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.schedule.step": _NO_ATOMICS,
+    "barrier_wait in pallas_kernels.mosaic.hopper.tile_scheduler._take_by_warp": _NO_ATOMICS,
+    "commit_smem in pallas_kernels.mosaic.hopper.split_k.Parts.announce._signal": _NO_ATOMICS,
+    "semaphore_signal in pallas_kernels.mosaic.hopper.split_k.Parts.announce._signal": _NO_ATOMICS,
+    "semaphore_wait in pallas_kernels.mosaic.hopper.split_k.Parts._sum_of_parts._wait": _NO_ATOMICS,
 }
 """Operations in functions that no interpreted test can reach, and why."""
 
@@ -119,8 +119,9 @@ class Verdict:
 def places_in_the_source() -> set[str]:
     """The place of every call of `SYNCHRONIZATION` in the Mosaic kernels, reached or not."""
     found: set[str] = set()
-    for path in sorted((ROOT / "pallas_kernels").glob("*.py")):
-        _collect(ast.parse(path.read_text()), (), f"pallas_kernels.{path.stem}", found)
+    for path in sorted((ROOT / "pallas_kernels" / "mosaic").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        _collect(ast.parse(path.read_text()), (), module, found)
     return found
 
 

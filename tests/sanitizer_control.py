@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import launch
+from pallas_kernels.mosaic import launch
 
 READERS = {kind: f"control_reads_{kind}" for kind in ("thread_stores", "tma_stores", "tma_tiles")}
 _SHAPE = (64, 128)

@@ -14,7 +14,7 @@ import pytest
 
 import jax_moe
 from jax_moe import DEEPSEEK_V3, MoEConfig, backends
-from pallas_kernels import permute
+from pallas_kernels.mosaic import permute
 from tests import h100_target
 from tests.moe_inputs import E4M3, Inputs, rank_specs, relative_error
 

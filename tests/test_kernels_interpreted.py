@@ -20,10 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
 from jax_moe.types import DispatchPlan
-from pallas_kernels import combine, dispatch, group_quant, permute, routing
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
-from pallas_kernels.down_projection import down_projection
-from pallas_kernels.up_projection import up_projection
+from pallas_kernels.mosaic import group_quant, permute, routing, unpermute
+from pallas_kernels.mosaic import plan as plan_kernels
+from pallas_kernels.mosaic.hopper.down_projection import down_projection
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import numpy_oracle
 from tests.test_dispatch import check_plan, draw_ids
 
@@ -203,11 +204,11 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
 )
 @pytest.mark.parametrize("counted_by_all", [1, 9])
 def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, monkeypatch):
-    monkeypatch.setattr(dispatch, "_COUNTED_BY_ALL", counted_by_all)
+    monkeypatch.setattr(plan_kernels, "_COUNTED_BY_ALL", counted_by_all)
     num_experts = 256 if num_local_experts == 80 else 32
     ids = draw_ids(num_tokens, num_experts, 4)
     plan = run(
-        dispatch.plan_dispatch,
+        plan_kernels.plan_dispatch,
         ids,
         np.int32(offset),
         num_local_experts=num_local_experts,
@@ -262,7 +263,7 @@ def test_permute_refuses_tiles_that_do_not_fit(block_m, num_rows, message):
 @pytest.mark.parametrize(("top_k", "hidden_size"), [(2, 256), (8, 2048), (11, 384)])
 def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
     """All rows that are not local, among them those of tokens without one, hold NaN."""
-    monkeypatch.setattr(combine, "_FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(unpermute, "_FEW_TOKENS", few_tokens)
     rng = np.random.default_rng(0)
     pair_row = np.where(rng.random((6, top_k)) < 0.4, rng.permutation(6 * top_k).reshape(6, -1), -1)
     pair_row[2] = -1
@@ -272,7 +273,7 @@ def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
     outputs[taken] = rng.standard_normal((len(taken), hidden_size))
     topk_weights = rng.random((6, top_k)).astype(np.float32)
     topk_weights[pair_row < 0] = np.nan
-    found = run(combine.combine, outputs, topk_weights, pair_row.astype(np.int32))
+    found = run(unpermute.combine, outputs, topk_weights, pair_row.astype(np.int32))
     expected = np.zeros((6, hidden_size), np.float32)
     for t, k in zip(token, choice, strict=True):
         expected[t] += topk_weights[t, k] * outputs[pair_row[t, k]].astype(np.float32)
@@ -285,7 +286,7 @@ def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
     expected[idle] = 7
     pairs = topk_weights, pair_row.astype(np.int32)
     found = run(
-        lambda z, *rest, **how: combine.combine(*rest, zeroed=z, **how), zeroed, outputs, *pairs
+        lambda z, *rest, **how: unpermute.combine(*rest, zeroed=z, **how), zeroed, outputs, *pairs
     )
     np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
 

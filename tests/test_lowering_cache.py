@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
 from jax_moe import DEEPSEEK_V3, lowering_cache
-from pallas_kernels import device, tuning
+from pallas_kernels import device
 from tests import h100_target
 from tests.moe_inputs import SMALL, bits, make_inputs, rank_specs
 
@@ -86,7 +86,7 @@ def test_what_a_program_depends_on_is_in_its_name(monkeypatch):
     with jax.enable_x64(True):
         names.append(lowering_cache._digest(specs, (DEEPSEEK_V3,)))
     changes = [
-        (tuning, "table", lambda: {}),
+        (tilings, "table", lambda: {}),
         (jax, "__version__", "0.0.0"),
         (lowering_cache, "_sources", lambda: "other"),
         (gpu, "core_count", 114),

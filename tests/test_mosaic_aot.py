@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jax_moe
-from pallas_kernels import zero_rows
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
-from pallas_kernels.up_projection import up_projection
+from pallas_kernels.mosaic.hopper import zero_rows
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import h100_target
 from tests.moe_inputs import rank_specs
 from tests.test_kernels_interpreted import grouped_rows, weights

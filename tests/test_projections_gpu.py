@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import jax_moe
-from pallas_kernels import row_gather, zero_rows
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
-from pallas_kernels.down_projection import down_projection
-from pallas_kernels.up_projection import up_projection
+from pallas_kernels.mosaic.hopper import gather, zero_rows
+from pallas_kernels.mosaic.hopper.down_projection import down_projection
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests.moe_inputs import SMALL, bits, make_inputs, on_device
 from tests.test_kernels_interpreted import E4M3, grouped_rows, weights
 from tests.test_repeatability import NAN, poison
@@ -53,7 +53,7 @@ def test_gathered_rows_are_those_that_tma_copies(block_m, widths):
     np.testing.assert_array_equal(found[0][live], expected[0][live])
     in_bytes = np.repeat(live, 4)
     np.testing.assert_array_equal(found[1][:, in_bytes], expected[1][:, in_bytes])
-    by_xla = row_gather.gather_first(tokens.values, tokens.scales, tokens.row_token)
+    by_xla = gather.gather_first(tokens.values, tokens.scales, tokens.row_token)
     np.testing.assert_array_equal(
         np.asarray(by_xla[0]).view(np.uint8)[live], contiguous.values.view(np.uint8)[live]
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from pallas_kernels import single_warp
+from pallas_kernels.mosaic import warp
 
 
 @pytest.mark.parametrize("steps", [0, 1, 31, 32, 33, 100])
@@ -22,5 +22,5 @@ def test_a_loop_of_known_length_stops_where_while_does(steps, spare):
 
     initial = jnp.int32(0), jnp.int32(1)
     expected = lax.while_loop(alive, step, initial)
-    loop = jax.jit(lambda most: single_warp.while_loop(most, alive, step, initial))
+    loop = jax.jit(lambda most: warp.while_loop(most, alive, step, initial))
     assert list(map(int, loop(jnp.int32(steps + spare)))) == list(map(int, expected))

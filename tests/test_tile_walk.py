@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tile_walk import Cut
+from pallas_kernels.mosaic.hopper.tile_scheduler import Cut
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -8,9 +8,9 @@ import pytest
 
 import jax_moe
 from jax_moe import DEEPSEEK_V3
-from pallas_kernels.triton import configs, down_projection, tune, up_projection
+from pallas_kernels.triton import down_projection, tilings, tune, up_projection
+from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from pallas_kernels.triton.launch import call
-from pallas_kernels.triton.matmul import MatmulConfig
 from tests import h100_target
 from tests.moe_inputs import rank_specs
 
@@ -57,10 +57,10 @@ def compile_down(config, capability, tiles=900):
     return kernel
 
 
-@pytest.mark.parametrize("block_m", configs.BLOCK_MS)
+@pytest.mark.parametrize("block_m", tilings.BLOCK_MS)
 @pytest.mark.parametrize(("compile_one", "index"), [(compile_up, 0), (compile_down, 1)])
 def test_shipped_tilings_multiply_in_fp8_and_spill_nothing_on_hopper(block_m, compile_one, index):
-    config = configs.choose(block_m, 90)[index]
+    config = tilings.choose(block_m, 90)[index]
     kernel = compile_one(config, 90)
     assert kernel.architecture == "sm_90a"
     assert kernel.spill_bytes == 0, kernel
@@ -75,8 +75,8 @@ def test_shipped_tilings_multiply_in_fp8_and_spill_nothing_on_hopper(block_m, co
 @pytest.mark.parametrize(("capability", "smem"), [(89, ADA_SMEM), (100, HOPPER_SMEM)])
 @pytest.mark.parametrize("rows_per_expert", [1, 12, 28, 440])
 def test_every_tiling_compiles_for_other_generations(capability, smem, rows_per_expert):
-    block_m = configs.choose_block_m(rows_per_expert, capability)
-    chosen = configs.choose(block_m, capability)
+    block_m = tilings.choose_block_m(rows_per_expert, capability)
+    chosen = tilings.choose(block_m, capability)
     for kernel in (
         compile_up(chosen.up_projection, capability),
         compile_down(chosen.down_projection, capability),
@@ -110,15 +110,15 @@ def test_the_layer_is_one_cuda_graph_within_its_memory(num_tokens, kernels):
 
 def test_the_tilings_form_a_ladder():
     for capability in (89, 90, 100, 120):
-        ladder = [configs.choose_block_m(2.0**i, capability) for i in range(-4, 14)]
+        ladder = [tilings.choose_block_m(2.0**i, capability) for i in range(-4, 14)]
         assert ladder == sorted(ladder)
         for block_m in ladder:
-            assert {c.block_m for c in configs.choose(block_m, capability)} == {block_m}
+            assert {c.block_m for c in tilings.choose(block_m, capability)} == {block_m}
 
 
 def test_the_tuner_offers_what_is_shipped():
-    for block_m in configs.BLOCK_MS:
-        for config in configs.choose(block_m, 90):
+    for block_m in tilings.BLOCK_MS:
+        for config in tilings.choose(block_m, 90):
             assert config.smem_bytes <= HOPPER_SMEM
             for field, values in tune.CHOICES.items():
                 assert getattr(config, field) in values

@@ -14,14 +14,14 @@ import jax_moe
 from interop.triton_launch import launch_torch
 from jax_moe import DispatchPlan
 from pallas_kernels.triton import (
-    combine,
-    configs,
-    dispatch,
     down_projection,
     group_quant,
     routing,
+    tilings,
+    unpermute,
     up_projection,
 )
+from pallas_kernels.triton import plan as plan_kernels
 from pallas_kernels.triton.launch import call
 from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
 
@@ -75,20 +75,20 @@ def test_jax_and_torch_launch_the_same_bits(num_tokens):
     launched_by_both(group_quant.launch, x.astype(jnp.bfloat16))
     ids, weights = launched_by_both(routing.launch, logits, bias, jnp.float32(2.5), **groups)
 
-    block_m = configs.choose_block_m(num_tokens * SMALL.top_k / 32, capability())
+    block_m = tilings.choose_block_m(num_tokens * SMALL.top_k / 32, capability())
     offset = jnp.int32(inputs.local_expert_offset)
     arrays = [ids, offset]
-    if not dispatch.is_one_block(num_tokens, 16):
-        arrays += launched_by_both(dispatch.count_launch, ids, offset, **sizes)
+    if not plan_kernels.is_one_block(num_tokens, 16):
+        arrays += launched_by_both(plan_kernels.count_launch, ids, offset, **sizes)
 
     def plan_launch(ids, offset, counts=None, **sizes):
-        return dispatch.plan_launch(ids, offset, counts, **sizes)
+        return plan_kernels.plan_launch(ids, offset, counts, **sizes)
 
     plan = DispatchPlan(*launched_by_both(plan_launch, *arrays, block_m=block_m, **sizes))
     live = np.asarray(plan.row_token) >= 0
     assert plan.block_m == block_m
     tiles = (plan.tile_expert, plan.num_tiles)
-    up_config, down_config = configs.choose(block_m, capability())
+    up_config, down_config = tilings.choose(block_m, capability())
     limits = {"only": live, "num_sms": 7}
     up = launched_by_both(
         up_projection.launch, x, x_scale, w13, s13, plan.row_token, *tiles,
@@ -97,11 +97,11 @@ def test_jax_and_torch_launch_the_same_bits(num_tokens):
     (down,) = launched_by_both(
         down_projection.launch, *up, w2, s2, *tiles, config=down_config, **limits
     )
-    launched_by_both(combine.launch, down, weights, plan.pair_row)
+    launched_by_both(unpermute.launch, down, weights, plan.pair_row)
 
 
 def test_the_sizes_here_meet_every_tiling():
-    met = {configs.choose_block_m(t * SMALL.top_k / 32, capability()) for t in TOKENS}
+    met = {tilings.choose_block_m(t * SMALL.top_k / 32, capability()) for t in TOKENS}
     assert met >= ({16, 32, 64, 128} if capability() // 10 == 9 else {16, 32, 64})
 
 

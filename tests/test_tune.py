@@ -14,10 +14,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
-from pallas_kernels import device, tune, tuning, tuning_cache, tuning_search
-from pallas_kernels.block_scaled_matmul import MatmulConfig
-from pallas_kernels.tuning_cache import Pair
-from pallas_kernels.tuning_search import Case, Prepared, Sizes, Tuner
+from pallas_kernels import device
+from pallas_kernels.mosaic import tilings, tune
+from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
+from pallas_kernels.tuning import cache, search
+from pallas_kernels.tuning.cache import Pair
+from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner
 
 TINY = Sizes(hidden=256, intermediate=128, experts=8, local_experts=2, top_k=2)
 START = MatmulConfig(block_m=16, num_stages=2, sms=2)
@@ -68,7 +70,7 @@ def clock(times):
 def test_the_plan_is_that_of_the_layer(num_tokens, block_m):
     """The ids that the rows stand for, planned by `jax_moe`, give the same arrays."""
     sizes = Sizes(256, 128, experts=8, local_experts=5, top_k=3)
-    plan = tuning_search.draw_plan(num_tokens, block_m, sizes)
+    plan = search.draw_plan(num_tokens, block_m, sizes)
     ids = [[] for _ in range(num_tokens)]
     for expert, (first, size) in enumerate(zip(plan.group_offsets, plan.group_sizes, strict=True)):
         for token in plan.row_token[first : first + size]:
@@ -95,7 +97,7 @@ def test_both_matmuls_are_measured_and_the_fastest_tiling_kept():
     # Start, then 3 and 4 stages of the up-projection; start, 3 and 4 of the down-projection.
     timer = clock([10.0, 8.0, 9.0, 10.0, 9.95, 7.0])
     tuner = tiny_tuner(interpreted, num_stages=(2, 3, 4))
-    table, rows = tuning_search.tune(tuner, timer, TINY, bar)
+    table, rows = search.tune(tuner, timer, TINY, bar)
     assert table[16].up_projection.num_stages == 3
     assert table[16].down_projection.num_stages == 4
     assert [row["us"] for row in rows] == [10.0, 8.0, 9.0, 10.0, 9.9, 7.0]
@@ -106,14 +108,14 @@ def test_both_matmuls_are_measured_and_the_fastest_tiling_kept():
 
 def test_less_than_a_percent_is_noise():
     timer = clock([10.0, 9.95, 9.91, 10.0, 10.0, 10.0])
-    table, _ = tuning_search.tune(tiny_tuner(num_stages=(3, 4)), timer, TINY, Bar())
+    table, _ = search.tune(tiny_tuner(num_stages=(3, 4)), timer, TINY, Bar())
     assert table[16] == Pair(START, START)
 
 
 def test_a_tiling_that_cannot_be_built_is_a_row_with_the_reason():
     bar = Bar()
     tuner = tiny_tuner(interpreted, num_stages=(1, 99), widths=((24,),))
-    table, rows = tuning_search.tune(tuner, clock([5.0, 5.0]), TINY, bar)
+    table, rows = search.tune(tuner, clock([5.0, 5.0]), TINY, bar)
     assert table[16] == Pair(START, START)
     failures = [row["failure"] for row in rows if "failure" in row]
     assert [f.split(":")[0] for f in failures] == ["ValueError"] * 6
@@ -132,14 +134,14 @@ def test_a_wrong_result_has_no_time(factor):
         return without_kernels(case, weights, sizes)._replace(build=build)
 
     tuner = tiny_tuner(prepare, num_stages=(3,))
-    table, rows = tuning_search.tune(tuner, clock([5.0, 5.0]), TINY, Bar())
+    table, rows = search.tune(tuner, clock([5.0, 5.0]), TINY, Bar())
     assert table[16] == Pair(START, START)
     assert [("failure" in row, "us" in row) for row in rows] == [(False, True), (True, False)] * 2
     assert all("differs from the first" in row["failure"] for row in rows[1::2])
 
 
 def test_where_the_shipped_tiling_fails_the_first_that_works_is_next():
-    config = tuning_search.search(
+    config = search.search(
         START,
         {"num_stages": (3, 4, 5)},
         lambda config, changes: {3: 9.0, 4: 7.0}.get(changes.get("num_stages"), float("inf")),
@@ -149,19 +151,19 @@ def test_where_the_shipped_tiling_fails_the_first_that_works_is_next():
 
 def test_every_class_is_measured_somewhere():
     tuner = tune.tuner(H100)
-    for block_m in tuning.SHIPPED:
-        tokens = tuning_search.tokens_of(block_m, tuner, tuning_search.DEEPSEEK_V3)
-        assert tuning.block_m(tokens, 8, 256) == block_m
+    for block_m in tilings.SHIPPED:
+        tokens = search.tokens_of(block_m, tuner, search.DEEPSEEK_V3)
+        assert tilings.block_m(tokens, 8, 256) == block_m
 
 
 def test_the_choices_of_every_shipped_tiling_can_be_made():
-    for pair in tuning.SHIPPED.values():
+    for pair in tilings.SHIPPED.values():
         for config in pair:
             choices = tune.choices(config)
             assert len(choices["num_stages"]) > 1
             for widths in choices["widths"]:
                 MatmulConfig(config.block_m, 2, widths)
-    assert tune.choices(tuning.SHIPPED[64].up_projection)["widths"] == [(), (16, 32, 48), (32,)]
+    assert tune.choices(tilings.SHIPPED[64].up_projection)["widths"] == [(), (16, 32, 48), (32,)]
 
 
 def test_switches_are_tried_both_ways():
@@ -173,17 +175,17 @@ def run_main(monkeypatch, tmp_path, *argv):
     """`main` on a GPU that is not there, with tiny sizes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(device, "local_gpu", lambda: H100)
-    monkeypatch.setattr(tuning_search, "cupti_timer", lambda n: clock([9.0, 5.0, 9.0, 9.0]))
+    monkeypatch.setattr(search, "cupti_timer", lambda n: clock([9.0, 5.0, 9.0, 9.0]))
     tuner = tiny_tuner(num_stages=(3,))
-    return tuning_search.main(list(argv), "here.tune", lambda gpu: tuner, TINY)
+    return search.main(list(argv), "here.tune", lambda gpu: tuner, TINY)
 
 
 def test_the_command_fills_the_cache(monkeypatch, tmp_path, capsys):
     assert run_main(monkeypatch, tmp_path) == 0
-    path = tuning_cache.path_of("mosaic", H100.device_kind)
+    path = cache.path_of("mosaic", H100.device_kind)
     assert f"{path}: written; programs started from now on use it" in capsys.readouterr().out
     shipped = {16: Pair(START, START)}
-    table = tuning_cache.read(path, "mosaic", H100.device_kind, shipped, lambda *_: None)
+    table = cache.read(path, "mosaic", H100.device_kind, shipped, lambda *_: None)
     assert table[16] == Pair(MatmulConfig(16, 3, sms=2), START)
     assert [row.get("us") for row in json.loads(path.read_text())["measured"]] == [9, 5, 9, 9]
 
@@ -198,7 +200,7 @@ def test_the_command_writes_where_it_is_told(monkeypatch, tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(tuning_search, "tune", functools.partial(pytest.fail, "measured first"))
+    monkeypatch.setattr(search, "tune", functools.partial(pytest.fail, "measured first"))
     assert run_main(monkeypatch, blocked) == 1
     error = capsys.readouterr().err
     assert error.startswith("here.tune: cannot write the table: ")
@@ -210,83 +212,83 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(monkeypatch, tmp_path, capsy
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tuning_cache, "write", full)
+    monkeypatch.setattr(cache, "write", full)
     assert run_main(monkeypatch, tmp_path) == 1
     assert "cannot write the table: [Errno 28] No space left" in capsys.readouterr().err
 
 
 def test_without_a_fitting_gpu_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr(device, "local_gpu", lambda: None)
-    assert tuning_search.main([], "here.tune", tune.tuner) == 1
+    assert search.main([], "here.tune", tune.tuner) == 1
     assert capsys.readouterr().err == "here.tune: needs an NVIDIA GPU, and JAX sees none\n"
     ada = types.SimpleNamespace(device_kind="An Ada", compute_capability="8.9")
     monkeypatch.setattr(device, "local_gpu", lambda: ada)
-    assert tuning_search.main([], "here.tune", tune.tuner) == 1
+    assert search.main([], "here.tune", tune.tuner) == 1
     assert "needs a Hopper GPU, and this is a An Ada" in capsys.readouterr().err
 
 
 def test_random_e4m3_is_finite_and_spread():
-    values = tuning_search.random_e4m3(0, (64, 256)).astype(jnp.float32)
+    values = search.random_e4m3(0, (64, 256)).astype(jnp.float32)
     assert jnp.isfinite(values).all()
     assert len(np.unique(values)) > 100
     assert float(jnp.abs(values).max()) < 2
 
 
 @pytest.fixture
-def configs(monkeypatch, tmp_path):
+def tilings_of_triton(monkeypatch, tmp_path):
     """Triton's tables on this GPU."""
-    configs = pytest.importorskip("pallas_kernels.triton.configs")
+    tilings_of_triton = pytest.importorskip("pallas_kernels.triton.tilings")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(tuning_cache.SWITCH, raising=False)
+    monkeypatch.delenv(cache.SWITCH, raising=False)
     monkeypatch.setattr(device, "local_gpu", lambda: H100)
-    configs._table_of.cache_clear()
-    yield configs
-    configs._table_of.cache_clear()
+    tilings_of_triton._table_of.cache_clear()
+    yield tilings_of_triton
+    tilings_of_triton._table_of.cache_clear()
 
 
-def write_triton(configs, **changes):
+def write_triton(tilings_of_triton, **changes):
     table = {
         block_m: Pair(*(dataclasses.replace(config, **changes) for config in pair))
-        for block_m, pair in configs.shipped(90).items()
+        for block_m, pair in tilings_of_triton.shipped(90).items()
     }
-    path = tuning_cache.path_of(configs.KERNELS, H100.device_kind)
-    tuning_cache.write(path, configs.KERNELS, H100.device_kind, table, [])
+    path = cache.path_of(tilings_of_triton.KERNELS, H100.device_kind)
+    cache.write(path, tilings_of_triton.KERNELS, H100.device_kind, table, [])
     return table
 
 
-def test_triton_takes_the_same_way(configs):
+def test_triton_takes_the_same_way(tilings_of_triton):
     """The user's table counts for this device, not for others that are compiled for."""
-    table = write_triton(configs, num_warps=4, num_stages=2)
-    assert table != configs.shipped(90)
-    assert {block_m: configs.choose(block_m, 90) for block_m in table} == table
-    for block_m, pair in configs.shipped(100).items():
-        assert configs.choose(block_m, 100) == pair
+    table = write_triton(tilings_of_triton, num_warps=4, num_stages=2)
+    assert table != tilings_of_triton.shipped(90)
+    assert {block_m: tilings_of_triton.choose(block_m, 90) for block_m in table} == table
+    for block_m, pair in tilings_of_triton.shipped(100).items():
+        assert tilings_of_triton.choose(block_m, 100) == pair
 
 
-def test_a_triton_tiling_that_does_not_fit_is_ignored(configs):
-    write_triton(configs, num_stages=8)
+def test_a_triton_tiling_that_does_not_fit_is_ignored(tilings_of_triton):
+    write_triton(tilings_of_triton, num_stages=8)
     with pytest.warns(UserWarning, match="bytes of shared memory"):
-        assert configs.choose(128, 90) == configs.shipped(90)[128]
+        assert tilings_of_triton.choose(128, 90) == tilings_of_triton.shipped(90)[128]
 
 
 @pytest.mark.parametrize("role", Pair._fields)
-def test_cases_are_what_the_triton_kernels_take(configs, monkeypatch, role):
+def test_cases_are_what_the_triton_kernels_take(tilings_of_triton, monkeypatch, role):
     triton_tune = pytest.importorskip("pallas_kernels.triton.tune")
     monkeypatch.setattr(jax, "local_devices", lambda: [H100])
-    case, weights = Case(role, 16, 12), tuning_search.random_weights(TINY)
+    case, weights = Case(role, 16, 12), search.random_weights(TINY)
     prepared = triton_tune.prepare(case, weights, TINY)
-    kernel = prepared.build(configs.shipped(90)[16].up_projection)
+    kernel = prepared.build(tilings_of_triton.shipped(90)[16].up_projection)
     outputs = jax.eval_shape(kernel, *prepared.arrays)
     rows = prepared.rows([jnp.ones(out.shape, out.dtype) for out in outputs])
-    live = (tuning_search.draw_plan(12, 16, TINY).row_token >= 0).sum()
+    live = (search.draw_plan(12, 16, TINY).row_token >= 0).sum()
     columns = {"up_projection": TINY.intermediate, "down_projection": TINY.hidden}[role]
     assert rows.shape == (live, columns)
 
 
 @pytest.mark.parametrize("capability", ["8.9", "9.0", "12.0"])
-def test_every_triton_class_is_measured_somewhere(configs, capability):
+def test_every_triton_class_is_measured_somewhere(tilings_of_triton, capability):
     triton_tune = pytest.importorskip("pallas_kernels.triton.tune")
     gpu = types.SimpleNamespace(device_kind="Some", compute_capability=capability)
     tuner = triton_tune.tuner(gpu)
     for block_m in tuner.shipped:
-        tuning_search.tokens_of(block_m, tuner, tuning_search.DEEPSEEK_V3)
+        search.tokens_of(block_m, tuner, search.DEEPSEEK_V3)

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import pytest
 
 from bench import environment
-from pallas_kernels import device, files, tuning, tuning_cache, tuning_check
-from pallas_kernels.tuning_cache import Pair
+from pallas_kernels import device, files
+from pallas_kernels.mosaic import tiling_check, tilings
+from pallas_kernels.tuning import cache
+from pallas_kernels.tuning.cache import Pair
 
 KIND = "NVIDIA H100 80GB HBM3"
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,13 +35,13 @@ def gpu(kind=KIND, capability="9.0"):
 def path(monkeypatch, tmp_path):
     """Where the table of this machine's GPU lies; the folder exists."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(tuning_cache.SWITCH, raising=False)
+    monkeypatch.delenv(cache.SWITCH, raising=False)
     monkeypatch.setattr(device, "local_gpu", gpu)
-    tuning._table_of.cache_clear()
-    path = tuning_cache.path_of(tuning.KERNELS, KIND)
+    tilings._table_of.cache_clear()
+    path = cache.path_of(tilings.KERNELS, KIND)
     path.parent.mkdir(parents=True)
     yield path
-    tuning._table_of.cache_clear()
+    tilings._table_of.cache_clear()
 
 
 def other_table(number=0):
@@ -47,26 +49,26 @@ def other_table(number=0):
     ring = {"num_stages": 3, "k_blocks": 1} | ({"widths": ()} if number else {})
     return {
         block_m: Pair(*(dataclasses.replace(config, **ring) for config in pair))
-        for block_m, pair in tuning.SHIPPED.items()
+        for block_m, pair in tilings.SHIPPED.items()
     }
 
 
 def write(path, table=None, kind=KIND):
-    tuning_cache.write(path, tuning.KERNELS, kind, table or other_table(), measured=[])
+    cache.write(path, tilings.KERNELS, kind, table or other_table(), measured=[])
 
 
 def used():
-    tuning._table_of.cache_clear()
-    return {m: Pair(tuning.up_config(m), tuning.down_config(m)) for m in tuning.SHIPPED}
+    tilings._table_of.cache_clear()
+    return {m: Pair(tilings.up_config(m), tilings.down_config(m)) for m in tilings.SHIPPED}
 
 
 def test_a_table_for_this_device_is_used(path):
     assert path == path.parents[2] / "jax_moe" / "tuning" / "mosaic-NVIDIA-H100-80GB-HBM3.json"
-    assert used() == tuning.SHIPPED
-    assert tuning.is_shipped()
+    assert used() == tilings.SHIPPED
+    assert tilings.is_shipped()
     write(path)
-    assert used() == other_table() != tuning.SHIPPED
-    assert not tuning.is_shipped()
+    assert used() == other_table() != tilings.SHIPPED
+    assert not tilings.is_shipped()
 
 
 def test_the_benchmark_says_whose_tilings_it_used(path, monkeypatch):
@@ -75,7 +77,7 @@ def test_the_benchmark_says_whose_tilings_it_used(path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [here])
     assert environment.device()["tuned"] == []
     write(path)
-    tuning._table_of.cache_clear()
+    tilings._table_of.cache_clear()
     assert environment.device()["tuned"] == ["mosaic"]
 
 
@@ -83,19 +85,19 @@ def test_it_is_read_once_a_process(path):
     write(path)
     before = used()
     path.write_text("spoilt since")
-    assert tuning.up_config(16) == before[16].up_projection
+    assert tilings.up_config(16) == before[16].up_projection
 
 
 def test_it_can_be_switched_off(path, monkeypatch):
     write(path)
-    monkeypatch.setenv(tuning_cache.SWITCH, "off")
-    assert used() == tuning.SHIPPED
+    monkeypatch.setenv(cache.SWITCH, "off")
+    assert used() == tilings.SHIPPED
 
 
 def test_without_a_gpu_no_file_is_looked_at(path, monkeypatch):
     path.write_text("not even read")
     monkeypatch.setattr(device, "local_gpu", lambda: None)
-    assert used() == tuning.SHIPPED
+    assert used() == tilings.SHIPPED
 
 
 def test_a_target_that_is_not_here_is_no_local_gpu(monkeypatch):
@@ -167,11 +169,11 @@ FAULTS = {
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS.values(), ids=FAULTS)
 def test_a_faulty_file_is_ignored_with_a_warning(path, fault, reason):
-    write(path, tuning.SHIPPED)
+    write(path, tilings.SHIPPED)
     content = fault(json.loads(path.read_text()))
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(UserWarning, match=f"{path.name}: ignored, the shipped tilings .*({reason})"):
-        assert used() == tuning.SHIPPED
+        assert used() == tilings.SHIPPED
 
 
 def link(path):
@@ -191,7 +193,7 @@ ODD_FILES = {
 def test_what_is_no_regular_file_is_ignored(path, make, reason):
     make(path)
     with pytest.warns(UserWarning, match=reason):
-        assert used() == tuning.SHIPPED
+        assert used() == tilings.SHIPPED
 
 
 def test_writing_replaces_a_link_and_spares_its_target(path, tmp_path):
@@ -235,7 +237,7 @@ def test_two_processes_write_at_once(path):
     ]
     known, seen = (other_table(0), other_table(1)), [0, 0]
     while any(writer.poll() is None for writer in writers):
-        table = tuning_cache.read(path, tuning.KERNELS, KIND, tuning.SHIPPED, lambda *_: None)
+        table = cache.read(path, tilings.KERNELS, KIND, tilings.SHIPPED, lambda *_: None)
         seen[known.index(table)] += 1
     assert [writer.wait() for writer in writers] == [0, 0]
     assert sum(seen) > 0
@@ -255,7 +257,7 @@ def test_without_a_home_the_shipped_table_is_used(path, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(pathlib.Path, "home", homeless)
-    assert used() == tuning.SHIPPED
+    assert used() == tilings.SHIPPED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,9 +274,9 @@ class Fields:
 @pytest.mark.parametrize("config", [Fields(16), Fields(16, True, (1, 2), 3, 4)])
 def test_configurations_of_plain_fields_come_back(tmp_path, config):
     table = {16: Pair(config, config)}
-    tuning_cache.write(tmp_path / "t.json", "any", KIND, table, measured={"rows": [1.5]})
+    cache.write(tmp_path / "t.json", "any", KIND, table, measured={"rows": [1.5]})
     shipped = {16: Pair(Fields(16), Fields(16))}
-    found = tuning_cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
+    found = cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
     assert found == table
     assert type(found[16].up_projection.switch) is bool
 
@@ -282,25 +284,25 @@ def test_configurations_of_plain_fields_come_back(tmp_path, config):
 @pytest.mark.parametrize("bad", [{"switch": 1}, {"some": [1, "2"]}, {"some": [[1]]}, {"maybe": ""}])
 def test_other_types_are_refused(tmp_path, bad):
     config = dataclasses.replace(Fields(16), **bad)
-    tuning_cache.write(tmp_path / "t.json", "any", KIND, {16: Pair(config, config)}, measured=[])
+    cache.write(tmp_path / "t.json", "any", KIND, {16: Pair(config, config)}, measured=[])
     shipped = {16: Pair(Fields(16), Fields(16))}
     with pytest.raises(ValueError, match=rf"table\.16\.up_projection\.{next(iter(bad))}: expected"):
-        tuning_cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
+        cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
 
 
 def test_the_shipped_tables_pass_their_own_check():
-    for pair in tuning.SHIPPED.values():
+    for pair in tilings.SHIPPED.values():
         for role, config in pair._asdict().items():
-            tuning_check.check(role, config)
+            tiling_check.check(role, config)
 
 
 def test_the_check_works_while_something_is_traced():
-    config = dataclasses.replace(tuning.SHIPPED[128].up_projection, num_stages=40)
+    config = dataclasses.replace(tilings.SHIPPED[128].up_projection, num_stages=40)
 
     def step(x):
         with pytest.raises(ValueError, match="shared memory"):
-            tuning_check.check("up_projection", config)
-        tuning_check.check("up_projection", tuning.SHIPPED[128].up_projection)
+            tiling_check.check("up_projection", config)
+        tiling_check.check("up_projection", tilings.SHIPPED[128].up_projection)
         return x
 
     assert jax.jit(jax.vmap(step))(jnp.ones(2)).shape == (2,)

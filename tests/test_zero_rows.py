@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pallas_kernels import zero_rows
+from pallas_kernels.mosaic.hopper import zero_rows
 from tests import ptx_emulator
 
 

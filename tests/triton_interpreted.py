@@ -17,15 +17,9 @@ from triton.runtime import interpreter
 import jax_moe
 from interop.triton_launch import launch_torch
 from jax_moe import DEEPSEEK_V3, DispatchPlan, MoEConfig, Quantized
-from pallas_kernels.triton import (
-    combine,
-    dispatch,
-    down_projection,
-    group_quant,
-    routing,
-    up_projection,
-)
-from pallas_kernels.triton.matmul import MatmulConfig
+from pallas_kernels.triton import down_projection, group_quant, routing, unpermute, up_projection
+from pallas_kernels.triton import plan as plan_kernels
+from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from tests import numpy_oracle
 from tests.moe_inputs import SMALL, bits, make_inputs, relative_error
 
@@ -142,9 +136,9 @@ def plan_of(topk_ids, offset, num_local_experts, num_experts, block_m):
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     arrays = (to_torch(topk_ids), torch.tensor(offset, dtype=torch.int32))
     counts = None
-    if not dispatch.is_one_block(len(topk_ids), num_local_experts):
-        (counts,) = launch_torch(dispatch.count_launch(*arrays, **sizes))
-    return DispatchPlan(*run(dispatch.plan_launch(*arrays, counts, block_m=block_m, **sizes)))
+    if not plan_kernels.is_one_block(len(topk_ids), num_local_experts):
+        (counts,) = launch_torch(plan_kernels.count_launch(*arrays, **sizes))
+    return DispatchPlan(*run(plan_kernels.plan_launch(*arrays, counts, block_m=block_m, **sizes)))
 
 
 def expected_plan(topk_ids, offset, num_local_experts, block_m, rows):
@@ -212,7 +206,7 @@ def layer(inputs, config, tiling, num_sms=2):
         up_projection.launch(x, x_scale, w13, s13, to_torch(plan.row_token), *tiles, **limits)
     )
     (down,) = launch_torch(down_projection.launch(*up, w2, s2, *tiles, **limits))
-    (out,) = run(combine.launch(down, to_torch(weights), to_torch(plan.pair_row)))
+    (out,) = run(unpermute.launch(down, to_torch(weights), to_torch(plan.pair_row)))
     return plan, [to_numpy(a) for a in up], to_numpy(down), out
 
 
@@ -299,7 +293,7 @@ def test_combine_skips_what_is_not_local_and_takes_any_width():
     outputs[3] = np.nan
     pair_row = np.array([[0, 7], [-1, 2], [-1, -1]], np.int32)
     weights = np.array([[0.5, 2.0], [np.nan, 1.0], [np.inf, np.nan]], np.float32)
-    (found,) = run(combine.launch(*map(to_torch, (outputs, weights, pair_row))))
+    (found,) = run(unpermute.launch(*map(to_torch, (outputs, weights, pair_row))))
     rows = outputs.astype(np.float32)
     expected = np.stack([0.5 * rows[0] + 2 * rows[7], rows[2], 0 * rows[0]])
     np.testing.assert_array_equal(bits(found), bits(expected.astype(ml_dtypes.bfloat16) + 0))

@@ -10,7 +10,7 @@ order of the choices, so results do not.
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.combine import combine_kernel as combine_kernel  # ours fits as it is
+from pallas_kernels.triton.unpermute import combine_kernel as combine_kernel
 
 _DROPPED = tl.constexpr(-(1 << 62))
 

@@ -15,13 +15,15 @@ from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
 from jax_moe.types import DispatchPlan, Quantized, Routing
-from pallas_kernels import combine as combine_kernel
-from pallas_kernels import dispatch, group_quant, permute, routing, tuning, zero_rows
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig, has_idle_warps
-from pallas_kernels.down_projection import down_projection
-from pallas_kernels.idle_work import IdleWork
+from pallas_kernels.mosaic import group_quant, permute, routing, tilings
+from pallas_kernels.mosaic import plan as plan_kernels
+from pallas_kernels.mosaic import unpermute as combine_kernel
+from pallas_kernels.mosaic.hopper import zero_rows
+from pallas_kernels.mosaic.hopper.down_projection import down_projection
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, has_idle_warps
+from pallas_kernels.mosaic.hopper.side_job import IdleWork
+from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
-from pallas_kernels.up_projection import up_projection
 
 NAME = "mosaic"
 
@@ -86,12 +88,12 @@ def plan_dispatch(
     """Local pairs to expert-major rows; see `jax_moe.plan_dispatch`."""
     num_tokens, top_k = topk_ids.shape
     return DispatchPlan(
-        *dispatch.plan_dispatch(
+        *plan_kernels.plan_dispatch(
             topk_ids,
             jnp.asarray(local_expert_offset),
             num_local_experts=num_local_experts,
             num_experts=num_experts,
-            block_m=tuning.block_m(num_tokens, top_k, num_experts),
+            block_m=tilings.block_m(num_tokens, top_k, num_experts),
             interpret=interpret_params(),
         )
     )
@@ -107,8 +109,8 @@ def up_project(
     whole_layer: bool = False,
 ) -> Quantized | _Activations:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    config = _on_this_device(tuning.up_config(plan.block_m))
-    if tuning.gathers(plan.block_m):
+    config = _on_this_device(tilings.up_config(plan.block_m))
+    if tilings.gathers(plan.block_m):
         tokens = Quantized(hidden_states, hidden_states_scale)
         rows = _grouped(tokens, plan)._replace(row_token=plan.row_token)
     else:
@@ -154,7 +156,7 @@ def down_project(
         _grouped(activations, plan),
         gemm2_weights,
         gemm2_weights_scale,
-        config=_on_this_device(tuning.down_config(plan.block_m)),
+        config=_on_this_device(tilings.down_config(plan.block_m)),
         interpret=interpret_params(),
     )
     if isinstance(activations, _Activations):
@@ -184,13 +186,13 @@ def workspace_bytes(
 
     Live at once are the activations and either the gathered rows or the expert outputs.
     """
-    rows = max_rows(num_tokens, top_k, num_local_experts, tuning.MAX_BLOCK_M)
+    rows = max_rows(num_tokens, top_k, num_local_experts, tilings.MAX_BLOCK_M)
     bytes_of_quantized = 1 + 4 / QUANT_BLOCK
     activations = rows * intermediate_size * bytes_of_quantized
     gathered = rows * hidden_size * bytes_of_quantized
     outputs = rows * hidden_size * 2
     plan = 4 * (2 * rows + 4 * num_tokens * top_k)
-    parts = tuning.parts_bytes(hidden_size, intermediate_size)
+    parts = tilings.parts_bytes(hidden_size, intermediate_size)
     return int(activations + max(gathered, outputs)) + plan + parts + 2**20
 
 

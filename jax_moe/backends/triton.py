@@ -12,15 +12,9 @@ from jax_moe.device import device_of
 from jax_moe.transforms import as_varying
 from jax_moe.types import DispatchPlan, Quantized, Routing
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
-from pallas_kernels.triton import combine as combine_kernel
-from pallas_kernels.triton import (
-    configs,
-    dispatch,
-    down_projection,
-    group_quant,
-    routing,
-    up_projection,
-)
+from pallas_kernels.triton import down_projection, group_quant, routing, tilings, up_projection
+from pallas_kernels.triton import plan as plan_kernels
+from pallas_kernels.triton import unpermute as combine_kernel
 from pallas_kernels.triton.launch import Launch, call
 
 NAME = "triton"
@@ -70,11 +64,15 @@ def plan_dispatch(
     num_tokens, top_k = topk_ids.shape
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     counts = None
-    if not dispatch.is_one_block(num_tokens, num_local_experts):
-        (counts,) = _run(dispatch.count_launch(topk_ids, local_expert_offset, **sizes))
-    block_m = configs.choose_block_m(num_tokens * top_k / num_experts, _capability())
+    if not plan_kernels.is_one_block(num_tokens, num_local_experts):
+        (counts,) = _run(plan_kernels.count_launch(topk_ids, local_expert_offset, **sizes))
+    block_m = tilings.choose_block_m(num_tokens * top_k / num_experts, _capability())
     return DispatchPlan(
-        *_run(dispatch.plan_launch(topk_ids, local_expert_offset, counts, block_m=block_m, **sizes))
+        *_run(
+            plan_kernels.plan_launch(
+                topk_ids, local_expert_offset, counts, block_m=block_m, **sizes
+            )
+        )
     )
 
 
@@ -98,7 +96,7 @@ def up_project(
                 plan.row_token,
                 plan.tile_expert,
                 plan.num_tiles,
-                config=configs.choose(plan.block_m, _capability()).up_projection,
+                config=tilings.choose(plan.block_m, _capability()).up_projection,
                 num_sms=_num_sms(),
             )
         )
@@ -119,7 +117,7 @@ def down_project(
             gemm2_weights_scale,
             plan.tile_expert,
             plan.num_tiles,
-            config=configs.choose(plan.block_m, _capability()).down_projection,
+            config=tilings.choose(plan.block_m, _capability()).down_projection,
             num_sms=_num_sms(),
         )
     )
@@ -145,7 +143,7 @@ def workspace_bytes(
 ) -> int:
     """Bound on the temporary memory; see `jax_moe.workspace_bytes`."""
     bounds = []
-    for block_m in configs.BLOCK_MS:
+    for block_m in tilings.BLOCK_MS:
         rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
         activations = rows * (intermediate_size + 4 * intermediate_size // QUANT_BLOCK)
         bounds.append(activations + rows * (2 * hidden_size + 8))

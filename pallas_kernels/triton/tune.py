@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tuning_search
-from pallas_kernels.triton import configs, down_projection, up_projection
+from pallas_kernels.triton import down_projection, tilings, up_projection
+from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from pallas_kernels.triton.launch import call
-from pallas_kernels.triton.matmul import MatmulConfig
-from pallas_kernels.tuning_search import Case, Prepared, Sizes, Tuner, Weights
+from pallas_kernels.tuning import search
+from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
 CHOICES: Mapping[str, Sequence[int]] = {
     "num_warps": (4, 8),
@@ -27,12 +27,12 @@ CHOICES: Mapping[str, Sequence[int]] = {
 
 def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
     """The inputs of one matmul."""
-    plan = tuning_search.draw_plan(case.num_tokens, case.block_m, sizes)
+    plan = search.draw_plan(case.num_tokens, case.block_m, sizes)
     live = np.flatnonzero(plan.row_token >= 0)
     row_token, *tiles = map(jnp.asarray, (plan.row_token, plan.tile_expert, plan.num_tiles))
     num_sms = jax.local_devices()[0].core_count
     if case.role == "up_projection":
-        tokens = tuning_search.unit_rows(3, case.num_tokens, sizes.hidden)
+        tokens = search.unit_rows(3, case.num_tokens, sizes.hidden)
         arrays: tuple[Any, ...] = (
             *tokens,
             *weights.up_projection,
@@ -41,7 +41,7 @@ def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
         )
         launch: Any = up_projection.launch
     else:
-        rows = tuning_search.unit_rows(3, len(plan.row_token), sizes.intermediate)
+        rows = search.unit_rows(3, len(plan.row_token), sizes.intermediate)
         arrays = (*rows, *weights.down_projection, *tiles)
         launch = down_projection.launch
 
@@ -52,7 +52,7 @@ def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
         if len(result) == 1:
             return result[0][live]
         values, scales = result
-        return tuning_search.dequantized(values, scales, live)
+        return search.dequantized(values, scales, live)
 
     return Prepared(arrays, build, live_rows)
 
@@ -64,17 +64,17 @@ def tuner(gpu: jax.Device) -> Tuner | str:
         return f"needs compute capability 8.9 or newer, and this is a {gpu.device_kind}"
 
     def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
-        return configs.choose_block_m(num_tokens * top_k / num_experts, capability)
+        return tilings.choose_block_m(num_tokens * top_k / num_experts, capability)
 
     return Tuner(
-        kernels=configs.KERNELS,
-        shipped=configs.shipped(capability),
+        kernels=tilings.KERNELS,
+        shipped=tilings.shipped(capability),
         choices=lambda _: CHOICES,
         block_m=block_m,
         prepare=prepare,
-        check=configs.checker(capability),
+        check=tilings.checker(capability),
     )
 
 
 if __name__ == "__main__":
-    sys.exit(tuning_search.main(sys.argv[1:], "pallas_kernels.triton.tune", tuner))
+    sys.exit(search.main(sys.argv[1:], "pallas_kernels.triton.tune", tuner))

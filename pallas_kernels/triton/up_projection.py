@@ -9,8 +9,8 @@ import triton.language as tl
 
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.triton.group_quant import quantize_tile
+from pallas_kernels.triton.grouped_matmul import BLOCK, MatmulConfig, multiply_pair
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.triton.matmul import BLOCK, MatmulConfig, multiply_pair
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from pallas_kernels.idle_work import IdleWork
-from pallas_kernels.ptx import asm, constant, flat, global_address
+from pallas_kernels.mosaic.hopper.side_job import IdleWork
+from pallas_kernels.mosaic.ptx import asm, constant, flat, global_address
 
 MAX_PAIRS = 32
 """Pairs of a token, at most: a lane each."""

@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from pallas_kernels import launch, layouts
-from pallas_kernels.indexed_memory import load_at, store_at
+from pallas_kernels.mosaic import launch, layouts
+from pallas_kernels.mosaic.indexed_memory import load_at, store_at
 from pallas_kernels.shapes import cdiv, max_rows, round_up
 
 _BLOCK = 64

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import row_gather
+from pallas_kernels.mosaic.hopper import gather
 from pallas_kernels.shapes import QUANT_BLOCK
 
 _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
@@ -155,9 +155,9 @@ def fill(
                 )
     if gathered:
         _gather_tokens(ring, sources, tile, width, ks, slots)
-        row_gather.wait_landed(row_gather.LAG)
+        gather.wait_landed(gather.LAG)
         for k in ks:
-            _announce(ring, first_step + k - row_gather.LAG)
+            _announce(ring, first_step + k - gather.LAG)
 
 
 def _copy_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) -> None:
@@ -173,13 +173,13 @@ def _gather_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) ->
     x = sources.x, sources.x_scales
     for k, slot in zip(ks, slots, strict=True):
         to = ring.x.at[slot], ring.x_scales.at[slot]
-        row_gather.copy_rows(x, sources.row_token, tile.row, k, *to, width, transforms=_F8_TILES)
+        gather.copy_rows(x, sources.row_token, tile.row, k, *to, width, transforms=_F8_TILES)
 
 
 def announce_rest(ring: Ring, steps) -> None:
     """Producer: announces the gathered tokens of the last steps, once all steps are filled."""
-    row_gather.wait_landed(0)
-    for back in range(row_gather.LAG, 0, -1):
+    gather.wait_landed(0)
+    for back in range(gather.LAG, 0, -1):
         _announce(ring, steps - back)
 
 

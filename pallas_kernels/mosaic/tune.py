@@ -1,6 +1,6 @@
-"""Measures the tiles of the Mosaic kernels on the GPU at hand: `python -m pallas_kernels.tune`.
+"""Measures tilings of the Mosaic kernels on this GPU: `python -m pallas_kernels.mosaic.tune`.
 
-The best ones go to the user's cache folder, where `tuning` finds them.
+The best ones go to the user's cache folder, where `tilings` finds them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tuning, tuning_check, tuning_search
-from pallas_kernels.block_scaled_matmul import MatmulConfig
-from pallas_kernels.tuning_search import Case, Prepared, Sizes, Tuner, Weights
+from pallas_kernels.mosaic import tiling_check, tilings
+from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
+from pallas_kernels.tuning import search
+from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
 
 def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
@@ -47,13 +48,13 @@ def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -
         sizes: Of the layer.
         interpret: Interpreter parameters, or None for the GPU.
     """
-    plan = tuning_search.draw_plan(case.num_tokens, case.block_m, sizes)
+    plan = search.draw_plan(case.num_tokens, case.block_m, sizes)
     live = np.flatnonzero(plan.row_token >= 0)
     is_up = case.role == "up_projection"
     columns = sizes.hidden if is_up else sizes.intermediate
-    gathers = is_up and tuning.gathers(case.block_m)
+    gathers = is_up and tilings.gathers(case.block_m)
     num_rows = case.num_tokens if gathers else len(plan.row_token)
-    rows = tuning_search.unit_rows(3, num_rows, columns)
+    rows = search.unit_rows(3, num_rows, columns)
     placed = [plan.group_sizes, plan.group_offsets, plan.tile_expert, plan.num_tiles]
     placed += [plan.row_token] if gathers else []
 
@@ -61,11 +62,11 @@ def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -
         if not is_up:
             return result[live]
         values, scales = result
-        return tuning_search.dequantized(values, scales, live)
+        return search.dequantized(values, scales, live)
 
     return Prepared(
         arrays=(*rows, *map(jnp.asarray, placed), *getattr(weights, case.role)),
-        build=lambda config: tuning_check.projection(case.role, config, interpret),
+        build=lambda config: tiling_check.projection(case.role, config, interpret),
         rows=live_rows,
     )
 
@@ -75,14 +76,14 @@ def tuner(gpu: jax.Device) -> Tuner | str:
     if str(gpu.compute_capability) != "9.0":
         return f"needs a Hopper GPU, and this is a {gpu.device_kind}"
     return Tuner(
-        kernels=tuning.KERNELS,
-        shipped=tuning.SHIPPED,
+        kernels=tilings.KERNELS,
+        shipped=tilings.SHIPPED,
         choices=choices,
-        block_m=tuning.block_m,
+        block_m=tilings.block_m,
         prepare=prepare,
-        check=tuning_check.check,
+        check=tiling_check.check,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(tuning_search.main(sys.argv[1:], "pallas_kernels.tune", tuner))
+    sys.exit(search.main(sys.argv[1:], "pallas_kernels.mosaic.tune", tuner))

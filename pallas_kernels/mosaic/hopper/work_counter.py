@@ -14,8 +14,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from pallas_kernels import single_warp
-from pallas_kernels.ptx import asm, i32
+from pallas_kernels.mosaic import warp
+from pallas_kernels.mosaic.ptx import asm, i32
 
 _DRAW = """{
     .reg .pred first; .reg .b32 lane, drawn;
@@ -69,7 +69,7 @@ def retire(counter_gmem, num_ctas: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def retired(_, counter):
-        with mgpu.utils.when(single_warp.one_thread()):
+        with mgpu.utils.when(warp.one_thread()):
             asm(_RETIRE.format(others=num_ctas - 1), [mgpu.utils.memref_ptr(counter)], "l")
 
     retired(counter_gmem)

@@ -37,7 +37,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import single_warp, tickets
+from pallas_kernels.mosaic import warp
+from pallas_kernels.mosaic.hopper import work_counter
 
 _RECORDS = 2
 _LATE = 8  # steps that are left when the next ticket is drawn: twice what a look-up takes
@@ -206,18 +207,18 @@ class Walk(NamedTuple):
 
     def schedule(self, mailbox: Mailbox) -> None:
         """A warp: posts every tile of this CTA, drawn when `fill` is almost done with the last."""
-        first = self.tile(lax.axis_index("sm"), single_warp.load)
+        first = self.tile(lax.axis_index("sm"), warp.load)
         _post_by_warp(mailbox, first)
 
         def step(_):
             plgpu.barrier_wait(mailbox.taken.at[0])
-            ticket = tickets.draw(self.counter)
-            tile = self.tile(self.sms + ticket, single_warp.load)
+            ticket = work_counter.draw(self.counter)
+            tile = self.tile(self.sms + ticket, warp.load)
             _post_by_warp(mailbox, tile)
             return tile.live
 
-        single_warp.while_loop(self.total, lambda live: live > 0, step, first.live)
-        tickets.retire(self.counter, self.sms)
+        warp.while_loop(self.total, lambda live: live > 0, step, first.live)
+        work_counter.retire(self.counter, self.sms)
         # Every completed phase must be observed before the barriers go away.
         plgpu.barrier_wait(mailbox.taken.at[0])
 
@@ -241,9 +242,7 @@ class Walk(NamedTuple):
             return index + 1, _take_by_warp(mailbox)
 
         initial = (jnp.int32(0), _take_by_warp(mailbox))
-        count, _ = single_warp.while_loop(
-            self.total, lambda carry: carry[1].live > 0, step, initial
-        )
+        count, _ = warp.while_loop(self.total, lambda carry: carry[1].live > 0, step, initial)
         plgpu.barrier_arrive(mailbox.taken.at[0])  # of the record that ended the walk
         return count * self.segments
 
@@ -331,11 +330,11 @@ def read(mailbox: Mailbox, index, load=operator.getitem) -> Tile:
 def _post_by_warp(mailbox: Mailbox, tile: Tile) -> None:
     """Makes `tile` the record, which nobody may need any more."""
     for position, field in enumerate(tile):
-        single_warp.store(mailbox.records, (0, position), field)
+        warp.store(mailbox.records, (0, position), field)
     plgpu.barrier_arrive(mailbox.posted.at[0])
 
 
 def _take_by_warp(mailbox: Mailbox) -> Tile:
     """Waits for the record, without releasing it."""
     plgpu.barrier_wait(mailbox.posted.at[0])
-    return read(mailbox, 0, single_warp.load)
+    return read(mailbox, 0, warp.load)

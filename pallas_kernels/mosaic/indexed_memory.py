@@ -18,8 +18,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels import layouts
-from pallas_kernels.ptx import asm, i32
+from pallas_kernels.mosaic import layouts
+from pallas_kernels.mosaic.ptx import asm, i32
 
 _REACH = 2**31
 _PTX_STORE = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }"

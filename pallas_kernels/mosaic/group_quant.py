@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
-from pallas_kernels import launch, layouts
-from pallas_kernels.rounding import divide
+from pallas_kernels.mosaic import launch, layouts
+from pallas_kernels.mosaic.rounding import divide
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 
 E4M3_MAX = 448.0

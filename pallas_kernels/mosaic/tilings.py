@@ -1,19 +1,22 @@
 """Which tile each size class gets. Chosen from static shapes only, so routing never recompiles.
 
-A table measured on this kind of GPU by `python -m pallas_kernels.tune` wins over the shipped one.
+A table measured on this kind of GPU (`python -m pallas_kernels.mosaic.tune`) wins over the shipped
+one.
 """
 
 from __future__ import annotations
 
 import functools
 
-from pallas_kernels import device, tuning_cache, tuning_check
-from pallas_kernels.block_scaled_matmul import MatmulConfig
+from pallas_kernels import device
+from pallas_kernels.mosaic import tiling_check
+from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
 from pallas_kernels.shapes import QUANT_BLOCK
-from pallas_kernels.tuning_cache import Pair, Table
+from pallas_kernels.tuning import cache
+from pallas_kernels.tuning.cache import Pair, Table
 
 KERNELS = "mosaic"
-MAX_BLOCK_M, gathers = tuning_check.MAX_BLOCK_M, tuning_check.gathers
+MAX_BLOCK_M, gathers = tiling_check.MAX_BLOCK_M, tiling_check.gathers
 
 # Measured on an H100 (docs/performance_log.md).
 _UP = {
@@ -77,4 +80,4 @@ def table() -> Table[MatmulConfig]:
 
 @functools.cache
 def _table_of(device_kind: str) -> Table[MatmulConfig]:
-    return tuning_cache.choose(KERNELS, device_kind, SHIPPED, tuning_check.check)
+    return cache.choose(KERNELS, device_kind, SHIPPED, tiling_check.check)

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import device, launch
-from pallas_kernels.indexed_memory import load_at
+from pallas_kernels import device
+from pallas_kernels.mosaic import launch
+from pallas_kernels.mosaic.indexed_memory import load_at
 
 _WARPGROUP = 128  # threads
 _SCALE_CTAS = 2  # of an SM

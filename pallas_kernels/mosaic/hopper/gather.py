@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax._src.lib.mlir.dialects import arith
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ptx import (
+from pallas_kernels.mosaic.ptx import (
     asm,
     constant,
     flat,

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig
-from pallas_kernels.down_projection import down_projection
+from pallas_kernels.mosaic.hopper.down_projection import down_projection
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig
+from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, round_up
-from pallas_kernels.up_projection import up_projection
 
 _KERNELS: dict[str, Callable[..., Any]] = {
     "up_projection": up_projection,

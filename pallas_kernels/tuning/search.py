@@ -21,9 +21,10 @@ import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 from tqdm import tqdm
 
-from pallas_kernels import device, tuning_cache
+from pallas_kernels import device
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv, max_rows, round_up
-from pallas_kernels.tuning_cache import Pair, Table
+from pallas_kernels.tuning import cache
+from pallas_kernels.tuning.cache import Pair, Table
 
 _TOKENS = (80, 901, 14107, 400, 200, 32, 1, 3000, 60000)
 _MAX_DIFFERENCE = 0.02
@@ -91,7 +92,7 @@ class Tuner(NamedTuple):
         choices: Of a configuration, the values to try for some of its fields.
         block_m: The class of T tokens with `top_k` of E experts each.
         prepare: Makes a case's inputs.
-        check: As for `tuning_cache.choose`.
+        check: As for `cache.choose`.
         tokens: A class is measured at the first of these that belongs to it.
     """
 
@@ -100,7 +101,7 @@ class Tuner(NamedTuple):
     choices: Callable[[Any], Mapping[str, Sequence[Any]]]
     block_m: Callable[[int, int, int], int]
     prepare: Callable[[Case, Weights, Sizes], Prepared]
-    check: tuning_cache.Check[Any]
+    check: cache.Check[Any]
     tokens: tuple[int, ...] = _TOKENS
 
 
@@ -295,7 +296,7 @@ def main(
     if gpu is None or isinstance(tuner, str):
         return _failed(f"{module}: {tuner}")
     try:
-        path = args.output or tuning_cache.path_of(tuner.kernels, gpu.device_kind)
+        path = args.output or cache.path_of(tuner.kernels, gpu.device_kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):  # asked now, not after minutes
             pass
@@ -304,7 +305,7 @@ def main(
     with tqdm(unit="tiling") as progress:
         table, rows = tune(tuner, cupti_timer(args.iterations), sizes, progress)
     try:
-        tuning_cache.write(path, tuner.kernels, gpu.device_kind, table, rows)
+        cache.write(path, tuner.kernels, gpu.device_kind, table, rows)
     except OSError as error:
         return _failed(f"{module}: cannot write the table: {error}")
     for line in _summary(tuner.shipped, table):

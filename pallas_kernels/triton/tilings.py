@@ -6,9 +6,10 @@ shipped one.
 
 import functools
 
-from pallas_kernels import device, tuning_cache
-from pallas_kernels.triton.matmul import MatmulConfig
-from pallas_kernels.tuning_cache import Check, Pair, Table
+from pallas_kernels import device
+from pallas_kernels.triton.grouped_matmul import MatmulConfig
+from pallas_kernels.tuning import cache
+from pallas_kernels.tuning.cache import Check, Pair, Table
 
 KERNELS = "triton"
 
@@ -71,7 +72,7 @@ def _table(compute_capability: int) -> Table[MatmulConfig]:
 @functools.cache
 def _table_of(device_kind: str, compute_capability: int) -> Table[MatmulConfig]:
     check = checker(compute_capability)
-    return tuning_cache.choose(KERNELS, device_kind, shipped(compute_capability), check)
+    return cache.choose(KERNELS, device_kind, shipped(compute_capability), check)
 
 
 def _is_hopper(compute_capability: int) -> bool:

@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.promotion import NUM_CONSUMERS
-from pallas_kernels.tile_walk import Cut
+from pallas_kernels.mosaic.hopper.accumulate import NUM_CONSUMERS
+from pallas_kernels.mosaic.hopper.tile_scheduler import Cut
 
 
 def new_flags(sms: int):

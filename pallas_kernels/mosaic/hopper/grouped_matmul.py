@@ -36,21 +36,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels import (
-    launch,
-    matmul_ring,
-    promotion,
-    row_gather,
-    single_warp,
-    split_k,
-    tickets,
-)
 from pallas_kernels.device import SMEM_BYTES, num_sms
-from pallas_kernels.idle_work import IdleWork
-from pallas_kernels.matmul_ring import Ring, ring_types
-from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
+from pallas_kernels.mosaic import launch, warp
+from pallas_kernels.mosaic.hopper import accumulate, gather, pipeline, split_k, work_counter
+from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
+from pallas_kernels.mosaic.hopper.pipeline import Ring, ring_types
+from pallas_kernels.mosaic.hopper.side_job import IdleWork
+from pallas_kernels.mosaic.hopper.tile_scheduler import (
+    MAILBOX_BYTES,
+    Cut,
+    Mailbox,
+    Walk,
+    mailbox_types,
+)
 from pallas_kernels.shapes import QUANT_BLOCK
-from pallas_kernels.tile_walk import MAILBOX_BYTES, Cut, Mailbox, Walk, mailbox_types
 
 _BARRIER_BYTES = 512
 
@@ -117,7 +116,7 @@ class MatmulConfig:
 
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
         """Raises ValueError if the ring and the epilogue do not fit in shared memory."""
-        ring = self.num_stages * matmul_ring.slot_bytes(self.block_m, num_blocks)
+        ring = self.num_stages * pipeline.slot_bytes(self.block_m, num_blocks)
         needed = ring + epilogue_bytes + MAILBOX_BYTES + _BARRIER_BYTES
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
@@ -199,7 +198,7 @@ def grouped_matmul(
         ValueError: The configuration does not fit the GPU, rows that are gathered or `idle_work`.
     """
     if interpret is not None and rows.row_token is not None:
-        values, scales = row_gather.gather_first(rows.values, rows.scales, rows.row_token)
+        values, scales = gather.gather_first(rows.values, rows.scales, rows.row_token)
         rows = rows._replace(values=values, scales=scales, row_token=None)
     num_blocks = len(weight_blocks(0))
     num_steps = rows.values.shape[1] // QUANT_BLOCK
@@ -211,9 +210,9 @@ def grouped_matmul(
     segments = config.segments(num_steps)
     segment_steps = num_steps // segments
     together = config.k_blocks if segment_steps % config.k_blocks == 0 else 1
-    if gathered and config.num_stages < together + row_gather.LAG:
+    if gathered and config.num_stages < together + gather.LAG:
         raise ValueError(
-            f"num_stages: expected at least k_blocks + {row_gather.LAG} where rows are gathered, "
+            f"num_stages: expected at least k_blocks + {gather.LAG} where rows are gathered, "
             f"got {config.num_stages} with k_blocks={config.k_blocks}"
         )
     box_rows = QUANT_BLOCK // together
@@ -235,7 +234,7 @@ def grouped_matmul(
         row_token = refs.pop(0) if gathered else None
         w, w_scales, *refs = refs
         side_refs, refs = refs[: len(side_inputs)], refs[len(side_inputs) :]
-        counter = tickets.new_counter() if dynamic else None
+        counter = work_counter.new_counter() if dynamic else None
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
         side_result = refs.pop(0) if idle_work else None
         total = num_tiles[0] * num_columns
@@ -250,7 +249,7 @@ def grouped_matmul(
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
             plgpu.set_max_registers(producer_registers, action="decrease")
-            sources = matmul_ring.Sources(x, x_scales, w, row_token)
+            sources = pipeline.Sources(x, x_scales, w, row_token)
 
             def fill_tile(done, tile, width, look_ahead):
                 blocks = weight_blocks(tile.column)
@@ -262,25 +261,25 @@ def grouped_matmul(
                     pl.when(group == walk.look_ahead_at(groups))(look_ahead)
                     first = tile.begin * segment_steps + group * together
                     ks = [first + i for i in range(together)]
-                    matmul_ring.fill(ring, sources, tile, width, blocks, first_step, ks, box_rows)
+                    pipeline.fill(ring, sources, tile, width, blocks, first_step, ks, box_rows)
 
             def finish(done):
                 if gathered:
-                    matmul_ring.announce_rest(ring, done * segment_steps)
+                    pipeline.announce_rest(ring, done * segment_steps)
 
             fill = _by_width(config, fill_tile)
 
             def fill_drawn():
-                matmul_ring.drain(ring, walk.fill(mailbox, fill) * segment_steps)
+                pipeline.drain(ring, walk.fill(mailbox, fill) * segment_steps)
 
             if dynamic:
                 warps = [fill_drawn, lambda: walk.schedule(mailbox)]
                 if idle_work:
                     warps.append(lambda: idle_work.run(side_refs, side_result, sms))
-                single_warp.run(*warps)
+                warp.run(*warps)
             else:
                 done = walk.produce(mailbox, fill, finish)
-                matmul_ring.drain(ring, done * segment_steps)
+                pipeline.drain(ring, done * segment_steps)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():
@@ -289,15 +288,15 @@ def grouped_matmul(
             def tile_body(done, tile, width):
                 blocks = weight_blocks(tile.column)
                 first_step = (done - tile.begin) * segment_steps
-                accumulate = functools.partial(
-                    promotion.accumulate, ring, w_scales, tile, blocks, first_step, width, gathered
+                sum_steps = functools.partial(
+                    accumulate.accumulate, ring, w_scales, tile, blocks, first_step, width, gathered
                 )
                 finish = row_epilogue if tokens_are_rows(width) else epilogue
                 at_segment_end = parts and functools.partial(parts.hand_over, tile, width)
                 begin, end = tile.begin * segment_steps, tile.end * segment_steps
                 if cut is None:
                     begin, end = 0, num_steps
-                sums = accumulate(begin, end, segment_steps, at_segment_end)
+                sums = sum_steps(begin, end, segment_steps, at_segment_end)
                 if parts is None:
                     finish(sums, tile, width, results, scratch)
                     return

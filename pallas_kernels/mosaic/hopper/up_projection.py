@@ -24,11 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
-from pallas_kernels import layouts
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig, grouped_matmul
-from pallas_kernels.group_quant import E4M3_MAX, SMALLEST_NORMAL
-from pallas_kernels.idle_work import IdleWork
-from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS
+from pallas_kernels.mosaic import layouts
+from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL
+from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, grouped_matmul
+from pallas_kernels.mosaic.hopper.side_job import IdleWork
 from pallas_kernels.shapes import QUANT_BLOCK
 
 _STAGED_TOKENS = 64

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from pallas_kernels import launch
+from pallas_kernels.mosaic import launch
 
 _FEW_TOKENS = 64  # parts and whole rows: 4.4 and 4.8 us at T=55, 5.3 and 4.8 at T=80
 _ROWS_AT_ONCE = 8

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.matmul_ring import Ring
+from pallas_kernels.mosaic.hopper.pipeline import Ring
 from pallas_kernels.shapes import QUANT_BLOCK
 
 NUM_CONSUMERS = 2

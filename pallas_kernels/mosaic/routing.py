@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import launch, layouts
-from pallas_kernels.indexed_memory import load_at, store_at
-from pallas_kernels.rounding import reciprocals
+from pallas_kernels.mosaic import launch, layouts
+from pallas_kernels.mosaic.indexed_memory import load_at, store_at
+from pallas_kernels.mosaic.rounding import reciprocals
 from pallas_kernels.shapes import cdiv
 
 # Keys below those of all numbers, -inf included, lowest first.

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
 
-from pallas_kernels.block_scaled_matmul import GroupedRows, MatmulConfig, grouped_matmul
-from pallas_kernels.promotion import CONSUMER_ROWS, NUM_CONSUMERS
+from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, grouped_matmul
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 
 
