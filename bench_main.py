@@ -83,12 +83,10 @@ def _settings() -> Settings:
     on_gpu = jax.default_backend() == "gpu"
     for flag in (_SOLUTIONS, _WORKLOADS):
         if flag.value is not None and not all(name.strip() for name in flag.value or [""]):
-            raise ValueError(
-                f"--{flag.name}: expected names separated by commas, found an empty one"
-            )
+            raise ValueError(f"--{flag.name}: expected names separated by commas, got an empty one")
     for folder in (_DATASET, _OUTPUT, _PROFILE):
         if folder.value == "":  # pathlib's current directory, which nobody means by it
-            raise ValueError(f"--{folder.name}: expected a folder, found an empty name")
+            raise ValueError(f"--{folder.name}: expected a folder, got an empty name")
     if (_INPUTS.value == "dataset") != (_DATASET.value is not None):
         raise ValueError("--dataset=FOLDER and --inputs=dataset go together")
     if _SCALING.value and _INPUTS.value == "dataset":

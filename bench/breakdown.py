@@ -18,8 +18,8 @@ _STAGES = {
     "gather": r"permute_rows",
     "up": r"up_projection",
     "down": r"down_projection",
-    "combine local": r"combine_local",
-    "combine": r"combine",
+    "unpermute local": r"unpermute_local",
+    "unpermute": r"unpermute",
 }
 
 
@@ -37,7 +37,7 @@ def stage_work(stage: str, row: Row, sizes: Sizes) -> Work:
     What a later stage finds in the L2 counts as moved, so a fraction above 1 is possible.
 
     Args:
-        stage: "route", "plan", "gather", "up", "down", "combine", or "combine local" where the
+        stage: "route", "plan", "gather", "up", "down", "unpermute", or "unpermute local" where the
             zeros of tokens without a local pair are the up-projection's (not counted there).
         row: Gives T and the local load.
         sizes: Gives E, H and I.
@@ -59,8 +59,8 @@ def stage_work(stage: str, row: Row, sizes: Sizes) -> Work:
         "gather": (load.tokens + load.pairs) * rows,
         "up": load.active_experts * weights[0] + load.pairs * rows + activations,
         "down": load.active_experts * weights[1] + activations + outputs,
-        "combine": outputs + choices_of_all + tokens * BF16_BYTES * hidden,
-        "combine local": outputs + choices_of_all + load.tokens * BF16_BYTES * hidden,
+        "unpermute": outputs + choices_of_all + tokens * BF16_BYTES * hidden,
+        "unpermute local": outputs + choices_of_all + load.tokens * BF16_BYTES * hidden,
     }
     multiplied = {
         "up": 2 * load.pairs * 2 * intermediate * hidden,

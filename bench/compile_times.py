@@ -20,8 +20,8 @@ from typing import Any
 
 from bench import environment
 from bench.tables import aligned
-from interop.files import write_atomically
 from jax_moe import backends
+from jax_moe.io.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 TOKENS = (1, 80, 901, 14107)

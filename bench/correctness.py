@@ -63,9 +63,9 @@ def check(
         ratio.
     """
     if output.shape != reference.shape:
-        return _failed(f"wrong shape: expected {reference.shape}, found {output.shape}")
+        return _failed(f"wrong shape: expected {reference.shape}, got {output.shape}")
     if output.dtype != jnp.bfloat16:
-        return _failed(f"wrong dtype: expected bfloat16, found {output.dtype}")
+        return _failed(f"wrong dtype: expected bfloat16, got {output.dtype}")
     if output.size == 0:
         return Check(1.0, 1.0, 0.0, None)
     counts = jax.device_get(_compare(output, reference, rtol=tolerance.rtol, atol=tolerance.atol))

@@ -9,8 +9,8 @@ from bench.results import PASS, REFERENCE, Results
 from bench.settings import Settings
 from bench.solutions import registry
 from bench.tables import aligned, markdown
-from interop import seed_report
-from interop.files import write_atomically
+from interop import comparison_report
+from jax_moe.io.files import write_atomically
 
 _TERMINAL_BREAKDOWNS = 20
 
@@ -153,7 +153,7 @@ def write_all(results: Results, settings: Settings, options: Options) -> list[Pa
         _write(path, [title, "", *_breakdown(results, settings, in_markdown=True)])
         written.append(path)
     if options.report:
-        written += _seed_report(results, settings)
+        written += _comparison_report(results, settings)
     return written
 
 
@@ -211,10 +211,10 @@ def _launches(results: Results) -> list[str]:
     return lines
 
 
-def _seed_report(results: Results, settings: Settings) -> list[Path]:
+def _comparison_report(results: Results, settings: Settings) -> list[Path]:
     """The published comparison again, from this run's rows; the reference is its denominator."""
     workloads = [
-        seed_report.WorkloadRow(uuid, rows[0].num_tokens, rows[0].local_expert_offset)
+        comparison_report.WorkloadRow(uuid, rows[0].num_tokens, rows[0].local_expert_offset)
         for uuid, rows in results.workloads()
     ]
     asked = [name for name in settings.solutions if name in results.solutions()]
@@ -225,7 +225,7 @@ def _seed_report(results: Results, settings: Settings) -> list[Path]:
             measured[row.solution][row.uuid] = _measurement(results, row)
     if not measured:
         return []
-    document = seed_report.write(
+    document = comparison_report.write(
         settings.output,
         workloads,
         measured,
@@ -236,12 +236,12 @@ def _seed_report(results: Results, settings: Settings) -> list[Path]:
     return [document, document.with_suffix(".png")]
 
 
-def _measurement(results: Results, row: Any) -> seed_report.Measurement:
+def _measurement(results: Results, row: Any) -> comparison_report.Measurement:
     times = row.time(results.timer)
     reference = results.rows.get((REFERENCE, row.uuid))
     reference_times = reference.time(results.timer) if reference else None
-    return seed_report.Measurement(
-        status=seed_report.PASSED if row.status == PASS else row.status,
+    return comparison_report.Measurement(
+        status=comparison_report.PASSED if row.status == PASS else row.status,
         latency_ms=times.median / 1e3 if times else None,
         reference_ms=reference_times.median / 1e3 if reference_times else None,
         workspace_bytes=row.workspace_bytes,

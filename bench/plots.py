@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import REFERENCE, Results, Row
-from interop.files import write_atomically
+from jax_moe.io.files import write_atomically
 
 # Okabe and Ito's palette, told apart with any colour vision; the markers repeat the distinction.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D00")

@@ -11,8 +11,8 @@ from bench.roofline import Roofline
 from bench.routing import LocalLoad
 from bench.timers import Statistics
 from bench.work import Work
-from interop.files import write_atomically
-from interop.strict_json import parse_object
+from jax_moe.io.files import write_atomically
+from jax_moe.io.strict_json import parse_object
 
 SCHEMA = 1
 PASS, WRONG, ERROR = "PASS", "WRONG", "ERROR"

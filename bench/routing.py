@@ -57,7 +57,7 @@ def draw(workload: Workload, sizes: Sizes, seed: int, pattern: str = "moments") 
         RuntimeError: No draw had enough local pairs.
     """
     if pattern not in PATTERNS:
-        raise ValueError(f"--routing: expected one of {', '.join(PATTERNS)}, found {pattern!r}")
+        raise ValueError(f"--routing: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
     for attempt in range(_MAX_DRAWS):
         entropy = [seed, workload.num_tokens, workload.local_expert_offset, attempt]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))

@@ -24,9 +24,9 @@ from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import SCALING, WORKLOADS, select
 from interop import dataset
-from interop.files import naming
 from interop.solutions.base import Solution
 from interop.workloads import Workload
+from jax_moe.io.files import naming
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 

@@ -23,7 +23,7 @@ class Work(NamedTuple):
     flops: int
 
     def floor_us(self, read_bytes_per_s: float, fp8_flops_per_s: float) -> float:
-        """The least time at these two rates; no launch, routing or combine time is in it."""
+        """The least time at these two rates; no launch, routing or unpermute time is in it."""
         return 1e6 * max(self.bytes / read_bytes_per_s, self.flops / fp8_flops_per_s)
 
 

@@ -27,7 +27,7 @@ def torch_problem() -> str | None:
         found = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return "package torch is not installed"
-    return None if found.startswith(f"{TORCH}.") else f"needs torch {TORCH}, found {found}"
+    return None if found.startswith(f"{TORCH}.") else f"needs torch {TORCH}, got {found}"
 
 
 def __getattr__(name: str) -> Any:

@@ -16,10 +16,10 @@ import numpy as np
 import safetensors
 from jaxtyping import BFloat16, Float32
 
-from interop.files import confined_files, data_set_root, read_bytes, read_lines, shown
-from interop.safetensors_header import check_header
-from interop.strict_json import check_fields, number
 from interop.workloads import Workload, definition
+from jax_moe.io.files import confined_files, data_set_root, read_bytes, read_lines, shown
+from jax_moe.io.safetensors_header import check_header
+from jax_moe.io.strict_json import check_fields, number
 
 MAX_TOKENS = 2**20
 MAX_LINE_BYTES = 2**20
@@ -113,16 +113,14 @@ def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
         )
     row = check_fields(line["workload"], ("uuid", "axes", "inputs"), (), f"{where}: workload")
     if not isinstance(row["uuid"], str) or not _UUID.fullmatch(row["uuid"]):
-        raise ValueError(
-            f"{where}: uuid: expected letters, digits and dashes, found {row['uuid']!r}"
-        )
+        raise ValueError(f"{where}: uuid: expected letters, digits and dashes, got {row['uuid']!r}")
     axes = check_fields(row["axes"], ("seq_len",), (), f"{where}: axes")
     tokens = _integer(axes["seq_len"], 0, MAX_TOKENS, f"{where}: seq_len")
     inputs = check_fields(row["inputs"], (*_RANDOM, *_SCALARS, *_BLOBS), (), f"{where}: inputs")
     for name in _RANDOM:
         spec = check_fields(inputs[name], ("type",), (), f"{where}: {name}")
         if spec["type"] != "random":
-            raise ValueError(f"{where}: {name}: expected type 'random', found {spec['type']!r}")
+            raise ValueError(f"{where}: {name}: expected type 'random', got {spec['type']!r}")
     offset, factor = (_scalar(inputs[name], f"{where}: {name}") for name in _SCALARS)
     sizes = definition()["axes"]
     last = sizes["num_experts"]["value"] - sizes["num_local_experts"]["value"]
@@ -136,14 +134,14 @@ def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
 
 def _integer(value: Any, low: int, high: int, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{where}: expected an integer in {low}..{high}, found {value!r}")
+        raise ValueError(f"{where}: expected an integer in {low}..{high}, got {value!r}")
     return value
 
 
 def _scalar(spec: Any, where: str) -> Any:
     check_fields(spec, ("type", "value"), (), where)
     if spec["type"] != "scalar":
-        raise ValueError(f"{where}: expected type 'scalar', found {spec['type']!r}")
+        raise ValueError(f"{where}: expected type 'scalar', got {spec['type']!r}")
     return spec["value"]
 
 
@@ -151,15 +149,15 @@ def _blob(spec: Any, where: str) -> BlobRef:
     check_fields(spec, ("type", "path", "tensor_key"), (), where)
     path, key = spec["path"], spec["tensor_key"]
     if spec["type"] != "safetensors":
-        raise ValueError(f"{where}: expected type 'safetensors', found {spec['type']!r}")
+        raise ValueError(f"{where}: expected type 'safetensors', got {spec['type']!r}")
     if not isinstance(path, str) or not isinstance(key, str):
         raise ValueError(f"{where}: expected text for path and tensor_key")
     if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
-        raise ValueError(f"{where}: expected a relative path without '..', found {path!r}")
+        raise ValueError(f"{where}: expected a relative path without '..', got {path!r}")
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: expected a path of Unicode text, found {shown(path)}") from None
+        raise ValueError(f"{where}: expected a path of Unicode text, got {shown(path)}") from None
     return BlobRef(path, key)
 
 
@@ -176,7 +174,7 @@ def _tensor(root: Path, ref: BlobRef, dtype: str, shape: tuple[int, ...], entry:
     found = tensors[ref.tensor_key]
     if (found.dtype, found.shape) != (dtype, shape):
         raise ValueError(
-            f"{where}: expected {dtype}{list(shape)}, found {found.dtype}{list(found.shape)}"
+            f"{where}: expected {dtype}{list(shape)}, got {found.dtype}{list(found.shape)}"
         )
     try:
         loaded = dict(safetensors.deserialize(content))

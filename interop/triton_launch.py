@@ -24,11 +24,13 @@ def launch_torch(launch: Launch) -> list[torch.Tensor]:
     for position, tensor in enumerate(launch.inputs):
         if not tensor.is_contiguous():
             raise ValueError(
-                f"input {position}: expected a contiguous tensor, found strides "
+                f"input {position}: expected a contiguous tensor, got strides "
                 f"{tensor.stride()} for shape {tuple(tensor.shape)}"
             )
         if tensor.device != device:
-            raise ValueError(f"input {position}: expected on {device}, found on {tensor.device}")
+            raise ValueError(
+                f"input {position}: expected a tensor on {device}, got one on {tensor.device}"
+            )
     outputs = [
         torch.empty(out.shape, dtype=getattr(torch, out.dtype.name), device=device)
         for out in launch.outputs

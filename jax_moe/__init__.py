@@ -23,8 +23,8 @@ Expert parallelism is a `shard_map` around it; the ranks' outputs add up to the 
     ...     part = jax_moe.apply(logits, bias, x, None, w13, s13, w2, s2, offset, 2.5)
     ...     return jax.lax.psum(part.astype(jnp.float32), "expert")
 
-The stages are public as well: `quantize`, `route`, `plan_dispatch`, `up_project`, `down_project`,
-`combine`. `reference` is the float32 oracle, `workspace_bytes` bounds the temporary memory.
+The stages are public as well: `quantize`, `route`, `plan_groups`, `up_project`, `down_project`,
+`unpermute`. `reference` is the float32 oracle, `workspace_bytes` bounds the temporary memory.
 `assume_device` and `interpret_mode` compile for, or imitate, a GPU that is not there.
 """
 
@@ -36,12 +36,12 @@ from jax_moe.config import DEEPSEEK_V3 as DEEPSEEK_V3
 from jax_moe.config import MoEConfig as MoEConfig
 from jax_moe.device import assume_device as assume_device
 from jax_moe.device import interpret_mode as interpret_mode
-from jax_moe.stages import combine as combine
 from jax_moe.stages import down_project as down_project
-from jax_moe.stages import plan_dispatch as plan_dispatch
+from jax_moe.stages import plan_groups as plan_groups
 from jax_moe.stages import quantize as quantize
 from jax_moe.stages import route as route
+from jax_moe.stages import unpermute as unpermute
 from jax_moe.stages import up_project as up_project
-from jax_moe.types import DispatchPlan as DispatchPlan
+from jax_moe.types import GroupPlan as GroupPlan
 from jax_moe.types import Quantized as Quantized
 from jax_moe.types import Routing as Routing

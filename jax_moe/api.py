@@ -13,8 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, buckets, lowering_cache, memory, validate
-from jax_moe import reference as oracle
+from jax_moe import backends, buckets, lowering_cache, memory, oracle, validate
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of, holder_of
 from jax_moe.transforms import forward_only
@@ -80,7 +79,7 @@ def apply(
     Raises:
         TypeError: An argument is no array, or of the wrong dtype.
         ValueError: A shape, size or known scalar does not fit; names the argument, what was
-            expected and what was found.
+            expected and what came.
         NotImplementedError: The backend does not run on this device, or the call is differentiated.
         MemoryError: An eager call needs more memory (from 256 MiB on) than its GPU has; nothing was
             launched. Under your own `jit`, XLA reports that.
@@ -180,13 +179,13 @@ def _layer(
         hidden_states, hidden_states_scale = stages.quantize(hidden_states)
     routing = stages.route(routing_logits, routing_bias, routed_scaling_factor, config=config)
     topk_ids = _of_live_tokens(routing.topk_ids, num_tokens)
-    plan = stages.plan_dispatch(topk_ids, local_expert_offset, **counts)
+    plan = stages.plan_groups(topk_ids, local_expert_offset, **counts)
     rows = hidden_states, hidden_states_scale
     activations = stages.up_project(
         *rows, gemm1_weights, gemm1_weights_scale, plan, whole_layer=True
     )
     expert_outputs = stages.down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
-    return stages.combine(expert_outputs, routing.topk_weights, plan)
+    return stages.unpermute(expert_outputs, routing.topk_weights, plan)
 
 
 def _of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:
@@ -289,7 +288,7 @@ def workspace_bytes(
         NotImplementedError: The backend does not run on the default device.
     """
     if not isinstance(config, MoEConfig):
-        raise TypeError(f"config: expected a jax_moe.MoEConfig, found {type(config).__name__}")
+        raise TypeError(f"config: expected a jax_moe.MoEConfig, got {type(config).__name__}")
     num_tokens = _count("num_tokens", num_tokens, least=0)
     num_local_experts = _count("num_local_experts", num_local_experts, least=1)
     hidden_size = _count("hidden_size", hidden_size, least=QUANT_BLOCK, step=QUANT_BLOCK)
@@ -305,5 +304,5 @@ def workspace_bytes(
 def _count(name: str, value: Any, least: int, step: int = 1) -> int:
     number = int(validate.integer(name, value, least, 2**30))
     if number % step:
-        raise ValueError(f"{name}: expected a multiple of {step}, found {number}")
+        raise ValueError(f"{name}: expected a multiple of {step}, got {number}")
     return number

@@ -35,17 +35,15 @@ class MoEConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _integer(field.name, getattr(self, field.name)))
         if self.top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, found {self.top_k}")
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if self.n_group < 1:
-            raise ValueError(f"n_group: expected at least 1, found {self.n_group}")
+            raise ValueError(f"n_group: expected at least 1, got {self.n_group}")
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(
-                f"topk_group: expected 1..n_group (= {self.n_group}), found {self.topk_group}"
+                f"topk_group: expected 1..n_group (= {self.n_group}), got {self.topk_group}"
             )
         if self.block_size != QUANT_BLOCK:
-            raise ValueError(
-                f"block_size: only {QUANT_BLOCK} is supported, found {self.block_size}"
-            )
+            raise ValueError(f"block_size: only {QUANT_BLOCK} is supported, got {self.block_size}")
 
 
 def _integer(name: str, value: object) -> int:
@@ -55,7 +53,7 @@ def _integer(name: str, value: object) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
-            f"{name}: expected an integer, found {value!r} ({type(value).__name__})"
+            f"{name}: expected an integer, got {value!r} ({type(value).__name__})"
         ) from None
 
 

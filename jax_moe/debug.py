@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
 
-from jax_moe.types import DispatchPlan
+from jax_moe.types import GroupPlan
 
 
-def check_plan(plan: DispatchPlan) -> None:
-    """Notes for `checkify` what a dispatch plan violates; does nothing outside of it.
+def check_plan(plan: GroupPlan) -> None:
+    """Notes for `checkify` what a group plan violates; does nothing outside of it.
 
-    A plan of `jax_moe.plan_dispatch` passes. Kernels trust theirs: with one that does not, they may
+    A plan of `jax_moe.plan_groups` passes. Kernels trust theirs: with one that does not, they may
     read or write outside of their arrays.
 
     Args:

@@ -87,7 +87,7 @@ def assume_device(name: str) -> Iterator[None]:
     """
     match = re.fullmatch(r"sm_(\d+)(\d)[af]?", name)
     if name != "cpu" and match is None:
-        raise ValueError(f'name: expected "cpu" or "sm_<capability>" ("sm_90"), found {name!r}')
+        raise ValueError(f'name: expected "cpu" or "sm_<capability>" ("sm_90"), got {name!r}')
     with _assumed(Device("gpu", f"{match[1]}.{match[2]}") if match else Device("cpu")):
         yield
 
@@ -129,7 +129,7 @@ def _ensure_interpreter_threads() -> None:
     if threads < _LEAST_INTERPRETER_THREADS:
         raise RuntimeError(
             f"interpret_mode: expected XLA's CPU pool to have at least "
-            f"{_LEAST_INTERPRETER_THREADS} threads, found {threads}; set the environment variable "
+            f"{_LEAST_INTERPRETER_THREADS} threads, got {threads}; set the environment variable "
             f"NPROC={_INTERPRETER_THREADS} before JAX is first used"
         )
 

@@ -29,7 +29,7 @@ def require(device: jax.Device, needed: int, what: str) -> None:
     available = available_bytes(device)
     if available is not None and needed > available:
         raise MemoryError(
-            f"{what}: needs up to {needed:,} bytes of memory on {device}, found {available:,} "
+            f"{what}: needs up to {needed:,} bytes of memory on {device}, got {available:,} "
             "available"
         )
 

@@ -1,6 +1,6 @@
 """The stages of the layer, one by one: what `apply` runs, for those who compose their own.
 
-The data flows as `quantize`, `route`, `plan_dispatch`, `up_project`, `down_project`, `combine`.
+The data flows as `quantize`, `route`, `plan_groups`, `up_project`, `down_project`, `unpermute`.
 Keep to one backend along the way: the rows of a tile are its choice.
 All are forward only, run one by one under `jax.vmap`, and are jitted when called eagerly. What a
 plan of your own holds is checked under `jax.experimental.checkify` (`jax_moe.debug`).
@@ -17,7 +17,7 @@ from jax_moe import backends, debug, validate
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
-from jax_moe.types import DispatchPlan, Quantized, Routing
+from jax_moe.types import GroupPlan, Quantized, Routing
 
 
 def route(
@@ -89,14 +89,14 @@ def quantize(x: Float[Array, "R C"], *, backend: str = "auto") -> Quantized:
     return _run("quantize", backend, x)
 
 
-def plan_dispatch(
+def plan_groups(
     topk_ids: Int32[Array, "T k"],
     local_expert_offset: int | Int32[Array, ""],
     *,
     num_local_experts: int,
     num_experts: int,
     backend: str = "auto",
-) -> DispatchPlan:
+) -> GroupPlan:
     """Sorts the local (token, expert) pairs by expert, each expert padded to whole tiles.
 
     Args:
@@ -126,7 +126,7 @@ def plan_dispatch(
         "local_expert_offset", local_expert_offset, 0, num_experts - num_local_experts
     )
     counts = {"num_local_experts": num_local_experts, "num_experts": num_experts}
-    return _run("plan_dispatch", backend, topk_ids, offset, **counts)
+    return _run("plan_groups", backend, topk_ids, offset, **counts)
 
 
 def up_project(
@@ -134,7 +134,7 @@ def up_project(
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
     *,
     backend: str = "auto",
 ) -> Quantized:
@@ -148,7 +148,7 @@ def up_project(
         hidden_states_scale: f32[H/128,T].
         gemm1_weights: e4m3[E_local,2*I,H].
         gemm1_weights_scale: f32[E_local,2*I/128,H/128].
-        plan: From `plan_dispatch` with the same backend.
+        plan: From `plan_groups` with the same backend.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -173,7 +173,7 @@ def down_project(
     activations: Quantized,
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
     *,
     backend: str = "auto",
 ) -> BFloat16[Array, "M H"]:
@@ -202,10 +202,10 @@ def down_project(
     return _run("down_project", backend, activations, gemm2_weights, gemm2_weights_scale, plan)
 
 
-def combine(
+def unpermute(
     expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
     *,
     backend: str = "auto",
 ) -> BFloat16[Array, "T H"]:
@@ -233,7 +233,7 @@ def combine(
     validate.array("expert_outputs", expert_outputs, "M H", validate.BF16, sizes)
     validate.blocked("H", sizes)
     debug.check_plan(plan)
-    return _run("combine", backend, expert_outputs, topk_weights, plan)
+    return _run("unpermute", backend, expert_outputs, topk_weights, plan)
 
 
 def _run(stage: str, backend: str, *arrays: Any, **static: Any) -> Any:

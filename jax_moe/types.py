@@ -16,7 +16,7 @@ class Routing(NamedTuple):
     Attributes:
         topk_ids: i32[T,k], global expert ids, distinct within a token, best first. From `route`
             they are always in 0..E-1; an id outside of that (-1, say) means "no expert" to
-            `plan_dispatch`.
+            `plan_groups`.
         topk_weights: f32[T,k], the factors of the weighted sum, `routed_scaling_factor` included.
     """
 
@@ -24,7 +24,7 @@ class Routing(NamedTuple):
     topk_weights: Float32[Array, "T k"]
 
 
-class DispatchPlan(NamedTuple):
+class GroupPlan(NamedTuple):
     """Where each local (token, expert) pair sits among the rows of the grouped matmuls.
 
     Rows are expert-major: experts ascending, tokens ascending inside an expert, each expert padded

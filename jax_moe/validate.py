@@ -1,6 +1,6 @@
 """Checks of what a caller passes, before anything is traced or compiled.
 
-Every message names the argument, what was expected and what was found. Shapes are written in
+Every message names the argument, what was expected and what came. Shapes are written in
 symbols ("E_local 2*I H"); the first argument that holds a symbol sets its size for the others.
 
 One layout cannot be told from its transpose: where T equals H/128, a `[T, H/128]` scale is as
@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from jax_moe.config import MoEConfig
-from jax_moe.types import DispatchPlan, Quantized
+from jax_moe.types import GroupPlan, Quantized
 from pallas_kernels.shapes import QUANT_BLOCK
 
 E4M3 = (np.dtype(jnp.float8_e4m3fn),)
@@ -51,12 +51,12 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
     axes = _axes(dims)
     if not isinstance(value, jax.Array | np.ndarray):
         wanted = _wanted(dims, dtypes)
-        raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, found {_kind(value)}")
+        raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, got {_kind(value)}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {_wanted(dims, dtypes)}, found {_format(value)}")
+        raise TypeError(f"{name}: expected {_wanted(dims, dtypes)}, got {_format(value)}")
     if value.ndim != len(axes):
         rank = f"rank {len(axes)}, {_wanted(dims, dtypes)}"
-        raise ValueError(f"{name}: expected {rank}, found {_format(value)}")
+        raise ValueError(f"{name}: expected {rank}, got {_format(value)}")
     for position, (axis, found) in enumerate(zip(axes, value.shape, strict=True)):
         if not _matches(axis, found, name, sizes):
             expected = [_size(axis, sizes) for axis in axes]
@@ -65,7 +65,7 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
             shape = ", ".join(text if size is None else str(size) for size, text in known)
             raise ValueError(
                 f"{name}: expected {_wanted(dims, dtypes)} = [{shape}]{_source(axis, sizes)}, "
-                f"found {_format(value)}{hint}: axis {position} differs"
+                f"got {_format(value)}{hint}: axis {position} differs"
             )
 
 
@@ -133,7 +133,7 @@ def blocked(symbol: str, sizes: Sizes) -> None:
     size, name = sizes[symbol]
     if size <= 0 or size % QUANT_BLOCK:
         raise ValueError(
-            f"{name}: expected {symbol} to be a positive multiple of {QUANT_BLOCK}, found {size}"
+            f"{name}: expected {symbol} to be a positive multiple of {QUANT_BLOCK}, got {size}"
         )
 
 
@@ -161,7 +161,7 @@ def integer(name: str, value: Any, low: int, high: int) -> Array | np.int32:
         return value.astype(jnp.int32)
     number = operator.index(value)
     if not low <= number <= high:
-        raise ValueError(f"{name}: expected {low}..{high}, found {number}")
+        raise ValueError(f"{name}: expected {low}..{high}, got {number}")
     return np.int32(number)
 
 
@@ -186,9 +186,9 @@ def real(name: str, value: Any) -> Array | np.float32:
         number = float(value)
     except OverflowError:  # a Python integer, perhaps of more digits than Python would print
         found = f"an integer of {value.bit_length()} bits"
-        raise ValueError(f"{name}: expected a finite float32, found {found}") from None
+        raise ValueError(f"{name}: expected a finite float32, got {found}") from None
     if not abs(number) <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{name}: expected a finite float32, found {number}")
+        raise ValueError(f"{name}: expected a finite float32, got {number}")
     return np.float32(number)
 
 
@@ -196,17 +196,17 @@ def _scalar(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: A
     if isinstance(value, jax.Array | np.ndarray):
         is_kind = jnp.issubdtype(value.dtype, kind)
         if not is_kind or jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise TypeError(f"{name}: expected {wanted}, found {_format(value)}")
+            raise TypeError(f"{name}: expected {wanted}, got {_format(value)}")
         if value.ndim:
-            raise ValueError(f"{name}: expected a scalar, found {_format(value)}")
+            raise ValueError(f"{name}: expected a scalar, got {_format(value)}")
     elif isinstance(value, bool) or not isinstance(value, types):
-        raise TypeError(f"{name}: expected {wanted}, found {value!r} ({_kind(value)})")
+        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({_kind(value)})")
 
 
 def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -> None:
     """Checks the arguments of the routing stage; sets T and E."""
     if not isinstance(config, MoEConfig):
-        raise TypeError(f"config: expected a jax_moe.MoEConfig, found {_kind(config)}")
+        raise TypeError(f"config: expected a jax_moe.MoEConfig, got {_kind(config)}")
     array("routing_logits", routing_logits, "T E", F32, sizes)
     array("routing_bias", routing_bias, "E", BIAS, sizes)
     num_experts = sizes["E"][0]
@@ -219,20 +219,20 @@ def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -
     if config.top_k > kept:
         raise ValueError(
             f"config: expected top_k of at most {kept}, which is what {config.topk_group} of "
-            f"{config.n_group} groups of {num_experts} experts hold, found {config.top_k}"
+            f"{config.n_group} groups of {num_experts} experts hold, got {config.top_k}"
         )
     num_tokens = sizes["T"][0]
     pair_count("routing_logits", num_tokens, config.top_k)
     if num_tokens * num_experts > _MAX_LOGITS:  # kernels find a logit by an int32 offset
         raise ValueError(
-            f"routing_logits: expected T * E of at most 2^31, found {num_tokens} * {num_experts}"
+            f"routing_logits: expected T * E of at most 2^31, got {num_tokens} * {num_experts}"
         )
 
 
 def pair_count(name: str, num_tokens: int, top_k: int) -> None:
     """Checks that rows can be counted in int32, padding included."""
     if num_tokens * top_k >= _MAX_PAIRS:
-        raise ValueError(f"{name}: expected T * top_k below 2^30, found {num_tokens} * {top_k}")
+        raise ValueError(f"{name}: expected T * top_k below 2^30, got {num_tokens} * {top_k}")
 
 
 def hidden(hidden_states: Any, hidden_states_scale: Any, sizes: Sizes) -> None:
@@ -244,7 +244,7 @@ def hidden(hidden_states: Any, hidden_states_scale: Any, sizes: Sizes) -> None:
     elif hidden_states_scale is not None:
         raise ValueError(
             f"hidden_states_scale: expected None, as hidden_states is {_format(hidden_states)}, "
-            f"found {_kind(hidden_states_scale)}"
+            f"got {_kind(hidden_states_scale)}"
         )
 
 
@@ -268,14 +268,14 @@ def experts(num_local_experts: int, num_experts: int) -> None:
     """Checks that the local experts fit in all experts."""
     if not 1 <= num_local_experts <= num_experts:
         raise ValueError(
-            f"gemm1_weights: expected E_local in 1..E = 1..{num_experts}, found {num_local_experts}"
+            f"gemm1_weights: expected E_local in 1..E = 1..{num_experts}, got {num_local_experts}"
         )
 
 
 def plan(value: Any, sizes: Sizes) -> None:
-    """Checks a dispatch plan; sets E_local, M, T and k where nothing did."""
-    if not isinstance(value, DispatchPlan):
-        raise TypeError(f"plan: expected a jax_moe.DispatchPlan, found {_kind(value)}")
+    """Checks a group plan; sets E_local, M, T and k where nothing did."""
+    if not isinstance(value, GroupPlan):
+        raise TypeError(f"plan: expected a jax_moe.GroupPlan, got {_kind(value)}")
     axes = ("E_local", "E_local", "M", "T k", "tiles", "1")
     for field, dims, leaf in zip(value._fields, axes, value, strict=True):
         array(f"plan.{field}", leaf, dims, I32, sizes)
@@ -283,14 +283,14 @@ def plan(value: Any, sizes: Sizes) -> None:
     if rows % max(tiles, 1):
         raise ValueError(
             f"plan: expected row_token to hold a whole number of rows for each of {tiles} tiles, "
-            f"found {rows} rows"
+            f"got {rows} rows"
         )
 
 
 def quantized(name: str, value: Any, dims: str, sizes: Sizes) -> None:
     """Checks a `Quantized` of the given rows and columns."""
     if not isinstance(value, Quantized):
-        raise TypeError(f"{name}: expected a jax_moe.Quantized, found {_kind(value)}")
+        raise TypeError(f"{name}: expected a jax_moe.Quantized, got {_kind(value)}")
     rows, columns = dims.split()
     array(f"{name}.values", value.values, dims, E4M3, sizes)
     array(f"{name}.scales", value.scales, f"{columns}/{QUANT_BLOCK} {rows}", F32, sizes)

@@ -66,7 +66,7 @@ def check(num_tokens: int, align: int, **sizes: int) -> None:
     torch.testing.assert_close(found[~carried], exact[~carried], rtol=0.0626, atol=2**-9)
 
     gemm2 = grouped_matmul(activations, (w2, s2), ends, align)
-    out = deepgemm.combine(gemm2, weights, pair_row)
+    out = deepgemm.unpermute(gemm2, weights, pair_row)
     summed = torch.zeros(num_tokens, gemm2.shape[1])
     for row, weight in zip(pair_row.t(), weights.t(), strict=True):
         summed[row >= 0] += gemm2[row[row >= 0].long()].float() * weight[row >= 0, None]

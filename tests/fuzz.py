@@ -22,7 +22,7 @@ from typing import Any
 import tqdm
 
 from bench import environment, interruption
-from interop.files import write_atomically
+from jax_moe.io.files import write_atomically
 
 INTERPRETED = "interpreted_mosaic"
 _COMPILING = 0.4  # share of the time that may go into opening new slots

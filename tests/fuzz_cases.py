@@ -324,7 +324,7 @@ def check(case: Case, expected: np.ndarray, backend: str) -> Outcome:
                 *inputs, config=case.model.config, backend=name, num_tokens=case.num_tokens
             )
         if out.dtype != jnp.bfloat16 or out.shape != expected.shape:
-            raise TypeError(f"expected bfloat16 {expected.shape}, found {out.dtype} {out.shape}")
+            raise TypeError(f"expected bfloat16 {expected.shape}, got {out.dtype} {out.shape}")
         return np.asarray(out)
 
     clean = run(case.inputs)

@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 from bench import environment
-from interop.files import write_atomically
+from jax_moe.io.files import write_atomically
 from tests.cuda_tools import wheel_bin
 from tests.sanitizer_control import READERS
 
@@ -52,7 +52,7 @@ EXPLAINED = {
     ("initcheck", COPIED): "the control compares its buffers, these stores' too, on the host",
 }
 """(tool, kernel) whose reports are expected, and why."""
-READS_TILES = ("mosaic", "moe_combine")
+READS_TILES = ("mosaic", "moe_unpermute")
 LEFT_OUT = (
     f"`{READS_TILES[1]}` was left out: it reads what moe_down_projection stored as `tma_tiles`, "
     "which this version of the tool does not see (the control shows it); that all of it is written "
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _about(sanitizer: str) -> dict[str, Any]:
-    """Of the surroundings, found in a process of its own: this one leaves the GPU alone."""
+    """Of the surroundings, taken in a process of its own: this one leaves the GPU alone."""
     code = (
         "import json; from bench import environment as e; e.prepare_process();"
         "print(json.dumps({'device': dict(e.device()), 'versions': e.versions(),"

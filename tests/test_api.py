@@ -246,12 +246,12 @@ def test_workspace_bound_at_full_size(backend):
 @pytest.mark.parametrize(
     ("field", "value", "error", "message"),
     [
-        ("num_tokens", -5, ValueError, r"num_tokens: expected 0\.\..*, found -5"),
+        ("num_tokens", -5, ValueError, r"num_tokens: expected 0\.\..*, got -5"),
         ("num_tokens", 1.5, TypeError, "num_tokens: expected an integer"),
         ("num_local_experts", 0, ValueError, r"num_local_experts: expected 1\.\."),
         ("hidden_size", 100, ValueError, r"hidden_size: expected 128\.\."),
         ("intermediate_size", 200, ValueError, "intermediate_size: expected a multiple of 128"),
-        ("config", None, TypeError, r"config: expected a jax_moe\.MoEConfig, found NoneType"),
+        ("config", None, TypeError, r"config: expected a jax_moe\.MoEConfig, got NoneType"),
     ],
 )
 def test_a_bound_for_what_cannot_be_is_refused(field, value, error, message):
@@ -271,7 +271,7 @@ def test_the_oracle_of_no_token():
     ("change", "error", "message"),
     [
         (lambda rows: rows[:3], ValueError, r"expert_outputs: expected bfloat16 \[M, H\]"),
-        (lambda rows: rows[:, :100], ValueError, "positive multiple of 128, found 100"),
+        (lambda rows: rows[:, :100], ValueError, "positive multiple of 128, got 100"),
         (lambda rows: rows[0], ValueError, "expert_outputs: expected rank 2"),
         (lambda rows: rows.astype(jnp.float32), TypeError, "expert_outputs: expected bfloat16"),
         (lambda rows: None, TypeError, "expert_outputs: expected a JAX or NumPy array"),
@@ -280,9 +280,9 @@ def test_the_oracle_of_no_token():
 def test_combine_refuses_rows_that_do_not_fit_the_plan(change, error, message):
     """Or the kernels would read past them."""
     ids = np.tile(np.arange(4, dtype=np.int32), (5, 1))
-    plan = jax_moe.plan_dispatch(ids, 0, num_local_experts=8, num_experts=32, backend="xla")
+    plan = jax_moe.plan_groups(ids, 0, num_local_experts=8, num_experts=32, backend="xla")
     rows = jnp.zeros((plan.row_token.size, 128), jnp.bfloat16)
     weights = np.ones((5, 4), np.float32)
-    assert jax_moe.combine(rows, weights, plan, backend="xla").shape == (5, 128)
+    assert jax_moe.unpermute(rows, weights, plan, backend="xla").shape == (5, 128)
     with pytest.raises(error, match=message):
-        jax_moe.combine(change(rows), weights, plan, backend="xla")
+        jax_moe.unpermute(change(rows), weights, plan, backend="xla")

@@ -304,12 +304,12 @@ def test_stages_compose_to_the_layer(case):
     logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs
     with running(case) as backend:
         routing = jax_moe.route(logits, bias, factor, config=SMALL, backend=backend)
-        plan = jax_moe.plan_dispatch(
+        plan = jax_moe.plan_groups(
             routing.topk_ids, offset, num_local_experts=8, num_experts=32, backend=backend
         )
         activations = jax_moe.up_project(x, x_scale, w13, s13, plan, backend=backend)
         expert_outputs = jax_moe.down_project(activations, w2, s2, plan, backend=backend)
-        out = jax_moe.combine(expert_outputs, routing.topk_weights, plan, backend=backend)
+        out = jax_moe.unpermute(expert_outputs, routing.topk_weights, plan, backend=backend)
         whole = jax_moe.apply(*inputs, config=SMALL, backend=backend)
     np.testing.assert_array_equal(bits(out), bits(whole))
 
@@ -322,7 +322,7 @@ def test_padding_rows_are_never_read_into_a_result(case):
     with running(case) as backend:
         expected = jax_moe.apply(*inputs, config=SMALL, backend=backend)
         routing = jax_moe.route(logits, bias, factor, config=SMALL, backend=backend)
-        plan = jax_moe.plan_dispatch(
+        plan = jax_moe.plan_groups(
             routing.topk_ids, offset, num_local_experts=8, num_experts=32, backend=backend
         )
         padding = np.asarray(plan.row_token) < 0
@@ -337,7 +337,7 @@ def test_padding_rows_are_never_read_into_a_result(case):
         activations = jax.tree.map(poison, activations)
         expert_outputs = jax_moe.down_project(activations, w2, s2, plan, backend=backend)
         expert_outputs = jax.tree.map(poison, expert_outputs)
-        out = jax_moe.combine(expert_outputs, routing.topk_weights, plan, backend=backend)
+        out = jax_moe.unpermute(expert_outputs, routing.topk_weights, plan, backend=backend)
     assert padding.any()
     assert padding[-1]
     np.testing.assert_array_equal(bits(out), bits(expected))

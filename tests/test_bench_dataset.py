@@ -104,7 +104,7 @@ OFFSET = (*INPUTS, "local_expert_offset", "value")
     ("path", "value", "message"),
     [
         (("definition",), "other", "definition 'other' is not"),
-        (("workload",), [1], "workload: expected an object, found list"),
+        (("workload",), [1], "workload: expected an object, got list"),
         (("extra",), 1, "unknown key 'extra'"),
         (("workload", "extra"), 1, "unknown key 'extra'"),
         (("workload", "uuid"), ..., "missing 'uuid'"),
@@ -112,28 +112,28 @@ OFFSET = (*INPUTS, "local_expert_offset", "value")
         (
             ("workload", "axes", "seq_len"),
             -1,
-            "seq_len: expected an integer in 0..1048576, found -1",
+            "seq_len: expected an integer in 0..1048576, got -1",
         ),
         (("workload", "axes", "seq_len"), True, "found True"),
         (("workload", "axes", "seq_len"), 10**30, "seq_len: expected an integer"),
         (("workload", "axes", "seq_len"), "5", "found '5'"),
-        (OFFSET, 225, "local_expert_offset: expected an integer in 0..224, found 225"),
+        (OFFSET, 225, "local_expert_offset: expected an integer in 0..224, got 225"),
         (OFFSET, 1.0, "local_expert_offset"),
         ((*INPUTS, "routed_scaling_factor", "value"), "2", "routed_scaling_factor: expected a num"),
         ((*INPUTS, "hidden_states", "type"), "scalar", "hidden_states: expected type 'random'"),
         (
             (*LOGITS, "type"),
             "pickle",
-            "routing_logits: expected type 'safetensors', found 'pickle'",
+            "routing_logits: expected type 'safetensors', got 'pickle'",
         ),
-        ((*LOGITS, "path"), "/etc/passwd", "relative path without '..', found '/etc/passwd'"),
+        ((*LOGITS, "path"), "/etc/passwd", "relative path without '..', got '/etc/passwd'"),
         ((*LOGITS, "path"), "blob/../../x", "relative path without '..'"),
         ((*LOGITS, "path"), "a\0b", "relative path"),
         ((*LOGITS, "path"), 3, "expected text"),
         (
             (*LOGITS, "path"),
             "\ud800",
-            r"routing_logits: expected a path of Unicode text, found '\ud800'",
+            r"routing_logits: expected a path of Unicode text, got '\ud800'",
         ),
         ((*LOGITS, "tensor_key"), None, "expected text"),
     ],
@@ -149,7 +149,7 @@ def test_a_line_that_does_not_fit_is_refused(folder, path, value, message):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "expected a JSON object, found list"),
+        ("[]", "expected a JSON object, got list"),
         ('{"definition": 1, "definition": 2}', "a key appears twice"),
         ('{"definition": NaN}', "NaN is not a number"),
         ("[" * 100_000, "not valid JSON"),
@@ -174,7 +174,7 @@ def test_text_that_is_no_workload_is_refused(folder, text, message):
 def test_a_factor_that_float32_does_not_hold_is_refused(folder, factor, shown):
     write_lines(folder, [line(), json.dumps(line("abc-2")).replace("2.5", factor)])
     accepted = r"a number in -3\.40282e\+38\.\.3\.40282e\+38"
-    message = rf"\.jsonl:2: routed_scaling_factor: expected {accepted}, found {shown}"
+    message = rf"\.jsonl:2: routed_scaling_factor: expected {accepted}, got {shown}"
     with pytest.raises(ValueError, match=message + "$"):
         read_workloads(folder)
 
@@ -366,11 +366,11 @@ def test_no_tokens_are_an_empty_tensor(folder):
         (json.dumps(GOOD).encode("utf-16"), DATA, "header: not valid JSON: expected UTF-8"),
         (entry("routing_bias", data_offsets=[2**40, 2**40 + 512]), DATA, "leaves a hole before it"),
         (entry("routing_bias", data_offsets=[LOGIT_BYTES]), DATA, "two data_offsets"),
-        (entry("routing_bias", dtype="F16"), DATA, "expected BF16[256], found F16[256]"),
+        (entry("routing_bias", dtype="F16"), DATA, "expected BF16[256], got F16[256]"),
         (
             entry("routing_logits", shape=[256, TOKENS]),
             DATA,
-            "expected F32[5, 256], found F32[256, 5]",
+            "expected F32[5, 256], got F32[256, 5]",
         ),
         ({"routing_logits": GOOD["routing_logits"]}, DATA[:-512], "'routing_bias': no such tensor"),
     ],

@@ -170,8 +170,8 @@ def test_documents_hold_what_a_reader_needs(results):
         "results.md",
         "results.png",
         "results_breakdown.md",
-        "seed_report.md",
-        "seed_report.png",
+        "comparison_report.md",
+        "comparison_report.png",
     ]
     text = written[1].read_text()
     for needed in ("Made-up GPU (sm_90)", "temperature.gpu 61", "2.000 TB/s", "seed 0", "made up"):
@@ -188,11 +188,11 @@ def test_breakdown_accounts_for_the_whole_call():
         KernelTime("moe_routing", 5.0, 1),
         KernelTime("moe_up_projection", 60.0, 1),
         KernelTime("moe_down_projection", 40.0, 1),
-        KernelTime("moe_combine", 10.0, 1),
+        KernelTime("moe_unpermute", 10.0, 1),
     )
     ours = row("jax_moe_mosaic", 7, 125, kernels=kernels, busy_us=115.0, launches=1)
     table = breakdown.table(ours, FULL, ROOFLINE)
-    assert [line[1] for line in table] == ["route", "up", "down", "combine", "-", "all"]
+    assert [line[1] for line in table] == ["route", "up", "down", "unpermute", "-", "all"]
     assert [line[2] for line in table[-2:]] == ["10.0", "125.0"]
     assert sum(float(line[2]) for line in table[:-1]) == pytest.approx(125)
     assert sum(float(line[3].rstrip("%")) for line in table[:-1]) == pytest.approx(100, abs=0.3)
@@ -217,12 +217,12 @@ def test_triton_kernels_have_stages_and_other_solutions_have_none():
         "count_kernel",
         "plan_kernel",
         "up_projection_kernel",
-        "combine_kernel",
+        "unpermute_kernel",
     )
     kernels = tuple(KernelTime(name, 1.0, 1) for name in names)
     ours = row("jax_moe_triton", 7, 9, kernels=kernels)
     found = [stage.name for stage in breakdown.stages(ours, FULL)]
-    assert found == ["route", "plan", "plan", "up", "combine"]
+    assert found == ["route", "plan", "plan", "up", "unpermute"]
     peer = row("sglang_v2", 7, 9, kernels=kernels)
     assert {stage.work for stage in breakdown.stages(peer, FULL)} == {None}
 

@@ -93,10 +93,10 @@ def test_a_right_solution_passes_and_everything_is_recorded(tmp_path, registry, 
     assert "sizes are REDUCED" in shown
     assert "4 of 4 rows PASS" in shown
     assert (chosen.output / "results.md").read_text().count("| ours | PASS |") == 2
-    for name in ("results.png", "seed_report.png"):
+    for name in ("results.png", "comparison_report.png"):
         assert matplotlib.image.imread(chosen.output / name).shape[2] == 4
-    seed_report = (chosen.output / "seed_report.md").read_text()
-    assert "`e05c6c03`" in seed_report
+    comparison_report = (chosen.output / "comparison_report.md").read_text()
+    assert "`e05c6c03`" in comparison_report
     assert not [p for p in chosen.output.iterdir() if p.name.startswith(".")]
 
 
@@ -121,7 +121,7 @@ def test_a_wrong_solution_shows_no_speed_and_fails_the_run(tmp_path, registry, c
     speeds = ("wall us", "p10", "p90", "n", "TFLOP/s", "TB/s", "speedup")
     assert {cells[title] for title in speeds} == {"-"}
     assert "repeat: python bench_main.py --solutions=off --workloads=e05c6c03 --seed=3" in shown
-    report = (chosen.output / "seed_report.md").read_text()
+    report = (chosen.output / "comparison_report.md").read_text()
     assert "WRONG | - |" in report
 
 

@@ -1,4 +1,4 @@
-"""Damaged dispatch plans are found under checkify, sound ones pass, and nothing is checked else."""
+"""Damaged group plans are found under checkify, sound ones pass, and nothing is checked else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.experimental import checkify
 import jax_moe
 from jax_moe import debug
 from tests.moe_inputs import E4M3, bits, make_inputs, on_device
-from tests.test_dispatch import draw_ids
+from tests.test_plan import draw_ids
 
 INPUTS = make_inputs(20)
 
@@ -19,13 +19,13 @@ INPUTS = make_inputs(20)
 def plan_of(num_tokens=20, **sizes):
     counts = {"num_local_experts": 8, "num_experts": 32, **sizes}
     ids = draw_ids(num_tokens, counts["num_experts"], 4)
-    return jax_moe.plan_dispatch(ids, 8, **counts, backend="xla")
+    return jax_moe.plan_groups(ids, 8, **counts, backend="xla")
 
 
 def combined(plan):
     rows = plan.row_token.shape[0]
     outputs, weights = jnp.ones((rows, 256), jnp.bfloat16), jnp.ones(plan.pair_row.shape)
-    return jax_moe.combine(outputs, weights, plan, backend="xla")
+    return jax_moe.unpermute(outputs, weights, plan, backend="xla")
 
 
 def projected_up(plan):

@@ -60,7 +60,7 @@ def test_auto_takes_the_best(device, expected):
 
 @pytest.mark.usefixtures("kernels")
 def test_an_unsupported_choice_says_what_was_found():
-    with pytest.raises(NotImplementedError, match=r"backend='mosaic': needs .* \(found: cpu\)"):
+    with pytest.raises(NotImplementedError, match=r"backend='mosaic': needs .* \(got: cpu\)"):
         backends.select("mosaic", CPU)
     with pytest.raises(NotImplementedError, match=r"found: gpu with compute capability 8\.0"):
         backends.select("triton", Device("gpu", "8.0"))
@@ -69,7 +69,7 @@ def test_an_unsupported_choice_says_what_was_found():
 def test_mosaic_is_refused_on_a_cpu():
     with (
         jax_moe.assume_device("cpu"),
-        pytest.raises(NotImplementedError, match=r"backend='mosaic'.*\(found: cpu\)"),
+        pytest.raises(NotImplementedError, match=r"backend='mosaic'.*\(got: cpu\)"),
     ):
         jax_moe.apply(*make_inputs(3), config=SMALL, backend="mosaic")
 
@@ -94,7 +94,7 @@ def test_another_jax_is_a_reason_for_the_kernels_that_need_this_one(monkeypatch)
     monkeypatch.setattr(jax, "__version__", "0.12.0")
     assert backends.select("auto", HOPPER) == "triton"
     assert backends.select("auto", CPU) == "xla"
-    with pytest.raises(NotImplementedError, match=r"needs jax 0\.11\.2, found 0\.12\.0"):
+    with pytest.raises(NotImplementedError, match=r"needs jax 0\.11\.2, got 0\.12\.0"):
         backends.select("mosaic", HOPPER)
 
 

@@ -167,7 +167,7 @@ SPOILED_TRACES = {
     ),
     "subnormal time": (
         lambda t: t["evaluation"]["performance"].update(latency_ms=1e-320),
-        r"jsonl:1: latency_ms: expected a number in 1e-06\.\.1e\+09, found 1e-320",
+        r"jsonl:1: latency_ms: expected a number in 1e-06\.\.1e\+09, got 1e-320",
     ),
     "absurd reference": (
         lambda t: t["evaluation"]["performance"].update(reference_latency_ms=9e-7),
@@ -175,7 +175,7 @@ SPOILED_TRACES = {
     ),
     "ratio above one": (
         lambda t: t["evaluation"]["correctness"]["extra"].update(matched_ratio=1.0001),
-        r"matched_ratio: expected a number in 0\.\.1, found 1\.0001",
+        r"matched_ratio: expected a number in 0\.\.1, got 1\.0001",
     ),
     "ratio below zero": (
         lambda t: t["evaluation"]["correctness"]["extra"].update(matched_ratio=-1e-9),
@@ -183,14 +183,14 @@ SPOILED_TRACES = {
     ),
     "other tokens": (
         lambda t: t["workload"]["axes"].update(seq_len=ROW.num_tokens + 1),
-        "jsonl:1: workload: axes: seq_len: expected 7 as in the folder's workload, found 8",
+        "jsonl:1: workload: axes: seq_len: expected 7 as in the folder's workload, got 8",
     ),
     "tokens of another type": (
         lambda t: t["workload"]["axes"].update(seq_len=float(ROW.num_tokens)),
-        r"axes: seq_len: expected 7 as in the folder's workload, found 7\.0",
+        r"axes: seq_len: expected 7 as in the folder's workload, got 7\.0",
     ),
     "another axis": (lambda t: t["workload"]["axes"].update(k=1), "axes: unknown key 'k'"),
-    "no axes": (lambda t: t["workload"].update(axes=[]), "axes: expected an object, found list"),
+    "no axes": (lambda t: t["workload"].update(axes=[]), "axes: expected an object, got list"),
     "no inputs": (lambda t: t["workload"].update(inputs={}), "inputs: missing 'routing_logits'"),
     "other offset": (
         lambda t: t["workload"]["inputs"]["local_expert_offset"].update(value=0),
@@ -198,7 +198,7 @@ SPOILED_TRACES = {
     ),
     "other blob": (
         lambda t: t["workload"]["inputs"]["routing_bias"].update(path="./b.safetensors"),
-        r"workload: routing_bias: path: expected '.*' as in .*, found '\./b\.safetensors'",
+        r"workload: routing_bias: path: expected '.*' as in .*, got '\./b\.safetensors'",
     ),
     "input of another kind": (
         lambda t: t["workload"]["inputs"].update(hidden_states={"type": "scalar", "value": 1}),
@@ -230,23 +230,23 @@ SPOILED_TRACES = {
     ),
     "endless time": (
         lambda t: t["evaluation"]["performance"].update(latency_ms=10**400),
-        r"jsonl:1: latency_ms: expected a number in 1e-06\.\.1e\+09, found 1000",
+        r"jsonl:1: latency_ms: expected a number in 1e-06\.\.1e\+09, got 1000",
     ),
     "huge ratio": (
         lambda t: t["evaluation"]["correctness"]["extra"].update(matched_ratio=10**400),
-        r"jsonl:1: matched_ratio: expected a number in 0\.\.1, found 1000",
+        r"jsonl:1: matched_ratio: expected a number in 0\.\.1, got 1000",
     ),
     "a list of libraries": (
         lambda t: t["evaluation"]["environment"].update(libs=["jax"]),
-        "environment: libs: expected an object, found list",
+        "environment: libs: expected an object, got list",
     ),
     "a list for correctness": (
         lambda t: t["evaluation"].update(correctness=[]),
-        "correctness: expected an object, found list",
+        "correctness: expected an object, got list",
     ),
     "text for its extras": (
         lambda t: t["evaluation"]["correctness"].update(extra="all"),
-        "correctness: extra: expected an object, found str",
+        "correctness: extra: expected an object, got str",
     ),
     "no time": (lambda t: t["evaluation"].update(performance=None), "performance: expected"),
     "workload line": (lambda t: t.update(solution=None, evaluation=None), "unknown solution None"),

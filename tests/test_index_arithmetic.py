@@ -81,7 +81,9 @@ def test_rows_are_found_in_64_bits(backend):
     assert len(kernels) >= 5
     assert {name: found for name, ptx in kernels.items() if (found := narrow_products(ptx))} == {}
     wide = re.compile(rf"\b(?:mul|mad)\.(?:wide\.[su]32|lo\.s64)\s.*\b{2 * HIDDEN}\b")
-    assert wide.search(kernels["moe_combine_local" if backend == "mosaic" else "combine_kernel"])
+    assert wide.search(
+        kernels["moe_unpermute_local" if backend == "mosaic" else "unpermute_kernel"]
+    )
 
 
 def test_offsets_that_int32_does_not_reach_are_refused():

@@ -166,7 +166,7 @@ KERNELS = {
         {"ALIGN": 128, "E_LOCAL": 32, "INTERMEDIATE": 2048, "ROWS": 8, "GROUPS": 4},
         4,
     ),
-    "combine_kernel": (
+    "unpermute_kernel": (
         {"expert_outputs": "*bf16", "topk_weights": "*fp32", "output": "*bf16"},
         {"H": 7168, "TOP_K": 8, "BLOCK_H": 1024},
         4,

@@ -19,8 +19,8 @@ import jax_moe
 from bench import documents, interruption, session, solutions
 from bench.results import PASS
 from bench.settings import Settings
-from interop.files import write_atomically
 from interop.solutions.base import Solution
+from jax_moe.io.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parent.parent
 POINTS = 30  # at which a run is interrupted, evenly spread over its calls
@@ -67,7 +67,7 @@ def test_a_write_interrupted_at_any_line_leaves_the_old_file(tmp_path):
         with write_atomically(path) as file:
             json.dump(content, file)
 
-    files = ("interop/files.py", "pallas_kernels/files.py")
+    files = ("jax_moe/io/files.py", "pallas_kernels/files.py")
     with InterruptAt(None, files, lines=True) as whole:
         write(old)
     assert whole.count >= 8

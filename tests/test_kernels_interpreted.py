@@ -19,14 +19,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
-from jax_moe.types import DispatchPlan
+from jax_moe.types import GroupPlan
 from pallas_kernels.mosaic import group_quant, permute, routing, unpermute
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import numpy_oracle
-from tests.test_dispatch import check_plan, draw_ids
+from tests.test_plan import check_plan, draw_ids
 
 E4M3 = ml_dtypes.float8_e4m3fn
 # The copies of one simulated TMA thread are ordered: with few threads that hides races.
@@ -208,14 +208,14 @@ def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, mo
     num_experts = 256 if num_local_experts == 80 else 32
     ids = draw_ids(num_tokens, num_experts, 4)
     plan = run(
-        plan_kernels.plan_dispatch,
+        plan_kernels.plan_groups,
         ids,
         np.int32(offset),
         num_local_experts=num_local_experts,
         num_experts=num_experts,
         block_m=block_m,
     )
-    check_plan(DispatchPlan(*plan), ids, offset, num_local_experts, num_experts)
+    check_plan(GroupPlan(*plan), ids, offset, num_local_experts, num_experts)
 
 
 @pytest.mark.parametrize("num_blocks", [3, 28, 29])
@@ -273,7 +273,7 @@ def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
     outputs[taken] = rng.standard_normal((len(taken), hidden_size))
     topk_weights = rng.random((6, top_k)).astype(np.float32)
     topk_weights[pair_row < 0] = np.nan
-    found = run(unpermute.combine, outputs, topk_weights, pair_row.astype(np.int32))
+    found = run(unpermute.unpermute, outputs, topk_weights, pair_row.astype(np.int32))
     expected = np.zeros((6, hidden_size), np.float32)
     for t, k in zip(token, choice, strict=True):
         expected[t] += topk_weights[t, k] * outputs[pair_row[t, k]].astype(np.float32)
@@ -286,7 +286,7 @@ def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
     expected[idle] = 7
     pairs = topk_weights, pair_row.astype(np.int32)
     found = run(
-        lambda z, *rest, **how: unpermute.combine(*rest, zeroed=z, **how), zeroed, outputs, *pairs
+        lambda z, *rest, **how: unpermute.unpermute(*rest, zeroed=z, **how), zeroed, outputs, *pairs
     )
     np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
 

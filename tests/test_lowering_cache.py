@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jax_moe
 from jax_moe import DEEPSEEK_V3, lowering_cache
 from pallas_kernels import device
+from pallas_kernels.mosaic import tilings
 from tests import h100_target
 from tests.moe_inputs import SMALL, bits, make_inputs, rank_specs
 

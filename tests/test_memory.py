@@ -57,7 +57,7 @@ def test_what_is_available(monkeypatch, stats, free, expected):
 
 def test_the_message_has_both_numbers():
     small = Gpu(bytes_limit=GIB, bytes_in_use=GIB // 2)
-    said = "stage: needs up to 805,306,368 bytes of memory on cuda:0, found 536,870,912 available"
+    said = "stage: needs up to 805,306,368 bytes of memory on cuda:0, got 536,870,912 available"
     with pytest.raises(MemoryError, match=said):
         memory.require(small, 3 * GIB // 4, "stage")
     memory.require(small, GIB // 2, "stage")

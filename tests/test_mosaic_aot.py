@@ -38,8 +38,8 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens):
     assert spilled == {}, f"with ptxas {report.ptxas_version}:\n{report}"
     multiplying = {kernel.name for kernel in report.kernels if "QGMMA" in kernel.instructions}
     assert multiplying == {"moe_up_projection", "moe_down_projection"}
-    combining = {kernel.name for kernel in report.kernels if "combine" in kernel.name}
-    assert combining == {"moe_combine_local" if num_tokens > 1536 else "moe_combine"}
+    unpermuting = {kernel.name for kernel in report.kernels if "unpermute" in kernel.name}
+    assert unpermuting == {"moe_unpermute_local" if num_tokens > 1536 else "moe_unpermute"}
     assert report.command_buffers == 1
     assert report.launches_outside_command_buffers == 0
     with jax_moe.assume_device("sm_90"):

@@ -89,10 +89,10 @@ def test_each_stage_stays_within_its_bound():
     arrays = [to_jax(tensor) for tensor in inputs[:8]]
     routing = jax_moe.route(*arrays[:2], inputs[9], **XLA)
     counts = {"num_local_experts": 8, "num_experts": 64}
-    plan = jax_moe.plan_dispatch(routing.topk_ids, offset, **counts, **XLA)
+    plan = jax_moe.plan_groups(routing.topk_ids, offset, **counts, **XLA)
     activations = jax_moe.up_project(*arrays[2:6], plan, **XLA)
     outputs = jax_moe.down_project(activations, *arrays[6:8], plan, **XLA)
-    result = to_torch(jax_moe.combine(outputs, routing.topk_weights, plan, **XLA))
+    result = to_torch(jax_moe.unpermute(outputs, routing.topk_weights, plan, **XLA))
 
     pair_row = torch.tensor(np.asarray(plan.pair_row)).long()
     token, choice = (pair_row >= 0).nonzero(as_tuple=True)

@@ -116,11 +116,11 @@ def test_a_layer_that_writes_its_zeros_early_gives_the_bits_of_its_stages(hidden
     on = {"backend": "mosaic"}
     routing = jax_moe.route(logits, bias, factor, config=SMALL, **on)
     counts = {"num_local_experts": 8, "num_experts": 32}
-    plan = jax_moe.plan_dispatch(routing.topk_ids, offset, **counts, **on)
+    plan = jax_moe.plan_groups(routing.topk_ids, offset, **counts, **on)
     assert plan.block_m == 128, "the tiles whose kernel has warps to spare"
     activations = jax_moe.up_project(x, x_scale, w13, s13, plan, **on)
     rows = jax_moe.down_project(activations, w2, s2, plan, **on)
-    expected = bits(jax_moe.combine(rows, routing.topk_weights, plan, **on))
+    expected = bits(jax_moe.unpermute(rows, routing.topk_weights, plan, **on))
     idle = (np.asarray(plan.pair_row) < 0).all(axis=1)
     assert 0 < idle.sum() < len(idle)
     poison(NAN)

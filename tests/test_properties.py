@@ -12,7 +12,7 @@ from jax_moe import MoEConfig, buckets
 from pallas_kernels.shapes import max_rows
 from tests import numpy_oracle
 from tests.moe_inputs import bits, make_inputs, relative_error
-from tests.test_dispatch import check_plan, make_plan
+from tests.test_plan import check_plan, make_plan
 
 FEW_COMPILES = hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 MANY = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)

@@ -25,7 +25,7 @@ RAN = '{"backend": "mosaic", "relative_errors": {"T=7": 0.02}}\n'
 CLEAN = f"========= COMPUTE-SANITIZER\n{RAN}========= ERROR SUMMARY: 0 errors\n"
 INVALID = f"""========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 4 bytes
-=========     at moe_combine_mosaic_gpu_kernel+0x90
+=========     at moe_unpermute_mosaic_gpu_kernel+0x90
 =========     by thread (0,0,0) in block (0,0,0)
 =========     Address 0x87654320 is out of bounds
 =========
@@ -62,7 +62,7 @@ AssertionError: T=7: 0.5
     [
         ("memcheck", CLEAN, 0, "clean", {}),
         ("memcheck", CLEAN, 1, "failed", {}),
-        ("memcheck", INVALID, 0, "errors", {"moe_combine": 1, "plan_kernel": 1}),
+        ("memcheck", INVALID, 0, "errors", {"moe_unpermute": 1, "plan_kernel": 1}),
         ("racecheck", RACE, 0, "errors", {"moe_up_projection": 1}),
         ("memcheck", DIED, 1, "failed", {"": 1}),
         ("memcheck", "========= COMPUTE-SANITIZER\n", 0, "failed", {}),
@@ -80,7 +80,7 @@ def test_an_explanation_is_for_one_tool_and_kernel():
     log = UNINITIALIZED.replace("KERNEL", name)
     assert sanitize.verdict("initcheck", log, 0)["state"] == "explained"
     assert sanitize.verdict("memcheck", log, 0)["state"] == "errors"
-    other = UNINITIALIZED.replace("KERNEL", "moe_combine_mosaic_gpu_kernel")
+    other = UNINITIALIZED.replace("KERNEL", "moe_unpermute_mosaic_gpu_kernel")
     assert sanitize.verdict("initcheck", other, 0)["state"] == "errors"
 
 
@@ -187,8 +187,8 @@ test "$XLA_PYTHON_CLIENT_PREALLOCATE" = false || exit 3
 
 @pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("seen", [True, False])
-def test_the_control_decides_whether_initcheck_can_judge_the_combine(tmp_path, seen):
-    """With a stand-in that reports the combine, and the control's reader if it is blind."""
+def test_the_control_decides_whether_initcheck_can_judge_unpermute(tmp_path, seen):
+    """With a stand-in that reports that kernel, and the control's reader if it is blind."""
     report = UNINITIALIZED.replace(RAN, "%s").replace("KERNEL", "%s_mosaic_gpu_kernel")
     blind = report % ("control_reads_tma_tiles", CONTROL_RAN)
     script = f"""
@@ -197,11 +197,11 @@ case "$*" in
   *sanitizer_control*) cat <<'END'
 {CLEAN.replace(RAN, CONTROL_RAN) if seen else blind}END
   ;;
-  *--kernel-name-exclude*moe_combine*) cat <<'END'
+  *--kernel-name-exclude*moe_unpermute*) cat <<'END'
 {CLEAN}END
   ;;
   *--check-tensor-ops*) cat <<'END'
-{report % ("moe_combine", RAN)}END
+{report % ("moe_unpermute", RAN)}END
   ;;
 esac
 """
@@ -213,7 +213,7 @@ esac
     assert runs["control"]["state"] == ("clean" if seen else "explained")
     assert runs["mosaic"]["state"] == ("errors" if seen else "clean")
     shown = (tmp_path / "sanitize.md").read_text()
-    assert ("`moe_combine` was left out" in shown) is not seen
+    assert ("`moe_unpermute` was left out" in shown) is not seen
 
 
 def test_the_control_compiles_for_an_h100():

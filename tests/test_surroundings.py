@@ -73,7 +73,7 @@ X64 = """
     assert not bits(jitted(2**32 + 8, 2.5)).any(), "a 64-bit offset must not wrap"
     assert not bits(jitted(-(2**32) + 8, 2.5)).any()
     assert relative_error(jax_moe.reference(*inputs, config=SMALL), out) < 0.03
-    plan = jax_moe.plan_dispatch(
+    plan = jax_moe.plan_groups(
         np.zeros((3, 4), np.int32), 8, num_local_experts=8, num_experts=32, backend="xla")
     assert {leaf.dtype.name for leaf in plan} == {"int32"}
 """
@@ -96,12 +96,12 @@ def test_64_bit_mode():
 
 def test_another_torch_is_named(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.4.1+cu121")
-    with pytest.raises(ImportError, match=r"interop\.to_jax: needs torch 2\.11, found 2\.4\.1"):
+    with pytest.raises(ImportError, match=r"interop\.to_jax: needs torch 2\.11, got 2\.4\.1"):
         interop.to_jax  # noqa: B018
     for name in ("torch_reference", "sglang_v2", "deepgemm128"):
         reason = SOLUTIONS[name].unavailable_reason()
-        assert reason is None or "torch 2.11, found 2.4.1" in reason or "package" in reason
-    assert "found 2.4.1" in SOLUTIONS["torch_reference"].unavailable_reason()
+        assert reason is None or "torch 2.11, got 2.4.1" in reason or "package" in reason
+    assert "got 2.4.1" in SOLUTIONS["torch_reference"].unavailable_reason()
     assert SOLUTIONS["torch_reference"].framework == "torch"
 
 

@@ -136,5 +136,5 @@ def test_the_tuner_offers_what_is_shipped():
 )
 def test_a_tiling_out_of_range_is_refused(field, value):
     fields = {"block_m": 64, field: value}
-    with pytest.raises(ValueError, match=f"{field}: expected one of .*, found {value}"):
+    with pytest.raises(ValueError, match=f"{field}: expected one of .*, got {value}"):
         MatmulConfig(**fields)

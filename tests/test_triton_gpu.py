@@ -12,7 +12,7 @@ import torch
 
 import jax_moe
 from interop.triton_launch import launch_torch
-from jax_moe import DispatchPlan
+from jax_moe import GroupPlan
 from pallas_kernels.triton import (
     down_projection,
     group_quant,
@@ -84,7 +84,7 @@ def test_jax_and_torch_launch_the_same_bits(num_tokens):
     def plan_launch(ids, offset, counts=None, **sizes):
         return plan_kernels.plan_launch(ids, offset, counts, **sizes)
 
-    plan = DispatchPlan(*launched_by_both(plan_launch, *arrays, block_m=block_m, **sizes))
+    plan = GroupPlan(*launched_by_both(plan_launch, *arrays, block_m=block_m, **sizes))
     live = np.asarray(plan.row_token) >= 0
     assert plan.block_m == block_m
     tiles = (plan.tile_expert, plan.num_tiles)

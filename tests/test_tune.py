@@ -78,7 +78,7 @@ def test_the_plan_is_that_of_the_layer(num_tokens, block_m):
     assert max(map(len, ids)) <= 3
     topk_ids = np.array([row + [-1] * (3 - len(row)) for row in ids], np.int32)
     counts = {"num_local_experts": 5, "num_experts": 8}
-    expected = jax_moe.plan_dispatch(topk_ids, 0, **counts, backend="xla")
+    expected = jax_moe.plan_groups(topk_ids, 0, **counts, backend="xla")
     np.testing.assert_array_equal(plan.group_sizes, expected.group_sizes)
     np.testing.assert_array_equal(plan.group_sizes.sum(), (plan.row_token >= 0).sum())
     tiles = -(-plan.group_sizes // block_m)

@@ -94,16 +94,16 @@ def test_ranks(name):
 def test_shapes(name, axis, said):
     value = INPUTS.arrays[name]
     wrong = np.concatenate([value, value], axis=axis)
-    found = f"found {np.dtype(value.dtype).name} {list(wrong.shape)}"
+    found = f"got {np.dtype(value.dtype).name} {list(wrong.shape)}"
     refuses(ValueError, f"{name}: expected", said, found, f"axis {axis} differs", **{name: wrong})
 
 
 def test_sizes_that_are_no_multiple_of_the_block():
     narrow = INPUTS.hidden_states[:, :200]
-    refuses(ValueError, "hidden_states: expected H", "128, found 200", hidden_states=narrow)
-    refuses(ValueError, "hidden_states: expected H", "found 0", hidden_states=narrow[:, :0])
+    refuses(ValueError, "hidden_states: expected H", "128, got 200", hidden_states=narrow)
+    refuses(ValueError, "hidden_states: expected H", "got 0", hidden_states=narrow[:, :0])
     weights = INPUTS.gemm1_weights[:, :192]
-    refuses(ValueError, "gemm1_weights: expected I", "128, found 96", gemm1_weights=weights)
+    refuses(ValueError, "gemm1_weights: expected I", "128, got 96", gemm1_weights=weights)
     refuses(ValueError, "gemm1_weights: expected", gemm1_weights=weights[:, :191])
 
 
@@ -158,7 +158,7 @@ def test_offsets_that_are_no_integers(offset):
 def test_offsets_that_are_no_scalars():
     refuses(
         ValueError,
-        "local_expert_offset: expected a scalar, found int64 [1]",
+        "local_expert_offset: expected a scalar, got int64 [1]",
         local_expert_offset=np.array([8]),
     )
 
@@ -179,13 +179,13 @@ def test_factors_out_of_range(factor):
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"top_k": 0}, ValueError, "top_k: expected at least 1, found 0"),
-        ({"top_k": 2.0}, TypeError, "top_k: expected an integer, found 2.0"),
-        ({"top_k": True}, TypeError, "top_k: expected an integer, found True"),
-        ({"n_group": 0}, ValueError, "n_group: expected at least 1, found 0"),
-        ({"topk_group": 0}, ValueError, "topk_group: expected 1..n_group (= 8), found 0"),
-        ({"topk_group": 9}, ValueError, "topk_group: expected 1..n_group (= 8), found 9"),
-        ({"block_size": 64}, ValueError, "block_size: only 128 is supported, found 64"),
+        ({"top_k": 0}, ValueError, "top_k: expected at least 1, got 0"),
+        ({"top_k": 2.0}, TypeError, "top_k: expected an integer, got 2.0"),
+        ({"top_k": True}, TypeError, "top_k: expected an integer, got True"),
+        ({"n_group": 0}, ValueError, "n_group: expected at least 1, got 0"),
+        ({"topk_group": 0}, ValueError, "topk_group: expected 1..n_group (= 8), got 0"),
+        ({"topk_group": 9}, ValueError, "topk_group: expected 1..n_group (= 8), got 9"),
+        ({"block_size": 64}, ValueError, "block_size: only 128 is supported, got 64"),
     ],
 )
 def test_configs(fields, error, said):
@@ -207,18 +207,18 @@ def test_configs_that_do_not_fit_the_experts(config, said):
 
 
 def test_a_config_that_is_none():
-    refuses(TypeError, "config: expected a jax_moe.MoEConfig, found dict", config={})
+    refuses(TypeError, "config: expected a jax_moe.MoEConfig, got dict", config={})
 
 
 def test_more_local_experts_than_experts():
     wrong = make_inputs(5, num_experts=32, num_local_experts=33, hidden_size=384)
     changes = dict(zip(Inputs._fields[4:8], wrong[4:8], strict=True))
-    refuses(ValueError, "gemm1_weights: expected E_local in 1..E = 1..32, found 33", **changes)
+    refuses(ValueError, "gemm1_weights: expected E_local in 1..E = 1..32, got 33", **changes)
 
 
 def test_more_pairs_than_int32_counts():
     many = jax.ShapeDtypeStruct((2**28, 32), jnp.float32)
-    with pytest.raises(ValueError, match="T \\* top_k below 2\\^30, found 268435456 \\* 4"):
+    with pytest.raises(ValueError, match="T \\* top_k below 2\\^30, got 268435456 \\* 4"):
         jax.eval_shape(
             functools.partial(jax_moe.route, routed_scaling_factor=1.0, config=SMALL),
             many,
@@ -251,16 +251,16 @@ def test_stages():
         jax_moe.quantize(x)
     with pytest.raises(ValueError, match="x: expected C to be a positive multiple of 128"):
         jax_moe.quantize(jnp.zeros((3, 100)))
-    plan_dispatch = functools.partial(jax_moe.plan_dispatch, num_local_experts=8, num_experts=32)
+    plan_groups = functools.partial(jax_moe.plan_groups, num_local_experts=8, num_experts=32)
     ids = jnp.tile(jnp.arange(4, dtype=jnp.int32), (5, 1))
     with pytest.raises(TypeError, match="topk_ids: expected int32"):
-        plan_dispatch(ids.astype(jnp.uint32), offset)
-    with pytest.raises(ValueError, match=r"local_expert_offset: expected 0\.\.24, found 25"):
-        plan_dispatch(ids, 25)
-    with pytest.raises(ValueError, match=r"num_local_experts: expected 1\.\.32, found 33"):
-        plan_dispatch(ids, 0, num_local_experts=33)
-    plan = plan_dispatch(ids, offset)
-    with pytest.raises(TypeError, match=r"plan: expected a jax_moe\.DispatchPlan, found tuple"):
+        plan_groups(ids.astype(jnp.uint32), offset)
+    with pytest.raises(ValueError, match=r"local_expert_offset: expected 0\.\.24, got 25"):
+        plan_groups(ids, 25)
+    with pytest.raises(ValueError, match=r"num_local_experts: expected 1\.\.32, got 33"):
+        plan_groups(ids, 0, num_local_experts=33)
+    plan = plan_groups(ids, offset)
+    with pytest.raises(TypeError, match=r"plan: expected a jax_moe\.GroupPlan, got tuple"):
         jax_moe.up_project(x, x_scale, w13, s13, tuple(plan))
     with pytest.raises(ValueError, match=r"plan\.pair_row: expected int32 \[T, k\]"):
         jax_moe.up_project(x[:3], x_scale[:, :3], w13, s13, plan)
@@ -272,4 +272,4 @@ def test_stages():
     with pytest.raises(ValueError, match=r"gemm2_weights: expected .* \(I = 128 from activations"):
         jax_moe.down_project(activations, jnp.zeros((8, 384, 256), E4M3), s2, plan)
     with pytest.raises(ValueError, match=r"plan\.pair_row: expected int32 \[T, k\] = \[6, 4\]"):
-        jax_moe.combine(jnp.zeros((plan.row_token.size, 384)), jnp.zeros((6, 4)), plan)
+        jax_moe.unpermute(jnp.zeros((plan.row_token.size, 384)), jnp.zeros((6, 4)), plan)

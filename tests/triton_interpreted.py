@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 import jax_moe
 from interop.triton_launch import launch_torch
-from jax_moe import DEEPSEEK_V3, DispatchPlan, MoEConfig, Quantized
+from jax_moe import DEEPSEEK_V3, GroupPlan, MoEConfig, Quantized
 from pallas_kernels.triton import down_projection, group_quant, routing, unpermute, up_projection
 from pallas_kernels.triton import plan as plan_kernels
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
@@ -129,7 +129,7 @@ def test_routing_equals_the_plain_backend(num_experts, config):
     np.testing.assert_allclose(weights, expected.topk_weights, rtol=1e-6)
 
 
-# ---- dispatch plan ----
+# ---- group plan ----
 
 
 def plan_of(topk_ids, offset, num_local_experts, num_experts, block_m):
@@ -138,7 +138,7 @@ def plan_of(topk_ids, offset, num_local_experts, num_experts, block_m):
     counts = None
     if not plan_kernels.is_one_block(len(topk_ids), num_local_experts):
         (counts,) = launch_torch(plan_kernels.count_launch(*arrays, **sizes))
-    return DispatchPlan(*run(plan_kernels.plan_launch(*arrays, counts, block_m=block_m, **sizes)))
+    return GroupPlan(*run(plan_kernels.plan_launch(*arrays, counts, block_m=block_m, **sizes)))
 
 
 def expected_plan(topk_ids, offset, num_local_experts, block_m, rows):
@@ -155,7 +155,7 @@ def expected_plan(topk_ids, offset, num_local_experts, block_m, rows):
         tiles = -(-len(tokens) // block_m)
         tile_expert[row // block_m :][:tiles] = expert
         row += tiles * block_m
-    return DispatchPlan(sizes, offsets, row_token, pair_row, tile_expert, [row // block_m])
+    return GroupPlan(sizes, offsets, row_token, pair_row, tile_expert, [row // block_m])
 
 
 def draw_ids(rng, num_tokens, top_k, num_experts):
@@ -177,7 +177,7 @@ def test_plan_equals_its_definition(num_tokens, top_k, num_local, num_experts, o
     topk_ids[num_tokens // 2 :: 5, 0] = -1
     found = plan_of(topk_ids, offset, num_local, num_experts, block_m)
     expected = expected_plan(topk_ids, offset, num_local, block_m, len(found.row_token))
-    for name, a, b in zip(DispatchPlan._fields, found, expected, strict=True):
+    for name, a, b in zip(GroupPlan._fields, found, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
@@ -188,11 +188,11 @@ def test_plan_of_one_expert_that_takes_all_and_of_none(num_tokens, expert):
     for offset in (0, 32):
         found = plan_of(topk_ids, offset, 32, 64, 16)
         expected = expected_plan(topk_ids, offset, 32, 16, len(found.row_token))
-        for name, a, b in zip(DispatchPlan._fields, found, expected, strict=True):
+        for name, a, b in zip(GroupPlan._fields, found, expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-# ---- matmuls and combine ----
+# ---- matmuls and unpermute ----
 
 
 def layer(inputs, config, tiling, num_sms=2):
@@ -224,7 +224,7 @@ def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size):
         intermediate_size=intermediate_size, offset=8,
     )  # fmt: skip
     plan, up, down, out = layer(inputs, SMALL, tiling)
-    on_jax = DispatchPlan(*map(jnp.asarray, plan))
+    on_jax = GroupPlan(*map(jnp.asarray, plan))
     live = plan.row_token >= 0
     expected = jax_moe.up_project(*inputs[2:6], on_jax, backend="xla")
     assert relative_error(up[1][:, live], np.asarray(expected.scales)[:, live]) < 1e-5

@@ -55,7 +55,7 @@ def problems(requirements: list[str], *, deep: bool) -> Iterator[str]:
             yield f"{wanted_by} needs {requirement}; it is not installed"
             continue
         if not requirement.specifier.contains(installed.version, prereleases=True):
-            yield f"{wanted_by} needs {requirement}; found {installed.version}"
+            yield f"{wanted_by} needs {requirement}; got {installed.version}"
         if not deep or key in seen:
             continue
         seen.add(key)

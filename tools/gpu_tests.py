@@ -18,7 +18,7 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 from bench import environment
-from interop.files import write_atomically
+from jax_moe.io.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parent.parent
 MOST_WORKERS = 8
@@ -29,7 +29,7 @@ def outcome(junit: pathlib.Path) -> dict[str, Any]:
     """Counts, seconds and the names of what failed, from one of pytest's JUnit files."""
     suite = ElementTree.parse(junit).getroot().find("testsuite")
     if suite is None:
-        raise ValueError(f"{junit}: expected a testsuite element, found none")
+        raise ValueError(f"{junit}: expected a testsuite element, got none")
     failed = [
         f"{case.get('classname')}::{case.get('name')}"
         for case in suite.iter("testcase")

@@ -17,7 +17,6 @@ import safetensors.numpy
 from jaxtyping import BFloat16, Float32
 
 from interop.dataset import read_routing, read_workloads
-from interop.files import confined, naming, write_atomically
 from interop.flashinfer_bench import solutions
 from interop.workloads import (
     ROUTED_SCALING_FACTOR,
@@ -26,6 +25,7 @@ from interop.workloads import (
     definition,
     workloads,
 )
+from jax_moe.io.files import confined, naming, write_atomically
 
 _MAX_DRAWS = 64
 _SCALARS = ("local_expert_offset", "routed_scaling_factor")

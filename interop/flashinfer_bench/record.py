@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interop.files import confined_file, confined_files, read_object, shown, write_atomically
-from interop.strict_json import check_fields, number, one_line
+from jax_moe.io.files import confined_file, confined_files, read_object, shown, write_atomically
+from jax_moe.io.strict_json import check_fields, number, one_line
 
 RECORD = "run.json"
 _MAX_SETTING = 1e9

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interop import seed_report
-from interop.files import data_set_root
+from interop import comparison_report
 from interop.flashinfer_bench import record, solutions, workspace
 from interop.flashinfer_bench.traces import Traces, read_traces
 from interop.workloads import definition
+from jax_moe.io.files import data_set_root
 
 _UNKNOWN = "not recorded"
 
@@ -38,9 +38,9 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         }
         for name in _ordered(traces)
     }
-    return seed_report.write(
+    return comparison_report.write(
         folder if output is None else output,
-        [seed_report.WorkloadRow(*row[:3]) for row in traces.workloads],
+        [comparison_report.WorkloadRow(*row[:3]) for row in traces.workloads],
         results,
         header=_header(traces, called),
         command=called.get("command", _UNKNOWN),
@@ -74,7 +74,7 @@ def _header(traces: Traces, called: Mapping[str, Any]) -> dict[str, str]:
         "Versions": ", ".join(f"{name} {text}" for name, text in versions.items()) or _UNKNOWN,
         "Smallest matched ratio": ratios or "not reported",
         "Passed": ", ".join(
-            f"{name} {sum(row.status == seed_report.PASSED for row in rows.values())} of "
+            f"{name} {sum(row.status == comparison_report.PASSED for row in rows.values())} of "
             f"{len(traces.workloads)}"
             for name, rows in traces.results.items()
         ),

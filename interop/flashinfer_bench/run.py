@@ -12,11 +12,11 @@ from pathlib import Path
 
 import interop
 from interop.dataset import DatasetWorkload, read_workloads
-from interop.files import confined, confined_file, confined_files, data_set_root, shown
 from interop.flashinfer_bench import record, solutions
 from interop.flashinfer_bench.record import PUBLISHED, Settings
 from interop.flashinfer_bench.traces import read_solutions, workload_lines
 from interop.workloads import definition
+from jax_moe.io.files import confined, confined_file, confined_files, data_set_root, shown
 
 
 def run(

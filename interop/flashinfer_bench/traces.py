@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from interop.comparison_analysis import PASSED, Measurement
 from interop.dataset import MAX_LINE_BYTES, read_workloads
-from interop.files import confined_files, data_set_root, read_lines, read_object, shown
-from interop.seed_analysis import PASSED, Measurement
-from interop.strict_json import check_fields, number, one_line
 from interop.workloads import Workload, definition
+from jax_moe.io.files import confined_files, data_set_root, read_lines, read_object, shown
+from jax_moe.io.strict_json import check_fields, number, one_line
 
 _MAX_TRACE_BYTES = 2**24  # a trace embeds up to 5 MiB of log
 # What no clock reads and no run takes; between them every ratio and logarithm is finite.
@@ -146,7 +146,7 @@ def _environment(value: Any, where: str) -> tuple[str, Mapping[str, str]]:
 def _optional_object(holder: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
     value = {} if holder.get(name) is None else holder[name]
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {name}: expected an object, found {type(value).__name__}")
+        raise ValueError(f"{where}: {name}: expected an object, got {type(value).__name__}")
     return value
 
 
@@ -170,7 +170,7 @@ def _check_solution(solution: dict[str, Any], where: str) -> None:
         check_fields(source, ("path", "content"), (), f"{where}: sources")
         path = source["path"]
         if not isinstance(path, str) or not path or not _is_confined(path):
-            raise ValueError(f"{where}: expected a relative path without '..', found {path!r}")
+            raise ValueError(f"{where}: expected a relative path without '..', got {path!r}")
         if path in paths:
             raise ValueError(f"{where}: source {path!r} appears twice")
         paths.add(path)
@@ -222,7 +222,7 @@ def _check_same(found: Mapping[str, Any], given: Mapping[str, Any], where: str) 
         if type(found[name]) is not type(value) or found[name] != value:
             raise ValueError(
                 f"{where}: {name}: expected {reprlib.repr(value)} as in the folder's workload, "
-                f"found {reprlib.repr(found[name])}"
+                f"got {reprlib.repr(found[name])}"
             )
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from interop.dataset import DatasetWorkload, read_routing, read_workloads
-from interop.files import data_set_root, read_object, write_atomically
 from interop.flashinfer_bench import solutions
 from interop.processes import spawned
 from interop.solutions import SOLUTIONS
-from interop.strict_json import check_fields
 from interop.workloads import definition
+from jax_moe.io.files import data_set_root, read_object, write_atomically
+from jax_moe.io.strict_json import check_fields
 
 RECORD = "workspace.json"
 MOST_PROCESSES = 8
@@ -147,5 +147,5 @@ def read(folder: str | Path) -> Mapping[str, Mapping[str, int]]:
         check_fields(sizes, (), uuids, f"{path}: {name}")
         for uuid, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-                raise ValueError(f"{path}: {name}: {uuid}: expected a byte count, found {size!r}")
+                raise ValueError(f"{path}: {name}: {uuid}: expected a byte count, got {size!r}")
     return found

@@ -38,7 +38,7 @@ def run(*arguments: Any, alignment: int | None = None) -> Any:
     routing = route(logits, bias, offset, factor, w13.shape[0])
     rows, row_scale, pair_row, ends = gather(hidden, hidden_scale, routing, align)
     activations = swiglu_quantize(gemm((rows, row_scale), (w13, s13), ends), ends, align)
-    return combine(gemm(activations, (w2, s2), ends), routing[2], pair_row)
+    return unpermute(gemm(activations, (w2, s2), ends), routing[2], pair_row)
 
 
 def route(logits: Any, bias: Any, offset: int, factor: float, num_local_experts: int) -> Any:
@@ -112,15 +112,15 @@ def swiglu_quantize(gemm1: Any, ends: Any, align: int) -> Any:
     return values, scales
 
 
-def combine(expert_outputs: Any, weights: Any, pair_row: Any) -> Any:
+def unpermute(expert_outputs: Any, weights: Any, pair_row: Any) -> Any:
     """bf16[T, H]: each token's weighted sum over its local pairs."""
     import torch
 
-    from interop.solutions.deepgemm_kernels import combine_kernel
+    from interop.solutions.deepgemm_kernels import unpermute_kernel
 
     num_tokens, hidden_size = pair_row.shape[0], expert_outputs.shape[1]
     out = torch.empty(num_tokens, hidden_size, dtype=torch.bfloat16, device=pair_row.device)
-    combine_kernel[(num_tokens, -(-hidden_size // 1024))](
+    unpermute_kernel[(num_tokens, -(-hidden_size // 1024))](
         expert_outputs, weights, pair_row, out,
         H=hidden_size, TOP_K=TOP_K, BLOCK_H=1024, num_warps=4,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The Triton kernels around DeepGEMM's GEMMs: route, gather, SwiGLU + quantize, combine.
+"""The Triton kernels around DeepGEMM's GEMMs: route, gather, SwiGLU + quantize, unpermute.
 
 Rows are expert-major; each expert starts at a multiple of ALIGN and `ends[e]` is the row after its
 last one (DeepGEMM's "psum" layout). The row of a pair inside its expert comes from an atomic
-counter, so it may differ between runs; no row's value depends on it, and the combine adds in the
+counter, so it may differ between runs; no row's value depends on it, and unpermute adds in the
 order of the choices, so results do not.
 """
 
@@ -10,7 +10,7 @@ order of the choices, so results do not.
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.unpermute import combine_kernel as combine_kernel
+from pallas_kernels.triton.unpermute import unpermute_kernel as unpermute_kernel
 
 _DROPPED = tl.constexpr(-(1 << 62))
 

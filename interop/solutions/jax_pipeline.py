@@ -38,7 +38,7 @@ def run(arguments: tuple[Any, ...], activate: Activation) -> BFloat16[Array, "T 
     is_local = (local >= 0) & (local < num_local_experts)
     pairs = jnp.clip(local, 0, num_local_experts - 1).reshape(-1, 1)
     counts = {"num_local_experts": num_local_experts, "num_experts": num_local_experts}
-    plan = jax_moe.plan_dispatch(pairs, 0, **counts)
+    plan = jax_moe.plan_groups(pairs, 0, **counts)
 
     source = jnp.maximum(plan.row_token, 0) // top_k
     rows = lax.optimization_barrier((hidden_states[source], hidden_scale[:, source]))

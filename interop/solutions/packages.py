@@ -31,5 +31,5 @@ def hopper_unavailable() -> str | None:
         return "PyTorch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) != (9, 0):
-        return f"needs compute capability 9.0 (Hopper), found {major}.{minor}"
+        return f"needs compute capability 9.0 (Hopper), got {major}.{minor}"
     return None

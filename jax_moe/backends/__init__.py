@@ -14,7 +14,7 @@ from jax import Array
 
 from jax_moe.config import MoEConfig
 from jax_moe.device import Device, device_of
-from jax_moe.types import DispatchPlan, Quantized, Routing
+from jax_moe.types import GroupPlan, Quantized, Routing
 
 NAMES = ("mosaic", "triton", "xla")
 """All backends, the best first: the order in which "auto" tries them."""
@@ -48,14 +48,14 @@ class Backend(Protocol):
     def quantize(self, x: Array) -> Quantized:
         """Rows to e4m3 with one scale per 128 columns."""
 
-    def plan_dispatch(
+    def plan_groups(
         self,
         topk_ids: Array,
         local_expert_offset: Array,
         *,
         num_local_experts: int,
         num_experts: int,
-    ) -> DispatchPlan:
+    ) -> GroupPlan:
         """Local pairs to expert-major rows; ids outside 0..num_experts-1 are skipped."""
 
     def up_project(
@@ -64,7 +64,7 @@ class Backend(Protocol):
         hidden_states_scale: Array,
         gemm1_weights: Array,
         gemm1_weights_scale: Array,
-        plan: DispatchPlan,
+        plan: GroupPlan,
         *,
         whole_layer: bool = False,
     ) -> Any:
@@ -79,11 +79,11 @@ class Backend(Protocol):
         activations: Any,
         gemm2_weights: Array,
         gemm2_weights_scale: Array,
-        plan: DispatchPlan,
+        plan: GroupPlan,
     ) -> Any:
-        """GEMM2, in whatever form `combine` takes."""
+        """GEMM2, in whatever form `unpermute` takes."""
 
-    def combine(self, expert_outputs: Any, topk_weights: Array, plan: DispatchPlan) -> Array:
+    def unpermute(self, expert_outputs: Any, topk_weights: Array, plan: GroupPlan) -> Array:
         """Weighted sum per token; exact zeros where nothing is local."""
 
     def workspace_bytes(
@@ -119,7 +119,7 @@ def unsupported_reason(name: str, device: Device | None = None) -> str | None:
     """
     device = device_of() if device is None else device
     if name == "mosaic" and jax.__version__ != PALLAS_JAX:
-        return f"needs jax {PALLAS_JAX}, found {jax.__version__}"
+        return f"needs jax {PALLAS_JAX}, got {jax.__version__}"
     try:
         backend = load(name)
     except ImportError as error:
@@ -139,15 +139,15 @@ def select(name: str, device: Device) -> str:
 
     Raises:
         ValueError: There is no such backend.
-        NotImplementedError: It cannot run there; says what was found.
+        NotImplementedError: It cannot run there; says what it got.
     """
     if name == "auto":
         return next(choice for choice in NAMES if unsupported_reason(choice, device) is None)
     if name not in NAMES:
         choices = ", ".join(map(repr, ("auto", *NAMES)))
-        raise ValueError(f"backend: expected one of {choices}, found {name!r}")
+        raise ValueError(f"backend: expected one of {choices}, got {name!r}")
     if reason := unsupported_reason(name, device):
-        raise NotImplementedError(f"backend={name!r}: {reason} (found: {device})")
+        raise NotImplementedError(f"backend={name!r}: {reason} (got: {device})")
     return name
 
 

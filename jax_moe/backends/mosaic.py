@@ -14,10 +14,10 @@ from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
 from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
-from jax_moe.types import DispatchPlan, Quantized, Routing
+from jax_moe.types import GroupPlan, Quantized, Routing
 from pallas_kernels.mosaic import group_quant, permute, routing, tilings
 from pallas_kernels.mosaic import plan as plan_kernels
-from pallas_kernels.mosaic import unpermute as combine_kernel
+from pallas_kernels.mosaic import unpermute as unpermute_kernel
 from pallas_kernels.mosaic.hopper import zero_rows
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, has_idle_warps
@@ -78,17 +78,17 @@ def quantize(x: Float[Array, "R C"]) -> Quantized:
     return Quantized(*group_quant.quantize(x, interpret=interpret_params()))
 
 
-def plan_dispatch(
+def plan_groups(
     topk_ids: Int32[Array, "T k"],
     local_expert_offset: Int32[Array, ""],
     *,
     num_local_experts: int,
     num_experts: int,
-) -> DispatchPlan:
-    """Local pairs to expert-major rows; see `jax_moe.plan_dispatch`."""
+) -> GroupPlan:
+    """Local pairs to expert-major rows; see `jax_moe.plan_groups`."""
     num_tokens, top_k = topk_ids.shape
-    return DispatchPlan(
-        *plan_kernels.plan_dispatch(
+    return GroupPlan(
+        *plan_kernels.plan_groups(
             topk_ids,
             jnp.asarray(local_expert_offset),
             num_local_experts=num_local_experts,
@@ -104,7 +104,7 @@ def up_project(
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
     *,
     whole_layer: bool = False,
 ) -> Quantized | _Activations:
@@ -136,7 +136,7 @@ def up_project(
     return _Activations(*found) if zeroing else Quantized(*found)
 
 
-def _zeroing(config: MatmulConfig, rows: GroupedRows, plan: DispatchPlan) -> IdleWork | None:
+def _zeroing(config: MatmulConfig, rows: GroupedRows, plan: GroupPlan) -> IdleWork | None:
     """The work of writing the output's zeros, where the up-projection has a warp for it."""
     gathered = rows.row_token is not None
     idle = has_idle_warps(config, gathered=gathered, interpret=interpret_params())
@@ -149,7 +149,7 @@ def down_project(
     activations: Quantized | _Activations,
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
 ) -> BFloat16[Array, "M H"] | _ExpertOutputs:
     """GEMM2; see `jax_moe.down_project`."""
     rows = down_projection(
@@ -164,17 +164,17 @@ def down_project(
     return rows
 
 
-def combine(
+def unpermute(
     expert_outputs: BFloat16[Array, "M H"] | _ExpertOutputs,
     topk_weights: Float32[Array, "T k"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
 ) -> BFloat16[Array, "T H"]:
-    """Weighted sum per token; see `jax_moe.combine`."""
+    """Weighted sum per token; see `jax_moe.unpermute`."""
     if isinstance(expert_outputs, _ExpertOutputs):
         rows, zeroed = expert_outputs
     else:
         rows, zeroed = expert_outputs, None
-    return combine_kernel.combine(
+    return unpermute_kernel.unpermute(
         rows, topk_weights, plan.pair_row, zeroed=zeroed, interpret=interpret_params()
     )
 
@@ -196,7 +196,7 @@ def workspace_bytes(
     return int(activations + max(gathered, outputs)) + plan + parts + 2**20
 
 
-def _grouped(rows: Quantized | _Activations, plan: DispatchPlan) -> GroupedRows:
+def _grouped(rows: Quantized | _Activations, plan: GroupPlan) -> GroupedRows:
     return GroupedRows(
         rows.values,
         rows.scales,

@@ -10,11 +10,11 @@ from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 from jax_moe.config import MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import as_varying
-from jax_moe.types import DispatchPlan, Quantized, Routing
+from jax_moe.types import GroupPlan, Quantized, Routing
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 from pallas_kernels.triton import down_projection, group_quant, routing, tilings, up_projection
 from pallas_kernels.triton import plan as plan_kernels
-from pallas_kernels.triton import unpermute as combine_kernel
+from pallas_kernels.triton import unpermute as unpermute_kernel
 from pallas_kernels.triton.launch import Launch, call
 
 NAME = "triton"
@@ -53,21 +53,21 @@ def quantize(x: Float[Array, "R C"]) -> Quantized:
     return Quantized(*_run(group_quant.launch(x)))
 
 
-def plan_dispatch(
+def plan_groups(
     topk_ids: Int32[Array, "T k"],
     local_expert_offset: Int32[Array, ""],
     *,
     num_local_experts: int,
     num_experts: int,
-) -> DispatchPlan:
-    """Counting sort of the local pairs by expert; see `jax_moe.plan_dispatch`."""
+) -> GroupPlan:
+    """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
     num_tokens, top_k = topk_ids.shape
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     counts = None
     if not plan_kernels.is_one_block(num_tokens, num_local_experts):
         (counts,) = _run(plan_kernels.count_launch(topk_ids, local_expert_offset, **sizes))
     block_m = tilings.choose_block_m(num_tokens * top_k / num_experts, _capability())
-    return DispatchPlan(
+    return GroupPlan(
         *_run(
             plan_kernels.plan_launch(
                 topk_ids, local_expert_offset, counts, block_m=block_m, **sizes
@@ -81,7 +81,7 @@ def up_project(
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
     *,
     whole_layer: bool = False,
 ) -> Quantized:
@@ -107,7 +107,7 @@ def down_project(
     activations: Quantized,
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
 ) -> BFloat16[Array, "M H"]:
     """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
     (expert_outputs,) = _run(
@@ -124,13 +124,13 @@ def down_project(
     return expert_outputs
 
 
-def combine(
+def unpermute(
     expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
 ) -> BFloat16[Array, "T H"]:
-    """Weighted float32 sum of a token's local pairs; see `jax_moe.combine`."""
-    (output,) = _run(combine_kernel.launch(expert_outputs, topk_weights, plan.pair_row))
+    """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`."""
+    (output,) = _run(unpermute_kernel.launch(expert_outputs, topk_weights, plan.pair_row))
     return output
 
 
@@ -159,7 +159,7 @@ def _run(launch: Launch) -> list[Array]:
 def _capability() -> int:
     capability = device_of().compute_capability
     if capability is None:
-        raise NotImplementedError(f"backend='triton': needs an NVIDIA GPU (found: {device_of()})")
+        raise NotImplementedError(f"backend='triton': needs an NVIDIA GPU (got: {device_of()})")
     return _number(capability)
 
 

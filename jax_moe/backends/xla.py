@@ -16,7 +16,7 @@ from jax_moe.device import device_of
 from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, swiglu, take, to_bits
 from jax_moe.numerics import route as route
 from jax_moe.transforms import as_varying
-from jax_moe.types import DispatchPlan, Quantized
+from jax_moe.types import GroupPlan, Quantized
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
 NAME = "xla"
@@ -54,14 +54,14 @@ def _divide(x: Array, y: Array | float) -> Array:
     return x / jnp.where(jnp.isnan(x), x, y)
 
 
-def plan_dispatch(
+def plan_groups(
     topk_ids: Int32[Array, "T k"],
     local_expert_offset: Int32[Array, ""],
     *,
     num_local_experts: int,
     num_experts: int,
-) -> DispatchPlan:
-    """Counting sort of the local pairs by expert; see `jax_moe.plan_dispatch`."""
+) -> GroupPlan:
+    """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
     num_tokens, top_k = topk_ids.shape
     block_m = _block_m(num_tokens * top_k / num_experts)
     rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
@@ -87,7 +87,7 @@ def plan_dispatch(
 
     tile_ids = jnp.arange(rows // block_m, dtype=jnp.int32)
     tile_expert = (tile_ids[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
-    return DispatchPlan(
+    return GroupPlan(
         group_sizes=group_sizes,
         group_offsets=group_offsets,
         row_token=row_token,
@@ -110,7 +110,7 @@ def up_project(
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
     *,
     whole_layer: bool = False,
 ) -> Quantized:
@@ -138,7 +138,7 @@ def down_project(
     activations: Quantized,
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
 ) -> BFloat16[Array, "M H"]:
     """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
 
@@ -157,7 +157,7 @@ def _for_each_live_tile(
     tile: Callable[[Array, Array, Any], Any],
     weights: Array,
     weights_scale: Array,
-    plan: DispatchPlan,
+    plan: GroupPlan,
     out: Any,
 ) -> Any:
     """`out = tile(first row, float32 weight, out)` for the tiles of every expert that has rows.
@@ -179,12 +179,12 @@ def _for_each_live_tile(
     return lax.fori_loop(0, (plan.group_sizes > 0).sum(dtype=jnp.int32), one_expert, out)
 
 
-def combine(
+def unpermute(
     expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
-    plan: DispatchPlan,
+    plan: GroupPlan,
 ) -> BFloat16[Array, "T H"]:
-    """Weighted float32 sum of a token's local pairs; see `jax_moe.combine`."""
+    """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`."""
     num_tokens, top_k = topk_weights.shape
     total = jnp.zeros((num_tokens, expert_outputs.shape[1]), jnp.float32)
     for choice in range(top_k):

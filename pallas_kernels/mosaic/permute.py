@@ -37,7 +37,7 @@ def permute_rows(
     block_m: int,
     interpret=None,
 ) -> tuple[Float8e4m3fn[Array, "M H"], Float[Array, "H/128 M"]]:
-    """Rows and scales in the order of a dispatch plan.
+    """Rows and scales in the order of a group plan.
 
     Args:
         hidden_states: `e4m3[T, H]`, H a multiple of 128.

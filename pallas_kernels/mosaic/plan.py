@@ -1,4 +1,4 @@
-"""Dispatch plan: which row of the expert-major order each (token, choice) pair gets.
+"""Group plan: which row of the expert-major order each (token, choice) pair gets.
 
 Two kernels, both one warpgroup a block of 64 tokens:
 
@@ -35,7 +35,7 @@ _EXPERT_CHUNK = 32  # columns worked on at once; more would spill
 _COUNTED_BY_ALL = 8  # blocks times chunks that each block counts itself: that saves a launch
 
 
-def plan_dispatch(
+def plan_groups(
     topk_ids: Int32[Array, "T k"],
     local_expert_offset: Int32[Array, ""],
     *,

@@ -26,7 +26,7 @@ _FEW_TOKENS = 64  # parts and whole rows: 4.4 and 4.8 us at T=55, 5.3 and 4.8 at
 _ROWS_AT_ONCE = 8
 
 
-def combine(
+def unpermute(
     expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float[Array, "T k"],
     pair_row: Int32[Array, "T k"],
@@ -57,7 +57,7 @@ def combine(
         out_type=jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),
         grid=(hidden_size // (128 * vector) if few else 1, num_tokens),
         grid_names=("part", "token"),  # CUDA allows 2^31 of the last
-        kernel_name="moe_combine",
+        kernel_name="moe_unpermute",
         interpret=interpret,
     )
     return kernel(expert_outputs, topk_weights, pair_row)
@@ -70,7 +70,7 @@ def _sum_into(zeroed, expert_outputs, topk_weights, pair_row, interpret):
         out_type=(),
         grid=(pair_row.shape[0],),
         grid_names=("token",),
-        kernel_name="moe_combine_local",
+        kernel_name="moe_unpermute_local",
         interpret=interpret,
     )
     return pl.run_state(lambda out: kernel(expert_outputs, topk_weights, pair_row, out))(zeroed)

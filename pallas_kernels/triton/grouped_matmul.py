@@ -98,7 +98,7 @@ class MatmulConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name}: expected one of {list(allowed)}, found {getattr(self, name)}"
+                    f"{name}: expected one of {list(allowed)}, got {getattr(self, name)}"
                 )
 
     @property

@@ -1,4 +1,4 @@
-"""Dispatch plan: a counting sort of the local (token, expert) pairs by expert.
+"""Group plan: a counting sort of the local (token, expert) pairs by expert.
 
 Tokens are split into blocks of one program each. A first kernel counts each block's pairs per
 expert; in the second every program adds those counts up and so knows where its pairs go. With one
@@ -174,7 +174,7 @@ def plan_launch(
     num_experts: int,
     block_m: int,
 ) -> Launch:
-    """The launch that makes the plan; its outputs are the fields of `DispatchPlan`, in order.
+    """The launch that makes the plan; its outputs are the fields of `GroupPlan`, in order.
 
     Args:
         topk_ids: i32[T,k].

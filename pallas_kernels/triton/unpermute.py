@@ -14,7 +14,7 @@ _BLOCK_H = 1024  # 16 bytes of bf16 for each of 128 threads
 
 
 @triton.jit
-def combine_kernel(
+def unpermute_kernel(
     expert_outputs,
     topk_weights,
     pair_row,
@@ -49,7 +49,7 @@ def launch(expert_outputs: Any, topk_weights: Any, pair_row: Any) -> Launch:
     hidden_size = expert_outputs.shape[1]
     block_h = min(_BLOCK_H, triton.next_power_of_2(hidden_size))
     return Launch(
-        kernel=combine_kernel,
+        kernel=unpermute_kernel,
         inputs=(expert_outputs, topk_weights, pair_row),
         scalars=(),
         outputs=(jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),),

@@ -102,7 +102,7 @@ def read[C](
         raise ValueError("expected a JSON object")
     for name, wanted in _header(kernels, device_kind, shipped).items():
         if content.get(name) != wanted:
-            raise ValueError(f"{name}: expected {wanted!r}, found {content.get(name)!r:.100}")
+            raise ValueError(f"{name}: expected {wanted!r}, got {content.get(name)!r:.100}")
     rows = _fields("table", content.get("table"), [str(block_m) for block_m in shipped])
     table = {}
     for block_m, pair in shipped.items():
@@ -174,7 +174,7 @@ def _fields(where: str, value: Any, names: typing.Iterable[str]) -> dict[str, An
     wanted = sorted(names)
     found = sorted(value) if isinstance(value, dict) else value
     if found != wanted:
-        raise ValueError(f"{where}: expected the fields {wanted}, found {found!r:.100}")
+        raise ValueError(f"{where}: expected the fields {wanted}, got {found!r:.100}")
     return value
 
 
@@ -202,7 +202,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
     elif type(value) is hint and (hint is bool or abs(value) <= _MAX_INTEGER):
         return value
-    raise ValueError(f"{where}: expected {hint}, found {value!r:.100}")
+    raise ValueError(f"{where}: expected {hint}, got {value!r:.100}")
 
 
 def _check[C](config: C, shipped: C, role: str, block_m: int, check: Check[C]) -> None:

@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The fields of a dispatch plan that the matmuls read."""
+    """The fields of a group plan that the matmuls read."""
 
     group_sizes: np.ndarray
     group_offsets: np.ndarray

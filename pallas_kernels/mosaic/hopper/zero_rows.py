@@ -4,7 +4,7 @@
         32 lanes     a pair each; if none of the token's is local, zeros to its row
         pause        so that the copies that feed the tensor cores come first
 
-The combine then writes the other tokens only. HBM has time for these rows while tiles are
+The unpermute kernel then writes the other tokens only. HBM has time for these rows while tiles are
 multiplied, and none while they are combined.
 """
 

@@ -24,7 +24,7 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -46,7 +46,7 @@ def check_fields(
         ValueError: No object, or a key is missing or unknown.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
+        raise ValueError(f"{where}: expected an object, got {type(value).__name__}")
     missing = [key for key in required if key not in value]
     unknown = [key for key in value if key not in (*required, *optional)]
     if missing or unknown:
@@ -70,7 +70,7 @@ def one_line(value: Any, where: str) -> str:
     """
     if not isinstance(value, str) or not value or not value.isprintable():
         found = reprlib.repr(value)
-        raise ValueError(f"{where}: expected one line of printable text, found {found}")
+        raise ValueError(f"{where}: expected one line of printable text, got {found}")
     return value
 
 
@@ -93,7 +93,7 @@ def number(value: Any, low: float, high: float, where: str) -> float:
     # Compared before it is converted: an int may be beyond any float.
     if not is_number or not low <= value <= high:
         found = reprlib.repr(value)
-        raise ValueError(f"{where}: expected a number in {low:g}..{high:g}, found {found}")
+        raise ValueError(f"{where}: expected a number in {low:g}..{high:g}, got {found}")
     return float(value)
 
 

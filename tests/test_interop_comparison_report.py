@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from interop import seed_analysis, seed_report
-from interop.seed_report import PASSED, Measurement, WorkloadRow
+from interop import comparison_analysis, comparison_report
+from interop.comparison_report import PASSED, Measurement, WorkloadRow
 
 # The published speedups: num_tokens, v1, v2.
 PUBLISHED = [
@@ -31,7 +31,9 @@ def published_results() -> dict[str, dict[str, Measurement]]:
 
 
 def render(results, workloads=WORKLOADS, **options):
-    return seed_report.render(workloads, results, header={"Device": "B200"}, command="x", **options)
+    return comparison_report.render(
+        workloads, results, header={"Device": "B200"}, command="x", **options
+    )
 
 
 def cells(text: str, label: str) -> list[str]:
@@ -45,8 +47,8 @@ def test_means_are_those_of_the_rows():
     assert cells(text, "**mean**")[4::2] == ["20.12x", "22.71x"]
     assert cells(text, "**mean**")[-1] == "1.14x"
     ratios = [v2 / v1 for _, v1, v2 in PUBLISHED]
-    assert seed_analysis.geomean(ratios) == pytest.approx(1.135, abs=1e-3)
-    assert cells(text, "**geomean**")[-1] == f"{seed_analysis.geomean(ratios):.2f}x"
+    assert comparison_analysis.geomean(ratios) == pytest.approx(1.135, abs=1e-3)
+    assert cells(text, "**geomean**")[-1] == f"{comparison_analysis.geomean(ratios):.2f}x"
 
 
 def test_rows_are_sorted_and_ratios_are_of_latencies():
@@ -57,7 +59,9 @@ def test_rows_are_sorted_and_ratios_are_of_latencies():
 
 
 def test_the_analysis_covers_the_regimes_and_nothing_else():
-    headings = [heading for heading, _ in seed_analysis.analysis(WORKLOADS, published_results())]
+    headings = [
+        heading for heading, _ in comparison_analysis.analysis(WORKLOADS, published_results())
+    ]
     assert headings == [
         "All workloads (19 workloads)",
         "T = 1 (1 workload)",
@@ -66,13 +70,13 @@ def test_the_analysis_covers_the_regimes_and_nothing_else():
         "T = 901 (1 workload)",
         "T > 10K (2 workloads)",
     ]
-    regimes = seed_analysis.REGIMES
+    regimes = comparison_analysis.REGIMES
     for tokens in (1, 2, 6, 7, 33, 81, 900, 901, 902, 10_000, 10_001, 10**6):
         assert sum(regime.holds(tokens) for regime in regimes) == 1
 
 
 def test_sentences_say_what_the_numbers_say():
-    groups = dict(seed_analysis.analysis(WORKLOADS, published_results()))
+    groups = dict(comparison_analysis.analysis(WORKLOADS, published_results()))
     small = groups["T = 7-32 (5 workloads)"]
     assert (
         "`v2` is 1.15x as fast as `v1` (geometric mean, 0.97x to 1.37x), faster on 4 of 5." in small
@@ -104,11 +108,11 @@ def test_means_keep_what_only_some_solutions_passed():
     assert means[0] == "**geomean** of 19"
     speedups = [v1 for _, v1, _ in PUBLISHED]
     latencies = [15.0 / v2 for _, _, v2 in PUBLISHED[:18]]
-    assert means[4] == f"{seed_analysis.geomean(speedups):.2f}x"
-    assert means[5] == f"{seed_analysis.geomean(latencies):.3f} (of 18)"
+    assert means[4] == f"{comparison_analysis.geomean(speedups):.2f}x"
+    assert means[5] == f"{comparison_analysis.geomean(latencies):.3f} (of 18)"
     assert means[7:9] == ["1.000 (of 17)", "15.00x (of 16)"]
     ratios = [v2 / v1 for _, v1, v2 in PUBLISHED[:18]]
-    expected = f"{seed_analysis.geomean(ratios):.2f}x"
+    expected = f"{comparison_analysis.geomean(ratios):.2f}x"
     assert means[9] == f"{expected} (of 18)"
     assert "`(of n)`: " in text
     assert f"`v2` is {expected} as fast as `v1` (geometric mean of 18, 0.97x to 1.70x)" in text
@@ -132,7 +136,7 @@ def test_differences_and_workspace():
 
 
 def test_documents_are_written_whole(tmp_path):
-    path = seed_report.write(
+    path = comparison_report.write(
         tmp_path / "new", WORKLOADS, published_results(), header={}, command="x", name="report"
     )
     assert path == tmp_path / "new" / "report.md"

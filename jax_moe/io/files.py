@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from interop.strict_json import parse_object
+from jax_moe.io.strict_json import parse_object
 from pallas_kernels.files import write_atomically
 
 __all__ = [

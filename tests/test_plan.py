@@ -1,4 +1,4 @@
-"""The dispatch plan: rows, tiles and their bounds."""
+"""The group plan: rows, tiles and their bounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_ids(num_tokens, num_experts, top_k, seed=0):
 
 def make_plan(case, ids, offset, num_local_experts, num_experts):
     with running(case) as backend:
-        plan = jax_moe.plan_dispatch(
+        plan = jax_moe.plan_groups(
             ids,
             offset,
             num_local_experts=num_local_experts,
@@ -100,7 +100,7 @@ def test_traced_offset_out_of_range_skips_what_is_no_expert(case, offset):
     ids[::5] = -1
     with running(case) as backend:
         plan = jax.jit(
-            lambda offset: jax_moe.plan_dispatch(
+            lambda offset: jax_moe.plan_groups(
                 ids, offset, num_local_experts=8, num_experts=16, backend=backend
             )
         )(jnp.int32(offset))

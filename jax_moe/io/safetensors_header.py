@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from interop.files import parse_utf8
+from jax_moe.io.files import parse_utf8
 
 MAX_HEADER_BYTES = 2**20
 _DTYPE_BYTES = {
@@ -66,9 +66,9 @@ def _entry(entry: Any, where: str) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise ValueError(f"{where}: unknown dtype {dtype!r}")
     if not _sizes(shape) or len(shape) > 8:
-        raise ValueError(f"{where}: expected a shape of non-negative integers, found {shape!r}")
+        raise ValueError(f"{where}: expected a shape of non-negative integers, got {shape!r}")
     if not _sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{where}: expected two data_offsets, found {offsets!r}")
+        raise ValueError(f"{where}: expected two data_offsets, got {offsets!r}")
     size = math.prod(shape) * _DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != size:
         raise ValueError(f"{where}: {dtype}{shape} takes {size} bytes, data_offsets are {offsets}")

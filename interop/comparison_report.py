@@ -1,7 +1,7 @@
 """The published comparison's document, rendered again from measured rows.
 
-`write(directory, workloads, results, ...)` leaves `seed_report.md` and `seed_report.png`. Whoever
-measured (flashinfer-bench traces, `bench_main.py`) hands in plain rows:
+`write(directory, workloads, results, ...)` leaves `comparison_report.md` and
+`comparison_report.png`. What was measured (flashinfer-bench traces, `bench_main.py`) comes as rows:
 
     workloads = [WorkloadRow(uuid="e05c6c03-...", num_tokens=1, local_expert_offset=32), ...]
     results = {"sglang_v1": {uuid: Measurement("PASSED", latency_ms=0.16, reference_ms=15.4,
@@ -11,7 +11,7 @@ measured (flashinfer-bench traces, `bench_main.py`) hands in plain rows:
 
 A missing row or one whose status is not PASSED never shows a speed. A mean runs over all workloads
 that any solution passed; one over fewer, for want of the others, says over how many. Every sentence
-of the analysis is computed from the numbers (`interop.seed_analysis`).
+of the analysis is computed from the numbers (`interop.comparison_analysis`).
 """
 
 import os
@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from interop.files import write_atomically
-from interop.seed_analysis import (
+from interop.comparison_analysis import (
     PASSED,
     Measurement,
     Results,
@@ -34,6 +33,7 @@ from interop.seed_analysis import (
     passed,
     speedup,
 )
+from jax_moe.io.files import write_atomically
 
 __all__ = ["PASSED", "Measurement", "WorkloadRow", "plot_speedups", "render", "write"]
 
@@ -227,7 +227,7 @@ def write(
     header: Mapping[str, str],
     command: str,
     designs: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
-    name: str = "seed_report",
+    name: str = "comparison_report",
 ) -> Path:
     """Writes `NAME.md` and `NAME.png` into `directory`; arguments as for `render`.
 

@@ -1,0 +1,1 @@
+"""Reading and writing files that nobody vouches for: strict JSON, safetensors headers, paths."""
