@@ -1,6 +1,7 @@
-"""FP8 block-scaled mixture of experts for JAX: one expert-parallel rank of DeepSeek-V3.
+"""FP8 block-scaled mixture of experts for JAX.
 
-`apply` is the layer, on whichever backend the device supports (`describe` says which):
+`apply` is one expert-parallel rank of the layer, router included, on whichever backend the device
+supports (`describe` says which):
 
     >>> import jax, jax.numpy as jnp, jax_moe
     >>> T, E, E_local, H, I = 5, 16, 4, 256, 128      # tokens, experts, local experts, sizes
@@ -23,13 +24,22 @@ Expert parallelism is a `shard_map` around it; the ranks' outputs add up to the 
     ...     part = jax_moe.apply(logits, bias, x, None, w13, s13, w2, s2, offset, 2.5)
     ...     return jax.lax.psum(part.astype(jnp.float32), "expert")
 
+`apply_routed` is the same after any router of your own: it takes `topk_ids` and `topk_weights`.
+`ExpertWeights` holds a rank's weights by name (`from_gate_up` takes the order of Hugging Face).
+
 The stages are public as well: `quantize`, `route`, `plan_groups`, `up_project`, `down_project`,
-`unpermute`. `reference` is the float32 oracle, `workspace_bytes` bounds the temporary memory.
-`assume_device` and `interpret_mode` compile for, or imitate, a GPU that is not there.
+`unpermute`. `reference` and `reference_routed` are the float32 oracles, `workspace_bytes` bounds
+the temporary memory. `assume_device` and `interpret_mode` compile for, or imitate, a GPU that is
+not there.
 """
 
+import warnings
+from typing import Any
+
 from jax_moe.api import apply as apply
+from jax_moe.api import apply_routed as apply_routed
 from jax_moe.api import reference as reference
+from jax_moe.api import reference_routed as reference_routed
 from jax_moe.api import workspace_bytes as workspace_bytes
 from jax_moe.backends import describe as describe
 from jax_moe.config import DEEPSEEK_V3 as DEEPSEEK_V3
@@ -42,6 +52,28 @@ from jax_moe.stages import quantize as quantize
 from jax_moe.stages import route as route
 from jax_moe.stages import unpermute as unpermute
 from jax_moe.stages import up_project as up_project
+from jax_moe.types import ExpertWeights as ExpertWeights
 from jax_moe.types import GroupPlan as GroupPlan
+from jax_moe.types import LayerInputs as LayerInputs
 from jax_moe.types import Quantized as Quantized
+from jax_moe.types import RoutedInputs as RoutedInputs
 from jax_moe.types import Routing as Routing
+
+_RENAMED = {
+    "combine": "unpermute",
+    "plan_dispatch": "plan_groups",
+    "DispatchPlan": "GroupPlan",
+}
+"""Public names of version 0.1 and what they are called now; they go with the next release."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'jax_moe' has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(
+        f"jax_moe.{name} is now called jax_moe.{new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[new]

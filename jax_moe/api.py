@@ -1,4 +1,4 @@
-"""The layer: `apply`, its oracle `reference`, and how much memory they take.
+"""The layer: `apply`, `apply_routed`, their oracles, and how much memory they take.
 
 The maths is DeepSeek-V3's (arXiv:2412.19437, sections 2.1.2 and 3.3), in the form of the
 flashinfer-bench definition `moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048`.
@@ -9,14 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, buckets, lowering_cache, memory, oracle, validate
+from jax_moe import backends, entry, oracle, validate
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
-from jax_moe.device import device_of, holder_of
+from jax_moe.device import device_of
+from jax_moe.entry import Options
 from jax_moe.transforms import forward_only
+from jax_moe.types import ExpertWeights, LayerInputs, RoutedInputs, Routing
 from pallas_kernels.shapes import QUANT_BLOCK
 
 
@@ -35,6 +36,7 @@ def apply(
     config: MoEConfig = DEEPSEEK_V3,
     backend: str = "auto",
     num_tokens: int | Int32[Array, ""] | None = None,
+    expected_rows: float | None = None,
 ) -> BFloat16[Array, "T H"]:
     """One expert-parallel rank of a DeepSeek-V3 mixture of experts, in FP8.
 
@@ -72,6 +74,9 @@ def apply(
         num_tokens: How many of the T rows are live, an integer scalar, may be traced: the rows
             from there on cost no matrix work and come out as zeros, whatever they hold. None
             means all.
+        expected_rows: Rows that an expert is likely to get, a positive Python number. It chooses
+            the tiling; None takes T*k/E, which misleads where T is the capacity of a buffer that
+            is mostly empty.
 
     Returns:
         bf16[T,H], exact zeros for tokens without a local expert.
@@ -84,116 +89,90 @@ def apply(
         MemoryError: An eager call needs more memory (from 256 MiB on) than its GPU has; nothing was
             launched. Under your own `jit`, XLA reports that.
     """
-    arrays = (
-        routing_logits,
-        routing_bias,
-        hidden_states,
-        hidden_states_scale,
-        gemm1_weights,
-        gemm1_weights_scale,
-        gemm2_weights,
-        gemm2_weights_scale,
+    weights = ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale)
+    inputs = validate.layer_inputs(
+        LayerInputs(
+            routing_logits,
+            routing_bias,
+            hidden_states,
+            hidden_states_scale,
+            weights,
+            local_expert_offset,
+            routed_scaling_factor,
+        ),
+        config,
     )
-    scalars = _check(arrays, local_expert_offset, routed_scaling_factor, config)
-    rows, hidden_size = hidden_states.shape
-    live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, rows)
-    chosen = backends.select(backend, device_of(arrays))
-    if rows == 0:
-        return jnp.zeros((0, hidden_size), jnp.bfloat16)
-    if buckets.is_eager(arrays):
-        live = np.int32(rows) if live is None else live
-        padded = buckets.bucket(rows)
-        memory.require(holder_of(arrays), _bytes_of(arrays, padded, config, chosen), "apply")
-        arrays = _pad_tokens(arrays, padded)
-    out = _jitted_layer(*arrays, *scalars, live, config=config, backend=chosen)
-    return buckets.head(out, rows) if out.shape[0] != rows else out
-
-
-def _check(arrays: tuple[Any, ...], offset: Any, factor: Any, config: Any) -> tuple[Any, Any]:
-    """Checks the ten arguments; returns the two scalars as int32 and float32."""
-    logits, bias, hidden_states, hidden_states_scale, w13, s13, w2, s2 = arrays
-    sizes: validate.Sizes = {}
-    validate.routing(logits, bias, config, sizes)
-    validate.hidden(hidden_states, hidden_states_scale, sizes)
-    validate.gemm1(w13, s13, sizes)
-    validate.gemm2(w2, s2, sizes)
-    num_experts, num_local_experts = sizes["E"][0], sizes["E_local"][0]
-    validate.experts(num_local_experts, num_experts)
-    return (
-        validate.integer("local_expert_offset", offset, 0, num_experts - num_local_experts),
-        validate.real("routed_scaling_factor", factor),
+    options = Options(
+        num_experts=routing_logits.shape[1],
+        top_k=config.top_k,
+        config=config,
+        expected_rows=validate.expected_rows(expected_rows),
     )
+    return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply")
 
 
-def _pad_tokens(arrays: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
-    logits, bias, hidden_states, hidden_states_scale, w13, s13, w2, s2 = arrays
-    if hidden_states_scale is not None:
-        hidden_states_scale = buckets.pad(hidden_states_scale, 1, rows)
-    hidden_states = buckets.pad(hidden_states, 0, rows)
-    logits = buckets.pad(logits, 0, rows)
-    return logits, bias, hidden_states, hidden_states_scale, w13, s13, w2, s2
-
-
-def _bytes_of(arrays: tuple[Any, ...], padded: int, config: MoEConfig, backend: str) -> int:
-    """What an eager call may allocate: the workspace, the result, copies of the arguments."""
-    (rows, hidden_size), w13 = arrays[2].shape, arrays[4]
-    needed = backends.load(backend).workspace_bytes(
-        padded, config.top_k, w13.shape[0], hidden_size, w13.shape[1] // 2
-    )
-    needed += 2 * padded * hidden_size
-    if padded != rows:
-        per_token = (arrays[0], arrays[2], arrays[3])
-        needed += sum(a.nbytes for a in per_token if a is not None) * padded // rows
-        needed += 2 * rows * hidden_size
-    return needed + sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "backend"))
-def _jitted_layer(*arguments: Any, config: MoEConfig, backend: str) -> Array:
-    layer = functools.partial(_layer, config=config, stages=backends.load(backend))
-    return forward_only(lowering_cache.kept(layer, backend, config))(*arguments)
-
-
-def _layer(
-    routing_logits: Array,
-    routing_bias: Array,
-    hidden_states: Array,
-    hidden_states_scale: Array | None,
-    gemm1_weights: Array,
-    gemm1_weights_scale: Array,
-    gemm2_weights: Array,
-    gemm2_weights_scale: Array,
-    local_expert_offset: Array,
-    routed_scaling_factor: Array,
-    num_tokens: Array | None,
+def apply_routed(
+    hidden_states: Float[Array, "T H"],
+    hidden_states_scale: Float32[Array, "H//128 T"] | None,
+    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
+    gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
+    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
+    topk_ids: Int32[Array, "T k"],
+    topk_weights: Float32[Array, "T k"],
+    local_expert_offset: int | Int32[Array, ""],
     *,
-    config: MoEConfig,
-    stages: backends.Backend,
-) -> Array:
-    """The five stages, in the order in which the data flows."""
-    counts = {
-        "num_local_experts": gemm1_weights.shape[0],
-        "num_experts": routing_logits.shape[1],
-    }
-    if hidden_states_scale is None:
-        hidden_states, hidden_states_scale = stages.quantize(hidden_states)
-    routing = stages.route(routing_logits, routing_bias, routed_scaling_factor, config=config)
-    topk_ids = _of_live_tokens(routing.topk_ids, num_tokens)
-    plan = stages.plan_groups(topk_ids, local_expert_offset, **counts)
-    rows = hidden_states, hidden_states_scale
-    activations = stages.up_project(
-        *rows, gemm1_weights, gemm1_weights_scale, plan, whole_layer=True
+    num_experts: int,
+    backend: str = "auto",
+    num_tokens: int | Int32[Array, ""] | None = None,
+    expected_rows: float | None = None,
+) -> BFloat16[Array, "T H"]:
+    """`apply` without its router: the caller says which experts each token goes to.
+
+    `apply` is `route` followed by this, bit for bit. All that its docstring says of padding,
+    transformations and repeatability holds here.
+
+    Example:
+        >>> weights, ids = jax.lax.top_k(jax.nn.softmax(logits), 8)   # any router
+        >>> out = jax_moe.apply_routed(x, scale, *experts, ids, weights, 0, num_experts=128)
+
+    Args:
+        hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H], which is then quantized here.
+        hidden_states_scale: f32[H/128,T]; None exactly if `hidden_states` is not e4m3.
+        gemm1_weights: e4m3[E_local,2*I,H]; rows 0..I-1 make the up half, rows I..2*I-1 the gate.
+        gemm1_weights_scale: f32[E_local,2*I/128,H/128].
+        gemm2_weights: e4m3[E_local,H,I].
+        gemm2_weights_scale: f32[E_local,H/128,I/128].
+        topk_ids: i32[T,k], global expert ids. Any value that names no local expert is skipped;
+            -1 means "no expert". If an id occurs twice in a row, both weights count.
+        topk_weights: f32[T,k], every factor included, a scaling factor as well. The weight of a
+            pair that is skipped has no effect, NaN neither.
+        local_expert_offset: Global id of the first local expert, as in `apply`.
+        num_experts: E, static.
+        backend: As in `apply`.
+        num_tokens: As in `apply`.
+        expected_rows: As in `apply`.
+
+    Returns:
+        bf16[T,H], exact zeros for tokens without a local expert.
+
+    Raises:
+        TypeError: As `apply`.
+        ValueError: As `apply`.
+        NotImplementedError: As `apply`.
+        MemoryError: As `apply`.
+    """
+    weights = ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale)
+    routing = Routing(topk_ids, topk_weights)
+    inputs = RoutedInputs(hidden_states, hidden_states_scale, weights, routing, local_expert_offset)
+    num_experts = validate.num_experts(num_experts)
+    inputs = validate.routed_inputs(inputs, num_experts)
+    options = Options(
+        num_experts=num_experts,
+        top_k=topk_ids.shape[1],
+        expected_rows=validate.expected_rows(expected_rows),
     )
-    expert_outputs = stages.down_project(activations, gemm2_weights, gemm2_weights_scale, plan)
-    return stages.unpermute(expert_outputs, routing.topk_weights, plan)
-
-
-def _of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:
-    """The expert ids, with -1, no expert, from token `num_tokens` on."""
-    if num_tokens is None:
-        return topk_ids
-    tokens = jnp.arange(topk_ids.shape[0], dtype=jnp.int32)
-    return jnp.where(tokens[:, None] < num_tokens, topk_ids, -1)
+    return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply_routed")
 
 
 def reference(
@@ -212,8 +191,9 @@ def reference(
 ) -> BFloat16[Array, "T H"]:
     """The oracle of `apply`: the same arguments and result, everything in between in float32.
 
-    The activations between the matmuls are *not* requantized here, as `apply` does: the two agree
-    to about 2.5 % in the Frobenius norm. Slow, but fit for full size: one expert is dequantized at
+    The activations between the matmuls are *not* requantized here, as `apply` does, nor are bf16,
+    f16 or f32 `hidden_states`: in the Frobenius norm the two agree to about 2.3 % for e4m3 inputs
+    and 4.3 % for the others. Slow, but fit for full size: one expert is dequantized at
     a time and only its tokens are visited, so memory stays near `4 * (T*H + 3*I*H)` bytes.
 
     Args:
@@ -237,25 +217,77 @@ def reference(
         ValueError: As `apply`.
         NotImplementedError: The call is differentiated.
     """
-    arrays = (
-        routing_logits,
-        routing_bias,
-        hidden_states,
-        hidden_states_scale,
-        gemm1_weights,
-        gemm1_weights_scale,
-        gemm2_weights,
-        gemm2_weights_scale,
+    weights = ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale)
+    inputs = validate.layer_inputs(
+        LayerInputs(
+            routing_logits,
+            routing_bias,
+            hidden_states,
+            hidden_states_scale,
+            weights,
+            local_expert_offset,
+            routed_scaling_factor,
+        ),
+        config,
     )
-    scalars = _check(arrays, local_expert_offset, routed_scaling_factor, config)
-    if hidden_states.shape[0] == 0:
+    if not inputs.tokens:
         return jnp.zeros(hidden_states.shape, jnp.bfloat16)
-    return _jitted_reference(*arrays, *scalars, config=config)
+    return _jitted_reference(inputs, config=config)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _jitted_reference(*arguments: Any, config: MoEConfig) -> Array:
-    return forward_only(functools.partial(oracle.layer, config=config))(*arguments)
+def _jitted_reference(inputs: LayerInputs, *, config: MoEConfig) -> Array:
+    return forward_only(functools.partial(oracle.layer, config=config))(inputs)
+
+
+def reference_routed(
+    hidden_states: Float[Array, "T H"],
+    hidden_states_scale: Float32[Array, "H//128 T"] | None,
+    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
+    gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
+    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
+    topk_ids: Int32[Array, "T k"],
+    topk_weights: Float32[Array, "T k"],
+    local_expert_offset: int | Int32[Array, ""],
+    *,
+    num_experts: int,
+) -> BFloat16[Array, "T H"]:
+    """The oracle of `apply_routed`, in float32, as `reference` is that of `apply`.
+
+    Args:
+        hidden_states: As in `apply_routed`, used unquantized where it is not e4m3.
+        hidden_states_scale: As in `apply_routed`, and so on.
+        gemm1_weights: e4m3[E_local,2*I,H].
+        gemm1_weights_scale: f32[E_local,2*I/128,H/128].
+        gemm2_weights: e4m3[E_local,H,I].
+        gemm2_weights_scale: f32[E_local,H/128,I/128].
+        topk_ids: i32[T,k].
+        topk_weights: f32[T,k].
+        local_expert_offset: Integer scalar.
+        num_experts: E, static.
+
+    Returns:
+        bf16[T,H].
+
+    Raises:
+        TypeError: As `apply`.
+        ValueError: As `apply`.
+        NotImplementedError: The call is differentiated.
+    """
+    weights = ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale)
+    routing = Routing(topk_ids, topk_weights)
+    inputs = RoutedInputs(hidden_states, hidden_states_scale, weights, routing, local_expert_offset)
+    num_experts = validate.num_experts(num_experts)
+    inputs = validate.routed_inputs(inputs, num_experts)
+    if not inputs.tokens:
+        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
+    return _jitted_reference_routed(inputs, num_experts=num_experts)
+
+
+@functools.partial(jax.jit, static_argnames=("num_experts",))
+def _jitted_reference_routed(inputs: RoutedInputs, *, num_experts: int) -> Array:
+    return forward_only(functools.partial(oracle.routed_layer, num_experts=num_experts))(inputs)
 
 
 def workspace_bytes(
@@ -265,9 +297,10 @@ def workspace_bytes(
     hidden_size: int,
     intermediate_size: int,
     config: MoEConfig = DEEPSEEK_V3,
+    top_k: int | None = None,
     backend: str = "auto",
 ) -> int:
-    """Bound on the temporary memory of one jitted `apply`, outputs not counted.
+    """Bound on the temporary memory of one jitted `apply` or `apply_routed`, outputs not counted.
 
     It holds for every routing, also where all pairs are local.
 
@@ -277,6 +310,7 @@ def workspace_bytes(
         hidden_size: H.
         intermediate_size: I.
         config: How experts are picked.
+        top_k: Experts per token of an `apply_routed`; None takes that of `config`.
         backend: As in `apply`.
 
     Returns:
@@ -289,20 +323,21 @@ def workspace_bytes(
     """
     if not isinstance(config, MoEConfig):
         raise TypeError(f"config: expected a jax_moe.MoEConfig, got {type(config).__name__}")
-    num_tokens = _count("num_tokens", num_tokens, least=0)
-    num_local_experts = _count("num_local_experts", num_local_experts, least=1)
-    hidden_size = _count("hidden_size", hidden_size, least=QUANT_BLOCK, step=QUANT_BLOCK)
+    num_tokens = _count("num_tokens", num_tokens, minimum=0)
+    top_k = config.top_k if top_k is None else _count("top_k", top_k, minimum=1)
+    num_local_experts = _count("num_local_experts", num_local_experts, minimum=1)
+    hidden_size = _count("hidden_size", hidden_size, minimum=QUANT_BLOCK, step=QUANT_BLOCK)
     intermediate_size = _count(
-        "intermediate_size", intermediate_size, least=QUANT_BLOCK, step=QUANT_BLOCK
+        "intermediate_size", intermediate_size, minimum=QUANT_BLOCK, step=QUANT_BLOCK
     )
     stages = backends.load(backends.select(backend, device_of()))
     return stages.workspace_bytes(
-        num_tokens, config.top_k, num_local_experts, hidden_size, intermediate_size
+        num_tokens, top_k, num_local_experts, hidden_size, intermediate_size
     )
 
 
-def _count(name: str, value: Any, least: int, step: int = 1) -> int:
-    number = int(validate.integer(name, value, least, 2**30))
+def _count(name: str, value: Any, minimum: int, step: int = 1) -> int:
+    number = int(validate.integer(name, value, minimum, 2**30))
     if number % step:
         raise ValueError(f"{name}: expected a multiple of {step}, got {number}")
     return number

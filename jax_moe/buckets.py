@@ -45,13 +45,13 @@ def pad(array: Any, axis: int, size: int) -> Any:
     return jax.device_put(padded, array.sharding) if isinstance(array, jax.Array) else padded
 
 
-def head(array: Array, size: int) -> Array:
+def take_rows(array: Array, size: int) -> Array:
     """The first rows of an array. On a CPU nothing is compiled for it."""
     if array.shape[0] == size:
         return array
     if _is_on_host(array):
         return jax.device_put(np.asarray(array)[:size], array.sharding)
-    return _head_on_device(array, size=size)
+    return _take_rows_on_device(array, size=size)
 
 
 def _is_on_host(array: Any) -> bool:
@@ -61,4 +61,4 @@ def _is_on_host(array: Any) -> bool:
 
 
 _pad_on_device = jax.jit(lambda array, widths: jnp.pad(array, widths), static_argnames="widths")
-_head_on_device = jax.jit(lambda array, size: array[:size], static_argnames="size")
+_take_rows_on_device = jax.jit(lambda array, size: array[:size], static_argnames="size")

@@ -52,10 +52,10 @@ def device_of(*arrays: Any) -> Device:
         array, else JAX's default device. A jitted function that is to run elsewhere than on the
         default device needs an explicit `backend`.
     """
-    return _describe(holder_of(arrays)) if _assumed.value is None else _assumed.value
+    return _describe(jax_device_of(arrays)) if _assumed.value is None else _assumed.value
 
 
-def holder_of(*arrays: Any) -> jax.Device:
+def jax_device_of(*arrays: Any) -> jax.Device:
     """The device of the first concrete JAX array, JAX's default device where there is none."""
     for array in jax.tree.leaves(arrays):
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):

@@ -28,7 +28,6 @@ from pallas_kernels import device
 from pallas_kernels.files import write_atomically
 from pallas_kernels.mosaic import tilings
 
-_BACKEND = "mosaic"  # the one whose lowering is slow
 _PLATFORM = "cuda"
 _CUSTOM_CALL = "mosaic_gpu_v2"  # no promise between versions of JAX, which are part of the name
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -40,29 +39,31 @@ _TRACED_DIFFERENTLY = (
 )
 
 
-def kept(function: Callable[..., Any], backend: str, *static: Any) -> Callable[..., Any]:
+def cached_lowering(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
     """`function`, lowered once for all processes that share JAX's compilation cache.
 
     Args:
-        function: Traced with arrays or None as its arguments.
-        backend: What it runs on.
-        *static: What else it depends on, besides the sources of this package; by its `repr`.
+        function: Traced with pytrees of arrays as its arguments.
+        *static: What it depends on besides its arguments and the sources of this package; by its
+            `repr`.
 
     Returns:
         A function of the same arguments, for use inside of `jax.jit`.
     """
 
     def call(*arguments: Any) -> Any:
-        folder = _folder(backend)
+        folder = _folder()
         if folder is None:
             return function(*arguments)
-        specs = jax.tree.map(_spec, arguments)
-        path = folder / f"jax_moe-{_digest(specs, static)}-layer"
+        # `jax.export` knows no types of ours, so the program takes the leaves.
+        leaves, structure = jax.tree.flatten(arguments)
+        specs = [_spec(leaf) for leaf in leaves]
+        path = folder / f"jax_moe-{_digest(specs, (structure, *static))}-layer"
         program = _read(path)
         if program is None:
-            program = _make(function, specs)
+            program = _make(lambda *leaves: function(*structure.unflatten(leaves)), specs)
             _write(path, program)
-        return export.deserialize(bytearray(program)).call(*arguments)
+        return export.deserialize(bytearray(program)).call(*leaves)
 
     return call
 
@@ -72,10 +73,10 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def _folder(backend: str) -> Path | None:
+def _folder() -> Path | None:
     """Where layers are kept; None where they are not."""
     place = jax.config.jax_compilation_cache_dir
-    if backend != _BACKEND or not place or not jax.config.jax_enable_compilation_cache:
+    if not place or not jax.config.jax_enable_compilation_cache:
         return None
     if "://" in place or has_context() or device.local_gpu() is None:
         return None
@@ -92,8 +93,7 @@ def _digest(specs: Any, static: Any) -> str:
         gpu and (gpu.device_kind, gpu.compute_capability, gpu.core_count),
         tilings.table(),
         settings,
-        jax.tree.structure(specs),
-        [(s.shape, s.dtype.name, s.weak_type) for s in jax.tree.leaves(specs)],
+        [(spec.shape, spec.dtype.name, spec.weak_type) for spec in specs],
         static,
     )
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]

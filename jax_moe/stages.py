@@ -18,6 +18,7 @@ from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import GroupPlan, Quantized, Routing
+from pallas_kernels.shapes import even_rows
 
 
 def route(
@@ -95,16 +96,19 @@ def plan_groups(
     *,
     num_local_experts: int,
     num_experts: int,
+    expected_rows: float | None = None,
     backend: str = "auto",
 ) -> GroupPlan:
     """Sorts the local (token, expert) pairs by expert, each expert padded to whole tiles.
 
     Args:
-        topk_ids: i32[T,k], global expert ids, distinct within a token. Ids outside of
-            0..num_experts-1 mean "no expert" and are skipped, as are those that are not local.
+        topk_ids: i32[T,k], global expert ids. Ids outside of 0..num_experts-1 mean "no expert" and
+            are skipped, as are those that are not local. A token has one row per expert, also where
+            it names that expert twice.
         local_expert_offset: Global id of the first local expert, may be traced.
         num_local_experts: E_local, static.
         num_experts: E, static.
+        expected_rows: As in `jax_moe.apply`.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -117,16 +121,22 @@ def plan_groups(
     """
     sizes: validate.Sizes = {}
     validate.array("topk_ids", topk_ids, "T k", validate.I32, sizes)
-    num_experts = int(validate.integer("num_experts", num_experts, 1, 2**30))
+    num_tokens, top_k = topk_ids.shape
+    num_experts = validate.num_experts(num_experts)
     num_local_experts = int(
         validate.integer("num_local_experts", num_local_experts, 1, num_experts)
     )
-    validate.pair_count("topk_ids", sizes["T"][0], sizes["k"][0])
+    validate.pair_count("topk_ids", num_tokens, top_k)
     offset = validate.integer(
         "local_expert_offset", local_expert_offset, 0, num_experts - num_local_experts
     )
-    counts = {"num_local_experts": num_local_experts, "num_experts": num_experts}
-    return _run("plan_groups", backend, topk_ids, offset, **counts)
+    rows = validate.expected_rows(expected_rows)
+    static = {
+        "num_local_experts": num_local_experts,
+        "num_experts": num_experts,
+        "expected_rows": even_rows(num_tokens, top_k, num_experts) if rows is None else rows,
+    }
+    return _run("plan_groups", backend, topk_ids, offset, **static)
 
 
 def up_project(

@@ -1,73 +1,183 @@
-"""The arrays that travel between the stages.
+"""What travels through the layer, by name.
 
-Symbols: T tokens, E experts, E_local local experts, k = top_k, H hidden size, I intermediate size,
-M rows of the worst case (`pallas_kernels.shapes.max_rows`), block_m rows of a tile.
+Plain NamedTuples, so `jax.tree.map`, partition specs and shape structs work on them: building one
+never checks anything, `check` and every entry of `jax_moe` do.
+
+Symbols: T tokens, E experts, E_local local experts, k = top_k, H hidden size, I intermediate size.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Float8e4m3fn, Float32, Int32
+from jaxtyping import Float, Float8e4m3fn, Float32, Int32
+
+from pallas_kernels.types import GroupPlan as GroupPlan
+from pallas_kernels.types import Quantized as Quantized
+from pallas_kernels.types import Routing as Routing
 
 
-class Routing(NamedTuple):
-    """Which experts each token goes to, and with what weight.
+class ExpertWeights(NamedTuple):
+    """The expert weights of one rank: JAX, NumPy or torch arrays, or anything shaped like them.
 
-    Attributes:
-        topk_ids: i32[T,k], global expert ids, distinct within a token, best first. From `route`
-            they are always in 0..E-1; an id outside of that (-1, say) means "no expert" to
-            `plan_groups`.
-        topk_weights: f32[T,k], the factors of the weighted sum, `routed_scaling_factor` included.
-    """
-
-    topk_ids: Int32[Array, "T k"]
-    topk_weights: Float32[Array, "T k"]
-
-
-class GroupPlan(NamedTuple):
-    """Where each local (token, expert) pair sits among the rows of the grouped matmuls.
-
-    Rows are expert-major: experts ascending, tokens ascending inside an expert, each expert padded
-    to a multiple of `block_m`. Nothing reads a padding row or a dead tile into a result.
-
-    With `block_m = 4`, tokens 0, 1, 2 choosing local experts {1}, {0, 1}, {1} and E_local = 2::
-
-        group_sizes    1 3
-        group_offsets  0 4
-        row_token      1 -1 -1 -1   0 1 2 -1   -1 ...
-        tile_expert    0            1           0 ...
-        num_tiles      2
+    Scales multiply, one per block of 128x128: `value * scale` dequantizes.
 
     Attributes:
-        group_sizes: i32[E_local], live rows of each local expert.
-        group_offsets: i32[E_local], first row of each expert, a multiple of block_m.
-        row_token: i32[M], source token of each row; -1 in the padding of live tiles, anything past
-            them.
-        pair_row: i32[T,k], row of each (token, choice) pair; -1 where the expert is not local.
-        tile_expert: i32[M/block_m], local expert of each tile; 0 in dead tiles.
-        num_tiles: i32[1], live tiles; the rest is skipped.
+        gemm1_weights: e4m3[E_local,2*I,H]; rows 0..I-1 make the up half, rows I..2*I-1 the gate.
+        gemm1_weights_scale: f32[E_local,2*I/128,H/128].
+        gemm2_weights: e4m3[E_local,H,I].
+        gemm2_weights_scale: f32[E_local,H/128,I/128].
     """
 
-    group_sizes: Int32[Array, " E_local"]
-    group_offsets: Int32[Array, " E_local"]
-    row_token: Int32[Array, " M"]
-    pair_row: Int32[Array, "T k"]
-    tile_expert: Int32[Array, " tiles"]
-    num_tiles: Int32[Array, " 1"]
+    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"]
+    gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"]
+    gemm2_weights: Float8e4m3fn[Array, "E_local H I"]
+    gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"]
 
     @property
-    def block_m(self) -> int:
-        """Rows of a tile (static, from the shapes)."""
-        return self.row_token.shape[0] // max(self.tile_expert.shape[0], 1)
+    def num_local_experts(self) -> int:
+        """E_local."""
+        return self.gemm1_weights.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.gemm1_weights.shape[2]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.gemm1_weights.shape[1] // 2
+
+    def check(self) -> Self:
+        """Checks types, dtypes and shapes, as every entry does.
+
+        Returns:
+            The same weights.
+
+        Raises:
+            TypeError: An array is no JAX or NumPy array, or of another dtype.
+            ValueError: A shape does not fit; names the argument, what was expected and what came.
+        """
+        from jax_moe import validate  # it knows this type
+
+        validate.weights(self, {})
+        return self
+
+    @classmethod
+    def from_gate_up(
+        cls,
+        gate_up_weights: Float8e4m3fn[Array, "E_local 2*I H"],
+        gate_up_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
+        down_weights: Float8e4m3fn[Array, "E_local H I"],
+        down_weights_scale: Float32[Array, "E_local H//128 I//128"],
+    ) -> Self:
+        """Weights in the order of Hugging Face, vLLM and sglang (`w13`): the gate comes first.
+
+        The halves are copied once into the order of this package; the bits stay.
+
+        Args:
+            gate_up_weights: e4m3[E_local,2*I,H], the gate's rows first; JAX, NumPy or torch.
+            gate_up_weights_scale: f32[E_local,2*I/128,H/128], in the same order.
+            down_weights: e4m3[E_local,H,I], taken as it is.
+            down_weights_scale: f32[E_local,H/128,I/128], taken as it is.
+
+        Returns:
+            The weights, up first.
+
+        Raises:
+            ValueError: The rows or the scale's rows do not fall into two halves.
+        """
+        return cls(
+            _swap_halves("gate_up_weights", gate_up_weights),
+            _swap_halves("gate_up_weights_scale", gate_up_weights_scale),
+            down_weights,
+            down_weights_scale,
+        )
 
 
-class Quantized(NamedTuple):
-    """FP8 rows with one f32 scale per row and block of 128 columns; `values * scales` dequantizes.
+def _swap_halves(name: str, array: Any) -> Any:
+    """Axis 1 with its halves exchanged."""
+    if len(array.shape) != 3 or array.shape[1] % 2:
+        raise ValueError(f"{name}: expected [E_local, 2*n, m], got {list(array.shape)}")
+    half = array.shape[1] // 2
+    if isinstance(array, jax.Array):
+        return jnp.concatenate([array[:, half:], array[:, :half]], axis=1)
+    swapped = np.empty_like(array) if isinstance(array, np.ndarray) else array.clone()  # torch
+    swapped[:, :half], swapped[:, half:] = array[:, half:], array[:, :half]
+    return swapped
+
+
+class LayerInputs(NamedTuple):
+    """What `jax_moe.apply` takes: the ten arguments of the definition, the weights in one place.
 
     Attributes:
-        values: e4m3[R,C].
-        scales: f32[C/128,R], block-major: the orientation of `hidden_states_scale`.
+        routing_logits: f32[T,E].
+        routing_bias: bf16[E] or f32[E].
+        hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H].
+        hidden_states_scale: f32[H/128,T]; None exactly if `hidden_states` is not e4m3.
+        weights: Of this rank's experts.
+        local_expert_offset: Global id of the first local expert, an integer scalar.
+        routed_scaling_factor: Factor of all weights, a real scalar.
     """
 
-    values: Float8e4m3fn[Array, "R C"]
-    scales: Float32[Array, "C//128 R"]
+    routing_logits: Float32[Array, "T E"]
+    routing_bias: Float[Array, " E"]
+    hidden_states: Float[Array, "T H"]
+    hidden_states_scale: Float32[Array, "H//128 T"] | None
+    weights: ExpertWeights
+    local_expert_offset: int | Int32[Array, ""]
+    routed_scaling_factor: float | Float32[Array, ""]
+
+    @classmethod
+    def of(cls, *arguments: Any) -> Self:
+        """From the ten arguments in the definition's order."""
+        head, weights, tail = arguments[:4], arguments[4:8], arguments[8:]
+        return cls(*head, ExpertWeights(*weights), *tail)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The ten arguments in the definition's order: `jax_moe.apply(*inputs.arguments)`."""
+        return (*self[:4], *self.weights, *self[5:])
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.hidden_states.shape[0]
+
+    def routed(self, routing: Routing) -> RoutedInputs:
+        """The same, once the router has chosen."""
+        return RoutedInputs(
+            self.hidden_states,
+            self.hidden_states_scale,
+            self.weights,
+            routing,
+            self.local_expert_offset,
+        )
+
+
+class RoutedInputs(NamedTuple):
+    """What `jax_moe.apply_routed` takes: everything after the router.
+
+    Attributes:
+        hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H].
+        hidden_states_scale: f32[H/128,T]; None exactly if `hidden_states` is not e4m3.
+        weights: Of this rank's experts.
+        routing: Experts and weights of each token.
+        local_expert_offset: Global id of the first local expert, an integer scalar.
+    """
+
+    hidden_states: Float[Array, "T H"]
+    hidden_states_scale: Float32[Array, "H//128 T"] | None
+    weights: ExpertWeights
+    routing: Routing
+    local_expert_offset: int | Int32[Array, ""]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.hidden_states.shape[0]

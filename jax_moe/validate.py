@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from jax_moe.config import MoEConfig
-from jax_moe.types import GroupPlan, Quantized
+from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, Quantized, RoutedInputs
 from pallas_kernels.shapes import QUANT_BLOCK
 
 E4M3 = (np.dtype(jnp.float8_e4m3fn),)
@@ -246,6 +246,67 @@ def hidden(hidden_states: Any, hidden_states_scale: Any, sizes: Sizes) -> None:
             f"hidden_states_scale: expected None, as hidden_states is {_format(hidden_states)}, "
             f"got {_kind(hidden_states_scale)}"
         )
+
+
+def layer_inputs(inputs: LayerInputs, config: Any) -> LayerInputs:
+    """Checks what `apply` takes; returns it with its scalars as int32 and float32."""
+    sizes: Sizes = {}
+    routing(inputs.routing_logits, inputs.routing_bias, config, sizes)
+    hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
+    weights(inputs.weights, sizes)
+    return inputs._replace(
+        local_expert_offset=_offset(inputs.local_expert_offset, sizes["E"][0], sizes),
+        routed_scaling_factor=real("routed_scaling_factor", inputs.routed_scaling_factor),
+    )
+
+
+def routed_inputs(inputs: RoutedInputs, num_experts: int) -> RoutedInputs:
+    """Checks what `apply_routed` takes; returns it with its scalar as int32."""
+    sizes: Sizes = {}
+    hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
+    weights(inputs.weights, sizes)
+    topk(inputs.routing.topk_ids, inputs.routing.topk_weights, sizes)
+    offset = _offset(inputs.local_expert_offset, num_experts, sizes)
+    return inputs._replace(local_expert_offset=offset)
+
+
+def _offset(value: Any, num_experts: int, sizes: Sizes) -> Array | np.int32:
+    num_local_experts = sizes["E_local"][0]
+    experts(num_local_experts, num_experts)
+    return integer("local_expert_offset", value, 0, num_experts - num_local_experts)
+
+
+def topk(topk_ids: Any, topk_weights: Any, sizes: Sizes) -> None:
+    """Checks the choices of a router; sets T and k where nothing did."""
+    array("topk_ids", topk_ids, "T k", I32, sizes)
+    num_tokens, top_k = sizes["T"][0], sizes["k"][0]
+    if top_k < 1:
+        raise ValueError(f"topk_ids: expected k of at least 1, got {_format(topk_ids)}")
+    pair_count("topk_ids", num_tokens, top_k)
+    array("topk_weights", topk_weights, "T k", F32, sizes)
+
+
+def num_experts(value: Any) -> int:
+    """Checks the number of all experts, which is static."""
+    return int(integer("num_experts", value, 1, _MAX_PAIRS))
+
+
+def expected_rows(value: Any) -> float | None:
+    """Checks how many rows an expert is likely to get, which is static."""
+    if value is None:
+        return None
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError("expected_rows: expected a Python number or None, got a traced array")
+    rows = float(real("expected_rows", value))
+    if rows <= 0:
+        raise ValueError(f"expected_rows: expected a positive number or None, got {value}")
+    return rows
+
+
+def weights(value: ExpertWeights, sizes: Sizes) -> None:
+    """Checks the weights of both matmuls."""
+    gemm1(value.gemm1_weights, value.gemm1_weights_scale, sizes)
+    gemm2(value.gemm2_weights, value.gemm2_weights_scale, sizes)
 
 
 def gemm1(weights: Any, scale: Any, sizes: Sizes) -> None:

@@ -14,6 +14,17 @@ def round_up(a: int, multiple: int) -> int:
     return cdiv(a, multiple) * multiple
 
 
+def even_rows(num_tokens: int, top_k: int, num_experts: int) -> float:
+    """Rows that each expert gets if routing is even.
+
+    Args:
+        num_tokens: T.
+        top_k: Experts a token picks.
+        num_experts: E.
+    """
+    return num_tokens * top_k / num_experts
+
+
 def max_rows(num_tokens: int, top_k: int, num_local_experts: int, block_m: int) -> int:
     """Rows that hold every routing there can be, each expert padded to a multiple of `block_m`.
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import api, backends, buckets
+from jax_moe import backends, buckets, entry
 from tests import numpy_oracle
 from tests.backend_cases import EVERYWHERE, running
 from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
@@ -36,11 +36,11 @@ def expected(inputs):
 def traces(monkeypatch):
     """Counts how often the layer is traced."""
     count = []
-    layer = api._layer
-    monkeypatch.setattr(api, "_layer", lambda *a, **k: count.append(1) or layer(*a, **k))
-    api._jitted_layer.clear_cache()
+    layer = entry.layer
+    monkeypatch.setattr(entry, "layer", lambda *a, **k: count.append(1) or layer(*a, **k))
+    entry._jitted.clear_cache()
     yield count
-    api._jitted_layer.clear_cache()
+    entry._jitted.clear_cache()
 
 
 def test_jit_equals_eager(inputs, expected):

@@ -163,7 +163,7 @@ SPOILED_TRACES = {
     "unknown status": (lambda t: t["evaluation"].update(status="FINE"), "unknown status"),
     "unknown key": (lambda t: t.update(path="../x"), "unknown key 'path'"),
     "negative time": (
-        lambda t: t["evaluation"]["performance"].update(latency_ms=-1.0), "found -1.0"
+        lambda t: t["evaluation"]["performance"].update(latency_ms=-1.0), "got -1.0"
     ),
     "subnormal time": (
         lambda t: t["evaluation"]["performance"].update(latency_ms=1e-320),
@@ -206,7 +206,7 @@ SPOILED_TRACES = {
     ),
     "hardware of two lines": (
         lambda t: t["evaluation"]["environment"].update(hardware="H100\n- Passed: all"),
-        r"jsonl:1: environment: hardware: expected one line .*found 'H100\\n",
+        r"jsonl:1: environment: hardware: expected one line .*got 'H100\\n",
     ),
     "hardware of no text": (
         lambda t: t["evaluation"]["environment"].update(hardware=["H100"]),
@@ -214,11 +214,11 @@ SPOILED_TRACES = {
     ),
     "half a character": (
         lambda t: t["evaluation"]["environment"].update(hardware="H\ud800"),
-        r"environment: hardware: expected one line .*found 'H\\ud800'",
+        r"environment: hardware: expected one line .*got 'H\\ud800'",
     ),
     "version with a control character": (
         lambda t: t["evaluation"]["environment"].update(libs={"torch": "2\x1b[2J"}),
-        r"environment: libs: torch: expected one line .*found '2\\x1b",
+        r"environment: libs: torch: expected one line .*got '2\\x1b",
     ),
     "version of no text": (
         lambda t: t["evaluation"]["environment"].update(libs={"torch": 2}),
@@ -226,7 +226,7 @@ SPOILED_TRACES = {
     ),
     "library of two lines": (
         lambda t: t["evaluation"]["environment"].update(libs={"a\rb": "1"}),
-        r"environment: libs: expected one line .*found 'a\\rb'",
+        r"environment: libs: expected one line .*got 'a\\rb'",
     ),
     "endless time": (
         lambda t: t["evaluation"]["performance"].update(latency_ms=10**400),

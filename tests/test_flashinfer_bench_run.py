@@ -159,7 +159,7 @@ def test_traces_of_unknown_settings_are_not_added_to(folder, started):
 
 SPOILED_RECORDS = {
     "a list of iterations": (lambda r: r["settings"].update(iterations=[5]), "iterations: exp"),
-    "true iterations": (lambda r: r["settings"].update(iterations=True), "found True"),
+    "true iterations": (lambda r: r["settings"].update(iterations=True), "got True"),
     "text for a tolerance": (lambda r: r["settings"].update(rtol="0.2\n"), "rtol: expected"),
     "endless timeout": (lambda r: r["settings"].update(timeout=10**400), "timeout: expected"),
     "command of two lines": (lambda r: r.update(command="a\n```"), "command: expected one line"),

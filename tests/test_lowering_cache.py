@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
-from jax_moe import DEEPSEEK_V3, lowering_cache
+from jax_moe import DEEPSEEK_V3, backends, lowering_cache
 from pallas_kernels import device
 from pallas_kernels.mosaic import tilings
 from tests import h100_target
@@ -23,7 +23,8 @@ from tests.moe_inputs import SMALL, bits, make_inputs, rank_specs
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Everything is kept there, whatever device and settings this is."""
-    monkeypatch.setattr(lowering_cache, "_folder", lambda backend: tmp_path / "cache")
+    monkeypatch.setattr(lowering_cache, "_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(backends.load("xla"), "KEEPS_LOWERED", True)
     monkeypatch.setattr(lowering_cache, "_PLATFORM", "cpu")
     return tmp_path / "cache"
 
@@ -40,10 +41,10 @@ def product(x, nothing, y):
 def test_the_next_process_does_not_trace(folder):
     arguments = np.arange(6, dtype=np.float32), None, 2.5
     expected = jax.jit(product)(*arguments)
-    first = jax.jit(lowering_cache.kept(product, "mosaic", SMALL))(*arguments)
+    first = jax.jit(lowering_cache.cached_lowering(product, SMALL))(*arguments)
     (file,) = folder.iterdir()
     kept = file.read_bytes()
-    again = jax.jit(lowering_cache.kept(never, "mosaic", SMALL))(*arguments)
+    again = jax.jit(lowering_cache.cached_lowering(never, SMALL))(*arguments)
     np.testing.assert_array_equal(first, expected)
     np.testing.assert_array_equal(again, expected)
     assert first.weak_type == again.weak_type == expected.weak_type
@@ -70,22 +71,27 @@ def test_a_layer_gives_the_same_bits(folder):
         )(inputs.routing_logits)
 
 
+def digest(arguments, static=(DEEPSEEK_V3,)):
+    leaves, structure = jax.tree.flatten(arguments)
+    return lowering_cache._digest(leaves, (structure, *static))
+
+
 def test_what_a_program_depends_on_is_in_its_name(monkeypatch):
     specs = (jax.ShapeDtypeStruct((4, 8), jnp.float32), None)
     gpu = SimpleNamespace(device_kind="H100", compute_capability="9.0", core_count=132)
     monkeypatch.setattr(device, "local_gpu", lambda: gpu)
-    names = [lowering_cache._digest(specs, (DEEPSEEK_V3,))]
-    assert names[0] == lowering_cache._digest(specs, (DEEPSEEK_V3,))
-    names.append(lowering_cache._digest(specs, (SMALL,)))
+    names = [digest(specs)]
+    assert names[0] == digest(specs)
+    names.append(digest(specs, (SMALL,)))
     for other in (
         (jax.ShapeDtypeStruct((4, 9), jnp.float32), None),
         (jax.ShapeDtypeStruct((4, 8), jnp.bfloat16), None),
         (jax.ShapeDtypeStruct((4, 8), jnp.float32, weak_type=True), None),
         (None, jax.ShapeDtypeStruct((4, 8), jnp.float32)),
     ):
-        names.append(lowering_cache._digest(other, (DEEPSEEK_V3,)))
+        names.append(digest(other))
     with jax.enable_x64(True):
-        names.append(lowering_cache._digest(specs, (DEEPSEEK_V3,)))
+        names.append(digest(specs))
     changes = [
         (tilings, "table", lambda: {}),
         (jax, "__version__", "0.0.0"),
@@ -96,7 +102,7 @@ def test_what_a_program_depends_on_is_in_its_name(monkeypatch):
     for place, name, value in changes:
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
-            names.append(lowering_cache._digest(specs, (DEEPSEEK_V3,)))
+            names.append(digest(specs))
     assert len(set(names)) == len(names)
 
 
@@ -104,7 +110,7 @@ def test_what_a_program_depends_on_is_in_its_name(monkeypatch):
     "damage", [b"", b"short", lambda data: data[:-1], lambda data: data + b"x"]
 )
 def test_a_damaged_file_is_made_anew(folder, damage):
-    function = lowering_cache.kept(lambda x: x + 1, "mosaic")
+    function = lowering_cache.cached_lowering(lambda x: x + 1)
     jax.jit(function)(1.0)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
@@ -112,12 +118,12 @@ def test_a_damaged_file_is_made_anew(folder, damage):
     with pytest.warns(UserWarning, match="damaged, made anew"):
         assert jax.jit(lambda x: function(x))(1.0) == 2
     assert list(folder.iterdir()) == [file]
-    assert jax.jit(lowering_cache.kept(never, "mosaic"))(1.0) == 2
+    assert jax.jit(lowering_cache.cached_lowering(never))(1.0) == 2
 
 
 def test_a_folder_that_cannot_be_used_is_a_warning(folder):
     folder.write_text("a file")
-    function = lowering_cache.kept(lambda x: x + 1, "mosaic")
+    function = lowering_cache.cached_lowering(lambda x: x + 1)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert jax.jit(function)(1.0) == 2
@@ -137,29 +143,30 @@ def cache_at():
 def test_when_layers_are_kept(tmp_path, monkeypatch, cache_at):
     monkeypatch.setattr(device, "local_gpu", lambda: object())
     cache_at(None)
-    assert lowering_cache._folder("mosaic") is None, "JAX's own cache is off"
+    assert lowering_cache._folder() is None, "JAX's own cache is off"
     cache_at(str(tmp_path))
-    assert lowering_cache._folder("mosaic") == tmp_path
-    assert lowering_cache._folder("triton") is None
+    assert lowering_cache._folder() == tmp_path
+    kept = [name for name in backends.NAMES if backends.load(name).KEEPS_LOWERED]
+    assert kept == ["mosaic"], "only Pallas takes long to lower"
     with h100_target.no_compilation_cache():
-        assert lowering_cache._folder("mosaic") is None
+        assert lowering_cache._folder() is None
     with jax_moe.assume_device("sm_90"):
-        assert lowering_cache._folder("mosaic") is None
+        assert lowering_cache._folder() is None
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     seen = []
 
     @jax.shard_map(mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
     def inside(x):
-        seen.append(lowering_cache._folder("mosaic"))
+        seen.append(lowering_cache._folder())
         return x
 
     inside(jnp.ones(1))
     assert seen == [None]
     monkeypatch.setattr(device, "local_gpu", lambda: None)
-    assert lowering_cache._folder("mosaic") is None
+    assert lowering_cache._folder() is None
     monkeypatch.setattr(device, "local_gpu", lambda: object())
     cache_at("gs://bucket/cache")
-    assert lowering_cache._folder("mosaic") is None
+    assert lowering_cache._folder() is None
 
 
 def test_the_kept_program_is_the_layer_itself(folder, monkeypatch):

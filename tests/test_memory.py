@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import jax_moe
-from jax_moe import api, memory
+from jax_moe import entry, memory
 from tests.moe_inputs import SMALL, make_inputs, on_device
 
 GIB = 2**30
@@ -68,9 +68,11 @@ def test_the_message_has_both_numbers():
 def test_a_call_is_refused_before_anything_is_allocated(monkeypatch):
     inputs = on_device(make_inputs(200, hidden_size=512))
     monkeypatch.setattr(memory, "LEAST_ASKED", 0)
-    monkeypatch.setattr(api, "holder_of", lambda arrays: Gpu(bytes_limit=1000, bytes_in_use=500))
-    monkeypatch.setattr(api, "_pad_tokens", lambda *_: pytest.fail("padded"))
-    monkeypatch.setattr(api, "_jitted_layer", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr(
+        entry, "jax_device_of", lambda arrays: Gpu(bytes_limit=1000, bytes_in_use=500)
+    )
+    monkeypatch.setattr(entry, "_pad_tokens", lambda *_: pytest.fail("padded"))
+    monkeypatch.setattr(entry, "_jitted", lambda *_, **__: pytest.fail("launched"))
     before = len(jax.live_arrays())
     with pytest.raises(MemoryError, match=r"apply: needs up to [\d,]+ bytes .* 500 available"):
         jax_moe.apply(*inputs, config=SMALL, backend="xla")

@@ -104,7 +104,7 @@ def test_this_environment_satisfies_the_pins():
     ("requirement", "line"),
     [
         ("no-such-package>=1", "jax-moe needs no-such-package>=1; it is not installed"),
-        ("numpy<1", "jax-moe needs numpy<1; found "),
+        ("numpy<1", "jax-moe needs numpy<1; got "),
     ],
 )
 def test_a_missing_or_wrong_package_is_named(requirement, line):

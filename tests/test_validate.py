@@ -48,7 +48,7 @@ def test_dtypes(function, name, dtype):
     wrong = np.zeros(INPUTS.arrays[name].shape, dtype)
     wanted = {"routing_bias": "bfloat16 or float32", "hidden_states": "float8_e4m3fn or bfloat16"}
     expected = wanted.get(name) or np.dtype(INPUTS.arrays[name].dtype).name
-    refuses(TypeError, f"{name}: expected {expected}", "found", function=function, **{name: wrong})
+    refuses(TypeError, f"{name}: expected {expected}", "got", function=function, **{name: wrong})
 
 
 @pytest.mark.parametrize("name", sorted(set(INPUTS.arrays) - {"routing_bias", "hidden_states"}))
@@ -112,7 +112,7 @@ def test_a_transposed_activation_scale():
     refuses(
         ValueError,
         "hidden_states_scale: expected float32 [H/128, T] = [3, 5]",
-        "found float32 [5, 3] (transposed?)",
+        "got float32 [5, 3] (transposed?)",
         hidden_states_scale=transposed,
     )
 
@@ -137,7 +137,7 @@ def test_a_square_activation_scale_is_taken_as_block_major():
 
 
 def test_scale_and_dtype_of_the_activations_must_agree():
-    refuses(TypeError, "hidden_states_scale: expected", "found None", hidden_states_scale=None)
+    refuses(TypeError, "hidden_states_scale: expected", "got None", hidden_states_scale=None)
     refuses(
         ValueError,
         "hidden_states_scale: expected None, as hidden_states is bfloat16 [5, 384]",
@@ -147,7 +147,7 @@ def test_scale_and_dtype_of_the_activations_must_agree():
 
 @pytest.mark.parametrize("offset", [-1, 25, 2**40, np.int64(-(2**40)), np.array(25), jnp.int32(-1)])
 def test_known_offsets_out_of_range(offset):
-    refuses(ValueError, "local_expert_offset: expected 0..24, found", local_expert_offset=offset)
+    refuses(ValueError, "local_expert_offset: expected 0..24, got", local_expert_offset=offset)
 
 
 @pytest.mark.parametrize("offset", [1.0, "8", None, True, np.float32(8), jnp.float32(8), 1j])

@@ -6,21 +6,18 @@ is a reason not to choose it, never an error of the others.
 """
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
-import jax
 from jax import Array
 
 from jax_moe.config import MoEConfig
 from jax_moe.device import Device, device_of
-from jax_moe.types import GroupPlan, Quantized, Routing
+from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
 
 NAMES = ("mosaic", "triton", "xla")
 """All backends, the best first: the order in which "auto" tries them."""
-
-PALLAS_JAX = "0.11.2"
-"""The JAX that `mosaic` is written for: the GPU interface of Pallas changes between releases."""
 
 
 class Backend(Protocol):
@@ -31,6 +28,11 @@ class Backend(Protocol):
     """
 
     NAME: str
+    KEEPS_LOWERED: bool
+    """Whether a lowered layer is worth keeping for the next process (`lowering_cache`)."""
+
+    layer: Callable[[RoutedInputs, GroupPlan], Array] | None
+    """All that follows the plan in one, where a backend does that otherwise than stage by stage."""
 
     def unsupported_reason(self, platform: str, compute_capability: str | None) -> str | None:
         """Why it does not run there, in a few words; None if it does."""
@@ -55,8 +57,12 @@ class Backend(Protocol):
         *,
         num_local_experts: int,
         num_experts: int,
+        expected_rows: float,
     ) -> GroupPlan:
-        """Local pairs to expert-major rows; ids outside 0..num_experts-1 are skipped."""
+        """Local pairs to expert-major rows; ids outside 0..num_experts-1 are skipped.
+
+        `expected_rows`, those an expert is likely to get, chooses `block_m`.
+        """
 
     def up_project(
         self,
@@ -65,25 +71,19 @@ class Backend(Protocol):
         gemm1_weights: Array,
         gemm1_weights_scale: Array,
         plan: GroupPlan,
-        *,
-        whole_layer: bool = False,
-    ) -> Any:
-        """Gather, GEMM1, SwiGLU, requantization: a `Quantized`.
-
-        With `whole_layer`, which says that the two stages below follow, whatever `down_project`
-        takes: work of theirs may be done here, where the GPU has time for it.
-        """
+    ) -> Quantized:
+        """Gather, GEMM1, SwiGLU, requantization."""
 
     def down_project(
         self,
-        activations: Any,
+        activations: Quantized,
         gemm2_weights: Array,
         gemm2_weights_scale: Array,
         plan: GroupPlan,
-    ) -> Any:
-        """GEMM2, in whatever form `unpermute` takes."""
+    ) -> Array:
+        """GEMM2."""
 
-    def unpermute(self, expert_outputs: Any, topk_weights: Array, plan: GroupPlan) -> Array:
+    def unpermute(self, expert_outputs: Array, topk_weights: Array, plan: GroupPlan) -> Array:
         """Weighted sum per token; exact zeros where nothing is local."""
 
     def workspace_bytes(
@@ -118,11 +118,9 @@ def unsupported_reason(name: str, device: Device | None = None) -> str | None:
         One line, or None if it can.
     """
     device = device_of() if device is None else device
-    if name == "mosaic" and jax.__version__ != PALLAS_JAX:
-        return f"needs jax {PALLAS_JAX}, got {jax.__version__}"
     try:
         backend = load(name)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # the latter: Pallas of another JAX
         return f"cannot be imported: {error}"
     return backend.unsupported_reason(device.platform, device.compute_capability)
 

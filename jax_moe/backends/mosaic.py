@@ -7,14 +7,14 @@ multiprocessors.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
 from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
-from jax_moe.types import GroupPlan, Quantized, Routing
+from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
 from pallas_kernels.mosaic import group_quant, permute, routing, tilings
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic import unpermute as unpermute_kernel
@@ -26,30 +26,21 @@ from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
 NAME = "mosaic"
+KEEPS_LOWERED = True  # Pallas lowers these kernels in Python, which takes seconds
+
+_JAX = "0.11.2"  # the GPU interface of Pallas changes between releases
+_CAPABILITY = "9.0"
 
 _INTERPRETED_SMS = 2
 
 
-class _Activations(NamedTuple):
-    """`Quantized`, and the layer's output as far as it is known: zeros of some tokens."""
-
-    values: Float8e4m3fn[Array, "M I"]
-    scales: Float32[Array, "I//128 M"]
-    zeroed: BFloat16[Array, "T H"]
-
-
-class _ExpertOutputs(NamedTuple):
-    """The down-projection's rows, and the same output."""
-
-    rows: BFloat16[Array, "M H"]
-    zeroed: BFloat16[Array, "T H"]
-
-
 def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
     """Why the kernels cannot run there: they are built on Hopper's wgmma and TMA."""
-    if platform == "gpu" and compute_capability == "9.0":
+    if jax.__version__ != _JAX:
+        return f"needs jax {_JAX}, got {jax.__version__}"
+    if platform == "gpu" and compute_capability == _CAPABILITY:
         return None
-    return "needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
+    return f"needs an NVIDIA GPU of compute capability {_CAPABILITY} (Hopper)"
 
 
 def route(
@@ -84,16 +75,16 @@ def plan_groups(
     *,
     num_local_experts: int,
     num_experts: int,
+    expected_rows: float,
 ) -> GroupPlan:
     """Local pairs to expert-major rows; see `jax_moe.plan_groups`."""
-    num_tokens, top_k = topk_ids.shape
     return GroupPlan(
         *plan_kernels.plan_groups(
             topk_ids,
             jnp.asarray(local_expert_offset),
             num_local_experts=num_local_experts,
             num_experts=num_experts,
-            block_m=tilings.block_m(num_tokens, top_k, num_experts),
+            block_m=tilings.block_m(expected_rows),
             interpret=interpret_params(),
         )
     )
@@ -105,39 +96,69 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: GroupPlan,
-    *,
-    whole_layer: bool = False,
-) -> Quantized | _Activations:
+) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    config = _on_this_device(tilings.up_config(plan.block_m))
-    if tilings.gathers(plan.block_m):
-        tokens = Quantized(hidden_states, hidden_states_scale)
-        rows = _grouped(tokens, plan)._replace(row_token=plan.row_token)
-    else:
-        permuted = permute.permute_rows(
-            hidden_states,
-            hidden_states_scale,
-            plan.pair_row,
-            plan.row_token,
-            plan.num_tiles,
-            block_m=plan.block_m,
-            interpret=interpret_params(),
-        )
-        rows = _grouped(Quantized(*permuted), plan)
-    zeroing = _zeroing(config, rows, plan) if whole_layer else None
-    found = up_projection(
+    rows = _rows_of(Quantized(hidden_states, hidden_states_scale), plan)
+    return Quantized(*_up(rows, gemm1_weights, gemm1_weights_scale, plan))
+
+
+def layer(inputs: RoutedInputs, plan: GroupPlan) -> BFloat16[Array, "T H"]:
+    """The three stages after the plan.
+
+    Where the up-projection has a warp to spare, it writes the zeros of tokens without a local
+    expert meanwhile, and `unpermute` the other tokens only.
+    """
+    weights = inputs.weights
+    rows = _rows_of(Quantized(inputs.hidden_states, inputs.hidden_states_scale), plan)
+    values, scales, *zeroed = _up(
         rows,
-        gemm1_weights,
-        gemm1_weights_scale,
-        config=config,
-        idle_work=zeroing,
+        weights.gemm1_weights,
+        weights.gemm1_weights_scale,
+        plan,
+        side_job=_zeroing(rows, plan),
+    )
+    expert_outputs = down_project(
+        Quantized(values, scales), weights.gemm2_weights, weights.gemm2_weights_scale, plan
+    )
+    return unpermute(expert_outputs, inputs.routing.topk_weights, plan, *zeroed)
+
+
+def _rows_of(tokens: Quantized, plan: GroupPlan) -> GroupedRows:
+    """The left side of the up-projection: gathered by it if rows are few, else permuted first."""
+    if tilings.gathers(plan.block_m):
+        return _grouped(tokens, plan)._replace(row_token=plan.row_token)
+    permuted = permute.permute_rows(
+        *tokens,
+        plan.pair_row,
+        plan.row_token,
+        plan.num_tiles,
+        block_m=plan.block_m,
         interpret=interpret_params(),
     )
-    return _Activations(*found) if zeroing else Quantized(*found)
+    return _grouped(Quantized(*permuted), plan)
 
 
-def _zeroing(config: MatmulConfig, rows: GroupedRows, plan: GroupPlan) -> IdleWork | None:
+def _up(
+    rows: GroupedRows,
+    weights: Array,
+    weights_scale: Array,
+    plan: GroupPlan,
+    side_job: IdleWork | None = None,
+) -> tuple[Array, ...]:
+    """Values and scales, then what `side_job` gives."""
+    return up_projection(
+        rows,
+        weights,
+        weights_scale,
+        config=_on_this_device(tilings.up_config(plan.block_m)),
+        idle_work=side_job,
+        interpret=interpret_params(),
+    )
+
+
+def _zeroing(rows: GroupedRows, plan: GroupPlan) -> IdleWork | None:
     """The work of writing the output's zeros, where the up-projection has a warp for it."""
+    config = _on_this_device(tilings.up_config(plan.block_m))
     gathered = rows.row_token is not None
     idle = has_idle_warps(config, gathered=gathered, interpret=interpret_params())
     if not idle or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
@@ -146,36 +167,30 @@ def _zeroing(config: MatmulConfig, rows: GroupedRows, plan: GroupPlan) -> IdleWo
 
 
 def down_project(
-    activations: Quantized | _Activations,
+    activations: Quantized,
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
-) -> BFloat16[Array, "M H"] | _ExpertOutputs:
+) -> BFloat16[Array, "M H"]:
     """GEMM2; see `jax_moe.down_project`."""
-    rows = down_projection(
+    return down_projection(
         _grouped(activations, plan),
         gemm2_weights,
         gemm2_weights_scale,
         config=_on_this_device(tilings.down_config(plan.block_m)),
         interpret=interpret_params(),
     )
-    if isinstance(activations, _Activations):
-        return _ExpertOutputs(rows, activations.zeroed)
-    return rows
 
 
 def unpermute(
-    expert_outputs: BFloat16[Array, "M H"] | _ExpertOutputs,
+    expert_outputs: BFloat16[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
+    zeroed: BFloat16[Array, "T H"] | None = None,
 ) -> BFloat16[Array, "T H"]:
-    """Weighted sum per token; see `jax_moe.unpermute`."""
-    if isinstance(expert_outputs, _ExpertOutputs):
-        rows, zeroed = expert_outputs
-    else:
-        rows, zeroed = expert_outputs, None
+    """Weighted sum per token; see `jax_moe.unpermute`. Zeros in `zeroed` are there already."""
     return unpermute_kernel.unpermute(
-        rows, topk_weights, plan.pair_row, zeroed=zeroed, interpret=interpret_params()
+        expert_outputs, topk_weights, plan.pair_row, zeroed=zeroed, interpret=interpret_params()
     )
 
 
@@ -196,7 +211,7 @@ def workspace_bytes(
     return int(activations + max(gathered, outputs)) + plan + parts + 2**20
 
 
-def _grouped(rows: Quantized | _Activations, plan: GroupPlan) -> GroupedRows:
+def _grouped(rows: Quantized, plan: GroupPlan) -> GroupedRows:
     return GroupedRows(
         rows.values,
         rows.scales,

@@ -18,6 +18,8 @@ from pallas_kernels.triton import unpermute as unpermute_kernel
 from pallas_kernels.triton.launch import Launch, call
 
 NAME = "triton"
+KEEPS_LOWERED = False
+layer = None
 
 _MIN_CAPABILITY = 89  # the first with FP8 tensor cores
 _ASSUMED_SMS = 132  # of an H100, where no GPU can be asked
@@ -59,14 +61,15 @@ def plan_groups(
     *,
     num_local_experts: int,
     num_experts: int,
+    expected_rows: float,
 ) -> GroupPlan:
     """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
-    num_tokens, top_k = topk_ids.shape
+    num_tokens = topk_ids.shape[0]
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     counts = None
     if not plan_kernels.is_one_block(num_tokens, num_local_experts):
         (counts,) = _run(plan_kernels.count_launch(topk_ids, local_expert_offset, **sizes))
-    block_m = tilings.choose_block_m(num_tokens * top_k / num_experts, _capability())
+    block_m = tilings.choose_block_m(expected_rows, _capability())
     return GroupPlan(
         *_run(
             plan_kernels.plan_launch(
@@ -82,8 +85,6 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: GroupPlan,
-    *,
-    whole_layer: bool = False,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     return Quantized(

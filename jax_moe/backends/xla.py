@@ -20,6 +20,8 @@ from jax_moe.types import GroupPlan, Quantized
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
 NAME = "xla"
+KEEPS_LOWERED = False
+layer = None
 
 _MAX_E4M3 = 448.0
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -60,10 +62,11 @@ def plan_groups(
     *,
     num_local_experts: int,
     num_experts: int,
+    expected_rows: float,
 ) -> GroupPlan:
     """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
     num_tokens, top_k = topk_ids.shape
-    block_m = _block_m(num_tokens * top_k / num_experts)
+    block_m = _block_m(expected_rows)
     rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
 
     local_ids = topk_ids - local_expert_offset
@@ -111,8 +114,6 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: GroupPlan,
-    *,
-    whole_layer: bool = False,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     rows, intermediate = plan.row_token.shape[0], gemm1_weights.shape[1] // 2

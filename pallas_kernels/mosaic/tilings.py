@@ -32,15 +32,8 @@ _DOWN = {
 SHIPPED: Table[MatmulConfig] = {block_m: Pair(_UP[block_m], _DOWN[block_m]) for block_m in _UP}
 
 
-def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
-    """Tokens of a tile, from the rows an expert gets if routing is even.
-
-    Args:
-        num_tokens: T.
-        top_k: Choices of a token.
-        num_experts: E.
-    """
-    expected_rows = num_tokens * top_k / num_experts
+def block_m(expected_rows: float) -> int:
+    """Tokens of a tile, from the rows that an expert is likely to get."""
     if expected_rows <= 8:
         return 16
     # Experts get more and less than that; those of more than one tile are read twice.

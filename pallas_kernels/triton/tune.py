@@ -63,8 +63,8 @@ def tuner(gpu: jax.Device) -> Tuner | str:
     if capability < 89:
         return f"needs compute capability 8.9 or newer, and this is a {gpu.device_kind}"
 
-    def block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
-        return tilings.choose_block_m(num_tokens * top_k / num_experts, capability)
+    def block_m(expected_rows: float) -> int:
+        return tilings.choose_block_m(expected_rows, capability)
 
     return Tuner(
         kernels=tilings.KERNELS,

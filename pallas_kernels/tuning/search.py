@@ -22,7 +22,7 @@ from jax.experimental.mosaic.gpu import profiler
 from tqdm import tqdm
 
 from pallas_kernels import device
-from pallas_kernels.shapes import QUANT_BLOCK, cdiv, max_rows, round_up
+from pallas_kernels.shapes import QUANT_BLOCK, cdiv, even_rows, max_rows, round_up
 from pallas_kernels.tuning import cache
 from pallas_kernels.tuning.cache import Pair, Table
 
@@ -90,7 +90,7 @@ class Tuner(NamedTuple):
         kernels: Its name in the cache.
         shipped: Its table; the search starts there.
         choices: Of a configuration, the values to try for some of its fields.
-        block_m: The class of T tokens with `top_k` of E experts each.
+        block_m: The class of so many rows per expert.
         prepare: Makes a case's inputs.
         check: As for `cache.choose`.
         tokens: A class is measured at the first of these that belongs to it.
@@ -99,7 +99,7 @@ class Tuner(NamedTuple):
     kernels: str
     shipped: Table[Any]
     choices: Callable[[Any], Mapping[str, Sequence[Any]]]
-    block_m: Callable[[int, int, int], int]
+    block_m: Callable[[float], int]
     prepare: Callable[[Case, Weights, Sizes], Prepared]
     check: cache.Check[Any]
     tokens: tuple[int, ...] = _TOKENS
@@ -212,7 +212,7 @@ def tune(
 def tokens_of(block_m: int, tuner: Tuner, sizes: Sizes) -> int:
     """The token count at which a class is measured."""
     for num_tokens in tuner.tokens:
-        if tuner.block_m(num_tokens, sizes.top_k, sizes.experts) == block_m:
+        if tuner.block_m(even_rows(num_tokens, sizes.top_k, sizes.experts)) == block_m:
             return num_tokens
     raise ValueError(f"block_m={block_m}: expected one of T={tuner.tokens} in this class")
 

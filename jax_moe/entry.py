@@ -1,0 +1,187 @@
+"""What every call of the layer passes through: padding, the memory check, one jitted program.
+
+`LayerInputs` come with the router's inputs, `RoutedInputs` without; all else is the same.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import BFloat16
+
+from jax_moe import backends, buckets, lowering_cache, memory, validate
+from jax_moe.config import MoEConfig
+from jax_moe.device import device_of, jax_device_of
+from jax_moe.transforms import forward_only
+from jax_moe.types import GroupPlan, LayerInputs, RoutedInputs
+from pallas_kernels.shapes import even_rows
+
+_TOKEN_AXES = {"hidden_states_scale": 1}  # of all other arrays of tokens it is the first
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static in a call. Hashable: part of the key of every compiled program.
+
+    Attributes:
+        num_experts: E.
+        top_k: k.
+        config: How experts are picked; None where the caller has picked them.
+        expected_rows: Rows an expert is likely to get; None takes T*k/E.
+    """
+
+    num_experts: int
+    top_k: int
+    config: MoEConfig | None = None
+    expected_rows: float | None = None
+
+    def rows_per_expert(self, num_tokens: int) -> float:
+        """Rows that an expert is likely to get."""
+        if self.expected_rows is not None:
+            return self.expected_rows
+        return even_rows(num_tokens, self.top_k, self.num_experts)
+
+
+def run(
+    inputs: LayerInputs | RoutedInputs,
+    options: Options,
+    *,
+    backend: str,
+    num_tokens: Any,
+    name: str,
+) -> BFloat16[Array, "T H"]:
+    """Runs the layer on checked inputs.
+
+    Args:
+        inputs: Checked, scalars as int32 and float32.
+        options: What is static.
+        backend: As in `jax_moe.apply`.
+        num_tokens: As in `jax_moe.apply`.
+        name: The public function's, for messages.
+
+    Returns:
+        bf16[T,H].
+    """
+    rows, hidden_size = inputs.hidden_states.shape
+    live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, rows)
+    chosen = backends.select(backend, device_of(inputs))
+    if rows == 0:
+        return jnp.zeros((0, hidden_size), jnp.bfloat16)
+    if buckets.is_eager(inputs):
+        live = np.int32(rows) if live is None else live
+        padded = buckets.bucket(rows)
+        memory.require(jax_device_of(inputs), _bytes_of(inputs, padded, options, chosen), name)
+        inputs = _pad_tokens(inputs, padded)
+    out = _jitted(inputs, live, options=options, backend=chosen)
+    return buckets.take_rows(out, rows) if out.shape[0] != rows else out
+
+
+def per_token(inputs: LayerInputs | RoutedInputs) -> dict[str, Any]:
+    """The arrays with an axis of T, by name."""
+    arrays = {
+        "hidden_states": inputs.hidden_states,
+        "hidden_states_scale": inputs.hidden_states_scale,
+    }
+    if isinstance(inputs, LayerInputs):
+        arrays["routing_logits"] = inputs.routing_logits
+    else:
+        arrays |= inputs.routing._asdict()
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _pad_tokens(inputs: Any, rows: int) -> Any:
+    arrays = per_token(inputs)
+    padded = {n: buckets.pad(array, _TOKEN_AXES.get(n, 0), rows) for n, array in arrays.items()}
+    if isinstance(inputs, RoutedInputs):
+        choices = {field: padded.pop(field) for field in inputs.routing._fields}
+        padded["routing"] = inputs.routing._replace(**choices)
+    return inputs._replace(**padded)
+
+
+def _bytes_of(inputs: Any, padded: int, options: Options, backend: str) -> int:
+    """What an eager call may allocate: the workspace, the result, copies of the arguments."""
+    rows, hidden_size = inputs.hidden_states.shape
+    weights = inputs.weights
+    needed = backends.load(backend).workspace_bytes(
+        padded,
+        options.top_k,
+        weights.num_local_experts,
+        hidden_size,
+        weights.intermediate_size,
+    )
+    needed += 2 * padded * hidden_size
+    if padded != rows:
+        needed += sum(array.nbytes for array in per_token(inputs).values()) * padded // rows
+        needed += 2 * rows * hidden_size
+    arrays = jax.tree.leaves(inputs)
+    return needed + sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
+
+
+@functools.partial(jax.jit, static_argnames=("options", "backend"))
+def _jitted(inputs: Any, num_tokens: Any, *, options: Options, backend: str) -> Array:
+    stages = backends.load(backend)
+    body = functools.partial(layer, options=options, stages=stages)
+    if stages.KEEPS_LOWERED:
+        body = lowering_cache.cached_lowering(body, stages.NAME, options)
+    return forward_only(body)(inputs, num_tokens)
+
+
+def layer(
+    inputs: LayerInputs | RoutedInputs,
+    num_tokens: Array | None,
+    *,
+    options: Options,
+    stages: backends.Backend,
+) -> BFloat16[Array, "T H"]:
+    """The stages, in the order in which the data flows."""
+    if inputs.hidden_states_scale is None:
+        values, scales = stages.quantize(inputs.hidden_states)
+        inputs = inputs._replace(hidden_states=values, hidden_states_scale=scales)
+    if isinstance(inputs, LayerInputs):
+        routing = stages.route(
+            inputs.routing_logits,
+            inputs.routing_bias,
+            inputs.routed_scaling_factor,
+            config=options.config,
+        )
+        inputs = inputs.routed(routing)
+    plan = stages.plan_groups(
+        _of_live_tokens(inputs.routing.topk_ids, num_tokens),
+        inputs.local_expert_offset,
+        num_local_experts=inputs.weights.num_local_experts,
+        num_experts=options.num_experts,
+        expected_rows=options.rows_per_expert(inputs.tokens),
+    )
+    if stages.layer is not None:
+        return stages.layer(inputs, plan)
+    return _matmuls(inputs, plan, stages)
+
+
+def _matmuls(
+    inputs: RoutedInputs, plan: GroupPlan, stages: backends.Backend
+) -> BFloat16[Array, "T H"]:
+    """The stages after the plan, for a backend without a `layer` of its own."""
+    weights = inputs.weights
+    activations = stages.up_project(
+        inputs.hidden_states,
+        inputs.hidden_states_scale,
+        weights.gemm1_weights,
+        weights.gemm1_weights_scale,
+        plan,
+    )
+    expert_outputs = stages.down_project(
+        activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan
+    )
+    return stages.unpermute(expert_outputs, inputs.routing.topk_weights, plan)
+
+
+def _of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:
+    """The expert ids, with -1, no expert, from token `num_tokens` on."""
+    if num_tokens is None:
+        return topk_ids
+    tokens = jnp.arange(topk_ids.shape[0], dtype=jnp.int32)
+    return jnp.where(tokens[:, None] < num_tokens, topk_ids, -1)
