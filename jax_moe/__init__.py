@@ -55,6 +55,7 @@ from jax_moe.stages import up_project as up_project
 from jax_moe.types import ExpertWeights as ExpertWeights
 from jax_moe.types import GroupPlan as GroupPlan
 from jax_moe.types import LayerInputs as LayerInputs
+from jax_moe.types import LayerWeights as LayerWeights
 from jax_moe.types import Quantized as Quantized
 from jax_moe.types import RoutedInputs as RoutedInputs
 from jax_moe.types import Routing as Routing

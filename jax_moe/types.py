@@ -112,6 +112,29 @@ def _swap_halves(name: str, array: Any) -> Any:
     return swapped
 
 
+class LayerWeights(NamedTuple):
+    """Everything that a mixture-of-experts layer of a model holds, for one rank.
+
+    A pytree: what a model does not have is None and has no leaf.
+
+    Attributes:
+        experts: This rank's routed experts.
+        gate_weight: bf16[E,H] or f32[E,H], as stored; `hidden_states @ gate_weight.T` are the
+            routing logits of all E experts.
+        e_score_correction_bias: f32[E], which `apply` takes as `routing_bias`; or None.
+        shared_experts: The experts that every token takes, side by side as one: E_local is 1 and I
+            is the sum of theirs; or None.
+        shared_gate: bf16[1,H] or f32[1,H], as stored: the shared experts' output is weighed by the
+            sigmoid of `hidden_states @ shared_gate.T` (Qwen3-Next); or None: it is taken as it is.
+    """
+
+    experts: ExpertWeights
+    gate_weight: Float[Array, "E H"]
+    e_score_correction_bias: Float32[Array, " E"] | None = None
+    shared_experts: ExpertWeights | None = None
+    shared_gate: Float[Array, "1 H"] | None = None
+
+
 class LayerInputs(NamedTuple):
     """What `jax_moe.apply` takes: the ten arguments of the definition, the weights in one place.
 
