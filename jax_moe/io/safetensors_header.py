@@ -1,14 +1,19 @@
 """A strict look at a safetensors header before anything is loaded by it."""
 
 import math
+import os
 from typing import Any, NamedTuple
 
 from jax_moe.io.files import parse_utf8
 
 MAX_HEADER_BYTES = 2**20
-_DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
-    "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+MAX_SHARD_HEADER_BYTES = 100_000_000
+"""What the format itself allows; `read_header` reads nothing else of a file."""
+
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
 
 
@@ -19,6 +24,14 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+class Header(NamedTuple):
+    """A file's header: its tensors, its free text, and the byte at which the data begins."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_begin: int
 
 
 def check_header(content: bytes, where: str) -> dict[str, TensorInfo]:
@@ -35,42 +48,74 @@ def check_header(content: bytes, where: str) -> dict[str, TensorInfo]:
         ValueError: Truncated, a wrong header length, malformed JSON, an unknown key or dtype, or
             offsets that overlap, leave holes or leave the file.
     """
-    if len(content) < 8:
-        raise ValueError(f"{where}: truncated: {len(content)} bytes, not even a header length")
-    length = int.from_bytes(content[:8], "little")
-    if length > min(MAX_HEADER_BYTES, len(content) - 8):
-        raise ValueError(f"{where}: header of {length} bytes in a file of {len(content)}")
-    entries = parse_utf8(content[8 : 8 + length], f"{where}: header")
+    length = _header_length(content[:8], len(content), MAX_HEADER_BYTES, where)
+    return _parse(content[8 : 8 + length], len(content) - 8 - length, where).tensors
+
+
+def read_header(descriptor: int, where: str) -> Header:
+    """`check_header` of an open file of any size: only the header is read.
+
+    Args:
+        descriptor: The open file.
+        where: Its name, for errors.
+
+    Returns:
+        The header.
+
+    Raises:
+        ValueError: As for `check_header`, or the file ends while it is read.
+        OSError: It cannot be read.
+    """
+    size = os.fstat(descriptor).st_size
+    length = _header_length(os.pread(descriptor, 8, 0), size, MAX_SHARD_HEADER_BYTES, where)
+    header = os.pread(descriptor, length, 8)
+    if len(header) < length:
+        raise ValueError(f"{where}: truncated: the file ends within its header")
+    return _parse(header, size - 8 - length, where)
+
+
+def _header_length(head: bytes, file_bytes: int, limit: int, where: str) -> int:
+    if len(head) < 8:
+        raise ValueError(f"{where}: truncated: {len(head)} bytes, not even a header length")
+    length = int.from_bytes(head, "little")
+    if length > min(limit, file_bytes - 8):
+        raise ValueError(f"{where}: header of {length} bytes in a file of {file_bytes}")
+    return length
+
+
+def _parse(header: bytes, data_bytes: int, where: str) -> Header:
+    entries = parse_utf8(header, f"{where}: header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{where}: '__metadata__': expected an object of strings")
     tensors = {name: _entry(entry, f"{where}: {name!r}") for name, entry in entries.items()}
-    end = 0
+    end, last = 0, "header"
     # By end too: an empty tensor begins where its neighbour does, in whatever order they are named.
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
             problem = "overlaps another tensor" if tensor.begin < end else "leaves a hole before it"
             raise ValueError(f"{where}: {name!r}: data at {tensor.begin} {problem}")
-        end = tensor.end
-    if end != len(content) - 8 - length:
+        end, last = tensor.end, repr(name)
+    if end != data_bytes:
         raise ValueError(
-            f"{where}: tensors take {end} bytes, the file holds {len(content) - 8 - length}"
+            f"{where}: tensors take {end} bytes, the file holds {data_bytes} (up to {last})"
         )
-    return tensors
+    return Header(tensors, metadata, 8 + len(header))
 
 
 def _entry(entry: Any, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
         raise ValueError(f"{where}: unknown dtype {dtype!r}")
     if not _sizes(shape) or len(shape) > 8:
         raise ValueError(f"{where}: expected a shape of non-negative integers, got {shape!r}")
     if not _sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{where}: expected two data_offsets, got {offsets!r}")
-    size = math.prod(shape) * _DTYPE_BYTES[dtype]
-    if offsets[1] - offsets[0] != size:
+    bits = math.prod(shape) * _DTYPE_BITS[dtype]
+    size = -(-bits // 8)
+    if bits % 8 or offsets[1] - offsets[0] != size:
         raise ValueError(f"{where}: {dtype}{shape} takes {size} bytes, data_offsets are {offsets}")
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
