@@ -20,10 +20,11 @@ environment.prepare_process()  # before jax and torch are imported
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from bench import gpu_clock, inputs, interruption, routing, session, solutions  # noqa: E402
+from bench import gpu_clock, inputs, routing, session, solutions  # noqa: E402
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
+from interop import interruption  # noqa: E402
 from jax_moe import backends  # noqa: E402
 
 USAGE_ERROR = 2
@@ -149,6 +150,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; a wrong one is one line and exit code 2."""
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # --help was printed; absl would end with 1
+        sys.exit(0)
     except flags.Error as error:
         print(f"bench_main.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(USAGE_ERROR)

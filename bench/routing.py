@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import BFloat16, Float32, Int
+from jaxtyping import BFloat16, Float32
 
 from bench.workloads import Sizes
+from interop.host_routing import topk_ids
 from interop.workloads import Workload, captured_routing
-from jax_moe import DEEPSEEK_V3, MoEConfig
+from jax_moe import DEEPSEEK_V3
 
 PATTERNS = ("moments", "balanced", "zipf", "one_hot")
 _MAX_DRAWS = 64
@@ -96,25 +97,9 @@ def _one_local_expert_each(
     return raised.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def topk_ids(routing: HostRouting, config: MoEConfig = DEEPSEEK_V3) -> Int[np.ndarray, "T k"]:
-    """Group-limited top-k on the host, ties to the lowest id; for finite logits only.
-
-    The sigmoid is taken in f64 and rounded once, so that all machines count the same experts.
-    """
-    scores = (1.0 / (1.0 + np.exp(-routing.logits.astype(np.float64)))).astype(np.float32)
-    scores = scores + routing.bias.astype(np.float32)
-    grouped = scores.reshape(len(scores), config.n_group, -1)
-    best_two = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
-    kept_groups = np.argsort(-best_two, axis=-1, kind="stable")[:, : config.topk_group]
-    kept = np.zeros(best_two.shape, bool)
-    np.put_along_axis(kept, kept_groups, True, axis=-1)
-    masked = np.where(kept[..., None], grouped, -np.inf).reshape(scores.shape)
-    return np.argsort(-masked, axis=-1, kind="stable")[:, : config.top_k]
-
-
 def local_load(routing: HostRouting, workload: Workload, sizes: Sizes) -> LocalLoad:
     """Counts the pairs, experts and tokens that a routing leaves on this rank."""
-    local = topk_ids(routing) - sizes.offset(workload)
+    local = topk_ids(*routing) - sizes.offset(workload)
     is_local = (local >= 0) & (local < sizes.num_local_experts)
     counts = np.bincount(local[is_local], minlength=sizes.num_local_experts)
     return LocalLoad(

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import jax
 
 import jax_moe
-from bench import correctness, execution, inputs, interruption, roofline, routing
+from bench import correctness, execution, inputs, roofline, routing
 from bench.correctness import Check
 from bench.gpu_clock import GpuClock, Sample, busy_us
 from bench.results import ERROR, PASS, WRONG, KernelTime, Results, Row
 from bench.settings import Settings
 from bench.timers import Execution, calls_to_time, statistics_of, wall_times, warm_up
 from bench.work import Work, work_of
-from interop import dataset
+from interop import dataset, interruption
 from interop.solutions.base import Arguments, Solution
 from interop.workloads import ROUTED_SCALING_FACTOR, Workload
 

@@ -14,7 +14,6 @@ from bench import (
     documents,
     environment,
     interpreter,
-    interruption,
     runner,
     solutions,
     tracing,
@@ -23,7 +22,7 @@ from bench.gpu_clock import ClockError
 from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import SCALING, WORKLOADS, select
-from interop import dataset
+from interop import dataset, interruption
 from interop.solutions.base import Solution
 from interop.workloads import Workload
 from jax_moe.io.files import naming

@@ -5,6 +5,7 @@ Importing this package imports neither torch nor jax; its members do, on first u
 
 import importlib
 import importlib.metadata
+import importlib.util
 from typing import Any
 
 TORCH = "2.11"
@@ -23,10 +24,13 @@ __all__ = sorted(_HOMES)
 
 def torch_problem() -> str | None:
     """Why PyTorch cannot be used, in one line, or None."""
+    missing = "package torch is not installed"
+    if importlib.util.find_spec("torch") is None:
+        return missing
     try:
         found = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return "package torch is not installed"
+        return missing
     return None if found.startswith(f"{TORCH}.") else f"needs torch {TORCH}, got {found}"
 
 

@@ -2,25 +2,30 @@
 
 The device is idle before each measured call, so that launches do not queue up. The host's work
 does not depend on the sizes; when a result is complete does, so `--full_size` takes the
-definition's, with one token.
+definition's, with one token. Without torch only the calls of JAX are measured.
 """
+
+from __future__ import annotations
 
 import argparse
 import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 import jax_moe
-from interop import TorchMoE, TorchMoEWeights, dlpack, torch_moe
+from interop import torch_problem
 
+if TYPE_CHECKING:
+    import torch
+
+Call = Callable[[], Any]
 REPEATS = 300
 
 
@@ -44,13 +49,36 @@ class Cost(NamedTuple):
 
 
 def measure(device: str, sizes: Sizes = SMALL) -> dict[str, Cost]:
-    """Costs of each piece with one token, on "cpu" or "cuda"."""
-    arguments = _arguments(device, sizes)
-    pieces = _bridge_pieces(arguments[2]) | _torch_calls(arguments) | _jax_calls(arguments)
-    return {name: _median(piece, device) for name, piece in pieces.items()}
+    """Costs of each piece with one token, on "cpu" or "cuda"; without torch on JAX's device."""
+    if torch_problem() is not None:
+        calls = _jax_calls(_jax_arrays(sizes), (sizes.E_local, 2.5))
+        return {name: _median(c, lambda: None, jax.block_until_ready) for name, c in calls.items()}
+    import torch
+
+    from interop import dlpack
+
+    def idle() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def wait(result: Any) -> None:
+        if isinstance(result, jax.Array):
+            result.block_until_ready()
+        else:
+            idle()
+
+    arguments = _torch_arguments(device, sizes)
+    arrays = [dlpack.to_jax(tensor) for tensor in arguments[:8]]
+    pieces = _bridge_pieces(arguments[2]) | _torch_calls(arguments)
+    pieces |= _jax_calls(arrays, arguments[8:]) | _waiting_in_torch(arrays, arguments[8:])
+    return {name: _median(piece, idle, wait) for name, piece in pieces.items()}
 
 
-def _bridge_pieces(tensor: torch.Tensor) -> dict[str, Callable[[], Any]]:
+def _bridge_pieces(tensor: torch.Tensor) -> dict[str, Call]:
+    import torch
+
+    from interop import dlpack
+
     bridge = dlpack.bridge_of(tensor, "tensor")
     array = dlpack.to_jax(tensor)
     return {
@@ -62,7 +90,9 @@ def _bridge_pieces(tensor: torch.Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _torch_calls(arguments: list[Any]) -> dict[str, Callable[[], Any]]:
+def _torch_calls(arguments: list[Any]) -> dict[str, Call]:
+    from interop import TorchMoE, TorchMoEWeights, torch_moe
+
     handle = TorchMoE(TorchMoEWeights(*arguments[4:8]))
     result = torch_moe(*arguments)
     changing = [*arguments[:4], *arguments[8:]]
@@ -74,14 +104,19 @@ def _torch_calls(arguments: list[Any]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _jax_calls(arguments: list[Any]) -> dict[str, Callable[[], Any]]:
-    """`jax_moe.apply`: what its two numbers may be, and how to wait for the result."""
-    arrays = [dlpack.to_jax(tensor) for tensor in arguments[:8]]
+def _on_device(arrays: Sequence[jax.Array], numbers: Sequence[Any]) -> list[jax.Array]:
     (where,) = arrays[0].devices()
-    backend = "xla" if where.platform == "cpu" else "auto"
-    apply = functools.partial(jax_moe.apply, backend=backend)
-    numbers = arguments[8:]
-    on_device = jax.device_put([np.int32(numbers[0]), np.float32(numbers[1])], where)
+    return jax.device_put([np.int32(numbers[0]), np.float32(numbers[1])], where)
+
+
+def _apply(arrays: Sequence[jax.Array]) -> Callable[..., jax.Array]:
+    (where,) = arrays[0].devices()
+    return functools.partial(jax_moe.apply, backend="xla" if where.platform == "cpu" else "auto")
+
+
+def _jax_calls(arrays: Sequence[jax.Array], numbers: Sequence[Any]) -> dict[str, Call]:
+    """`jax_moe.apply`: what its two numbers may be, and how to wait for the result."""
+    apply, on_device = _apply(arrays), _on_device(arrays, numbers)
     on_host = [np.int32(numbers[0]), np.float32(numbers[1])]
     jitted, closed = jax.jit(apply), jax.jit(lambda *eight: apply(*eight, *numbers))
     dispatch = jax.jit(lambda *ten: ten[2].astype(jnp.bfloat16))
@@ -99,7 +134,6 @@ def _jax_calls(arguments: list[Any]) -> dict[str, Callable[[], Any]]:
         "jit(apply), Python numbers": lambda: jitted(*arrays, *numbers),
         "jit(apply), the last result alive": keep_last,
         "jit(apply), then poll is_ready": lambda: _poll(jitted(*arrays, *on_device)),
-        "jit(apply), then wait through torch": lambda: _wait_in_torch(jitted(*arrays, *on_device)),
         "apply, eager": lambda: apply(*arrays, *numbers),
     }
 
@@ -110,54 +144,68 @@ def _poll(array: Any) -> jax.Array:
     return array
 
 
-def _wait_in_torch(array: jax.Array) -> torch.Tensor:
-    tensor = dlpack.to_torch(array)
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
-    return tensor
+def _waiting_in_torch(arrays: Sequence[jax.Array], numbers: Sequence[Any]) -> dict[str, Call]:
+    import torch
+
+    from interop import dlpack
+
+    jitted, on_device = jax.jit(_apply(arrays)), _on_device(arrays, numbers)
+
+    def call() -> torch.Tensor:
+        tensor = dlpack.to_torch(jitted(*arrays, *on_device))
+        if tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        return tensor
+
+    return {"jit(apply), then wait through torch": call}
 
 
-def _median(piece: Callable[[], Any], device: str) -> Cost:
+def _median(piece: Call, idle: Call, wait: Callable[[Any], Any]) -> Cost:
     """Of calls on an idle device, the first ones left out."""
     host, complete = [], []
     for _ in range(REPEATS + REPEATS // 10):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        idle()
         before = time.perf_counter()
         result = piece()
         returned = time.perf_counter()
-        if isinstance(result, jax.Array):
-            result.block_until_ready()
-        elif device == "cuda":
-            torch.cuda.synchronize()
+        wait(result)
         complete.append((time.perf_counter() - before) * 1e6)
         host.append((returned - before) * 1e6)
         del result
     return Cost(statistics.median(host[-REPEATS:]), statistics.median(complete[-REPEATS:]))
 
 
-def _arguments(device: str, sizes: Sizes) -> list[Any]:
-    """The ten arguments for one token."""
-    e4m3 = torch.float8_e4m3fn
+def _shapes(sizes: Sizes) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the eight arrays for one token."""
     E, E_local, H, I = sizes  # noqa: E741
-    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
-        ((1, E), torch.float32),
-        ((E,), torch.bfloat16),
-        ((1, H), e4m3),
-        ((H // 128, 1), torch.float32),
-        ((E_local, 2 * I, H), e4m3),
-        ((E_local, 2 * I // 128, H // 128), torch.float32),
-        ((E_local, H, I), e4m3),
-        ((E_local, H // 128, I // 128), torch.float32),
+    return [
+        ((1, E), "float32"),
+        ((E,), "bfloat16"),
+        ((1, H), "float8_e4m3fn"),
+        ((H // 128, 1), "float32"),
+        ((E_local, 2 * I, H), "float8_e4m3fn"),
+        ((E_local, 2 * I // 128, H // 128), "float32"),
+        ((E_local, H, I), "float8_e4m3fn"),
+        ((E_local, H // 128, I // 128), "float32"),
     ]
+
+
+def _jax_arrays(sizes: Sizes) -> list[jax.Array]:
+    return [jnp.ones(shape, dtype) for shape, dtype in _shapes(sizes)]
+
+
+def _torch_arguments(device: str, sizes: Sizes) -> list[Any]:
+    import torch
+
+    e4m3 = torch.float8_e4m3fn
     # 0x38 is 1 in e4m3; a tensor of floats would be four times the weights.
     tensors = [
         torch.full(shape, 0x38, dtype=torch.uint8, device=device).view(e4m3)
-        if dtype == e4m3
-        else torch.ones(shape, dtype=dtype, device=device)
-        for shape, dtype in shapes
+        if dtype == "float8_e4m3fn"
+        else torch.ones(shape, dtype=getattr(torch, dtype), device=device)
+        for shape, dtype in _shapes(sizes)
     ]
-    return [*tensors, E_local, 2.5]
+    return [*tensors, sizes.E_local, 2.5]
 
 
 def main(argv: list[str]) -> None:
@@ -165,9 +213,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m interop.host_time", description=__doc__)
     parser.add_argument("--full_size", action="store_true")
     sizes = FULL if parser.parse_args(argv).full_size else SMALL
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    problem = torch_problem()
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    name = jax.devices()[0].device_kind
+    if problem is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, one token, {sizes}, medians of {REPEATS} calls in us")
+    if problem is not None:
+        print(f"calls of JAX only: {problem}")
     print("    host complete")
     for piece, cost in measure(device, sizes).items():
         print(f"{cost.host:8.1f} {cost.complete:8.1f}  {piece}")

@@ -7,9 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 
 
+def _nothing() -> None:
+    """A spawned process imports what it is to call, so that needs a name."""
+
+
 @contextlib.contextmanager
 def spawned(
-    processes: int, start: Callable[[], None] = lambda: None
+    processes: int, start: Callable[[], None] = _nothing
 ) -> Iterator[futures.ProcessPoolExecutor]:
     """A pool of processes, which end with the block; what they have not begun by then is dropped.
 

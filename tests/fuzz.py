@@ -1,6 +1,6 @@
 """Random cases against the oracle for as long as asked; a line repeats each failure.
 
-    python -m tests.fuzz --minutes 10 --seed 0 --output results/fuzz_h100
+    python -m tests.fuzz --minutes 10 --seed 0 --output out/fuzz
     python -m tests.fuzz --case 12345 --backend mosaic
 
 `fuzz.json` in the output folder says what ran, on what, and how it went; `running.txt` stays there
@@ -21,7 +21,8 @@ from typing import Any
 
 import tqdm
 
-from bench import environment, interruption
+from bench import environment
+from interop import interruption
 from jax_moe.io.files import write_atomically
 
 INTERPRETED = "interpreted_mosaic"

@@ -11,12 +11,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from interop import dataset, workloads  # noqa: E402
-from interop.flashinfer_bench import __main__, solutions, traces  # noqa: E402
+from interop.flashinfer_bench import __main__, solutions, traces, workspace  # noqa: E402
 from interop.flashinfer_bench.export import export  # noqa: E402
 from interop.flashinfer_bench.record import RECORD  # noqa: E402
 from interop.flashinfer_bench.report import report  # noqa: E402
+from interop.solutions import packages  # noqa: E402
 from tests.flashinfer_folders import NAME, TRACES, trace, write_traces  # noqa: E402
 
+RECORDS = solutions.records()
 SOLUTION_FOLDER = f"solutions/jax-moe/moe/{NAME}"
 
 
@@ -78,6 +80,7 @@ def test_our_own_reader_accepts_the_folder(exported):
 
 def test_stand_ins_are_labelled_and_seeded(exported, tmp_path):
     from safetensors import safe_open
+    from safetensors.numpy import load_file
 
     blobs = sorted(exported.glob("blob/**/*.safetensors"))
     assert len(blobs) == 19
@@ -90,7 +93,10 @@ def test_stand_ins_are_labelled_and_seeded(exported, tmp_path):
     again, other = export(tmp_path / "a"), export(tmp_path / "b", seed=1)
     relative = small.relative_to(exported)
     assert (again / relative).read_bytes() == small.read_bytes()
-    assert (other / relative).read_bytes() != small.read_bytes()
+    # The seed stands in the metadata as well: the tensors themselves are to differ.
+    logits = [load_file(root / relative)["routing_logits"] for root in (again, other)]
+    assert logits[0].shape == logits[1].shape
+    assert (logits[0] != logits[1]).mean() > 0.9
 
 
 def test_a_data_set_with_blobs_is_copied(exported, tmp_path):
@@ -102,6 +108,43 @@ def test_a_data_set_with_blobs_is_copied(exported, tmp_path):
         left, right = dataset.read_routing(copied, ours), dataset.read_routing(exported, theirs)
         assert left[0].tobytes() == right[0].tobytes()
         assert left[1].tobytes() == right[1].tobytes()
+
+
+def test_a_broken_data_set_is_named_with_its_flag(tmp_path, capsys):
+    flags = ["export", str(tmp_path / "out"), "--dataset", str(tmp_path / "none")]
+    assert __main__.main(flags) == 2
+    assert capsys.readouterr().err == f"--dataset: {tmp_path / 'none'}: not a data set folder\n"
+
+
+def test_traces_keep_the_workloads_they_were_measured_on(folder):
+    write_traces(folder, [trace(ROW, "sglang_v1", 1.0)])
+    with pytest.raises(ValueError, match="holds traces of an earlier export; use another folder"):
+        export(folder, seed=1)
+
+
+def test_memory_is_measured_on_a_gpu_only(folder, capsys, monkeypatch):
+    monkeypatch.setattr(packages, "hopper_unavailable", lambda: "PyTorch sees no CUDA device")
+    assert __main__.main(["workspace", str(folder)]) == 2
+    assert capsys.readouterr().err == "workspace: PyTorch sees no CUDA device\n"
+
+
+def test_memory_of_each_solution_is_written(exported, folder, monkeypatch):
+    """The GPU's part is replaced; processes beside this one are started by the pool's default."""
+    shutil.copytree(exported / "blob", folder / "blob")
+    monkeypatch.setattr(workspace, "_check_machine", lambda: None)
+    monkeypatch.setattr(workspace, "_zeros", lambda names, _: dict.fromkeys(names))
+    monkeypatch.setattr(workspace, "_arguments", lambda folder, row, weights: [row.workload.uuid])
+    monkeypatch.setattr(workspace, "_torch_peak", lambda name, arguments: len(arguments[0]))
+    monkeypatch.setattr(workspace, "_jax_temporary", json.dumps)  # importable by name
+    monkeypatch.setattr(workspace.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(workspace.solutions, "records", lambda: RECORDS)
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2"):
+        workspace.measure(folder)
+    monkeypatch.setattr(workspace.solutions, "records", lambda: RECORDS[:2])
+    path = workspace.measure(folder)
+    assert json.loads(path.read_text()) == {
+        name: {row.uuid: 36 for row in workloads.workloads()} for name in ("sglang_v1", "sglang_v2")
+    }
 
 
 def test_nothing_is_written_through_a_symlink(tmp_path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pathlib
 import shutil
+import signal
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop import workloads  # noqa: E402
+from interop import folder_lock, workloads  # noqa: E402
 from interop.flashinfer_bench import __main__, run, traces  # noqa: E402
 from interop.flashinfer_bench.export import export  # noqa: E402
 from interop.flashinfer_bench.record import RECORD, Settings  # noqa: E402
@@ -32,6 +35,11 @@ def folder(exported, tmp_path) -> pathlib.Path:
     root = tmp_path / "folder"
     shutil.copytree(exported, root, ignore=shutil.ignore_patterns("blob"))
     return root
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch) -> None:
+    monkeypatch.setattr(run, "_is_installed", lambda: True)
 
 
 @pytest.fixture
@@ -70,6 +78,50 @@ def test_a_run_can_be_cut_into_pieces(folder, monkeypatch):
     assert seen["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     with pytest.raises(ValueError, match="no workload"):
         run.run(folder, tokens=[2])
+
+
+def test_without_the_package_nothing_is_written(folder, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_is_installed", lambda: False)
+    before = sorted(folder.rglob("*"))
+    assert __main__.main(["run", str(folder), "--tokens", "1"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("flashinfer-bench is not installed: pip install '.[peers]'")
+    assert shown.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("tokens", ["x", "1,,7", "-1", "1.5"])
+def test_token_counts_are_checked_under_their_flag(folder, started, capsys, tokens):
+    assert __main__.main(["run", str(folder), f"--tokens={tokens}"]) == 2
+    expected = f"--tokens: expected token counts such as 1,7,80, got {tokens!r}\n"
+    assert capsys.readouterr().err == expected
+    assert not started
+
+
+def test_a_second_run_into_the_folder_is_refused(folder, started, capsys):
+    with folder_lock.held(folder):
+        assert __main__.main(["run", str(folder)]) == 2
+    shown = capsys.readouterr().err
+    assert shown == f"{folder}: another run is writing here; use another folder\n"
+    assert not started
+    assert __main__.main(["run", str(folder)]) == 0
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_is_one_line(folder, monkeypatch, capsys, number, code):
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: signal.raise_signal(number))
+    assert __main__.main(["run", str(folder)]) == code
+    assert capsys.readouterr().err == "run: interrupted; files are as they were or whole\n"
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(folder, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / RECORD))
+
+    monkeypatch.setattr(run.record, "keep", full)
+    assert __main__.main(["run", str(folder)]) == 1
+    assert capsys.readouterr().err == f"{folder / RECORD}: No space left on device\n"
 
 
 def spoil_solution(root: pathlib.Path, **changes) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import jax_moe
-from bench import documents, interruption, session, solutions
+from bench import documents, session, solutions
 from bench.results import PASS
 from bench.settings import Settings
+from interop import interruption
 from interop.solutions.base import Solution
 from jax_moe.io.files import write_atomically
 
@@ -81,7 +82,7 @@ def test_a_write_interrupted_at_any_line_leaves_the_old_file(tmp_path):
 
 WRITER = """
 import json, sys
-from interop.files import write_atomically
+from jax_moe.io.files import write_atomically
 for count in range(1, 10**6):
     with write_atomically(sys.argv[1]) as file:
         json.dump({"count": count, "rows": list(range(3000))}, file, indent=1)

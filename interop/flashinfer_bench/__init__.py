@@ -2,5 +2,6 @@
 
 python -m interop.flashinfer_bench export DIR     definition, 19 workloads, blobs, solutions
 python -m interop.flashinfer_bench run DIR        the benchmark's own command on that folder
+python -m interop.flashinfer_bench workspace DIR  each solution's peak temporary memory
 python -m interop.flashinfer_bench report DIR     the published document from its traces
 """

@@ -3,10 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from interop import interruption
 from interop.flashinfer_bench import record, run
 from interop.flashinfer_bench.export import export
 from interop.flashinfer_bench.report import report
+from jax_moe.io.files import shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,28 +17,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = _parser().parse_known_args(argv)
     if extra and arguments.command != "run":
         _parser().error(f"unknown arguments: {' '.join(extra)}")
-    try:
-        return _dispatch(arguments, [text for text in extra if text != "--"])
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    with interruption.remembered():
+        try:
+            return _dispatch(arguments, [text for text in extra if text != "--"])
+        except KeyboardInterrupt:
+            text = f"{arguments.command}: interrupted; files are as they were or whole"
+            code = interruption.acknowledge()
+        except ValueError as error:
+            text, code = str(error), 2
+        except OSError as error:  # a full disk, mostly
+            text, code = f"{shown(error.filename or arguments.folder)}: {error.strerror}", 1
+    print(text, file=sys.stderr)
+    return code
 
 
 def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
-    folder = arguments.folder
+    folder = Path(arguments.folder).expanduser()
     if arguments.command == "export":
-        print(export(folder, dataset=arguments.dataset, seed=arguments.seed))
+        print(export(folder, dataset=_folder(arguments.dataset), seed=arguments.seed))
     elif arguments.command == "run":
         settings = record.Settings(*(getattr(arguments, n) for n in record.Settings._fields))
-        tokens = [int(text) for text in arguments.tokens.split(",") if text]
-        return run.run(folder, settings, tokens=tokens, extra=extra)
+        return run.run(folder, settings, tokens=_tokens(arguments.tokens), extra=extra)
     elif arguments.command == "workspace":
         from interop.flashinfer_bench import workspace
 
         print(workspace.measure(folder))
     else:
-        print(report(folder, arguments.output))
+        print(report(folder, _folder(arguments.output)))
     return 0
+
+
+def _folder(name: str | None) -> Path | None:
+    return None if name is None else Path(name).expanduser()
+
+
+def _tokens(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"--tokens: expected token counts such as 1,7,80, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,8 @@ import safetensors.numpy
 from jaxtyping import BFloat16, Float32
 
 from interop.dataset import read_routing, read_workloads
-from interop.flashinfer_bench import solutions
+from interop.flashinfer_bench import record, solutions
+from interop.host_routing import topk_ids
 from interop.workloads import (
     ROUTED_SCALING_FACTOR,
     Workload,
@@ -25,7 +26,7 @@ from interop.workloads import (
     definition,
     workloads,
 )
-from jax_moe.io.files import confined, naming, write_atomically
+from jax_moe.io.files import confined, naming, shown, write_atomically
 
 _MAX_DRAWS = 64
 _SCALARS = ("local_expert_offset", "routed_scaling_factor")
@@ -55,14 +56,17 @@ def export(folder: str | Path, *, dataset: str | Path | None = None, seed: int =
         The folder.
 
     Raises:
-        ValueError: `dataset` is broken (see `interop.dataset`), or a symlink leads out of `folder`.
+        ValueError: `dataset` is broken (see `interop.dataset`), a symlink leads out of `folder`,
+            or the folder holds traces, which are of what was exported before.
     """
     root = Path(folder)
     with naming(root):
         root.mkdir(parents=True, exist_ok=True)
         root = root.resolve()
+    if record.has_traces(root):
+        raise ValueError(f"{shown(root)}: holds traces of an earlier export; use another folder")
     name, op_type = definition()["name"], definition()["op_type"]
-    rows = list(_drawn(seed) if dataset is None else _copied(dataset))
+    rows = list(_drawn(seed)) if dataset is None else _copied(dataset)
     blobs = f"blob/workloads/{op_type}/{name}"
     for row in rows:
         tensors = {"routing_logits": row.logits, "routing_bias": row.bias}
@@ -73,9 +77,9 @@ def export(folder: str | Path, *, dataset: str | Path | None = None, seed: int =
     )
     _write(root, f"workloads/{op_type}/{name}.jsonl", lines)
     _write(root, f"definitions/{op_type}/{name}.json", _json(_definition()))
-    for record in solutions.records():
-        path = f"solutions/{record['author']}/{op_type}/{name}/{record['name']}.json"
-        _write(root, path, _json(record))
+    for one in solutions.records():
+        path = f"solutions/{one['author']}/{op_type}/{name}/{one['name']}.json"
+        _write(root, path, _json(one))
     _write(root, "README.md", _readme(rows))
     return root
 
@@ -95,25 +99,23 @@ def _drawn(seed: int) -> Iterator[_Row]:
 
 def _draw(row: Workload, seed: int) -> tuple[Any, Any]:
     """The first draw with at least min(T, 2) local pairs: an empty layer would measure nothing."""
-    import torch
-
-    from interop.torch_definition import route
-
     num_local = definition()["axes"]["num_local_experts"]["value"]
     for attempt in range(_MAX_DRAWS):
         key = [seed, row.num_tokens, row.local_expert_offset, attempt]
         logits, bias = captured_routing(row.num_tokens, np.random.default_rng(key))
-        ids, _ = route(torch.from_numpy(logits), torch.from_numpy(bias.astype(np.float32)), 1.0)
-        local = (ids >= row.local_expert_offset) & (ids < row.local_expert_offset + num_local)
-        if int(local.sum()) >= min(row.num_tokens, 2):
+        local = topk_ids(logits, bias) - row.local_expert_offset
+        if np.count_nonzero((local >= 0) & (local < num_local)) >= min(row.num_tokens, 2):
             return logits, bias
     raise RuntimeError(f"no draw with local pairs in {_MAX_DRAWS} attempts for {row}")
 
 
-def _copied(dataset: str | Path) -> Iterator[_Row]:
-    for row in read_workloads(dataset):
-        logits, bias = read_routing(dataset, row)
-        yield _Row(
+def _copied(dataset: str | Path) -> list[_Row]:
+    try:
+        rows = [(row, read_routing(dataset, row)) for row in read_workloads(dataset)]
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from None
+    return [
+        _Row(
             workload=row.workload,
             factor=row.routed_scaling_factor,
             logits=logits,
@@ -121,6 +123,8 @@ def _copied(dataset: str | Path) -> Iterator[_Row]:
             blob_name=f"{row.workload.uuid}.safetensors",
             source="copied from the data set folder that was given to the export",
         )
+        for row, (logits, bias) in rows
+    ]
 
 
 def _workload_line(row: _Row, blob: str) -> dict[str, Any]:

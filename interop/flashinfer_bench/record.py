@@ -45,6 +45,12 @@ def read(root: Path) -> Mapping[str, Any]:
     return _checked(read_object(root, path), shown(path))
 
 
+def has_traces(root: Path) -> bool:
+    """Whether the data set, resolved, holds a trace."""
+    found = confined_files(root, "traces", "*.jsonl")
+    return any(confined_file(root, path).stat().st_size for path in found)
+
+
 def keep(root: Path, record: Mapping[str, Any]) -> None:
     """Writes the record of a run that is about to start.
 
@@ -58,9 +64,7 @@ def keep(root: Path, record: Mapping[str, Any]) -> None:
     now = _flat(_checked(record, "this run"))
     path = root / RECORD
     # A record without traces is of a run that failed: it speaks for nothing.
-    if any(
-        confined_file(root, p).stat().st_size for p in confined_files(root, "traces", "*.jsonl")
-    ):
+    if has_traces(root):
         before = read(root)
         if not before:
             raise ValueError(

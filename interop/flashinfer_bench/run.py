@@ -1,5 +1,6 @@
 """Runs flashinfer-bench's own command on an exported folder and records how it was called."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import interop
+from interop import folder_lock
 from interop.dataset import DatasetWorkload, read_workloads
 from interop.flashinfer_bench import record, solutions
 from interop.flashinfer_bench.record import PUBLISHED, Settings
@@ -41,26 +43,38 @@ def run(
         The command's exit status.
 
     Raises:
-        ValueError: The folder is no data set, a solution does not fit, a file leads out of the
-            folder, no workload has these token counts, or the folder holds traces of another
-            command, other settings or other versions.
+        ValueError: flashinfer-bench is not installed, the folder is no data set, a solution does
+            not fit, a file leads out of the folder, no workload has these token counts, another run
+            writes into the folder, or it holds traces of another command, other settings or other
+            versions. Nothing has been written then.
     """
+    if not _is_installed():
+        raise ValueError("flashinfer-bench is not installed: pip install '.[peers]' in a checkout")
     root = data_set_root(folder)
+    with folder_lock.held(root):
+        return _run(root, settings, tokens, extra)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("flashinfer_bench") is not None
+
+
+def _run(root: Path, settings: Settings, tokens: Sequence[int], extra: Sequence[str]) -> int:
     rows = read_workloads(root)
     _check_folder(root, rows)
     if tokens:
         rows = tuple(row for row in rows if row.workload.num_tokens in tokens)
         if not rows:
             raise ValueError(f"--tokens: no workload of {shown(root)} has one of {sorted(tokens)}")
+    called = {
+        "command": shlex.join(_command(Path("DIR"), settings, extra)),
+        "settings": settings._asdict(),
+        "versions": _versions(),
+    }
+    record.keep(root, called)
     with tempfile.TemporaryDirectory() as scratch:
         view = _view(root, Path(scratch), {row.workload.uuid for row in rows}) if tokens else root
         command = _command(view, settings, extra)
-        called = {
-            "command": shlex.join(_command(Path("DIR"), settings, extra)),
-            "settings": settings._asdict(),
-            "versions": _versions(),
-        }
-        record.keep(root, called)
         arguments = [sys.executable, "-c", "from flashinfer_bench.cli.main import cli; cli()"]
         environment = _environment(root)
         return subprocess.run(arguments + command[1:], env=environment, check=False).returncode

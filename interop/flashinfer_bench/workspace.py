@@ -15,7 +15,7 @@ from typing import Any
 from interop.dataset import DatasetWorkload, read_routing, read_workloads
 from interop.flashinfer_bench import solutions
 from interop.processes import spawned
-from interop.solutions import SOLUTIONS
+from interop.solutions import SOLUTIONS, packages
 from interop.workloads import definition
 from jax_moe.io.files import data_set_root, read_object, write_atomically
 from jax_moe.io.strict_json import check_fields
@@ -34,11 +34,12 @@ def measure(folder: str | Path) -> Path:
         The file.
 
     Raises:
-        ValueError: The folder is no data set.
+        ValueError: The folder is no data set, or a solution cannot run here.
     """
     from tqdm import tqdm
 
     rows = read_workloads(folder)
+    _check_machine()
     found: dict[str, dict[str, int]] = {r["name"]: {} for r in solutions.records()}
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
     with spawned(processes) as pool:
@@ -61,6 +62,14 @@ def measure(folder: str | Path) -> Path:
     with write_atomically(path) as file:
         file.write(json.dumps(found, indent=1) + "\n")
     return path
+
+
+def _check_machine() -> None:
+    names = [record["name"] for record in solutions.records()]
+    reasons = {name: SOLUTIONS[name].unavailable_reason() for name in names if name in SOLUTIONS}
+    for name, reason in {"workspace": packages.hopper_unavailable(), **reasons}.items():
+        if reason is not None:
+            raise ValueError(f"{name}: {reason}")
 
 
 def _axes(num_tokens: int) -> dict[str, int]:

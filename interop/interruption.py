@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
-_asked = False
+_asked: int | None = None  # the first signal that came
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+def _interrupt(number: int, _frame: FrameType | None) -> None:
     global _asked
-    _asked = True
+    _asked = _asked or number
     raise KeyboardInterrupt
 
 
@@ -29,7 +29,7 @@ def remembered() -> Iterator[None]:
     main thread only, which is where Python runs handlers.
     """
     global _asked
-    _asked = False
+    _asked = None
     heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
     before = [(one, signal.signal(one, _interrupt)) for one in heard]
     try:
@@ -37,7 +37,7 @@ def remembered() -> Iterator[None]:
     finally:
         for one, handler in before:
             signal.signal(one, handler)
-        _asked = False
+        _asked = None
 
 
 @contextlib.contextmanager
@@ -56,5 +56,16 @@ def check() -> None:
     Raises:
         KeyboardInterrupt: A signal came within `remembered`.
     """
-    if _asked:
+    if _asked is not None:
         raise KeyboardInterrupt
+
+
+def acknowledge() -> int:
+    """Forgets what a signal asked for, now that it is done; a further signal interrupts again.
+
+    Returns:
+        The exit code that shells know the signal by: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    global _asked
+    number, _asked = _asked or signal.SIGINT, None
+    return 128 + number
