@@ -17,12 +17,14 @@ supports (`describe` says which):
     >>> out.shape, out.dtype
     ((5, 256), dtype(bfloat16))
 
-Expert parallelism is a `shard_map` around it; the ranks' outputs add up to the layer:
+Over several devices, `expert_parallel` is the layer as a function of global arrays, and
+`apply_expert_parallel` (`apply_routed_expert_parallel`) what it calls inside of `jax.shard_map`:
+tokens travel to the ranks that hold their experts, and their outputs come home.
 
-    >>> def layer(logits, bias, x, w13, s13, w2, s2):
-    ...     offset = jax.lax.axis_index("expert") * w13.shape[0]
-    ...     part = jax_moe.apply(logits, bias, x, None, w13, s13, w2, s2, offset, 2.5)
-    ...     return jax.lax.psum(part.astype(jnp.float32), "expert")
+    >>> mesh = jax.make_mesh((1,), ("expert",))     # one rank; more devices, more ranks
+    >>> layer = jax_moe.expert_parallel(mesh, "expert", config=config)
+
+`describe_exchange` says how tokens travel on a mesh, `partition_specs` how the arguments lie on it.
 
 `apply_routed` is the same after any router of your own: it takes `topk_ids` and `topk_weights`.
 `ExpertWeights` holds a rank's weights by name (`from_gate_up` takes the order of Hugging Face).
@@ -40,12 +42,17 @@ from jax_moe.api import apply as apply
 from jax_moe.api import apply_routed as apply_routed
 from jax_moe.api import reference as reference
 from jax_moe.api import reference_routed as reference_routed
-from jax_moe.api import workspace_bytes as workspace_bytes
 from jax_moe.backends import describe as describe
 from jax_moe.config import DEEPSEEK_V3 as DEEPSEEK_V3
 from jax_moe.config import MoEConfig as MoEConfig
 from jax_moe.device import assume_device as assume_device
 from jax_moe.device import interpret_mode as interpret_mode
+from jax_moe.parallel import apply_expert_parallel as apply_expert_parallel
+from jax_moe.parallel import apply_routed_expert_parallel as apply_routed_expert_parallel
+from jax_moe.parallel import describe_exchange as describe_exchange
+from jax_moe.parallel import expert_parallel as expert_parallel
+from jax_moe.parallel import partition_specs as partition_specs
+from jax_moe.parallel import workspace_bytes as workspace_bytes
 from jax_moe.stages import down_project as down_project
 from jax_moe.stages import plan_groups as plan_groups
 from jax_moe.stages import quantize as quantize

@@ -52,7 +52,7 @@ def device_of(*arrays: Any) -> Device:
         array, else JAX's default device. A jitted function that is to run elsewhere than on the
         default device needs an explicit `backend`.
     """
-    return _describe(jax_device_of(arrays)) if _assumed.value is None else _assumed.value
+    return describe_device(jax_device_of(arrays))
 
 
 def jax_device_of(*arrays: Any) -> jax.Device:
@@ -66,7 +66,10 @@ def jax_device_of(*arrays: Any) -> jax.Device:
     return default
 
 
-def _describe(device: jax.Device) -> Device:
+def describe_device(device: jax.Device) -> Device:
+    """What counts of a device, or what `assume_device` or `interpret_mode` set instead."""
+    if _assumed.value is not None:
+        return _assumed.value
     capability = getattr(device, "compute_capability", None)
     return Device(device.platform, None if capability is None else str(capability))
 

@@ -150,7 +150,7 @@ def layer(
         )
         inputs = inputs.routed(routing)
     plan = stages.plan_groups(
-        _of_live_tokens(inputs.routing.topk_ids, num_tokens),
+        of_live_tokens(inputs.routing.topk_ids, num_tokens),
         inputs.local_expert_offset,
         num_local_experts=inputs.weights.num_local_experts,
         num_experts=options.num_experts,
@@ -179,7 +179,7 @@ def _matmuls(
     return stages.unpermute(expert_outputs, inputs.routing.topk_weights, plan)
 
 
-def _of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:
+def of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:
     """The expert ids, with -1, no expert, from token `num_tokens` on."""
     if num_tokens is None:
         return topk_ids

@@ -1,0 +1,119 @@
+"""The exchange between ranks: its interface, its implementations by name, the choice among them.
+
+    dispatch   tokens of this rank  ->  tokens of all ranks (or of those that need this rank)
+    combine    partial sums of all ranks' tokens  ->  the sums of this rank's tokens
+
+All give the same sums: in float32, in the order of the ranks, cast once (`two_level` says where it
+differs). No shape depends on the routing, nothing is dropped, no host is asked.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+from jax import Array
+from jaxtyping import Float, Int32
+
+from jax_moe.parallel.collectives import Collectives, Nothing
+from jax_moe.parallel.ranks import Ranks
+from jax_moe.parallel.tokens import Tokens
+from jax_moe.parallel.two_level import TwoLevel
+
+AUTO = "auto"
+
+
+class Exchange(Protocol):
+    """What an exchange offers inside of `jax.shard_map`."""
+
+    def dispatch(self, tokens: Tokens) -> Tokens:
+        """T tokens of this rank to a slot for each of the N*T tokens of all ranks.
+
+        A slot whose token has no expert on this rank may hold anything, except that its ids say so.
+        """
+
+    def combine(
+        self,
+        partial_sums: Float[Array, "N*T H"],
+        sent: Int32[Array, "T k"],
+        received: Int32[Array, "N*T k"],
+    ) -> Float[Array, "T H"]:
+        """Partial sums, by slot, to the sums of this rank's tokens, of the same dtype.
+
+        `sent` and `received` are the physical expert ids on both sides of `dispatch`.
+        """
+
+
+class _Place(NamedTuple):
+    """Where an exchange is to run: what its choice depends on."""
+
+    ranks: Ranks
+    backend: str
+    mesh: jax.sharding.Mesh | None
+
+
+def _collectives_reason(place: _Place) -> str | None:
+    return None
+
+
+def _two_level_reason(place: _Place) -> str | None:
+    if len(place.ranks.axes) == 1:
+        return f"needs axis_name=(host axis, device axis), got {place.ranks.axes[0]!r}"
+    return None
+
+
+class _Kind(NamedTuple):
+    make: Callable[[Ranks], Exchange]
+    reason: Callable[[_Place], str | None]
+    not_chosen: str
+
+
+_KINDS = {
+    "two_level": _Kind(TwoLevel, _two_level_reason, "available"),
+    "collectives": _Kind(Collectives, _collectives_reason, "available"),
+}
+"""By name; "auto" takes the first that can run."""
+
+NAMES = (AUTO, *_KINDS)
+
+
+def unsupported_reason(
+    name: str, ranks: Ranks, backend: str, mesh: jax.sharding.Mesh | None = None
+) -> str | None:
+    """Why an exchange cannot run there; None if it can."""
+    return _KINDS[name].reason(_Place(ranks, backend, mesh))
+
+
+def select(name: str, ranks: Ranks, backend: str, mesh: jax.sharding.Mesh | None = None) -> str:
+    """The exchange that `exchange=name` means.
+
+    Args:
+        name: One of `NAMES`.
+        ranks: The ranks.
+        backend: What computes on them.
+        mesh: Their mesh where it is known.
+
+    Returns:
+        A name other than "auto".
+
+    Raises:
+        ValueError: There is no such exchange.
+        NotImplementedError: It cannot run there; says why.
+    """
+    if name == AUTO:
+        kinds = (kind for kind in _KINDS if not unsupported_reason(kind, ranks, backend, mesh))
+        return next(kinds)
+    if name not in _KINDS:
+        raise ValueError(f"exchange: expected one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    if reason := unsupported_reason(name, ranks, backend, mesh):
+        raise NotImplementedError(f"exchange={name!r}: {reason}")
+    return name
+
+
+def make(name: str, ranks: Ranks) -> Exchange:
+    """The exchange itself; with one rank there is nothing to exchange."""
+    return Nothing() if ranks.count == 1 else _KINDS[name].make(ranks)
+
+
+def available(name: str) -> str:
+    """Why "auto" takes another exchange, although this one could run."""
+    return _KINDS[name].not_chosen

@@ -1,0 +1,263 @@
+"""The layer as a function of global arrays, and what can be asked about a mesh beforehand."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_moe import backends, validate
+from jax_moe.config import DEEPSEEK_V3, MoEConfig
+from jax_moe.device import describe_device
+from jax_moe.parallel import exchange as exchanges
+from jax_moe.parallel import ranks
+from jax_moe.parallel.api import apply_expert_parallel, apply_routed_expert_parallel, check_experts
+from jax_moe.parallel.ranks import AxisName
+
+_PER_TOKEN = {"hidden_states_scale": 1}
+"""Axis of the tokens; of the other arrays of tokens it is the first."""
+
+
+def partition_specs(
+    axis_name: AxisName, *, routed: bool = False
+) -> tuple[tuple[PartitionSpec, ...], PartitionSpec]:
+    """How the arguments of `apply_expert_parallel` lie on a mesh.
+
+    Tokens and experts are split over the ranks, the bias and the scaling factor are everywhere.
+
+    Example:
+        >>> in_specs, out_specs = jax_moe.partition_specs("expert")
+        >>> weights = jax.device_put(weights, jax.NamedSharding(mesh, in_specs[4]))
+
+    Args:
+        axis_name: The axis or axes of the ranks.
+        routed: Those of `apply_routed_expert_parallel` instead.
+
+    Returns:
+        `in_specs`, one per positional argument in their order (also for a `hidden_states_scale` of
+        None), and `out_specs` of the output.
+
+    Raises:
+        TypeError: `axis_name` is no name.
+        ValueError: It names more than two axes, or one twice.
+    """
+    names = ranks.axis_names(axis_name)
+    split, everywhere = PartitionSpec(names), PartitionSpec()
+    rows = (split, PartitionSpec(None, names))
+    weights = (split,) * 4
+    if routed:
+        return (*rows, *weights, split, split), split
+    return (split, everywhere, *rows, *weights, everywhere), split
+
+
+class _Static(NamedTuple):
+    """What a function of global arrays is made from; equal ones share their compiled programs."""
+
+    mesh: jax.sharding.Mesh
+    axes: tuple[str, ...]
+    num_experts: int | None
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the positional arguments."""
+        weights = (
+            "gemm1_weights",
+            "gemm1_weights_scale",
+            "gemm2_weights",
+            "gemm2_weights_scale",
+        )
+        rows = ("hidden_states", "hidden_states_scale")
+        if self.num_experts is not None:
+            return (*rows, *weights, "topk_ids", "topk_weights")
+        logits = ("routing_logits", "routing_bias")
+        return (*logits, *rows, *weights, "routed_scaling_factor")
+
+
+def expert_parallel(
+    mesh: jax.sharding.Mesh,
+    axis_name: AxisName,
+    *,
+    config: MoEConfig = DEEPSEEK_V3,
+    num_experts: int | None = None,
+    backend: str = "auto",
+    exchange: str = "auto",
+    max_rows_at_once: int | None = None,
+    with_load: bool = False,
+    check_vma: bool = True,
+) -> Callable[..., Any]:
+    """`apply_expert_parallel` as a function of global arrays.
+
+    It makes the `jax.shard_map` and jits it. Arrays that already lie as `partition_specs` says are
+    used where they are; others are moved there at every call, which weights should be spared.
+
+    Example:
+        >>> mesh = jax.make_mesh((8,), ("expert",))
+        >>> layer = jax_moe.expert_parallel(mesh, "expert")
+        >>> out = layer(logits, bias, x, x_scale, w13, w13_scale, w2, w2_scale, 2.5)
+
+    Args:
+        mesh: Devices of one kind; its axes may be Auto or Explicit. Over axes other than
+            `axis_name`, the same is computed by every device.
+        axis_name: The axis or axes of the ranks.
+        config: How experts are picked.
+        num_experts: E, for a router of one's own: the function then takes the arguments of
+            `apply_routed_expert_parallel`. None: those of `apply_expert_parallel`.
+        backend: As in `apply_expert_parallel`, as all that follow.
+        exchange: Between the ranks.
+        max_rows_at_once: Slots per piece.
+        with_load: Whether to return the load as well.
+        check_vma: As in `jax.shard_map`.
+
+    Returns:
+        A function of global arrays: [N*T,E] logits, [N*T,H] rows, [E_physical,...] weights and so
+        on, and by keyword `num_tokens`, an integer scalar for all ranks or i32[N], one per rank,
+        and `placement`. It returns bf16[N*T,H], with `with_load` also i32[E], and raises what
+        `apply_expert_parallel` raises; also `ValueError` where the ranks cannot share the tokens
+        equally.
+
+    Raises:
+        TypeError: `mesh` is no mesh, an option of the wrong type.
+        ValueError: The mesh has no such axis or devices of several kinds; an unknown option.
+        NotImplementedError: The backend or the exchange does not run on the mesh.
+    """
+    group = ranks.of_mesh(mesh, axis_name)
+    if num_experts is not None:
+        num_experts = validate.num_experts(num_experts)
+    chosen = backends.select(backend, describe_device(mesh.devices.flat[0]))
+    options: dict[str, Any] = {
+        "axis_name": group.axes,
+        "backend": chosen,
+        "exchange": exchanges.select(exchange, group, chosen, mesh),
+        "max_rows_at_once": max_rows_at_once,
+        "with_load": with_load,
+    }
+    options |= {"config": config} if num_experts is None else {"num_experts": num_experts}
+    static = _Static(mesh, group.axes, num_experts, tuple(options.items()))
+    program = _program(static, check_vma)
+
+    def layer(*arguments: Any, num_tokens: Any = None, placement: Any = None) -> Any:
+        if len(arguments) != len(static.names):
+            raise TypeError(
+                f"expert_parallel: expected {len(static.names)} positional arguments "
+                f"({', '.join(static.names)}), got {len(arguments)}"
+            )
+        _check(dict(zip(static.names, arguments, strict=True)), group, static, config, placement)
+        return program(arguments, _one_per_rank(num_tokens, group.count), placement)
+
+    return layer
+
+
+@functools.lru_cache(maxsize=64)
+def _program(static: _Static, check_vma: bool) -> Callable[..., Any]:
+    """The jitted `shard_map`; `with_load` decides what it returns."""
+    options = dict(static.options)
+    routed = static.num_experts is not None
+    function = apply_routed_expert_parallel if routed else apply_expert_parallel
+    in_specs, out_specs = partition_specs(static.axes, routed=routed)
+    split, everywhere = PartitionSpec(static.axes), PartitionSpec()
+    specs = (in_specs, split, everywhere)
+
+    def rank(arguments: Any, num_tokens: Any, placement: Any) -> Any:
+        live = None if num_tokens is None else num_tokens[0]
+        return function(*arguments, num_tokens=live, placement=placement, **options)
+
+    sharded = jax.shard_map(
+        rank,
+        mesh=static.mesh,
+        in_specs=specs,
+        out_specs=(out_specs, everywhere) if options["with_load"] else out_specs,
+        check_vma=check_vma,
+    )
+
+    def program(arguments: Any, num_tokens: Any, placement: Any) -> Any:
+        given = (arguments, num_tokens, placement)
+        if AxisType.Explicit in static.mesh.axis_types:  # there `shard_map` moves nothing
+            given = _resharded(given, specs, static.mesh)
+        return sharded(*given)
+
+    return jax.jit(program)
+
+
+def _resharded(given: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Arguments as their specs say."""
+    arguments = tuple(
+        None if value is None else jax.sharding.reshard(value, NamedSharding(mesh, spec))
+        for value, spec in zip((*given[0], *given[1:]), (*specs[0], *specs[1:]), strict=True)
+    )
+    return arguments[:-2], *arguments[-2:]
+
+
+def _one_per_rank(num_tokens: Any, count: int) -> Any:
+    """`num_tokens` as i32[N]."""
+    if num_tokens is None:
+        return None
+    if getattr(num_tokens, "ndim", 0) == 0:
+        number = validate.integer("num_tokens", num_tokens, 0, 2**30)
+        return jnp.broadcast_to(number, (count,))
+    sizes: validate.Sizes = {"N": (count, "mesh")}
+    validate.array("num_tokens", num_tokens, "N", validate.I32, sizes)
+    return num_tokens
+
+
+def _check(
+    arrays: dict[str, Any], group: ranks.Ranks, static: _Static, config: Any, placed: Any
+) -> None:
+    """Checks of the global arrays that their parts cannot show, before anything is traced."""
+    sizes: validate.Sizes = {}
+    if static.num_experts is None:
+        validate.routing(arrays["routing_logits"], arrays["routing_bias"], config, sizes)
+    else:
+        validate.topk(arrays["topk_ids"], arrays["topk_weights"], sizes)
+        sizes["E"] = (static.num_experts, "num_experts")
+    validate.hidden(arrays["hidden_states"], arrays["hidden_states_scale"], sizes)
+    validate.gemm1(arrays["gemm1_weights"], arrays["gemm1_weights_scale"], sizes)
+    validate.gemm2(arrays["gemm2_weights"], arrays["gemm2_weights_scale"], sizes)
+    num_tokens, num_slots = sizes["T"][0], sizes["E_local"][0]
+    if num_tokens % group.count:
+        raise ValueError(
+            f"hidden_states: expected rows that {group.count} ranks share equally (pad them and "
+            f"pass num_tokens), got {num_tokens}"
+        )
+    if num_slots % group.count:
+        raise ValueError(
+            f"gemm1_weights: expected experts that {group.count} ranks share equally, got "
+            f"{num_slots}"
+        )
+    check_experts(num_slots // group.count, sizes["E"][0], group.count, placed)
+
+
+def describe_exchange(mesh: jax.sharding.Mesh, axis_name: AxisName, backend: str = "auto") -> str:
+    """Says which exchange "auto" means on a mesh, and why the others do not run or are not chosen.
+
+    Args:
+        mesh: Devices of one kind.
+        axis_name: The axis or axes of the ranks.
+        backend: As in `apply_expert_parallel`.
+
+    Returns:
+        A few lines to print: the ranks, then a line per exchange.
+
+    Raises:
+        TypeError: `mesh` is no mesh, `axis_name` no name.
+        ValueError: The mesh has no such axis or devices of several kinds.
+        NotImplementedError: The backend does not run on the mesh.
+    """
+    group = ranks.of_mesh(mesh, axis_name)
+    first = mesh.devices.flat[0]
+    chosen = backends.select(backend, describe_device(first))
+    processes = len({device.process_index for device in mesh.devices.flat})
+    over = ", ".join(f"{name}={size}" for name, size in zip(*group, strict=True))
+    lines = [
+        f"ranks: {group.count} ({over}), backend {chosen}",
+        f"mesh: {mesh.devices.size} x {first.device_kind}, {processes} process"
+        + ("es" if processes > 1 else ""),
+    ]
+    auto = exchanges.select(exchanges.AUTO, group, chosen, mesh)
+    for name in exchanges.NAMES[1:]:
+        reason = exchanges.unsupported_reason(name, group, chosen, mesh)
+        state = "chosen by auto" if name == auto else reason or exchanges.available(name)
+        lines.append(f"{name:13}{state}")
+    return "\n".join(lines)

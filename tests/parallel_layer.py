@@ -1,0 +1,72 @@
+"""The layer over several ranks against one rank after the other; needs eight CPU devices.
+
+`tests/test_parallel.py` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests import pairwise
+from tests.moe_inputs import bits, relative_error
+from tests.parallel_cases import (
+    NUM_EXPERTS,
+    ROUTINGS,
+    Case,
+    expected,
+    ids_and_weights,
+    is_live,
+    reference_of,
+    run,
+)
+
+OPTIONS = {
+    "ranks": (1, 2, 4, 8),
+    "tokens": (0, 1, 3, 17, 129),
+    "exchange": ("collectives", "two_level"),
+    "placement": (None, "copies"),
+    "check_vma": (True, False),
+    "mesh": ("auto", "explicit"),
+    "routing": ROUTINGS,
+    "live": ("all", "some"),
+}
+"""Those that change the program come first: neighbours in the product share it."""
+
+PIECES = (1, 2)
+
+
+def label(case: Case) -> str:
+    return "-".join(map(str, case))
+
+
+def check(case: Case) -> None:
+    out, load = run(case)
+    np.testing.assert_array_equal(bits(out), bits(expected(case)))
+    live = is_live(case)
+    assert not bits(out)[~live].any(), "a dead token has an output"
+    if live.any():
+        wanted = reference_of(case.routing)[: len(out)][live]
+        assert relative_error(out[live], wanted) < 0.04
+    ids, _ = ids_and_weights(case)
+    np.testing.assert_array_equal(load, np.bincount(ids[ids >= 0], minlength=NUM_EXPERTS))
+
+
+def covering() -> list[Case]:
+    return [Case(**row) for row in pairwise.covering(OPTIONS | {"pieces": PIECES})]
+
+
+def whole() -> list[Case]:
+    rows = pairwise.product(OPTIONS)
+    return [Case(**row, pieces=PIECES[i // 6 % 2]) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("case", covering(), ids=label)
+def test_a_covering_set_of_cases(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", whole(), ids=label)
+def test_all_cases(case):
+    check(case)
