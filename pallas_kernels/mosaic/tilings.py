@@ -18,7 +18,7 @@ from pallas_kernels.tuning.cache import Pair, Table
 KERNELS = "mosaic"
 MAX_BLOCK_M, gathers = tiling_check.MAX_BLOCK_M, tiling_check.gathers
 
-# Measured on an H100 (docs/performance_log.md).
+# Measured on an H100 (docs/experiments).
 _UP = {
     16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2, segment_steps=14),
     64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48), k_blocks=2),

@@ -15,7 +15,7 @@ KERNELS = "triton"
 
 _OTHERS_SMEM = 101376  # what a program may have on any GPU from Ada on
 
-# Measured by `python -m pallas_kernels.triton.tune` on an H100 (docs/performance_log.md).
+# Measured by `python -m pallas_kernels.triton.tune` on an H100 (docs/experiments).
 _HOPPER: Table[MatmulConfig] = {
     # 16 and 32 were measured in the layer, but the tuner has not compared them with others yet.
     16: Pair(MatmulConfig(16, 8, 3, swap_ab=True), MatmulConfig(16, 8, 3, swap_ab=True)),
