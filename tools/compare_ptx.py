@@ -1,0 +1,209 @@
+"""Says whether two checkouts compile the same GPU code; needs no GPU.
+
+    python tools/compare_ptx.py ../before . [--tokens 1,80] [--backend triton] [--cache out/ptx]
+
+Compiles `jax_moe.apply` ahead of time for an H100 in each checkout, at DeepSeek-V3's sizes unless
+told otherwise, and `jax_moe.quantize`. The kernels' PTX is compared in the order of compilation, so
+kernels may be renamed. Source positions, debug sections, comments and the names of entries do not
+count. Prints a line per kernel, with the first line that differs, and exits with 1 if one does.
+
+A renaming or a move should leave the code as it was: compare each such commit with the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# Runs in the checkout, with its own modules: only what all commits have is named here.
+_COMPILE = """
+import json, pathlib, sys
+from tests import h100_target
+h100_target.prepare_environment()
+import jax, jax.numpy as jnp
+import jax_moe
+
+options, folder = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+e, local, h, i = (options[name] for name in ("experts", "local_experts", "hidden", "intermediate"))
+f8, shape = jnp.float8_e4m3fn, jax.ShapeDtypeStruct
+
+def layer(*arrays):
+    with jax_moe.assume_device("sm_90"):
+        return jax_moe.apply(*arrays, backend=options["backend"])
+
+def quantize(x):
+    with jax_moe.assume_device("sm_90"):
+        return tuple(jax_moe.quantize(x, backend=options["backend"]))
+
+def specs(t):
+    return (
+        shape((t, e), jnp.float32), shape((e,), jnp.bfloat16),
+        shape((t, h), f8), shape((h // 128, t), jnp.float32),
+        shape((local, 2 * i, h), f8), shape((local, 2 * i // 128, h // 128), jnp.float32),
+        shape((local, h, i), f8), shape((local, h // 128, i // 128), jnp.float32),
+        shape((), jnp.int32), shape((), jnp.float32),
+    )
+
+programs = {f"T={t}": (layer, *specs(t)) for t in options["tokens"]}
+programs["quantize"] = quantize, shape((901, h), jnp.bfloat16)
+for program, (fn, *given) in programs.items():
+    (folder / program).mkdir()
+    for number, (name, ptx) in enumerate(h100_target.ptx_for_h100(fn, *given).items()):
+        (folder / program / f"{number:02}_{name}.ptx").write_text(ptx)
+    print(program, end=" ", file=sys.stderr, flush=True)
+"""
+
+_IGNORED = re.compile(r"\s*(?:\.file|\.loc)\b")
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)")
+
+
+class Kernel(NamedTuple):
+    """PTX of a kernel, and which one it is: program, then place and name."""
+
+    label: str
+    ptx: str
+
+
+def instructions(ptx: str) -> list[str]:
+    """The lines of a kernel's PTX that count, its entries numbered instead of named."""
+    for number, name in enumerate(_ENTRY.findall(ptx)):
+        ptx = re.sub(rf"(?<![\w$]){re.escape(name)}(?=_param_|(?![\w$]))", f"entry{number}", ptx)
+    lines: list[str] = []
+    in_section = False
+    for line in ptx.splitlines():
+        code = " ".join(line.split("//")[0].split())
+        if code.startswith(".section"):
+            in_section = True
+        if code and not in_section and not _IGNORED.match(code):
+            lines.append(code)
+        if in_section and code.endswith("}"):
+            in_section = False
+    return lines
+
+
+def difference(before: str, after: str) -> str | None:
+    """The first line in which two kernels differ, None where they are equal."""
+    pairs = itertools.zip_longest(instructions(before), instructions(after), fillvalue="(the end)")
+    for number, (old, new) in enumerate(pairs, 1):
+        if old != new:
+            return f"line {number}: {old!r} became {new!r}"
+    return None
+
+
+def compare(before: Sequence[Kernel], after: Sequence[Kernel]) -> list[tuple[str, str | None]]:
+    """A label per kernel and its `difference`, kernels paired in their order."""
+    result: list[tuple[str, str | None]] = []
+    for old, new in itertools.zip_longest(before, after):
+        if old is None or new is None:
+            gone = "is new" if old is None else "is gone"
+            result.append(((old or new).label, gone))
+            continue
+        label = old.label if old.label == new.label else f"{old.label} -> {new.label}"
+        result.append((label, difference(old.ptx, new.ptx)))
+    return result
+
+
+def read(folder: pathlib.Path) -> dict[str, list[Kernel]]:
+    """The kernels of each program that `compile_checkout` left in a folder."""
+    return {
+        program.name: [
+            Kernel(f"{program.name} {path.stem}", path.read_text())
+            for path in sorted(program.glob("*.ptx"))
+        ]
+        for program in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name))
+    }
+
+
+def compile_checkout(
+    checkout: pathlib.Path, options: Mapping[str, Any], cache: pathlib.Path | None
+) -> dict[str, list[Kernel]]:
+    """The kernels of each program: compiled in `checkout` or, of a commit, found in `cache`.
+
+    Raises:
+      SystemExit: The checkout does not compile.
+    """
+    key = None if cache is None else _key(checkout, options)
+    if key is not None and cache is not None and (cache / key).is_dir():
+        print(f"{checkout}: from {cache / key}", file=sys.stderr)
+        return read(cache / key)
+    with tempfile.TemporaryDirectory(dir=_made(cache)) as scratch:
+        folder = pathlib.Path(scratch, "ptx")
+        folder.mkdir()
+        print(f"{checkout}: compiling", end=" ", file=sys.stderr, flush=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _COMPILE, json.dumps(options), str(folder)],
+            cwd=checkout,
+            env=os.environ | {"PYTHONPATH": str(checkout), "JAX_MOE_TUNING": "off"},
+            check=False,
+        )
+        print(file=sys.stderr)
+        if done.returncode:
+            raise SystemExit(f"{checkout}: does not compile (exit code {done.returncode})")
+        kernels = read(folder)
+        if key is not None and cache is not None:
+            folder.rename(cache / key)
+    return kernels
+
+
+def _made(folder: pathlib.Path | None) -> pathlib.Path | None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _key(checkout: pathlib.Path, options: Mapping[str, Any]) -> str | None:
+    """A folder name for the code of a commit; None where files were changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    if git("status", "--porcelain"):
+        return None
+    versions = [f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
+    values = ["+".join(map(str, v)) if isinstance(v, list) else str(v) for v in options.values()]
+    return "-".join([git("rev-parse", "HEAD")[:12], *versions, *values])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: compares two checkouts."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("before", type=pathlib.Path, help="folder of a checkout")
+    parser.add_argument("after", type=pathlib.Path, help="folder of another one")
+    parser.add_argument("--tokens", default="1,80,1000,14107", help="values of T")
+    parser.add_argument("--backend", default="mosaic", choices=("mosaic", "triton"))
+    parser.add_argument("--experts", type=int, default=256, help="E")
+    parser.add_argument("--local-experts", type=int, default=32, help="E_local")
+    parser.add_argument("--hidden", type=int, default=7168, help="H")
+    parser.add_argument("--intermediate", type=int, default=2048, help="I")
+    parser.add_argument("--cache", type=pathlib.Path, help="keeps the PTX of commits here")
+    args = parser.parse_args(argv)
+    names = ("backend", "experts", "local_experts", "hidden", "intermediate")
+    options = {name: getattr(args, name) for name in names}
+    options["tokens"] = [int(tokens) for tokens in args.tokens.split(",")]
+    cache = args.cache and args.cache.resolve()
+    before, after = (
+        compile_checkout(checkout.resolve(), options, cache)
+        for checkout in (args.before, args.after)
+    )
+    differ = 0
+    for program in dict.fromkeys([*before, *after]):
+        for label, what in compare(before.get(program, []), after.get(program, [])):
+            print(f"{label}: {'equal' if what is None else what}")
+            differ += what is not None
+    print(f"{differ} kernels differ" if differ else "all kernels are equal")
+    return 1 if differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
