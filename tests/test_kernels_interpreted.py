@@ -100,14 +100,14 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("block_m", "widths", "sizes"), SIZES)
+@pytest.mark.parametrize(("block_m", "tail_widths", "sizes"), SIZES)
 @pytest.mark.parametrize("hidden_size", [256, 384])
-def test_down_projection_is_exact(block_m, widths, sizes, hidden_size):
+def test_down_projection_is_exact(block_m, tail_widths, sizes, hidden_size):
     """Representable values and distinct scales: the bf16 result must be right to the bit."""
     rows, live = grouped_rows(sizes, block_m, columns=256)
     empty = [expert for expert, size in enumerate(sizes) if size == 0]
     w, w_scale = weights(len(sizes), hidden_size, 256, empty)
-    config = MatmulConfig(block_m, num_stages=2, widths=widths, sms=2)
+    config = MatmulConfig(block_m, num_stages=2, tail_widths=tail_widths, sms=2)
     out = run(down_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT)
     expected = exact_product(rows, w, w_scale)[live].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(out[live], expected)
@@ -117,18 +117,18 @@ def test_sums_of_segments_are_exact():
     """Four steps of K in two segments, as where tiles may be cut; the interpreter does not cut."""
     rows, live = grouped_rows([5, 0, 17], 16, columns=512)
     w, w_scale = weights(3, 256, 512, empty=[1])
-    config = MatmulConfig(16, num_stages=2, sms=2, segment_steps=2)
+    config = MatmulConfig(16, num_stages=2, sms=2, split_k_steps=2)
     out = run(down_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT)
     expected = exact_product(rows, w, w_scale)[live].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(out[live], expected)
 
 
-@pytest.mark.parametrize(("block_m", "widths", "sizes"), SIZES)
-def test_up_projection(block_m, widths, sizes):
+@pytest.mark.parametrize(("block_m", "tail_widths", "sizes"), SIZES)
+def test_up_projection(block_m, tail_widths, sizes):
     rows, live = grouped_rows(sizes, block_m, columns=256)
     empty = [expert for expert, size in enumerate(sizes) if size == 0]
     w, w_scale = weights(len(sizes), 512, 256, empty)
-    config = MatmulConfig(block_m, num_stages=3, widths=widths, sms=2)
+    config = MatmulConfig(block_m, num_stages=3, tail_widths=tail_widths, sms=2)
     values, scales = run(
         up_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT
     )
@@ -147,10 +147,12 @@ def test_matmul_config_rejects_what_does_not_fit():
         MatmulConfig(block_m=24, num_stages=4)
     with pytest.raises(ValueError, match="num_stages: expected at least 2, got 1"):
         MatmulConfig(block_m=64, num_stages=1)
-    with pytest.raises(ValueError, match="segment_steps: expected None, or at least 1"):
-        MatmulConfig(block_m=16, num_stages=4, segment_steps=2, dynamic=True)
-    with pytest.raises(ValueError, match="widths: expected ascending multiples of 16"):
-        MatmulConfig(block_m=64, num_stages=4, widths=(32, 16))
+    with pytest.raises(ValueError, match="split_k_steps: expected None, or at least 1"):
+        MatmulConfig(block_m=16, num_stages=4, split_k_steps=2, scheduler="dynamic")
+    with pytest.raises(ValueError, match="scheduler: expected 'static' or 'dynamic', got 'fair'"):
+        MatmulConfig(block_m=16, num_stages=4, scheduler="fair")
+    with pytest.raises(ValueError, match="tail_widths: expected ascending multiples of 16"):
+        MatmulConfig(block_m=64, num_stages=4, tail_widths=(32, 16))
     rows, _ = grouped_rows([1], 128, columns=256)
     w, w_scale = weights(1, 256, 256)
     with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory of 232448"):

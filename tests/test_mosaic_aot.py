@@ -74,7 +74,7 @@ def test_kernels_share_nothing_that_they_write(num_tokens):
 
 @pytest.mark.parametrize("hidden_size", [384, 512])
 def test_zeros_are_written_in_words_that_divide_a_row(hidden_size):
-    config = MatmulConfig(128, num_stages=3, dynamic=True)
+    config = MatmulConfig(128, num_stages=3, scheduler="dynamic")
 
     def run(pair_row, rows, w, w_scale):
         work = zero_rows.zero_rows(pair_row, hidden_size)

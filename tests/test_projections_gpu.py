@@ -44,10 +44,12 @@ def up(rows, w, w_scale, **config):
     return tuple(np.asarray(part).view(np.uint8) for part in run(rows, w, w_scale))
 
 
-@pytest.mark.parametrize(("block_m", "widths"), [(16, ()), (64, (16, 32, 48)), (128, (32, 64, 96))])
-def test_gathered_rows_are_those_that_tma_copies(block_m, widths):
+@pytest.mark.parametrize(
+    ("block_m", "tail_widths"), [(16, ()), (64, (16, 32, 48)), (128, (32, 64, 96))]
+)
+def test_gathered_rows_are_those_that_tma_copies(block_m, tail_widths):
     contiguous, tokens, live, w, w_scale = cases(block_m)
-    config = {"block_m": block_m, "num_stages": 4, "widths": widths}
+    config = {"block_m": block_m, "num_stages": 4, "tail_widths": tail_widths}
     expected = up(contiguous, w, w_scale, **config)
     found = up(tokens, w, w_scale, **config)
     np.testing.assert_array_equal(found[0][live], expected[0][live])
@@ -59,11 +61,11 @@ def test_gathered_rows_are_those_that_tma_copies(block_m, widths):
     )
 
 
-@pytest.mark.parametrize("segment_steps", [7, 14])
-def test_bits_do_not_depend_on_the_cut(segment_steps):
+@pytest.mark.parametrize("split_k_steps", [7, 14])
+def test_bits_do_not_depend_on_the_cut(split_k_steps):
     """5 tiles are cut for 33 CTAs and more, each time elsewhere; for 5, 7 and 8 they are not."""
     _, tokens, live, w, w_scale = cases(16)
-    config = {"block_m": 16, "num_stages": 5, "k_blocks": 1, "segment_steps": segment_steps}
+    config = {"block_m": 16, "num_stages": 5, "stages_per_fill": 1, "split_k_steps": split_k_steps}
     expected = up(tokens, w, w_scale, sms=5, **config)
     for sms in (7, 8, 33, 40, 77, 132):
         for _ in range(3):
@@ -76,7 +78,7 @@ def test_a_cut_down_projection_is_exact():
     w, w_scale = weights(4, 384, 2048)
     results = []
     for sms in (3, 50, 132):
-        config = MatmulConfig(16, num_stages=6, k_blocks=2, segment_steps=8, sms=sms)
+        config = MatmulConfig(16, num_stages=6, stages_per_fill=2, split_k_steps=8, sms=sms)
         run = jax.jit(functools.partial(down_projection, config=config))
         results.append(np.asarray(run(rows, w, w_scale))[live].view(np.uint16))
     for found in results[1:]:
@@ -91,14 +93,16 @@ def test_zeros_are_those_of_the_tokens_without_a_local_pair(num_tokens, hidden_s
     w, w_scale = weights(2, 256, 512)
     rng = np.random.default_rng(num_tokens)
     pair_row = np.where(rng.random((num_tokens, 8)) < 0.1, 3, -1).astype(np.int32)
-    config = MatmulConfig(128, num_stages=3, widths=(32,), dynamic=True)
+    config = MatmulConfig(128, num_stages=3, tail_widths=(32,), scheduler="dynamic")
 
     @jax.jit
     def run(pair_row, rows, w, w_scale):
         work = zero_rows.zero_rows(pair_row, hidden_size)
         return up_projection(GroupedRows(*rows), w, w_scale, config=config, idle_work=work)
 
-    expected = up(rows, w, w_scale, block_m=128, num_stages=3, widths=(32,), dynamic=True)
+    expected = up(
+        rows, w, w_scale, block_m=128, num_stages=3, tail_widths=(32,), scheduler="dynamic"
+    )
     run(pair_row, rows, w, w_scale)
     poison(NAN)
     values, _, zeroed = run(pair_row, rows, w, w_scale)

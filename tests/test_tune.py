@@ -114,14 +114,14 @@ def test_less_than_a_percent_is_noise():
 
 def test_a_tiling_that_cannot_be_built_is_a_row_with_the_reason():
     bar = Bar()
-    tuner = tiny_tuner(interpreted, num_stages=(1, 99), widths=((24,),))
+    tuner = tiny_tuner(interpreted, num_stages=(1, 99), tail_widths=((24,),))
     table, rows = search.tune(tuner, clock([5.0, 5.0]), TINY, bar)
     assert table[16] == Pair(START, START)
     failures = [row["failure"] for row in rows if "failure" in row]
     assert [f.split(":")[0] for f in failures] == ["ValueError"] * 6
     assert "num_stages: expected at least 2" in failures[0]
     assert "shared memory" in failures[1]
-    assert "widths" in failures[2]
+    assert "tail_widths" in failures[2]
     assert bar.done == bar.total
 
 
@@ -161,14 +161,18 @@ def test_the_choices_of_every_shipped_tiling_can_be_made():
         for config in pair:
             choices = tune.choices(config)
             assert len(choices["num_stages"]) > 1
-            for widths in choices["widths"]:
-                MatmulConfig(config.block_m, 2, widths)
-    assert tune.choices(tilings.SHIPPED[64].up_projection)["widths"] == [(), (16, 32, 48), (32,)]
+            for tail_widths in choices["tail_widths"]:
+                MatmulConfig(config.block_m, 2, tail_widths)
+    assert tune.choices(tilings.SHIPPED[64].up_projection)["tail_widths"] == [
+        (),
+        (16, 32, 48),
+        (32,),
+    ]
 
 
-def test_switches_are_tried_both_ways():
-    switched = dataclasses.make_dataclass("Switched", ["block_m", "num_stages", "widths", "fast"])
-    assert tune.choices(switched(16, 4, (), False))["fast"] == (False, True)
+def test_both_schedulers_are_tried():
+    for pair in tilings.SHIPPED.values():
+        assert tune.choices(pair.up_projection)["scheduler"] == ("static", "dynamic")
 
 
 def run_main(monkeypatch, tmp_path, *argv):

@@ -46,7 +46,7 @@ def path(monkeypatch, tmp_path):
 
 def other_table(number=0):
     """Two tables with another ring throughout."""
-    ring = {"num_stages": 3, "k_blocks": 1} | ({"widths": ()} if number else {})
+    ring = {"num_stages": 3, "stages_per_fill": 1} | ({"tail_widths": ()} if number else {})
     return {
         block_m: Pair(*(dataclasses.replace(config, **ring) for config in pair))
         for block_m, pair in tilings.SHIPPED.items()
@@ -156,14 +156,16 @@ FAULTS = {
     "a bool": (spoil_config(num_stages=True), "num_stages: expected"),
     "null": (spoil_config(num_stages=None), "num_stages: expected"),
     "beyond 32 bits": (spoil_config(num_stages=2**40), "num_stages: expected"),
-    "no tuple": (spoil_config(widths=16), "widths: expected"),
+    "no tuple": (spoil_config(tail_widths=16), "tail_widths: expected"),
+    "an unknown scheduler": (spoil_config(scheduler="fair"), "scheduler: expected one of"),
+    "a scheduler in a list": (spoil_config(scheduler=["static"]), "scheduler: expected one of"),
     "out of range": (spoil_config(num_stages=1), "num_stages: expected at least 2"),
     "no CTA": (spoil_config(sms=0), "sms: expected None or at least 1, got 0"),
     "fewer than no CTA": (spoil_config(sms=-1), "sms: expected None or at least 1"),
     "more CTAs than SMs": (spoil_config(sms=133), "sms: expected at most the 132 of this GPU"),
-    "another class": (spoil_config(block_m=64, widths=[]), "block_m: expected 128"),
+    "another class": (spoil_config(block_m=64, tail_widths=[]), "block_m: expected 128"),
     "too large for shared memory": (spoil_config(num_stages=40), "bytes of shared memory"),
-    "a slot too large": (spoil_config(num_stages=5, widths=[]), "bytes of shared memory"),
+    "a slot too large": (spoil_config(num_stages=5, tail_widths=[]), "bytes of shared memory"),
 }
 
 

@@ -20,14 +20,14 @@ MAX_BLOCK_M, gathers = tiling_check.MAX_BLOCK_M, tiling_check.gathers
 
 # Measured on an H100 (docs/experiments).
 _UP = {
-    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2, segment_steps=14),
-    64: MatmulConfig(block_m=64, num_stages=5, widths=(16, 32, 48), k_blocks=2),
-    128: MatmulConfig(block_m=128, num_stages=4, widths=(32, 64, 96), dynamic=True),
+    16: MatmulConfig(block_m=16, num_stages=6, stages_per_fill=2, split_k_steps=14),
+    64: MatmulConfig(block_m=64, num_stages=5, tail_widths=(16, 32, 48), stages_per_fill=2),
+    128: MatmulConfig(block_m=128, num_stages=4, tail_widths=(32, 64, 96), scheduler="dynamic"),
 }
 _DOWN = {
-    16: MatmulConfig(block_m=16, num_stages=6, k_blocks=2, segment_steps=8),
-    64: MatmulConfig(block_m=64, num_stages=4, widths=(16, 32, 48), k_blocks=2),
-    128: MatmulConfig(block_m=128, num_stages=3, widths=(32, 64, 96), dynamic=True),
+    16: MatmulConfig(block_m=16, num_stages=6, stages_per_fill=2, split_k_steps=8),
+    64: MatmulConfig(block_m=64, num_stages=4, tail_widths=(16, 32, 48), stages_per_fill=2),
+    128: MatmulConfig(block_m=128, num_stages=3, tail_widths=(32, 64, 96), scheduler="dynamic"),
 }
 SHIPPED: Table[MatmulConfig] = {block_m: Pair(_UP[block_m], _DOWN[block_m]) for block_m in _UP}
 

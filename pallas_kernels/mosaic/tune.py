@@ -5,8 +5,8 @@ The best ones go to the user's cache folder, where `tilings` finds them.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,27 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mosaic import tiling_check, tilings
-from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
+from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig, Scheduler
 from pallas_kernels.tuning import search
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
 
 def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
-    """What to try: depths of the ring, slots filled together, tails, cuts, values of a switch."""
+    """What to try: depths of the ring, slots filled together, tails, cuts, schedulers."""
     half, sixteenth = config.block_m // 2, range(16, config.block_m, 16)
     quarters = range(config.block_m // 4, config.block_m, config.block_m // 4)
     tails = {(), tuple(sixteenth), (half,), tuple(quarters)}
-    switches = [
-        field.name
-        for field in dataclasses.fields(config)
-        if isinstance(getattr(config, field.name), bool)
-    ]
     return {
         "num_stages": range(3, 9),
-        "k_blocks": (1, 2),
-        "widths": sorted(tail for tail in tails if len(tail) < 4 and not any(w % 16 for w in tail)),
-        "segment_steps": (None, 7, 8, 14, 28) if config.block_m == 16 else (None,),
-        **dict.fromkeys(switches, (False, True)),
+        "stages_per_fill": (1, 2),
+        "tail_widths": sorted(
+            tail for tail in tails if len(tail) < 4 and not any(w % 16 for w in tail)
+        ),
+        "split_k_steps": (None, 7, 8, 14, 28) if config.block_m == 16 else (None,),
+        "scheduler": typing.get_args(Scheduler),
     }
 
 

@@ -192,6 +192,12 @@ def _config[C](kind: type[C], value: Any, where: str) -> C:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """JSON's value as an annotation says: bool, int, None, a tuple of such, or a choice of them."""
+    if typing.get_origin(hint) is typing.Literal:
+        if isinstance(value, str) and value in typing.get_args(hint):
+            return value
+        raise ValueError(
+            f"{where}: expected one of {list(typing.get_args(hint))}, got {value!r:.100}"
+        )
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         choices = typing.get_args(hint)
         if value is None and type(None) in choices:

@@ -26,8 +26,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,8 @@ from pallas_kernels.mosaic.hopper.tile_scheduler import (
 )
 from pallas_kernels.shapes import QUANT_BLOCK
 
+Scheduler = Literal["static", "dynamic"]
+
 _BARRIER_BYTES = 512
 
 
@@ -61,15 +64,15 @@ class MatmulConfig:
     Attributes:
         block_m: Tokens of a tile, 16 or a multiple of 32 up to 256; experts are padded to it.
         num_stages: Slots of the TMA ring, at least 2.
-        widths: Narrower tile widths for an expert's last rows, ascending, multiples of 16.
+        tail_widths: Narrower tiles for an expert's last rows, ascending, multiples of 16.
         sms: CTAs; None takes one for each multiprocessor, of which there may not be more.
-        k_blocks: Slots that the producer fills together, a power of two up to `num_stages`: a
-            weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
+        stages_per_fill: Slots that the producer fills together, a power of two up to `num_stages`:
+            a weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
             of 128-column steps is not a multiple of it.
-        dynamic: Whether a CTA takes the next tile that nobody has, instead of every `sms`-th one.
-            Worth it where tiles are many and long; the counter costs a launch of its own.
-            Taken as False where rows are gathered: that takes the warp which would draw.
-        segment_steps: Cuts the last tiles along K, where they are few, into pieces of that many
+        scheduler: "static": a CTA computes every `sms`-th tile; "dynamic": it takes the next tile
+            that no CTA has. Worth it where tiles are many and long; the counter costs a launch of
+            its own. Taken as static where rows are gathered: that takes the scheduler's warp.
+        split_k_steps: Cuts the last tiles along K, where they are few, into pieces of that many
             128-column steps; None, or a number of steps that it does not divide, leaves them
             whole. The order of additions does not depend on where a tile is cut. Costs a launch
             too, for the flags.
@@ -77,11 +80,11 @@ class MatmulConfig:
 
     block_m: int
     num_stages: int
-    widths: tuple[int, ...] = ()
+    tail_widths: tuple[int, ...] = ()
     sms: int | None = None
-    k_blocks: int = 1
-    dynamic: bool = False
-    segment_steps: int | None = None
+    stages_per_fill: int = 1
+    scheduler: Scheduler = "static"
+    split_k_steps: int | None = None
 
     def __post_init__(self):
         if self.block_m != 16 and (self.block_m % 32 or not 32 <= self.block_m <= 256):
@@ -92,27 +95,31 @@ class MatmulConfig:
             raise ValueError(f"num_stages: expected at least 2, got {self.num_stages}")
         if self.sms is not None and self.sms < 1:
             raise ValueError(f"sms: expected None or at least 1, got {self.sms}")
-        if self.k_blocks not in (1, 2, 4) or self.k_blocks > self.num_stages:
+        if self.stages_per_fill not in (1, 2, 4) or self.stages_per_fill > self.num_stages:
             raise ValueError(
-                f"k_blocks: expected 1, 2 or 4, up to num_stages={self.num_stages}, "
-                f"got {self.k_blocks}"
+                f"stages_per_fill: expected 1, 2 or 4, up to num_stages={self.num_stages}, "
+                f"got {self.stages_per_fill}"
             )
-        if self.segment_steps is not None and (self.segment_steps < 1 or self.dynamic):
+        if self.scheduler not in typing.get_args(Scheduler):
+            raise ValueError(f"scheduler: expected 'static' or 'dynamic', got {self.scheduler!r}")
+        if self.split_k_steps is not None and (
+            self.split_k_steps < 1 or self.scheduler == "dynamic"
+        ):
             raise ValueError(
-                f"segment_steps: expected None, or at least 1 with dynamic=False, "
-                f"got {self.segment_steps} with dynamic={self.dynamic}"
+                f"split_k_steps: expected None, or at least 1 with scheduler='static', "
+                f"got {self.split_k_steps} with scheduler={self.scheduler!r}"
             )
-        ascending = (0, *self.widths, self.block_m)
+        ascending = (0, *self.tail_widths, self.block_m)
         if any(a >= b or b % 16 for a, b in itertools.pairwise(ascending)):
             raise ValueError(
-                f"widths: expected ascending multiples of 16 below block_m={self.block_m}, "
-                f"got {self.widths}"
+                f"tail_widths: expected ascending multiples of 16 below block_m={self.block_m}, "
+                f"got {self.tail_widths}"
             )
 
     @property
     def has_row_tiles(self) -> bool:
         """Whether some tiles have their tokens on the 64-row side of `wgmma`."""
-        return any(tokens_are_rows(width) for width in (*self.widths, self.block_m))
+        return any(tokens_are_rows(width) for width in (*self.tail_widths, self.block_m))
 
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
         """Raises ValueError if the ring and the epilogue do not fit in shared memory."""
@@ -130,9 +137,9 @@ class MatmulConfig:
 
     def segments(self, num_steps: int) -> int:
         """Pieces that a tile of `num_steps` steps may be cut into."""
-        if self.segment_steps is None or num_steps % self.segment_steps:
+        if self.split_k_steps is None or num_steps % self.split_k_steps:
             return 1
-        return num_steps // self.segment_steps
+        return num_steps // self.split_k_steps
 
 
 class GroupedRows(NamedTuple):
@@ -209,11 +216,11 @@ def grouped_matmul(
         raise ValueError(f"sms: expected at most the {available} of this GPU, got {sms}")
     segments = config.segments(num_steps)
     segment_steps = num_steps // segments
-    together = config.k_blocks if segment_steps % config.k_blocks == 0 else 1
+    together = config.stages_per_fill if segment_steps % config.stages_per_fill == 0 else 1
     if gathered and config.num_stages < together + gather.LAG:
         raise ValueError(
-            f"num_stages: expected at least k_blocks + {gather.LAG} where rows are gathered, "
-            f"got {config.num_stages} with k_blocks={config.k_blocks}"
+            f"num_stages: expected at least stages_per_fill + {gather.LAG} where rows are "
+            f"gathered, got {config.num_stages} with stages_per_fill={config.stages_per_fill}"
         )
     box_rows = QUANT_BLOCK // together
     ring_scratch = ring_types(
@@ -336,7 +343,7 @@ def has_idle_warps(config: MatmulConfig, *, gathered: bool, interpret) -> bool:
         interpret: Interpreter parameters, or None for the GPU: the interpreter has neither
             atomics nor semaphores.
     """
-    return config.dynamic and interpret is None and not gathered
+    return config.scheduler == "dynamic" and interpret is None and not gathered
 
 
 def _registers(block_m: int, gathered: bool) -> tuple[int, int]:
@@ -354,7 +361,7 @@ def _by_width(config: MatmulConfig, tile_body):
 
     def body(index, tile, *more):
         narrower = 0
-        for width in (*config.widths, config.block_m):
+        for width in (*config.tail_widths, config.block_m):
 
             @pl.when((tile.live > narrower) & (tile.live <= width))
             def _at_width(width=width):
