@@ -4,17 +4,21 @@ python bench_main.py                                   # the right thing for thi
 python bench_main.py --list                            # what can run here, and why not
 python bench_main.py --solutions=jax_moe,deepgemm --workloads=1,80,14107
 python bench_main.py --solutions=sglang_v1,sglang_v2,jax_moe --report
-python bench_main.py --scaling --breakdown --output=results/scaling
+python bench_main.py --scaling --breakdown --output=out/scaling
+python bench_main.py --documents=out/bench/latest      # write a run's documents again
 """
 
 import logging
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench import environment
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, just end
 environment.prepare_process()  # before jax and torch are imported
 
 import jax  # noqa: E402
@@ -32,20 +36,24 @@ USAGE_ERROR = 2
 _SOLUTIONS = flags.DEFINE_list(
     "solutions", None, "Names from --list, or 'all'. Default: all on a GPU, the basics on a CPU."
 )
-_WORKLOADS = flags.DEFINE_list("workloads", ["all"], "Uuid prefixes, token counts, or 'all'.")
-_BACKEND = flags.DEFINE_enum("backend", "auto", ["auto", *backends.NAMES], "What jax_moe runs.")
+_WORKLOADS = flags.DEFINE_list(
+    "workloads", ["all"], "Token counts, first characters of uuids, or 'all'."
+)
+_BACKEND = flags.DEFINE_enum(
+    "backend", "auto", ["auto", *backends.NAMES], "What the solution jax_moe runs."
+)
 _INPUTS = flags.DEFINE_enum("inputs", "realistic", inputs.KINDS, "How inputs are made.")
 _DATASET = flags.DEFINE_string("dataset", None, "flashinfer-trace folder of --inputs=dataset.")
 _ROUTING = flags.DEFINE_enum(
     "routing",
     "moments",
     routing.PATTERNS,
-    "Routing of generated inputs: the captured moments, or one local expert a token by a pattern.",
+    "Routing of generated inputs: the captured moments, or patterns of one local expert per token.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of all draws.", lower_bound=0, upper_bound=2**31 - 1)
 _WARMUP = flags.DEFINE_integer("warmup", 10, "Untimed calls before the timed.", lower_bound=1)
 _ITERATIONS = flags.DEFINE_integer(
-    "iterations", 100, "Timed calls a trial; calls slower than 10 ms take fewer.", lower_bound=1
+    "iterations", 100, "Timed calls per trial; calls slower than 10 ms take fewer.", lower_bound=1
 )
 _NUM_TRIALS = flags.DEFINE_integer(
     "num_trials", 5, "Draws of activations, each checked and timed.", lower_bound=1
@@ -59,8 +67,18 @@ _TIMER = flags.DEFINE_enum(
     "timer", None, ["gpu", "wall"], "Whose times count. Default: gpu if there is one and torch."
 )
 _WALL_TIME = flags.DEFINE_bool("wall_time", True, "Also take host times in a --timer=gpu run.")
-_OUTPUT = flags.DEFINE_string("output", "out/bench", "Folder of results, report and plots.")
-_RESUME = flags.DEFINE_bool("resume", False, "Keep the finished rows in --output, do the rest.")
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "Folder of results, report and plots. Default: one per run in out/bench, linked as latest.",
+)
+_RESUME = flags.DEFINE_bool(
+    "resume", False, "Keep the finished rows in --output, or of the latest run, and do the rest."
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the run that --output holds.")
+_DOCUMENTS = flags.DEFINE_string(
+    "documents", None, "Write the documents of the run in this folder again, measure nothing."
+)
 _JOBS = flags.DEFINE_integer(
     "jobs", 0, "Processes that compile ahead; 0 compiles row by row, as --wall_time needs.",
     lower_bound=0,
@@ -70,6 +88,9 @@ _REPORT = flags.DEFINE_bool("report", False, "Also write the published compariso
 _BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also show the time of every kernel.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a Perfetto trace of each row.")
 _SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of the workloads.")
+
+_OF_DOCUMENTS = ("documents", "report", "breakdown")
+_OURS = [one.name for one in list(vars().values()) if isinstance(one, flags.FlagHolder)]
 
 for _name in ("rtol", "atol", "required_matched_ratio"):
     flags.register_validator(_name, math.isfinite, "expected a finite number")
@@ -82,12 +103,10 @@ def _settings() -> Settings:
         ValueError: Flags contradict each other or the machine.
     """
     on_gpu = jax.default_backend() == "gpu"
+    dataset, output = _folder(_DATASET), _folder(_OUTPUT)
     for flag in (_SOLUTIONS, _WORKLOADS):
         if flag.value is not None and not all(name.strip() for name in flag.value or [""]):
             raise ValueError(f"--{flag.name}: expected names separated by commas, got an empty one")
-    for folder in (_DATASET, _OUTPUT, _PROFILE):
-        if folder.value == "":  # pathlib's current directory, which nobody means by it
-            raise ValueError(f"--{folder.name}: expected a folder, got an empty name")
     if (_INPUTS.value == "dataset") != (_DATASET.value is not None):
         raise ValueError("--dataset=FOLDER and --inputs=dataset go together")
     if _SCALING.value and _INPUTS.value == "dataset":
@@ -95,8 +114,16 @@ def _settings() -> Settings:
     missing = gpu_clock.unavailable_reason()
     if _TIMER.value == "gpu" and missing:
         raise ValueError(f"--timer=gpu: {missing}")
+    timer = _TIMER.value or ("wall" if missing else "gpu")
+    if _BREAKDOWN.value and timer != "gpu":
+        raise ValueError(f"--breakdown: kernel times need --timer=gpu, {missing or 'got wall'}")
     if _SOLUTIONS.value is not None:
         names = tuple(_SOLUTIONS.value)
+        if _BACKEND.value != "auto" and not {"jax_moe", "all"} & set(names):
+            raise ValueError(
+                f"--backend={_BACKEND.value}: is what the solution jax_moe runs, which "
+                f"--solutions={','.join(names)} leaves out"
+            )
     elif _BACKEND.present:
         names = ("jax_moe",)
     else:
@@ -107,19 +134,40 @@ def _settings() -> Settings:
         workloads=tuple(_WORKLOADS.value),
         backend=_BACKEND.value,
         inputs=_INPUTS.value,
-        dataset=_DATASET.value,
+        dataset=None if dataset is None else str(dataset),
         routing=_ROUTING.value,
         seed=_SEED.value,
         warmup=1 if few and not _WARMUP.present else _WARMUP.value,
         iterations=CPU_ITERATIONS if few and not _ITERATIONS.present else _ITERATIONS.value,
         num_trials=1 if few and not _NUM_TRIALS.present else _NUM_TRIALS.value,
         tolerance=Tolerance(_RTOL.value, _ATOL.value, _RATIO.value),
-        timer=_TIMER.value or ("wall" if missing else "gpu"),
+        timer=timer,
         wall_time=_WALL_TIME.value,
         scaling=_SCALING.value,
         on_gpu=on_gpu,
-        output=Path(_OUTPUT.value),
+        output=output,
     )
+
+
+def _folder(flag: flags.FlagHolder) -> Path | None:
+    """The folder that a flag names, with `~` for the user's home; None if it was not given."""
+    if flag.value is None:
+        return None
+    if flag.value == "":  # pathlib's current directory, which nobody means by it
+        raise ValueError(f"--{flag.name}: expected a folder, got an empty name")
+    try:
+        return Path(flag.value).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ValueError(f"--{flag.name}: {flag.value}: {error}") from None
+
+
+def _documents(folder: Path) -> int:
+    """Writes the documents of a finished run again."""
+    others = [name for name in _OURS if flags.FLAGS[name].present and name not in _OF_DOCUMENTS]
+    if others:
+        raise ValueError(f"--documents: takes the run's own settings, got --{others[0]} too")
+    options = Options(report=_REPORT.value, breakdown=_BREAKDOWN.value)
+    return session.write_documents(folder, options)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -132,13 +180,16 @@ def main(argv: Sequence[str]) -> int:
             return session.OK
         for chatty in ("jax", "matplotlib"):  # absl shows INFO, such as "no TPU"
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        environment.enable_compilation_cache()
         with interruption.remembered():
+            if (folder := _folder(_DOCUMENTS)) is not None:
+                return _documents(folder)
+            environment.enable_compilation_cache()
             return session.execute(
                 _settings(),
                 Options(report=_REPORT.value, breakdown=_BREAKDOWN.value),
                 resume=_RESUME.value,
-                profile=Path(_PROFILE.value) if _PROFILE.value else None,
+                overwrite=_OVERWRITE.value,
+                profile=_folder(_PROFILE),
                 jobs=_JOBS.value,
             )
     except ValueError as error:

@@ -1,11 +1,11 @@
 """Everything a run says and writes: terminal text, markdown, plots, the seed-style report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import breakdown, plots, report
-from bench.results import PASS, REFERENCE, Results
+from bench import breakdown, header, plots, report
+from bench.results import PASS, REFERENCE, Results, writing
 from bench.settings import Settings
 from bench.solutions import registry
 from bench.tables import aligned, markdown
@@ -31,77 +31,12 @@ def introduction(
     results: Results, settings: Settings, num_workloads: int, names: Sequence[str]
 ) -> str:
     """What is about to be measured, on what, and what is left out."""
-    lines = [f"{label}: {text}" for label, text in _header(results, settings)]
+    lines = [f"{label}: {text}" for label, text in header.lines(results, settings)]
     lines.append(f"{num_workloads} workloads x {len(names)} solutions: {', '.join(names)}")
     lines += [f"skipped: {name}: {why}" for name, why in results.unavailable.items()]
     if not settings.on_gpu:
-        lines.append(_cpu_note(settings))
+        lines.append(header.reduced(settings))
     return "\n".join(lines) + "\n"
-
-
-def _cpu_note(settings: Settings) -> str:
-    sizes = settings.sizes
-    return (
-        f"No GPU found: sizes are REDUCED to H={sizes.hidden_size}, I={sizes.intermediate_size}, "
-        f"E={sizes.num_experts} ({sizes.num_local_experts} local), T is kept; host times only, and "
-        "they say nothing about a GPU. There is no roofline."
-    )
-
-
-def _header(results: Results, settings: Settings) -> list[tuple[str, str]]:
-    about = results.about
-    device, versions = about["device"], about["versions"]
-    state = about.get("gpu_state_before") or {}
-    capability = device["compute_capability"]
-    tolerance = settings.tolerance
-    lines = [
-        ("Device", device["kind"] + (f" (sm_{capability.replace('.', '')})" if capability else "")),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("Commit", about["git_commit"]),
-        (
-            "Inputs",
-            f"{settings.inputs}, routing {_routing_text(settings)}, seed {settings.seed}",
-        ),
-        (
-            "Tolerance",
-            f"rtol {tolerance.rtol}, atol {tolerance.atol}, matched ratio at least "
-            f"{tolerance.required_matched_ratio}",
-        ),
-        ("Timing", _timing_text(settings)),
-    ]
-    if tuned := device.get("tuned"):
-        lines.append(("Tilings", f"of {', '.join(tuned)}: this user's own, not the shipped ones"))
-    if state:
-        lines.append(("Driver", state.get("driver_version", "unknown")))
-    if results.roofline:
-        found = results.roofline
-        rates = (
-            f"{found.read_bytes_per_s / 1e12:.3f} TB/s and "
-            f"{found.fp8_flops_per_s / 1e12:.0f} TFLOP/s: {found.probes}"
-        )
-        lines.append(("Roofline", rates))
-    return lines
-
-
-def _routing_text(settings: Settings) -> str:
-    if settings.inputs == "dataset":
-        return f"from {settings.dataset}"
-    if settings.routing == "moments":
-        return "drawn from the captured moments (a stand-in for the published routing)"
-    return f"{settings.routing}, one local expert a token"
-
-
-def _timing_text(settings: Settings) -> str:
-    flush = ", 256 MB zeroed before each call" if settings.on_gpu else ""
-    clock = {
-        "gpu": "GPU time is the first kernel's start to the last one's end, by torch's profiler",
-        "wall": "wall time is the host's, from the call to its complete output",
-    }
-    clocks = "; ".join(clock[name] for name in reversed(settings.passes))
-    return (
-        f"{clocks}{flush}; trials: {settings.num_trials}, {settings.iterations} calls each (fewer "
-        f"if slower than 10 ms) after {settings.warmup} untimed"
-    )
 
 
 def conclusion(results: Results, settings: Settings, options: Options) -> str:
@@ -132,33 +67,35 @@ def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> li
     return lines or ["No kernel times were taken: a breakdown needs --timer=gpu."]
 
 
-def write_all(results: Results, settings: Settings, options: Options) -> list[Path]:
+def write_all(results: Results, settings: Settings, options: Options) -> Iterator[Path]:
     """Writes the documents of a run into its folder.
 
-    Returns:
-        The files written, the JSON first.
+    Yields:
+        Each file once it is there.
+
+    Raises:
+        FileError: One cannot be written; those yielded before are there.
     """
-    folder, stem = settings.output, settings.stem
-    written = [results.path]
-    if not results.rows:
-        return written
+    folder, stem = results.path.parent, settings.stem
     plot = folder / f"{stem}.png"
-    plots.write(results, plot)
+    with writing(plot):
+        plots.write(results, plot)
+    yield plot
     document = folder / f"{stem}.md"
     _write(document, _document(results, settings, plot.name))
-    written += [document, plot]
+    yield document
     if options.breakdown:
         path = folder / _breakdown_name(settings)
         title = f"# GPU time by kernel on {results.about['device']['kind']}"
-        _write(path, [title, "", *_breakdown(results, settings, in_markdown=True)])
-        written.append(path)
+        warnings = header.markdown_warnings(results, settings)
+        _write(path, [title, "", *warnings, *_breakdown(results, settings, in_markdown=True)])
+        yield path
     if options.report:
-        written += _comparison_report(results, settings)
-    return written
+        yield from _comparison_report(results, settings)
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:
-    with write_atomically(path) as file:
+    with writing(path), write_atomically(path) as file:
         file.write("\n".join(lines).rstrip() + "\n")
 
 
@@ -169,16 +106,21 @@ def _breakdown_name(settings: Settings) -> str:
 def _document(results: Results, settings: Settings, plot: str) -> list[str]:
     title = "Scaling" if settings.scaling else "The 19 workloads"
     lines = [f"# {title} on {results.about['device']['kind']}", ""]
-    lines += [f"- {label}: {text}" for label, text in _header(results, settings)]
+    lines += header.markdown_warnings(results, settings)
+    lines += [f"- {label}: {text}" for label, text in header.lines(results, settings)]
     for when in ("before", "after"):
         if state := results.about.get(f"gpu_state_{when}"):
             lines.append(f"- GPU {when}: {', '.join(f'{k} {v}' for k, v in state.items())}")
     lines += [f"- Not measured: {name}: {why}" for name, why in results.unavailable.items()]
-    if not results.about.get("complete"):
-        lines.append("- **Incomplete**: the run was interrupted")
-    if not settings.on_gpu:
-        lines += ["", _cpu_note(settings)]
-    lines += ["", "```bash", settings.command(), "```", "", f"![Time against tokens]({plot})", ""]
+    lines += [
+        "",
+        "```bash",
+        results.about["command"],
+        "```",
+        "",
+        f"![Time against tokens]({plot})",
+        "",
+    ]
     clock = "GPU" if results.timer == "gpu" else "wall"
     lines += [f"## Median {clock} time", "", *markdown(report.comparison(results), left=0), ""]
     against = report.against_peers(results)
@@ -225,14 +167,17 @@ def _comparison_report(results: Results, settings: Settings) -> list[Path]:
             measured[row.solution][row.uuid] = _measurement(results, row)
     if not measured:
         return []
-    document = comparison_report.write(
-        settings.output,
-        workloads,
-        measured,
-        header=dict(_header(results, settings)),
-        command=settings.command() + " --report",
-        designs={name: one.design for name, one in registry(settings.backend).items()},
-    )
+    folder = results.path.parent
+    with writing(folder / "comparison_report.md"):
+        document = comparison_report.write(
+            folder,
+            workloads,
+            measured,
+            header=dict(header.lines(results, settings)),
+            warnings=header.warnings(results, settings),
+            command=results.about["command"],
+            designs={name: one.design for name, one in registry(settings.backend).items()},
+        )
     return [document, document.with_suffix(".png")]
 
 

@@ -130,7 +130,7 @@ def comparison(results: Results) -> list[list[str]]:
     Returns:
         The header, the workloads, and a last line with each solution's geometric mean of time over
         floor, or of time where there is no floor, over the workloads that all of them passed.
-        Solutions that are checked but not timed have no column.
+        Solutions that are checked but not timed have no column, workloads of theirs alone no line.
     """
     untimed = {row.solution for row in results.rows.values() if _is_untimed(results, row)}
     names = [name for name in results.solutions() if name not in untimed]
@@ -138,7 +138,9 @@ def comparison(results: Results) -> list[list[str]]:
     header = ["T", "offset", "pairs", "experts", *(["floor us"] if has_floor else [])]
     lines = [header + [f"{name} us" for name in names]]
     for _, rows in results.workloads():
-        by_name = {row.solution: row for row in rows}
+        by_name = {row.solution: row for row in rows if row.solution in names}
+        if not by_name:
+            continue
         first = rows[0]
         load = first.load
         cells = [first.num_tokens, first.local_expert_offset, load.pairs, load.active_experts]
@@ -169,7 +171,8 @@ def _geomeans(results: Results, names: Sequence[str], blank: list[str]) -> list[
     cells = [f"geomean of {len(common)}" + (" / floor" if results.roofline else ""), *blank]
     for name in names:
         values = [_relative(results, rows[name]) for rows in common]
-        cells.append(f"{statistics.geometric_mean(values):.2f}" if values else _DASH)
+        mean = statistics.geometric_mean(values) if values else None
+        cells.append(_optional("{:,.2f}", mean) if results.roofline else _us(mean))
     return cells
 
 

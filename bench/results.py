@@ -1,8 +1,9 @@
 """The rows of a run, what follows from them, and the JSON file that holds them."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,26 @@ from bench.roofline import Roofline
 from bench.routing import LocalLoad
 from bench.timers import Statistics
 from bench.work import Work
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 from jax_moe.io.strict_json import parse_object
 
 SCHEMA = 1
 PASS, WRONG, ERROR = "PASS", "WRONG", "ERROR"
 REFERENCE = "torch_reference"  # the solution that is the denominator of every speedup
+
+
+class FileError(Exception):
+    """A file of the run cannot be written: one line that names it and says why."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an `OSError` of the body, such as a full disk's, into a `FileError` of `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileError(f"{shown(path)}: cannot be written: {reason}") from None
 
 
 class KernelTime(NamedTuple):
@@ -87,6 +102,10 @@ class Figures(NamedTuple):
     speedup: float | None
 
 
+def _nothing() -> None:
+    """What a run in an empty folder has to make room for."""
+
+
 @dataclasses.dataclass
 class Results:
     """Everything a run has found so far; each `put` is on disk when it returns.
@@ -98,6 +117,8 @@ class Results:
         unavailable: Solutions that were asked for and cannot run, with the reason.
         roofline: The device's rates; None if not measured.
         rows: By (solution, uuid).
+        begin: Called once, before the first write, to make room for this run's files.
+        is_written: Whether there was a write.
     """
 
     path: Path
@@ -106,9 +127,11 @@ class Results:
     unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
     roofline: Roofline | None = None
     rows: dict[tuple[str, str], Row] = dataclasses.field(default_factory=dict)
+    begin: Callable[[], None] = _nothing
+    is_written: bool = False
 
     def put(self, row: Row) -> None:
-        """Adds or replaces a row and writes the file."""
+        """Adds or replaces a row and writes the file; `FileError` if that fails."""
         self.rows[row.solution, row.uuid] = row
         self.write()
 
@@ -144,7 +167,11 @@ class Results:
         return list(dict.fromkeys(row.solution for row in self.rows.values()))
 
     def write(self) -> None:
-        """Writes the file atomically."""
+        """Writes the file atomically.
+
+        Raises:
+            FileError: It cannot be written; what was there before is whole.
+        """
         content = {
             "schema": SCHEMA,
             "timer": self.timer,
@@ -155,9 +182,13 @@ class Results:
                 _plain(row) | {"figures": _plain(self.figures(row))} for row in self.rows.values()
             ],
         }
-        with write_atomically(self.path) as file:
+        with writing(self.path), write_atomically(self.path) as file:
             json.dump(content, file, indent=1, default=str)
             file.write("\n")
+            file.flush()  # a full disk shows here, before anything of an earlier run goes
+            if not self.is_written:
+                self.begin()
+        self.is_written = True
 
 
 def load_rows(
@@ -188,10 +219,15 @@ def load_rows(
             difference = _difference(content.get(name), value)
             raise ValueError(f"--resume: {path} was measured with another {name}: {difference}")
     try:
-        rows = [_row(fields) for fields in content["rows"]]
+        rows = rows_of(content)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: {path}: damaged row: {error!r}") from None
     return [row for row in rows if row.status == PASS and all(map(row.time, passes))]
+
+
+def rows_of(content: dict[str, Any]) -> list[Row]:
+    """The rows of a file's content; a damaged one raises what using it raises."""
+    return [_row(fields) for fields in content["rows"]]
 
 
 def _difference(found: Any, wanted: Any) -> str:

@@ -12,7 +12,7 @@ import jax_moe
 from bench import correctness, execution, inputs, roofline, routing
 from bench.correctness import Check
 from bench.gpu_clock import GpuClock, Sample, busy_us
-from bench.results import ERROR, PASS, WRONG, KernelTime, Results, Row
+from bench.results import ERROR, PASS, WRONG, FileError, KernelTime, Results, Row
 from bench.settings import Settings
 from bench.timers import Execution, calls_to_time, statistics_of, wall_times, warm_up
 from bench.work import Work, work_of
@@ -122,7 +122,10 @@ def _routing(settings: Settings, workload: Workload) -> tuple[routing.HostRoutin
     entry = next(
         one for one in dataset.read_workloads(folder) if one.workload.uuid == workload.uuid
     )
-    logits, bias = dataset.read_routing(folder, entry)
+    try:
+        logits, bias = dataset.read_routing(folder, entry)
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from None
     experts = settings.sizes.num_experts
     return routing.HostRouting(logits[:, :experts], bias[:experts]), entry.routed_scaling_factor
 
@@ -154,6 +157,8 @@ def measure(
     try:
         with interruption.undisguised():
             return _measured(settings, solution, prepared, clock, row, trace, programs)
+    except FileError:  # of a trace: no fault of the solution
+        raise
     except Exception as error:
         return without_times(row, ERROR, one_line(error))
 

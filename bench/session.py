@@ -1,8 +1,8 @@
 """One run of the benchmark, from settings to exit code."""
 
 import datetime
+import shlex
 import sys
-import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +14,21 @@ from bench import (
     documents,
     environment,
     interpreter,
+    run_folder,
     runner,
+    saved,
     solutions,
     tracing,
 )
 from bench.gpu_clock import ClockError
-from bench.results import REFERENCE, Results, Row, load_rows
+from bench.results import REFERENCE, FileError, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import SCALING, WORKLOADS, select
-from interop import dataset, interruption
+from interop import dataset, folder_lock, interruption
 from interop.solutions.base import Solution
 from interop.workloads import Workload
-from jax_moe.io.files import naming
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
+OK, FAILED = 0, 1
 
 
 def list_solutions(backend: str) -> str:
@@ -46,8 +47,9 @@ def execute(
     settings: Settings,
     options: documents.Options,
     *,
-    resume: bool,
-    profile: Path | None,
+    resume: bool = False,
+    overwrite: bool = False,
+    profile: Path | None = None,
     jobs: int = 0,
 ) -> int:
     """Runs the benchmark and writes its files.
@@ -56,11 +58,13 @@ def execute(
         settings: What to measure.
         options: What to write besides the results.
         resume: Keep the finished rows of the results file in the output folder.
+        overwrite: Replace the run in the output folder, from the first finished row on.
         profile: Folder for a trace of each row; None records none.
         jobs: Processes that compile JAX programs before the first row; 0 compiles row by row.
 
     Returns:
-        The exit code: 0; 1 if a row is wrong or failed; 130 if interrupted.
+        The exit code: 0; 1 if a row is wrong or failed, or a file cannot be written; 130 after
+        Ctrl-C and 143 after SIGTERM.
 
     Raises:
         ValueError: A setting names something unknown, unreadable or unwritable; one line.
@@ -72,36 +76,109 @@ def execute(
         )
     workloads = select(settings.workloads, _pool(settings))
     chosen, unavailable = _choose(settings)
-    results = _new_results(settings, unavailable)
-    if resume:
-        _keep_finished(results, settings)
-    _make_folder("--output", settings.output)
-    if profile:
-        _make_folder("--profile", profile)
-    print(documents.introduction(results, settings, len(workloads), list(chosen)), flush=True)
-    code = _measure(settings, chosen, workloads, results, profile, jobs)
-    results.about["gpu_state_after"] = environment.gpu_state()
-    results.write()
-    print(documents.conclusion(results, settings, options))
-    for path in documents.write_all(results, settings, options):
-        print(f"wrote {path}")
-    return code
+    how = {"resume": resume, "overwrite": overwrite}
+    with run_folder.opened(settings.output, stem=settings.stem, **how) as folder:
+        results = _new_results(settings, options, unavailable, folder, profile, jobs)
+        if results.path.exists() and resume:
+            _keep_finished(results, settings)
+        if profile:
+            run_folder.make("--profile", profile)
+        if folder.note:
+            print(folder.note)
+        print(documents.introduction(results, settings, len(workloads), list(chosen)), flush=True)
+        code, problem = _measure(settings, chosen, workloads, results, profile, jobs)
+        return _conclude(results, settings, options, code, problem)
 
 
-def _make_folder(flag: str, folder: Path) -> None:
-    """Makes a folder and writes to it, so that a run does not fail on it when it is measured."""
+def _conclude(
+    results: Results, settings: Settings, options: documents.Options, code: int, problem: str
+) -> int:
+    """Shows the tables and writes the documents; returns the exit code."""
+    if not results.rows:
+        print("no rows were finished: nothing was written")
+        return code
+    failure = ""
     try:
-        with naming(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        if results.is_written or results.about["complete"]:
+            results.about["gpu_state_after"] = environment.gpu_state()
+            failure = _last_write(results)
+        # The tables are shown whatever becomes of the files.
+        print(documents.conclusion(results, settings, options), flush=True)
+        if results.is_written and not failure:
+            for path in documents.write_all(results, settings, options):
+                interruption.check()
+                print(f"wrote {path}")
+        elif not failure:
+            print(f"nothing new was finished: {results.path} is as it was")
+    except FileError as error:
+        failure = f"{error}; once it can: {_documents_command(results)}"
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: {results.path} is whole, its documents are not; "
+            f"{_documents_command(results)} writes them",
+            file=sys.stderr,
+        )
+        return interruption.acknowledge()
+    if failure and failure != problem:  # a disk that was full while measuring often still is
+        print(failure, file=sys.stderr)
+    return code or FAILED if failure else code
+
+
+def _last_write(results: Results) -> str:
+    """Writes the results once more, with what is known at the end; returns what failed."""
+    try:
+        results.write()
+    except FileError as error:
+        return str(error)
+    return ""
+
+
+def _documents_command(results: Results) -> str:
+    return f"python bench_main.py --documents={shlex.quote(str(results.path.parent))}"
+
+
+def write_documents(folder: Path, options: documents.Options) -> int:
+    """Writes the documents of the run in a folder again, from its results alone.
+
+    Args:
+        folder: Of the run.
+        options: What to write besides what the run was asked for.
+
+    Returns:
+        The exit code: 0, or 1 if a file cannot be written.
+
+    Raises:
+        ValueError: There is no run, its file is damaged, or another process writes there.
+    """
+    try:
+        found = saved.read(folder)
+        with folder_lock.held(folder):
+            both = documents.Options(*map(max, options, found.options))
+            written = [found.results.path]
+            for path in documents.write_all(found.results, found.settings, both):
+                written.append(path)
+                print(f"wrote {path}")
+            for name in run_folder.files_of_a_run(folder):
+                if folder / name not in written:  # an earlier version's, say a plot of one point
+                    (folder / name).unlink()
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
+        raise ValueError(f"--documents: {error}") from None
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"interrupted: the results in {folder} are as they were", file=sys.stderr)
+        return interruption.acknowledge()
+    return OK
 
 
 def _pool(settings: Settings) -> Sequence[Workload]:
     if settings.inputs != "dataset":
         return SCALING if settings.scaling else WORKLOADS
-    found = dataset.read_workloads(settings.dataset or "")
+    try:
+        found = dataset.read_workloads(settings.dataset or "")
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from None
     return sorted((row.workload for row in found), key=lambda row: row.num_tokens)
 
 
@@ -119,19 +196,32 @@ def _choose(settings: Settings) -> tuple[dict[str, Solution], dict[str, str]]:
     return chosen, unavailable
 
 
-def _new_results(settings: Settings, unavailable: dict[str, str]) -> Results:
+def _new_results(
+    settings: Settings,
+    options: documents.Options,
+    unavailable: dict[str, str],
+    folder: run_folder.RunFolder,
+    profile: Path | None,
+    jobs: int,
+) -> Results:
+    others = {"output": settings.output, "jobs": jobs or None, "profile": profile}
     about = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "complete": False,
-        "command": " ".join(sys.argv),
+        "command": settings.command(**options._asdict(), **others),
+        "asked": {
+            "solutions": settings.solutions,
+            "workloads": settings.workloads,
+            **options._asdict(),
+        },
         "settings": settings.comparable(),
         "device": environment.device(),
         "versions": environment.versions(),
         "git_commit": environment.git_commit(),
         "gpu_state_before": environment.gpu_state(),
     }
-    path = settings.output / f"{settings.stem}.json"
-    return Results(path, about, settings.timer, unavailable)
+    path = folder.path / f"{settings.stem}.json"
+    return Results(path, about, settings.timer, unavailable, begin=folder.begin)
 
 
 def _keep_finished(results: Results, settings: Settings) -> None:
@@ -148,7 +238,8 @@ def _measure(
     results: Results,
     profile: Path | None,
     jobs: int,
-) -> int:
+) -> tuple[int, str]:
+    """The exit code, and what stopped the measuring early; empty if nothing did."""
     timed = {name: one for name, one in chosen.items() if one is not interpreter.SOLUTION}
     finished = sum((name, row.uuid) in results.rows for name in timed for row in workloads)
     total = (len(timed) * len(workloads) - finished) * len(settings.passes)
@@ -177,20 +268,28 @@ def _measure(
                 runner.run(settings, timed, workloads, results, progress, trace, programs)
                 if len(timed) < len(chosen):
                     progress.start("the kernels in the interpreter")
-                    row = interpreter.check(settings)
+                    row = interpreter.check(settings, workloads)
                     results.put(row)
                     progress.done(row)
         except KeyboardInterrupt:
-            bar.write("interrupted: what was finished is kept; --resume goes on from there")
-            return INTERRUPTED
+            problem = "interrupted: what was finished is kept; --resume goes on from there"
+            bar.write(problem)
+            results.about["stopped"] = "interrupted"
+            return interruption.acknowledge(), problem
         except ClockError as error:
-            bar.write(f"GPU timer: {error}; --timer=wall needs no profiler")
-            return FAILED
-        except ValueError:
-            raise  # a data set that does not fit: one line for the user
+            problem = f"GPU timer: {error}; --timer=wall needs no profiler"
+        except FileError as error:
+            problem = str(error)
+        except ValueError as error:  # a data set that does not fit: one line for the user
+            if not results.rows:
+                raise
+            problem = f"stopped: {error}; finished rows are kept"
         except Exception:
             bar.write(traceback.format_exc())
-            bar.write("stopped: the device failed outside of a solution; finished rows are kept")
-            return FAILED
-    results.about["complete"] = True
-    return FAILED if results.failures() else OK
+            problem = "stopped: the device failed outside of a solution; finished rows are kept"
+        else:
+            results.about["complete"] = True
+            return (FAILED if results.failures() else OK), ""
+        bar.write(problem, file=sys.stderr)
+        results.about["stopped"] = problem
+        return FAILED, problem

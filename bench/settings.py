@@ -43,7 +43,7 @@ class Settings:
         wall_time: Whether a "gpu" run also takes host times, in a pass of its own.
         scaling: Powers of two instead of the 19 workloads.
         on_gpu: Whether JAX's default device is a GPU.
-        output: Folder of results and reports.
+        output: Folder of results and reports; None makes one in `out/bench`.
     """
 
     solutions: tuple[str, ...]
@@ -61,7 +61,7 @@ class Settings:
     wall_time: bool = True
     scaling: bool = False
     on_gpu: bool = True
-    output: Path = Path("out/bench")
+    output: Path | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -85,8 +85,19 @@ class Settings:
             del fields[free]
         return fields | {"tolerance": self.tolerance._asdict(), "sizes": self.sizes._asdict()}
 
-    def command(self, solution: str | None = None, workload: Workload | None = None) -> str:
-        """A command line that repeats the run, or one row of it, without defaults."""
+    def command(
+        self, solution: str | None = None, workload: Workload | None = None, **others: Any
+    ) -> str:
+        """A command line that repeats the run, or one row of it, without defaults.
+
+        Args:
+            solution: Of the row; None means all of the run.
+            workload: Of the row; None means all of the run.
+            others: Flags that are no settings; None and False leave one out.
+
+        Returns:
+            One line for a shell.
+        """
         chosen = self.workloads
         if workload is not None:
             chosen = (str(workload.num_tokens) if self.scaling else workload.uuid[:8],)
@@ -100,4 +111,10 @@ class Settings:
             if value != getattr(default.tolerance, name):
                 words.append(f"--{name}={value}")
         switches = {"--scaling": self.scaling, "--nowall_time": not self.wall_time}
-        return " ".join(words + [flag for flag, is_on in switches.items() if is_on])
+        words += [flag for flag, is_on in switches.items() if is_on]
+        for name, value in others.items():
+            if value is True:
+                words.append(f"--{name}")
+            elif value not in (None, False):
+                words.append(f"--{name}={shlex.quote(str(value))}")
+        return " ".join(words)

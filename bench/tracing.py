@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from bench.gpu_clock import GpuClock
+from bench.results import writing
 from bench.timers import Execution
 from interop.solutions.base import Solution
 from interop.workloads import Workload
@@ -28,6 +29,10 @@ def recorder(folder: Path) -> Recorder:
         bound: Execution, solution: Solution, workload: Workload, clock: GpuClock | None
     ) -> None:
         name = f"{solution.name}_T{workload.num_tokens}"
+        with writing(folder / name):
+            write(bound, name, clock)
+
+    def write(bound: Execution, name: str, clock: GpuClock | None) -> None:
         if clock is None:
             with jax.profiler.trace(str(folder / name), create_perfetto_trace=True):
                 for _ in range(_CALLS):

@@ -8,6 +8,9 @@ from interop.workloads import Workload, workloads
 FULL_EXPERTS = 256  # the expert count that a workload's `local_expert_offset` refers to
 
 
+_LEAST_DIGITS = 6  # of a uuid that is given by digits alone: fewer are a slip of a token count
+
+
 class Sizes(NamedTuple):
     """The constant axes of the definition, or their reduction for a machine without a GPU."""
 
@@ -32,8 +35,8 @@ def select(names: Sequence[str], pool: Sequence[Workload] = WORKLOADS) -> tuple[
     """Picks workloads by uuid prefix or token count, in the pool's order.
 
     Args:
-        names: `["all"]`, or any mix of uuid prefixes and token counts. A name that is a token
-            count of the pool means that row, even where a uuid starts with the same digits.
+        names: `["all"]`, or any mix of token counts and first characters of uuids. Up to five
+            digits are a token count and never a uuid.
         pool: The rows to choose from.
 
     Returns:
@@ -48,8 +51,8 @@ def select(names: Sequence[str], pool: Sequence[Workload] = WORKLOADS) -> tuple[
         if not found:
             counts = ", ".join(str(row.num_tokens) for row in pool)
             raise ValueError(
-                f"--workloads: unknown workload {name!r}; expected 'all', a uuid prefix, or one of "
-                f"the token counts {counts}"
+                f"--workloads: unknown workload {name!r}; expected 'all', one of the token counts "
+                f"{counts}, or the first characters of a uuid, six or more where all are digits"
             )
         chosen.update(row.uuid for row in found)
     return tuple(row for row in pool if row.uuid in chosen)
@@ -59,4 +62,6 @@ def _matching(name: str, pool: Sequence[Workload]) -> list[Workload]:
     if name == "all":
         return list(pool)
     counted = [row for row in pool if str(row.num_tokens) == name]
-    return counted or [row for row in pool if name and row.uuid.startswith(name)]
+    if counted or not name or (name.isdigit() and len(name) < _LEAST_DIGITS):
+        return counted
+    return [row for row in pool if row.uuid.startswith(name.lower())]

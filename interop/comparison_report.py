@@ -140,6 +140,7 @@ def render(
     header: Mapping[str, str],
     command: str,
     designs: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    warnings: Sequence[str] = (),
     plot: str | None = None,
 ) -> str:
     """Renders the document as markdown.
@@ -151,6 +152,7 @@ def render(
         header: lines of the head, label -> text (device, tolerances, timer, configuration).
         command: the command that measured the rows.
         designs: solution name -> aspect -> how it does that (`Solution.design`); facts of the code.
+        warnings: paragraphs that stand before everything else.
         plot: name of an image to show, relative to the document.
 
     Returns:
@@ -169,6 +171,7 @@ def render(
         raise ValueError(f"results: workloads that are not listed: {', '.join(unknown[:3])}")
     ordered = sorted(workloads, key=lambda work: (work.num_tokens, work.uuid))
     lines = [f"# {' vs '.join(results)}", ""]
+    lines += [line for warning in warnings for line in (warning, "")]
     lines += [f"- {label}: {text}" for label, text in header.items()]
     lines += ["", "## Command", "", "```bash", command, "```", ""]
     lines += _differences({name: designs.get(name, {}) for name in results})
@@ -227,6 +230,7 @@ def write(
     header: Mapping[str, str],
     command: str,
     designs: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    warnings: Sequence[str] = (),
     name: str = "comparison_report",
 ) -> Path:
     """Writes `NAME.md` and `NAME.png` into `directory`; arguments as for `render`.
@@ -237,7 +241,13 @@ def write(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     text = render(
-        workloads, results, header=header, command=command, designs=designs, plot=f"{name}.png"
+        workloads,
+        results,
+        header=header,
+        command=command,
+        designs=designs,
+        warnings=warnings,
+        plot=f"{name}.png",
     )
     plot_speedups(workloads, results, folder / f"{name}.png")
     path = folder / f"{name}.md"

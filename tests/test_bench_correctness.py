@@ -33,6 +33,15 @@ def test_ratios_follow_the_published_formulas():
     assert "is below" in strict.problem
 
 
+def test_a_share_that_equals_the_required_one_is_right():
+    reference = jnp.ones((4, 5), BF16)
+    output = reference.at[0].set(3)
+    assert check(output, reference, Tolerance(required_matched_ratio=0.75)).problem is None
+    assert check(reference, reference, Tolerance(0, 0, 1.0)).problem is None
+    found = check(output, reference, Tolerance(required_matched_ratio=0.7501))
+    assert found.problem == "matched ratio 0.7500 is below 0.7501"
+
+
 def test_equal_outputs_match_exactly_also_where_the_reference_is_zero():
     zero = jnp.zeros((3, 256), BF16)
     assert check(zero, zero, Tolerance()) == Check(1.0, 1.0, 0.0, None)

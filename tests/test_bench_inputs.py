@@ -185,9 +185,11 @@ def test_select_takes_counts_prefixes_and_all():
     assert select(["all"]) == WORKLOADS
     assert len(WORKLOADS) == 19
     assert [w.num_tokens for w in select(["14107", "e05c6c03", "7"])] == [1, 7, 14107]
-    assert select(["8"]) == tuple(w for w in WORKLOADS if w.uuid.startswith("8"))
+    assert [w.num_tokens for w in select(["e05c", "F7D6"])] == [1, 52]
+    assert select(["482216"]) == select(["56"])  # digits, six of a uuid
     assert select(["80"]) == (next(w for w in WORKLOADS if w.num_tokens == 80),)
     assert [w.num_tokens for w in select(["all"], SCALING)] == [2**i for i in range(15)]
-    for unknown in ("3", "zz", ""):
+    # Five digits are a token count, and 2, 5 and 8 are the first of several uuids.
+    for unknown in ("2", "5", "8", "48221", "3", "07", "zz", ""):
         with pytest.raises(ValueError, match=f"unknown workload '{unknown}'"):
             select([unknown])

@@ -52,7 +52,8 @@ def test_no_flags_do_the_right_thing_without_a_gpu(asked):
     assert (settings.iterations, settings.timer, settings.inputs) == (3, "wall", "realistic")
     assert settings.tolerance == (0.2, 0.1, 0.85)
     assert not any(options)
-    assert others == {"resume": False, "profile": None, "jobs": 0}
+    assert others == {"resume": False, "overwrite": False, "profile": None, "jobs": 0}
+    assert settings.output is None
 
 
 def test_no_flags_do_the_right_thing_on_a_gpu(asked, monkeypatch):
@@ -84,9 +85,9 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
         "--timer=wall",
         "--nowall_time",
     ]
-    _, (settings, _, _) = asked(*flags, "--report", "--breakdown", "--profile=traces")
+    _, (settings, options, _) = asked(*flags, "--report", "--profile=traces")
     assert set(settings.command().split()) == {"python", "bench_main.py", *flags}
-    assert bench_main.Options(True, True) == asked(*flags, "--report", "--breakdown")[1][1]
+    assert options == (True, False)
     _, (settings, _, _) = asked("--backend=xla")
     assert settings.solutions == ("jax_moe",)
 
@@ -103,11 +104,14 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
         ("--profile=", "--profile: expected a folder, got an empty name"),
         ("--workloads=", "--workloads: expected names"),
         ("--solutions=a,,b", "--solutions: expected names"),
+        ("--output=~nobody_here/x", "--output: ~nobody_here/x: "),
+        ("--breakdown", "--breakdown: kernel times need --timer=gpu, needs a GPU, JAX found cpu"),
+        ("--solutions=jax_moe_xla,jax_v1 --backend=xla", "--backend=xla: is what the solution "),
         ("stray", "unexpected argument 'stray'"),
     ],
 )
 def test_flags_that_contradict_the_machine_or_each_other(asked, capsys, flag, message):
-    code, seen = asked(flag)
+    code, seen = asked(*flag.split())
     assert (code, seen) == (bench_main.USAGE_ERROR, None)
     shown = capsys.readouterr().err
     assert shown.startswith(f"bench_main.py: {message}")
@@ -145,7 +149,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(asked, capsys, flag):
     ("flag", "message"),
     [
         ("--solutions=foo", "--solutions: unknown solution 'foo'; expected 'all' or some of"),
-        ("--workloads=3", "--workloads: unknown workload '3'; expected 'all', a uuid prefix"),
+        ("--workloads=3", "--workloads: unknown workload '3'; expected 'all', one of the token"),
     ],
 )
 def test_unknown_names_end_before_anything_is_measured(capsys, tmp_path, flag, message):

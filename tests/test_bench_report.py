@@ -6,43 +6,14 @@ import re
 import matplotlib.image
 import pytest
 
-from bench import breakdown, documents, plots, report
-from bench.correctness import Check
-from bench.results import PASS, WRONG, KernelTime, Results, Row
+from bench import breakdown, documents, header, plots, report
+from bench.results import WRONG, KernelTime, Results
 from bench.roofline import Roofline
-from bench.routing import LocalLoad
 from bench.settings import Settings
-from bench.timers import Statistics
-from bench.work import Work
 from bench.workloads import FULL, select
+from tests.bench_rows import row
 
 ROOFLINE = Roofline(read_bytes_per_s=2e12, fp8_flops_per_s=1e15, probes="made up")
-LOAD = LocalLoad(pairs=100, active_experts=10, max_per_expert=20, tokens=40)
-WORK = Work(bytes=200_000_000, flops=50_000_000_000)  # floors: 100 us by bytes, 50 us by flops
-
-
-def row(solution, tokens, us, status=PASS, **fields):
-    (workload,) = select([str(tokens)])
-    times = None if us is None else Statistics(us, us - 1, us + 1, 500)
-    problem = None if status == PASS else "too far off"
-    checked = Check(0.98, 0.99, 0.023, problem)
-    return Row(
-        solution=solution,
-        uuid=workload.uuid,
-        num_tokens=tokens,
-        local_expert_offset=workload.local_expert_offset,
-        status=status,
-        problem=problem,
-        repro=f"repeat {solution}",
-        load=LOAD,
-        work=WORK,
-        check=checked,
-        how="jit",
-        workspace_bytes=3_000_000,
-        gpu=times,
-        wall=times,
-        **fields,
-    )
 
 
 @pytest.fixture
@@ -53,6 +24,7 @@ def results(tmp_path):
         "device": device,
         "versions": {"jax": "1"},
         "git_commit": "abc",
+        "command": settings.command(),
         "settings": settings.comparable(),
         "complete": True,
         "gpu_state_before": {"driver_version": "580", "temperature.gpu": "33"},
@@ -74,9 +46,9 @@ def results(tmp_path):
 
 def test_tilings_that_are_not_the_shipped_ones_are_named(results):
     found, settings = results
-    assert "Tilings" not in dict(documents._header(found, settings))
+    assert "Tilings" not in dict(header.lines(found, settings))
     found.about["device"]["tuned"] = ["mosaic"]
-    assert dict(documents._header(found, settings))["Tilings"].startswith("of mosaic: this user's")
+    assert dict(header.lines(found, settings))["Tilings"].startswith("of mosaic: this user's")
 
 
 def test_figures_follow_from_time_work_and_roofline(results):
@@ -123,6 +95,17 @@ def test_ours_is_compared_with_the_fastest_passing_peer(results):
     assert eighty[-3:] == ["sglang_v2", "400.0", "2.50x"]
 
 
+def test_the_reference_is_no_peer(results):
+    """However fast it is; and where it is all there is, there is nothing to compare with."""
+    found, _ = results
+    found.rows["torch_reference", select(["7"])[0].uuid] = row("torch_reference", 7, 1.0)
+    _, seven, _ = report.against_peers(found)
+    assert (seven[-3], seven[-1]) == ("deepgemm", "1.60x")
+    for name in ("deepgemm", "sglang_v2"):
+        found.rows.pop((name, select(["80"])[0].uuid))
+    assert len(report.against_peers(found)) == 2
+
+
 def test_the_terminal_table_fits_and_a_wrong_row_has_no_speed(results):
     found, settings = results
     shown = documents.conclusion(found, settings, documents.Options())
@@ -157,30 +140,35 @@ def test_temporary_memory_stands_beside_its_bound(results):
     table = report.terminal_table(found)
     assert "temp MB  bound MB" in table
     assert max(map(len, table.splitlines())) <= 160
-    documents.write_all(found, settings, documents.Options())
+    list(documents.write_all(found, settings, documents.Options()))
     assert "| 3.0 | 81.4 |" in (settings.output / "results.md").read_text()
 
 
 def test_documents_hold_what_a_reader_needs(results):
     found, settings = results
-    written = documents.write_all(found, settings, documents.Options(report=True, breakdown=True))
-    names = [path.name for path in written]
-    assert names == [
-        "results.json",
+    options = documents.Options(report=True, breakdown=True)
+    written = {path.name: path for path in documents.write_all(found, settings, options)}
+    assert set(written) == {
         "results.md",
         "results.png",
         "results_breakdown.md",
         "comparison_report.md",
         "comparison_report.png",
-    ]
-    text = written[1].read_text()
-    for needed in ("Made-up GPU (sm_90)", "temperature.gpu 61", "2.000 TB/s", "seed 0", "made up"):
+    }
+    text = written["results.md"].read_text()
+    for needed in ("temperature.gpu 61", "2.000 TB/s", "made up", f"\n{settings.command()}\n"):
         assert needed in text
+    # How it was measured stands in every table of results, the timing first of all.
+    for document in (text, written["comparison_report.md"].read_text()):
+        for label in ("Device: Made-up GPU (sm_90)", "Commit: abc", "Inputs: realistic, routing "):
+            assert f"\n- {label}" in document
+        assert "\n- Timing: GPU time is the first kernel's start to the last one's end" in document
+        assert "trials: 5, 100 calls each" in document
     assert text.count("| deepgemm | WRONG |") == 1
-    seed = written[4].read_text()
-    assert seed.startswith("# jax_moe_mosaic vs deepgemm")
-    assert "| Rows computed |" in seed
-    assert "128.00x" in seed
+    report_text = written["comparison_report.md"].read_text()
+    assert report_text.startswith("# jax_moe_mosaic vs deepgemm")
+    assert "| Rows computed |" in report_text
+    assert "128.00x" in report_text
 
 
 def test_breakdown_accounts_for_the_whole_call():
@@ -203,6 +191,28 @@ def test_breakdown_accounts_for_the_whole_call():
     assert table[1][7] == f"{up.bytes / 2e12 / 60e-6:.1%}"
     stages = ("up", "down")
     assert sum(breakdown.stage_work(s, ours, FULL).flops for s in stages) == 100 * 88_080_384
+
+
+def test_a_workload_of_untimed_rows_alone_has_no_line(results):
+    found, _ = results
+    checked = row("mosaic_interpreted", 14, None)
+    found.rows[checked.solution, checked.uuid] = checked
+    header, *lines, _ = report.comparison(found)
+    assert "mosaic_interpreted us" not in header
+    assert [line[0] for line in lines] == ["7", "80"]
+
+
+def test_means_of_times_look_like_the_times_above_them(results):
+    found, _ = results
+    found.roofline = None
+    del found.rows["deepgemm", select(["80"])[0].uuid]
+    del found.rows["deepgemm", select(["7"])[0].uuid]
+    del found.rows["sglang_v2", select(["80"])[0].uuid]
+    header, *_, means = report.comparison(found)
+    assert dict(zip(header[4:], means[4:], strict=True)) == {
+        "torch_reference us": "17,889",
+        "jax_moe_mosaic us": "141.4",
+    }
 
 
 def test_a_breakdown_without_kernel_times_says_so(results):

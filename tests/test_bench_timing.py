@@ -1,11 +1,12 @@
 """The GPU clock's cutting of events into calls, statistics, and how many calls are timed."""
 
+import sys
 import time
 import types
 
 import pytest
 
-from bench import timers
+from bench import gpu_clock, timers
 from bench.gpu_clock import ClockError, Event, busy_us, split_calls, unavailable_reason
 from bench.results import KernelTime
 from bench.runner import MAX_KERNELS, kernel_times
@@ -111,6 +112,34 @@ def test_wall_times_cover_the_wait_for_the_output():
     times = timers.wall_times(execution, 4)
     assert waited == ["out"] * 4
     assert all(us > 3_000 for us in times)
+
+
+def test_the_cache_is_flushed_before_each_call_and_outside_of_its_time(monkeypatch):
+    steps = []
+    monkeypatch.setattr(timers, "flusher", lambda: lambda: steps.append("flush"))
+    clock = types.SimpleNamespace(perf_counter_ns=lambda: steps.append("clock") or len(steps))
+    monkeypatch.setattr(timers, "time", clock)
+    execution = timers.Execution(
+        lambda: steps.append("call"), lambda _: steps.append("wait"), "eager", None
+    )
+    assert len(timers.wall_times(execution, 2)) == 2
+    assert steps == ["flush", "clock", "call", "wait", "clock"] * 2
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_the_gpu_clock_flushes_before_the_markers_of_a_call(monkeypatch, cold):
+    steps = []
+    cuda = types.SimpleNamespace(
+        _sleep=lambda _: steps.append("marker"), synchronize=lambda: steps.append("idle")
+    )
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(gpu_clock, "flusher", lambda: lambda: steps.append("flush"))
+    execution = timers.Execution(
+        lambda: steps.append("call"), lambda _: steps.append("wait"), "eager", None
+    )
+    gpu_clock.Session().record(execution, 2, cold=cold)
+    one = ["flush"] * cold + ["marker", "idle", "call", "wait", "idle", "marker"]
+    assert steps == [*one * 2, "idle"]
 
 
 @pytest.fixture

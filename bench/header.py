@@ -1,0 +1,85 @@
+"""What every document of a run says first: what was measured, how, and what to beware of."""
+
+from bench.results import Results
+from bench.settings import Settings
+
+
+def warnings(results: Results, settings: Settings) -> list[str]:
+    """What no document of the run may leave out, in markdown; empty for a whole run on a GPU."""
+    found = []
+    if not results.about.get("complete"):
+        found.append(f"**Incomplete**: {results.about.get('stopped', 'the run has not ended')}.")
+    if not settings.on_gpu:
+        found.append(f"**REDUCED sizes**: {reduced(settings)}")
+    return found
+
+
+def markdown_warnings(results: Results, settings: Settings) -> list[str]:
+    """The warnings as lines of a document, each a paragraph."""
+    return [line for warning in warnings(results, settings) for line in (warning, "")]
+
+
+def reduced(settings: Settings) -> str:
+    """What a reader of a run without a GPU must know first."""
+    sizes = settings.sizes
+    return (
+        f"No GPU found: sizes are REDUCED to H={sizes.hidden_size}, I={sizes.intermediate_size}, "
+        f"E={sizes.num_experts} ({sizes.num_local_experts} local), T is kept; host times only, and "
+        "they say nothing about a GPU. There is no roofline."
+    )
+
+
+def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
+    """Labels and texts: device, versions, commit, inputs, checks, clocks, roofline."""
+    about = results.about
+    device, versions = about["device"], about["versions"]
+    state = about.get("gpu_state_before") or {}
+    capability = device["compute_capability"]
+    tolerance = settings.tolerance
+    found = [
+        ("Device", device["kind"] + (f" (sm_{capability.replace('.', '')})" if capability else "")),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Commit", about["git_commit"]),
+        (
+            "Inputs",
+            f"{settings.inputs}, routing {_routing_text(settings)}, seed {settings.seed}",
+        ),
+        (
+            "Tolerance",
+            f"rtol {tolerance.rtol}, atol {tolerance.atol}, matched ratio at least "
+            f"{tolerance.required_matched_ratio}",
+        ),
+        ("Timing", _timing_text(settings)),
+    ]
+    if tuned := device.get("tuned"):
+        found.append(("Tilings", f"of {', '.join(tuned)}: this user's own, not the shipped ones"))
+    if state:
+        found.append(("Driver", state.get("driver_version", "unknown")))
+    if roofline := results.roofline:
+        rates = (
+            f"{roofline.read_bytes_per_s / 1e12:.3f} TB/s and "
+            f"{roofline.fp8_flops_per_s / 1e12:.0f} TFLOP/s: {roofline.probes}"
+        )
+        found.append(("Roofline", rates))
+    return found
+
+
+def _routing_text(settings: Settings) -> str:
+    if settings.inputs == "dataset":
+        return f"from {settings.dataset}"
+    if settings.routing == "moments":
+        return "drawn from the captured moments (a stand-in for the published routing)"
+    return f"{settings.routing}, one local expert per token"
+
+
+def _timing_text(settings: Settings) -> str:
+    flush = ", 256 MB zeroed before each call" if settings.on_gpu else ""
+    clock = {
+        "gpu": "GPU time is the first kernel's start to the last one's end, by torch's profiler",
+        "wall": "wall time is the host's, from the call to its complete output",
+    }
+    clocks = "; ".join(clock[name] for name in reversed(settings.passes))
+    return (
+        f"{clocks}{flush}; trials: {settings.num_trials}, {settings.iterations} calls each (fewer "
+        f"if slower than 10 ms) after {settings.warmup} untimed"
+    )

@@ -1,0 +1,164 @@
+"""The folder of a run: it holds the files of one run, and one process at a time writes there."""
+
+import contextlib
+import datetime
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from interop import folder_lock
+from jax_moe.io.files import naming, shown
+
+ROOT = Path("out/bench")  # of runs without --output
+LATEST = "latest"
+STEMS = ("results", "scaling")
+REPORT = "comparison_report"
+_FILES = (
+    *(f"{stem}{ending}" for stem in STEMS for ending in (".json", ".md", ".png", "_breakdown.md")),
+    *(f"{REPORT}{ending}" for ending in (".md", ".png")),
+)
+
+
+class RunFolder(NamedTuple):
+    """Where a run writes.
+
+    Attributes:
+        path: The folder.
+        note: What a reader of the run's output should know about it; None if nothing.
+        begin: To be called before the run's first file is written there, and not earlier: the
+            files of an earlier run go, and `latest` leads here. Until then nothing is lost.
+    """
+
+    path: Path
+    note: str | None
+    begin: Callable[[], None]
+
+
+@contextlib.contextmanager
+def opened(
+    output: Path | None, *, stem: str, resume: bool = False, overwrite: bool = False
+) -> Iterator[RunFolder]:
+    """Makes or finds the folder of a run and holds its lock.
+
+    A folder that was made here and into which nothing was written goes again.
+
+    Args:
+        output: The folder that was asked for; None makes one in `out/bench`, named by the time.
+        stem: Of the result files, one of `STEMS`.
+        resume: Go on with the run in the folder; without `output` with the latest one.
+        overwrite: Replace the run in `output`.
+
+    Yields:
+        The folder. When `resume` found a run there, its `STEM.json` exists.
+
+    Raises:
+        ValueError: The folder cannot be used, holds a run that neither flag speaks of, or another
+            process writes into it.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other")
+    if overwrite and output is None:
+        raise ValueError("--overwrite: goes with --output=FOLDER; other runs get folders of theirs")
+    path, is_new = _existing_or_new(output, resume)
+    try:
+        with folder_lock.held(path):
+            earlier = files_of_a_run(path)
+            note = _note(path, earlier, stem, output) if resume else None
+            if earlier and not (resume or overwrite):
+                raise ValueError(
+                    f"--output: {shown(path)} holds {', '.join(earlier)} of an earlier run; "
+                    "--resume goes on with it, --overwrite replaces it"
+                )
+            link = path.parent / LATEST if output is None else None
+            yield RunFolder(path, note, lambda: _begin(path, earlier, f"{stem}.json", link))
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # somebody wrote into it, which is usual
+                path.rmdir()
+
+
+def make(flag: str, folder: Path) -> bool:
+    """Makes a folder and writes to it, so that a run does not fail on it when it is measured.
+
+    Args:
+        flag: What asks for it, for errors.
+        folder: Its parents are made, too.
+
+    Returns:
+        Whether it is new.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    try:
+        with naming(folder):
+            is_new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+    return is_new
+
+
+def files_of_a_run(folder: Path) -> list[str]:
+    """Names of the files in a folder that a run of the benchmark writes."""
+    with naming(folder):
+        return [name for name in _FILES if (folder / name).exists(follow_symlinks=False)]
+
+
+def _existing_or_new(output: Path | None, resume: bool) -> tuple[Path, bool]:
+    """The folder and whether it was made here."""
+    if output is not None:
+        return output, make("--output", output)
+    try:
+        latest = ROOT / LATEST
+        if resume and latest.is_dir():
+            return latest.resolve(), False
+        with naming(ROOT):
+            ROOT.mkdir(parents=True, exist_ok=True)
+            return _made_by_time(), True
+    except ValueError as error:
+        raise ValueError(f"--output: {error}") from None
+
+
+def _made_by_time() -> Path:
+    name = datetime.datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    for count in range(1, 1000):
+        path = ROOT / (name if count == 1 else f"{name}_{count}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise ValueError(f"{shown(ROOT)}: a thousand runs started in one second")
+
+
+def _note(path: Path, earlier: Sequence[str], stem: str, output: Path | None) -> str:
+    if f"{stem}.json" in earlier:
+        return f"going on with {shown(path / f'{stem}.json')}"
+    if earlier:
+        raise ValueError(
+            f"--resume: {shown(path)} holds {', '.join(earlier)}, but no {stem}.json to go on with"
+        )
+    return (
+        f"--resume: no earlier run in {shown(output or ROOT)}; this one starts from the first row"
+    )
+
+
+def _begin(path: Path, earlier: Sequence[str], results: str, link: Path | None) -> None:
+    # The results go last, replaced by the write that follows: documents can be made from them.
+    for name in earlier:
+        if name != results:
+            (path / name).unlink(missing_ok=True)
+    if link is not None and link.resolve() != path.resolve():
+        _lead(link, path.name)
+
+
+def _lead(link: Path, target: str) -> None:
+    """Makes a symlink or moves it in one step; what is no link is somebody's own and stays."""
+    if link.exists(follow_symlinks=False) and not link.is_symlink():
+        return
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):  # a file system without links: the folder has its name
+        fresh.symlink_to(target, target_is_directory=True)
+        fresh.replace(link)

@@ -1,0 +1,85 @@
+"""A run read back from its JSON file, to write its documents again."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import run_folder
+from bench.correctness import Tolerance
+from bench.documents import Options
+from bench.results import Results, rows_of
+from bench.roofline import Roofline
+from bench.settings import Settings
+from jax_moe.io.files import naming, shown
+from jax_moe.io.strict_json import parse_object
+
+_NOT_ABOUT = ("schema", "timer", "roofline", "unavailable", "rows")
+
+
+class Saved(NamedTuple):
+    """What the documents of a run are made from."""
+
+    results: Results
+    settings: Settings
+    options: Options
+
+
+def read(folder: Path) -> Saved:
+    """Reads the run in a folder.
+
+    Args:
+        folder: That of the run.
+
+    Returns:
+        Its rows, what it was asked to measure, and what it was asked to write.
+
+    Raises:
+        ValueError: There is none, or its file is damaged.
+    """
+    paths = [folder / f"{stem}.json" for stem in run_folder.STEMS]
+    with naming(folder):
+        found = [path for path in paths if path.is_file()]
+    if len(found) != 1:
+        names = " or ".join(path.name for path in paths)
+        raise ValueError(f"{shown(folder)}: expected {names}, got {'both' if found else 'neither'}")
+    (path,) = found
+    with naming(path):
+        content = parse_object(path.read_bytes(), shown(path))
+    try:
+        return _saved(path, content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{shown(path)}: damaged: {error!r}") from None
+
+
+def _saved(path: Path, content: dict[str, Any]) -> Saved:
+    roofline = content["roofline"]
+    results = Results(
+        path=path,
+        about={key: value for key, value in content.items() if key not in _NOT_ABOUT},
+        timer=content["timer"],
+        unavailable=content["unavailable"],
+        roofline=Roofline(**roofline) if roofline else None,
+        rows={(row.solution, row.uuid): row for row in rows_of(content)},
+    )
+    asked = content.get("asked") or _asked(results)
+    known = {field.name for field in dataclasses.fields(Settings)}
+    fields = {key: value for key, value in content["settings"].items() if key in known}
+    fields |= {
+        "solutions": tuple(asked["solutions"]),
+        "workloads": tuple(asked["workloads"]),
+        "tolerance": Tolerance(**fields["tolerance"]),
+        "output": path.parent,
+    }
+    return Saved(results, Settings(**fields), Options(asked["report"], asked["breakdown"]))
+
+
+def _asked(results: Results) -> dict[str, Any]:
+    """What a run was asked for whose file says it in the command line only."""
+    words = shlex.split(results.about["command"])
+    return {
+        "solutions": results.solutions(),
+        "workloads": ["all"],
+        "report": "--report" in words,
+        "breakdown": "--breakdown" in words,
+    }
