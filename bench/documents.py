@@ -1,15 +1,14 @@
-"""Everything a run says and writes: terminal text, markdown, plots, the seed-style report."""
+"""Everything a run says and writes: terminal text, markdown, plots, the comparison report."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bench import breakdown, header, plots, report
-from bench.results import PASS, REFERENCE, Results, writing
+from bench import breakdown, comparison, header, plots, report
+from bench.results import PASS, Results, writing
+from bench.run_folder import REPORT
 from bench.settings import Settings
-from bench.solutions import registry
 from bench.tables import aligned, markdown
-from interop import comparison_report
 from jax_moe.io.files import write_atomically
 
 _TERMINAL_BREAKDOWNS = 20
@@ -77,12 +76,13 @@ def write_all(results: Results, settings: Settings, options: Options) -> Iterato
         FileError: One cannot be written; those yielded before are there.
     """
     folder, stem = results.path.parent, settings.stem
-    plot = folder / f"{stem}.png"
-    with writing(plot):
-        plots.write(results, plot)
-    yield plot
+    plot = folder / f"{stem}.png" if plots.is_worthwhile(results) else None
+    if plot:
+        with writing(plot):
+            plots.write(results, plot)
+        yield plot
     document = folder / f"{stem}.md"
-    _write(document, _document(results, settings, plot.name))
+    _write(document, _document(results, settings, plot.name if plot else None))
     yield document
     if options.breakdown:
         path = folder / _breakdown_name(settings)
@@ -91,7 +91,8 @@ def write_all(results: Results, settings: Settings, options: Options) -> Iterato
         _write(path, [title, "", *warnings, *_breakdown(results, settings, in_markdown=True)])
         yield path
     if options.report:
-        yield from _comparison_report(results, settings)
+        with writing(folder / f"{REPORT}.md"):
+            yield from comparison.write(results, settings, REPORT)
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:
@@ -103,7 +104,7 @@ def _breakdown_name(settings: Settings) -> str:
     return f"{settings.stem}_breakdown.md"
 
 
-def _document(results: Results, settings: Settings, plot: str) -> list[str]:
+def _document(results: Results, settings: Settings, plot: str | None) -> list[str]:
     title = "Scaling" if settings.scaling else "The 19 workloads"
     lines = [f"# {title} on {results.about['device']['kind']}", ""]
     lines += header.markdown_warnings(results, settings)
@@ -112,15 +113,8 @@ def _document(results: Results, settings: Settings, plot: str) -> list[str]:
         if state := results.about.get(f"gpu_state_{when}"):
             lines.append(f"- GPU {when}: {', '.join(f'{k} {v}' for k, v in state.items())}")
     lines += [f"- Not measured: {name}: {why}" for name, why in results.unavailable.items()]
-    lines += [
-        "",
-        "```bash",
-        results.about["command"],
-        "```",
-        "",
-        f"![Time against tokens]({plot})",
-        "",
-    ]
+    lines += ["", "```bash", results.about["command"], "```", ""]
+    lines += [f"![Time against tokens]({plot})", ""] if plot else []
     clock = "GPU" if results.timer == "gpu" else "wall"
     lines += [f"## Median {clock} time", "", *markdown(report.comparison(results), left=0), ""]
     against = report.against_peers(results)
@@ -147,47 +141,7 @@ def _launches(results: Results) -> list[str]:
         hows = sorted({row.how for row in rows})
         counts = sorted({row.launches for row in rows if row.launches is not None})
         span = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else ""
-        launches = f", host launches a call: {span}" if span else ""
+        launches = f", host launches per call: {span}" if span else ""
         if hows:
             lines.append(f"- `{name}`: {'; '.join(hows)}{launches}")
     return lines
-
-
-def _comparison_report(results: Results, settings: Settings) -> list[Path]:
-    """The published comparison again, from this run's rows; the reference is its denominator."""
-    workloads = [
-        comparison_report.WorkloadRow(uuid, rows[0].num_tokens, rows[0].local_expert_offset)
-        for uuid, rows in results.workloads()
-    ]
-    asked = [name for name in settings.solutions if name in results.solutions()]
-    names = dict.fromkeys([*asked, *results.solutions()])  # the first is the ratios' baseline
-    measured: dict[str, dict[str, Any]] = {name: {} for name in names if name != REFERENCE}
-    for row in results.rows.values():
-        if row.solution in measured:
-            measured[row.solution][row.uuid] = _measurement(results, row)
-    if not measured:
-        return []
-    folder = results.path.parent
-    with writing(folder / "comparison_report.md"):
-        document = comparison_report.write(
-            folder,
-            workloads,
-            measured,
-            header=dict(header.lines(results, settings)),
-            warnings=header.warnings(results, settings),
-            command=results.about["command"],
-            designs={name: one.design for name, one in registry(settings.backend).items()},
-        )
-    return [document, document.with_suffix(".png")]
-
-
-def _measurement(results: Results, row: Any) -> comparison_report.Measurement:
-    times = row.time(results.timer)
-    reference = results.rows.get((REFERENCE, row.uuid))
-    reference_times = reference.time(results.timer) if reference else None
-    return comparison_report.Measurement(
-        status=comparison_report.PASSED if row.status == PASS else row.status,
-        latency_ms=times.median / 1e3 if times else None,
-        reference_ms=reference_times.median / 1e3 if reference_times else None,
-        workspace_bytes=row.workspace_bytes,
-    )

@@ -2,6 +2,8 @@
 
 from bench.results import Results
 from bench.settings import Settings
+from bench.workloads import FULL
+from interop.workloads import definition
 
 
 def warnings(results: Results, settings: Settings) -> list[str]:
@@ -36,7 +38,10 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
     state = about.get("gpu_state_before") or {}
     capability = device["compute_capability"]
     tolerance = settings.tolerance
+    started = about.get("started", "")
     found = [
+        ("Definition", _definition(settings)),
+        ("Date", f"{started[:10]} {started[11:16]} UTC" if started else "not recorded"),
         ("Device", device["kind"] + (f" (sm_{capability.replace('.', '')})" if capability else "")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Commit", about["git_commit"]),
@@ -82,4 +87,14 @@ def _timing_text(settings: Settings) -> str:
     return (
         f"{clocks}{flush}; trials: {settings.num_trials}, {settings.iterations} calls each (fewer "
         f"if slower than 10 ms) after {settings.warmup} untimed"
+    )
+
+
+def _definition(settings: Settings) -> str:
+    sizes, name = settings.sizes, f"`{definition()['name']}`"
+    if sizes == FULL:
+        return name
+    return (
+        f"{name} at other sizes: H={sizes.hidden_size}, I={sizes.intermediate_size}, "
+        f"E={sizes.num_experts}, E_local={sizes.num_local_experts}"
     )

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from bench.results import REFERENCE, Results, Row
+from bench.results import Results, Row
+from interop import plot_style
+from interop.plot_style import plain_number as _plain_number
 from jax_moe.io.files import write_atomically
 
-# Okabe and Ito's palette, told apart with any colour vision; the markers repeat the distinction.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D00")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
+
+def is_worthwhile(results: Results) -> bool:
+    """Whether there are times at two token counts or more: a point alone is no curve."""
+    return len({row.num_tokens for row in results.rows.values() if row.time(results.timer)}) > 1
 
 
 def write(results: Results, path: Path) -> None:
@@ -18,12 +21,8 @@ def write(results: Results, path: Path) -> None:
         results: Rows with times; the others are left out. Without a roofline there is one panel.
         path: The file to write, atomically.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = 2 if results.roofline else 1
-    figure = Figure(figsize=(11, 5.2 * panels), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plot_style.figure(11, 5.2 * panels)
     axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
     axes[0].set_title(_title(results), fontsize=10)
     _draw_times(axes[0], results)
@@ -35,29 +34,29 @@ def write(results: Results, path: Path) -> None:
 
 
 def _title(results: Results) -> str:
-    device, settings = results.about["device"]["kind"], results.about["settings"]
+    clock = "GPU time, cold L2" if results.timer == "gpu" else "wall time"
+    return f"{results.about['device']['kind']}, {clock}, median\n{conditions(results)}"
+
+
+def conditions(results: Results) -> str:
+    """Sizes, inputs and routing of a run, in one line for the title of a plot."""
+    settings = results.about["settings"]
     sizes = settings["sizes"]
+    reduced = "" if settings["on_gpu"] else "REDUCED sizes "
+    routing = "routing of the data set"
+    if settings["inputs"] != "dataset":
+        patterns = {"moments": "the captured moments"}
+        routing = f"routing by {patterns.get(settings['routing'], settings['routing'])}"
     return (
-        f"{device}, H={sizes['hidden_size']} I={sizes['intermediate_size']} "
-        f"E_local={sizes['num_local_experts']}, {settings['inputs']} inputs, median"
+        f"{reduced}H={sizes['hidden_size']} I={sizes['intermediate_size']} "
+        f"E={sizes['num_experts']} E_local={sizes['num_local_experts']}, "
+        f"{settings['inputs']} inputs, {routing}"
     )
-
-
-def _style(results: Results, name: str) -> dict[str, Any]:
-    place = results.solutions().index(name)
-    ours = name.startswith("jax_moe")
-    return {
-        "label": name,
-        "color": "#777777" if name == REFERENCE else _COLOURS[place % len(_COLOURS)],
-        "marker": _MARKERS[place % len(_MARKERS)],
-        "markersize": 5,
-        "linewidth": 2 if ours else 1,
-        "linestyle": "-" if ours else ":",
-    }
 
 
 def _draw_times(axes: Any, results: Results) -> None:
     rows = [row for _, group in results.workloads() for row in group]
+    axes.set(xscale="log", yscale="log")
     for name in results.solutions():
         points = [
             (row.num_tokens, times.median)
@@ -65,15 +64,14 @@ def _draw_times(axes: Any, results: Results) -> None:
             if row.solution == name and (times := row.time(results.timer))
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), **_style(results, name))
+            axes.plot(*plot_style.curve(points), **plot_style.style(name))
     floors = {row.num_tokens: results.figures(row).floor_us for row in rows}
     points = [(tokens, floor) for tokens, floor in floors.items() if floor]
     if points:
-        axes.plot(*zip(*points, strict=True), "k--", linewidth=1.2, label="floor (roofline)")
-    clock = "GPU time, cold L2" if results.timer == "gpu" else "wall time"
-    axes.set(xscale="log", yscale="log", xlabel="tokens T", ylabel=f"{clock} (us)")
+        axes.plot(*plot_style.curve(points), "k--", marker="_", label="floor (roofline)")
+    axes.set(xlabel="tokens T", ylabel=f"{results.timer.replace('gpu', 'GPU')} time (us)")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_plain_number)
+        plot_style.log_axis(axis)
     axes.grid(True, which="major", alpha=0.35)
     axes.grid(True, which="minor", alpha=0.12)
 
@@ -82,15 +80,16 @@ def _draw_fractions(axes: Any, results: Results) -> None:
     """One place a workload: neighbouring token counts with other routings do not overlap."""
     groups = [rows for _, rows in results.workloads()]
     for name in results.solutions():
-        points = [
-            (place, found)
+        found = {
+            place: (row.num_tokens, fraction)
             for place, rows in enumerate(groups)
             for row in rows
-            if row.solution == name and (found := _fraction(results, row)) is not None
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), **_style(results, name))
-    labels = [f"{rows[0].num_tokens:,}" for rows in groups]
+            if row.solution == name and (fraction := _fraction(results, row)) is not None
+        }
+        if found:
+            line = plot_style.curve(list(found.values()), list(found))
+            axes.plot(*line, **plot_style.style(name))
+    labels = [_plain_number(rows[0].num_tokens) for rows in groups]
     axes.set_xticks(range(len(groups)), labels, rotation=45)
     axes.set(xlabel="tokens T", ylabel="fraction of the roofline", ylim=(0, 1.05))
     axes.axhline(1, color="k", linestyle="--", linewidth=1.2)
@@ -99,7 +98,3 @@ def _draw_fractions(axes: Any, results: Results) -> None:
 
 def _fraction(results: Results, row: Row) -> float | None:
     return results.figures(row).roofline_fraction
-
-
-def _plain_number(value: float, _: int) -> str:
-    return f"{value:,.0f}"

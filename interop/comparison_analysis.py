@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from types import MappingProxyType
 from typing import NamedTuple
 
 PASSED = "PASSED"
+_FEW = 3
 
 
 class WorkloadRow(NamedTuple):
@@ -26,12 +28,15 @@ class Measurement(NamedTuple):
             measured.
         workspace_bytes: peak bytes allocated by one call beyond inputs and output; None if not
             measured.
+        clocks: time of one call in ms by the name of each clock that took it, such as "GPU time";
+            empty where only the one of `latency_ms` is known.
     """
 
     status: str
     latency_ms: float | None = None
     reference_ms: float | None = None
     workspace_bytes: int | None = None
+    clocks: Mapping[str, float] = MappingProxyType({})
 
 
 Results = Mapping[str, Mapping[str, Measurement]]  # solution -> uuid -> measurement
@@ -95,14 +100,36 @@ def latency_ratio(results: Results, slow: str, fast: str, uuid: str) -> float | 
     return a.latency_ms / b.latency_ms if a and b and a.latency_ms and b.latency_ms else None
 
 
+def clocks(results: Results) -> list[str]:
+    """The clocks that took a time of any solution."""
+    rows = [row for found in results.values() for row in found.values()]
+    return list(dict.fromkeys(clock for row in rows for clock in row.clocks))
+
+
+def clock_ratio(results: Results, slow: str, fast: str, uuid: str, clock: str) -> float | None:
+    """`latency_ratio` by one of the clocks."""
+    a, b = passed(results, slow, uuid), passed(results, fast, uuid)
+    if a is None or b is None or clock not in a.clocks or clock not in b.clocks:
+        return None
+    return a.clocks[clock] / b.clocks[clock]
+
+
 def pairs(results: Results) -> list[tuple[str, str]]:
-    """The (baseline, solution) pairs to compare: all of up to three, else each with the first."""
+    """The (slow, fast) pairs to compare: all of up to three, else two versions of one design.
+
+    With more than three, `X_v1` is compared with `X_v2`, and the other solutions by their speedups
+    over the reference.
+    """
     names = list(results)
-    return (
-        list(combinations(names, 2))
-        if len(names) <= 3
-        else [(names[0], name) for name in names[1:]]
-    )
+    if len(names) <= _FEW:
+        return list(combinations(names, 2))
+    versions = [(name, f"{name.removesuffix('_v1')}_v2") for name in names if name[-3:] == "_v1"]
+    return [(first, second) for first, second in versions if second in results]
+
+
+def is_few(results: Results) -> bool:
+    """Whether there is room for a sentence per solution and for each pair."""
+    return len(results) <= _FEW
 
 
 def covered_uuids(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
@@ -110,7 +137,8 @@ def covered_uuids(workloads: Sequence[WorkloadRow], results: Results) -> list[st
     return [w.uuid for w in workloads if any(passed(results, name, w.uuid) for name in results)]
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -184,17 +212,22 @@ def describe(results: Results, uuids: Sequence[str]) -> list[str]:
     """All sentences that hold for these workloads, each computed from the rows."""
     candidates = [_fastest_sentence(results, uuids)]
     candidates += [_pair_sentence(results, slow, fast, uuids) for slow, fast in pairs(results)]
-    candidates += [_speedup_sentence(results, name, uuids) for name in results]
+    if is_few(results):  # a table says it of more
+        candidates += [_speedup_sentence(results, name, uuids) for name in results]
     return [s for s in candidates if s is not None] + _failure_sentences(results, uuids)
 
 
 def analysis(workloads: Sequence[WorkloadRow], results: Results) -> list[tuple[str, list[str]]]:
     """(heading, sentences) over everything and then over each regime that holds a workload."""
+    return [
+        (f"{name} ({plural(len(rows), 'workload')})", describe(results, [w.uuid for w in rows]))
+        for name, rows in by_regime(workloads)
+    ]
+
+
+def by_regime(workloads: Sequence[WorkloadRow]) -> list[tuple[str, list[WorkloadRow]]]:
+    """All workloads, then those of each regime that holds one, with its name."""
     groups = [("All workloads", list(workloads))]
     for regime in REGIMES:
         groups.append((regime.name, [w for w in workloads if regime.holds(w.num_tokens)]))
-    return [
-        (f"{name} ({_plural(len(rows), 'workload')})", describe(results, [w.uuid for w in rows]))
-        for name, rows in groups
-        if rows
-    ]
+    return [(name, rows) for name, rows in groups if rows]

@@ -1,7 +1,8 @@
 """The published comparison's document, rendered again from measured rows.
 
-`write(directory, workloads, results, ...)` leaves `comparison_report.md` and
-`comparison_report.png`. What was measured (flashinfer-bench traces, `bench_main.py`) comes as rows:
+`write(directory, workloads, results, ...)` leaves `comparison_report.md` and, unless there is one
+token count only, `comparison_report.png`. What was measured (flashinfer-bench traces,
+`bench_main.py`) comes as rows:
 
     workloads = [WorkloadRow(uuid="e05c6c03-...", num_tokens=1, local_expert_offset=32), ...]
     results = {"sglang_v1": {uuid: Measurement("PASSED", latency_ms=0.16, reference_ms=15.4,
@@ -15,105 +16,24 @@ of the analysis is computed from the numbers (`interop.comparison_analysis`).
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from interop import comparison_factors, comparison_tables, plot_style
 from interop.comparison_analysis import (
     PASSED,
     Measurement,
     Results,
     WorkloadRow,
     analysis,
-    covered_uuids,
-    geomean,
-    latency_ratio,
-    mean,
-    pairs,
+    is_few,
     passed,
     speedup,
 )
 from jax_moe.io.files import write_atomically
 
 __all__ = ["PASSED", "Measurement", "WorkloadRow", "plot_speedups", "render", "write"]
-
-_Average = Callable[[Sequence[float]], float]
-_TIMES = "{:.2f}x"
-_OF = "(of {})"
-_OF_NOTE = (
-    "`(of n)`: a mean over the n workloads that the column has, not comparable with those over all."
-)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int) -> list[str]:
-    marks = ["---" if i < numeric_from else "--:" for i in range(len(header))]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
-
-
-def _differences(designs: Mapping[str, Mapping[str, str]]) -> list[str]:
-    shown = {name: design for name, design in designs.items() if design}
-    if not shown:
-        return []
-    aspects = dict.fromkeys(aspect for design in shown.values() for aspect in design)
-    rows = [[a, *(design.get(a, "-") for design in shown.values())] for a in aspects]
-    return ["## Differences", "", *_table(["", *shown], rows, numeric_from=len(shown) + 1), ""]
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else _TIMES.format(value)
-
-
-def _result_cells(results: Results, name: str, uuid: str) -> list[str]:
-    row = passed(results, name, uuid)
-    if row is None:
-        found = results[name].get(uuid)
-        return [found.status if found and found.status != PASSED else "not run", "-"]
-    return [f"{row.latency_ms:.3f}", _times(speedup(row))]
-
-
-def _mean_cell(average: _Average, values: Sequence[float], count: int, shape: str) -> str:
-    if not values:
-        return "-"
-    cell = shape.format(average(values))
-    return cell if len(values) == count else f"{cell} {_OF.format(len(values))}"
-
-
-def _summary_rows(results: Results, uuids: Sequence[str]) -> list[list[str]]:
-    count = len(uuids)
-    rows = []
-    for label, average in (("mean", mean), ("geomean", geomean)):
-        cells = [f"**{label}** of {count}", "", ""]
-        for name in results:
-            rated = [passed(results, name, uuid) for uuid in uuids]
-            latencies = [row.latency_ms for row in rated if row and row.latency_ms]
-            speedups = [value for row in rated if (value := speedup(row)) is not None]
-            cells.append(_mean_cell(average, latencies, count, "{:.3f}"))
-            cells.append(_mean_cell(average, speedups, count, _TIMES))
-        for slow, fast in pairs(results):
-            ratios = [r for uuid in uuids if (r := latency_ratio(results, slow, fast, uuid))]
-            cells.append(_mean_cell(average, ratios, count, _TIMES))
-        rows.append(cells)
-    return rows
-
-
-def _results_table(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
-    header = ["UUID", "num_tokens", "offset"]
-    for name in results:
-        header += [f"{name} ms", "speedup"]
-    header += [f"{fast} / {slow}" for slow, fast in pairs(results)]
-    rows = []
-    for work in workloads:
-        cells = [f"`{work.uuid[:8]}`", str(work.num_tokens), str(work.local_expert_offset)]
-        for name in results:
-            cells += _result_cells(results, name, work.uuid)
-        cells += [
-            _times(latency_ratio(results, slow, fast, work.uuid)) for slow, fast in pairs(results)
-        ]
-        rows.append(cells)
-    means = _summary_rows(results, covered_uuids(workloads, results))
-    lines = _table(header, rows + means, numeric_from=1)
-    is_marked = any(cell.endswith(")") for cells in means for cell in cells)
-    return [*lines, "", _OF_NOTE] if is_marked else lines
 
 
 def _workspace(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
@@ -147,8 +67,7 @@ def render(
 
     Args:
         workloads: the workloads to list; shown by ascending token count.
-        results: solution name -> uuid -> measurement; the first solution is the baseline of the
-            ratios.
+        results: solution name -> uuid -> measurement.
         header: lines of the head, label -> text (device, tolerances, timer, configuration).
         command: the command that measured the rows.
         designs: solution name -> aspect -> how it does that (`Solution.design`); facts of the code.
@@ -170,42 +89,50 @@ def render(
     if unknown:
         raise ValueError(f"results: workloads that are not listed: {', '.join(unknown[:3])}")
     ordered = sorted(workloads, key=lambda work: (work.num_tokens, work.uuid))
-    lines = [f"# {' vs '.join(results)}", ""]
+    main, _ = comparison_factors.split(results)
+    lines = [f"# {_title(main)}", ""]
     lines += [line for warning in warnings for line in (warning, "")]
     lines += [f"- {label}: {text}" for label, text in header.items()]
     lines += ["", "## Command", "", "```bash", command, "```", ""]
-    lines += _differences({name: designs.get(name, {}) for name in results})
-    lines += [
-        "## Results",
-        "",
-        "Latency in ms, speedup over the reference, ratio of latencies (above 1: first is faster).",
-    ]
-    lines += ["", *_results_table(ordered, results), ""]
+    lines += comparison_tables.differences({name: designs.get(name, {}) for name in results})
+    lines += ["## Results", "", *comparison_tables.status(ordered, main), ""]
+    lines += comparison_tables.figures(ordered, main)
     if plot:
         lines += [f"![Speedup against tokens]({plot})", ""]
     lines += ["## Analysis", ""]
-    for heading, sentences in analysis(ordered, results):
+    if not is_few(main):
+        lines += comparison_tables.regimes(ordered, main)
+    for heading, sentences in analysis(ordered, main):
         lines += [f"### {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
+    lines += comparison_factors.section(ordered, results)
     lines += _workspace(ordered, results)
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _title(results: Results) -> str:
+    if is_few(results):
+        return " vs ".join(results)
+    return f"{len(results)} solutions compared"
+
+
 def plot_speedups(
-    workloads: Sequence[WorkloadRow], results: Results, path: str | os.PathLike[str]
-) -> None:
+    workloads: Sequence[WorkloadRow],
+    results: Results,
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> bool:
     """Plots each solution's speedup over the reference against the tokens (log-log) into a PNG.
 
     Args:
         workloads: the workloads to show.
         results: solution name -> uuid -> measurement; rows without a speedup are left out.
         path: the file to write, atomically.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+        title: of the plot.
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    Returns:
+        Whether there is a plot: points at fewer than two token counts make none.
+    """
+    curves = {}
     for name in results:
         points = [
             (work.num_tokens, value)
@@ -213,13 +140,23 @@ def plot_speedups(
             if (value := speedup(passed(results, name, work.uuid))) is not None
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speedup over the reference")
-    axes.grid(True, which="both", alpha=0.3)
-    if axes.lines:
-        axes.legend()
+            curves[name] = points
+    if len({tokens for points in curves.values() for tokens, _ in points}) < 2:
+        return False
+    figure = plot_style.figure(11, 5.2)
+    axes = figure.add_subplot()
+    axes.set(xscale="log", yscale="log", xlabel="tokens T", ylabel="speedup over the reference")
+    axes.set_title(title, fontsize=10)
+    for name, points in curves.items():
+        axes.plot(*plot_style.curve(points), **plot_style.style(name))
+    for axis in (axes.xaxis, axes.yaxis):
+        plot_style.log_axis(axis)
+    axes.grid(True, which="major", alpha=0.35)
+    axes.grid(True, which="minor", alpha=0.12)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=9, loc="outside right upper")
     with write_atomically(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=130)
+    return True
 
 
 def write(
@@ -231,15 +168,30 @@ def write(
     command: str,
     designs: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     warnings: Sequence[str] = (),
+    title: str = "",
     name: str = "comparison_report",
-) -> Path:
-    """Writes `NAME.md` and `NAME.png` into `directory`; arguments as for `render`.
+) -> list[Path]:
+    """Writes `NAME.md` and, if there is something to plot, `NAME.png` into `directory`.
+
+    Args:
+        directory: made if missing.
+        workloads: as for `render`.
+        results: as for `render`.
+        header: as for `render`.
+        command: as for `render`.
+        designs: as for `render`.
+        warnings: as for `render`.
+        title: of the plot.
+        name: of the files.
 
     Returns:
-        The path of the markdown document.
+        The files, the markdown document first.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    document, plot = folder / f"{name}.md", folder / f"{name}.png"
+    main, _ = comparison_factors.split(results)
+    is_plotted = plot_speedups(workloads, main, plot, title)
     text = render(
         workloads,
         results,
@@ -247,10 +199,11 @@ def write(
         command=command,
         designs=designs,
         warnings=warnings,
-        plot=f"{name}.png",
+        plot=plot.name if is_plotted else None,
     )
-    plot_speedups(workloads, results, folder / f"{name}.png")
-    path = folder / f"{name}.md"
-    with write_atomically(path, "w") as file:
+    with write_atomically(document) as file:
         file.write(text)
-    return path
+    if is_plotted:
+        return [document, plot]
+    plot.unlink(missing_ok=True)  # an earlier report's
+    return [document]

@@ -10,7 +10,9 @@ from bench import breakdown, documents, header, plots, report
 from bench.results import WRONG, KernelTime, Results
 from bench.roofline import Roofline
 from bench.settings import Settings
+from bench.timers import Statistics
 from bench.workloads import FULL, select
+from interop.comparison_factors import FACTORS
 from tests.bench_rows import row
 
 ROOFLINE = Roofline(read_bytes_per_s=2e12, fp8_flops_per_s=1e15, probes="made up")
@@ -23,6 +25,7 @@ def results(tmp_path):
     about = {
         "device": device,
         "versions": {"jax": "1"},
+        "started": "2026-01-02T03:04:05+00:00",
         "git_commit": "abc",
         "command": settings.command(),
         "settings": settings.comparable(),
@@ -235,6 +238,54 @@ def test_triton_kernels_have_stages_and_other_solutions_have_none():
     assert found == ["route", "plan", "plan", "up", "unpermute"]
     peer = row("sglang_v2", 7, 9, kernels=kernels)
     assert {stage.work for stage in breakdown.stages(peer, FULL)} == {None}
+
+
+def test_the_comparison_has_both_clocks_of_every_variant(results):
+    found, settings = results
+    for place, name in enumerate(("sglang_v1", *FACTORS, "sglang_v2")):
+        for tokens in (7, 80):
+            us = 600.0 / (1 + place / 10)
+            wall = Statistics(us + 100, us, us + 200, 20)
+            one = row(name, tokens, us, how="CUDA graph", wall=wall)
+            found.rows[name, one.uuid] = one
+    checked = row("mosaic_interpreted", 14, None)
+    found.rows[checked.solution, checked.uuid] = checked
+    options = documents.Options(report=True)
+    written = {path.name: path for path in documents.write_all(found, settings, options)}
+    text = written["comparison_report.md"].read_text()
+    assert text.startswith("# 4 solutions compared\n")
+    assert "- Definition: `moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048`\n" in text
+    assert "- Date: 2026-01-02 03:04 UTC\n" in text
+    assert "CUDA graph: sglang_v2, sglang_v1, sglang_v1_native_quant" in text
+    by_gpu, by_wall = text.split("### By GPU time")[1].split("### By wall time")
+    assert "| All workloads | 2 | 1.10x | 1.20x | 1.30x | 1.40x |" in by_gpu
+    assert "| All workloads | 2 | 1.08x | 1.17x | 1.25x | 1.32x |" in by_wall
+    assert "mosaic_interpreted" not in text
+    assert "`8cba5890`" not in text  # where nothing was timed
+
+
+def test_a_plot_names_device_inputs_and_routing(results):
+    found, _ = results
+    assert plots._title(found) == (
+        "Made-up GPU, GPU time, cold L2, median\nH=7168 I=2048 E=256 E_local=32, realistic inputs, "
+        "routing by the captured moments"
+    )
+    changed = {"routing": "zipf", "inputs": "flashinfer", "on_gpu": False}
+    found.about["settings"] |= changed
+    assert plots.conditions(found).startswith("REDUCED sizes H=7168")
+    assert plots.conditions(found).endswith("flashinfer inputs, routing by zipf")
+    found.about["settings"]["inputs"] = "dataset"
+    assert plots.conditions(found).endswith("dataset inputs, routing of the data set")
+
+
+def test_a_single_token_count_is_no_plot(results):
+    found, settings = results
+    found.rows = {key: one for key, one in found.rows.items() if one.num_tokens == 7}
+    untimed = row("mosaic_interpreted", 14, None)
+    found.rows[untimed.solution, untimed.uuid] = untimed
+    written = documents.write_all(found, settings, documents.Options(report=True))
+    assert {path.name for path in written} == {"results.md", "comparison_report.md"}
+    assert ".png" not in (settings.output / "results.md").read_text()
 
 
 def test_the_plot_has_two_panels_with_a_roofline_and_one_without(results, tmp_path):

@@ -16,10 +16,10 @@ from absl.testing import flagsaver
 
 import bench_main
 import jax_moe
-from bench import documents, plots, run_folder, runner, session, solutions
+from bench import comparison, documents, plots, run_folder, runner, session, solutions
 from bench.results import Results
 from bench.settings import Settings
-from interop import folder_lock, interruption
+from interop import comparison_report, folder_lock, interruption
 from interop.solutions.base import Solution
 from tests.bench_rows import measure_nothing, row
 
@@ -35,13 +35,11 @@ def here(monkeypatch, tmp_path):
         name: Solution(name=name, framework="jax", description=name, run=jax_moe.apply)
         for name in ("torch_reference", "ours")
     }
-    for module in (solutions, documents):
+    for module in (solutions, comparison):
         monkeypatch.setattr(module, "registry", lambda backend="auto": found)
     monkeypatch.setattr(runner, "run", measure_nothing)
     monkeypatch.setattr(plots, "write", lambda results, path: path.write_text("a plot"))
-    monkeypatch.setattr(
-        documents.comparison_report, "plot_speedups", lambda *_: pathlib.Path(_[-1]).write_text("")
-    )
+    monkeypatch.setattr(comparison_report, "plot_speedups", lambda *_: bool(_[2].write_text("x")))
     return tmp_path
 
 
@@ -139,7 +137,7 @@ def test_overwriting_loses_nothing_before_a_row_is_there(here, monkeypatch):
     assert contents(chosen.output) == before
     monkeypatch.setattr(runner, "run", interrupted(after=1))
     assert execute(other, overwrite=True, report=False) == 130
-    assert set(contents(chosen.output)) == {"results.json", "results.md", "results.png"}
+    assert set(contents(chosen.output)) == {"results.json", "results.md"}
     found = content(chosen.output)
     assert (found["settings"]["seed"], len(found["rows"]), found["complete"]) == (5, 1, False)
     assert "seed 5" in (chosen.output / "results.md").read_text()

@@ -10,7 +10,7 @@ import matplotlib.image
 import pytest
 
 import jax_moe
-from bench import documents, session, solutions
+from bench import comparison, documents, session, solutions
 from bench.correctness import Tolerance
 from bench.results import ERROR, PASS, WRONG
 from bench.settings import Settings
@@ -50,7 +50,7 @@ def registry(monkeypatch, request):
         monkeypatch.setattr(jax_moe, "reference", cheap_layer)
     found = {"torch_reference": solution("torch_reference", jax_moe.reference)}
     monkeypatch.setattr(solutions, "registry", lambda backend="auto": found)
-    monkeypatch.setattr(documents, "registry", lambda backend="auto": found)
+    monkeypatch.setattr(comparison, "registry", lambda backend="auto": found)
 
     def put(*added):
         found.update({one.name: one for one in added})
@@ -304,4 +304,6 @@ def test_scaling_runs_on_powers_of_two(tmp_path, registry):
     chosen = settings(tmp_path, "ours", scaling=True, workloads=("1",), num_trials=1)
     assert execute(chosen) == session.OK
     assert {row["uuid"] for row in rows_of(chosen)[0].values()} == {"scaling-1"}
-    assert (chosen.output / "scaling.png").exists()
+    text = (chosen.output / "scaling.md").read_text()
+    assert text.startswith("# Scaling on ")
+    assert not (chosen.output / "scaling.png").exists()  # a point alone

@@ -271,6 +271,13 @@ SPOILED_TRACES = {
         lambda t: t["evaluation"]["environment"].update(libs={"a\rb": "1"}),
         r"environment: libs: expected one line .*got 'a\\rb'",
     ),
+    "no timestamp": (
+        lambda t: t["evaluation"].update(timestamp="yesterday\n# A heading"),
+        r"jsonl:1: timestamp: expected an ISO time, got 'yesterday\\n",
+    ),
+    "timestamp of no text": (
+        lambda t: t["evaluation"].update(timestamp=5), "timestamp: expected an ISO time, got 5"
+    ),
     "endless time": (
         lambda t: t["evaluation"]["performance"].update(latency_ms=10**400),
         r"jsonl:1: latency_ms: expected a number in 1e-06\.\.1e\+09, got 1000",

@@ -251,7 +251,10 @@ def test_the_report_from_traces(folder):
     assert "sglang_v1 18 of 19" in text
     assert "`jax_moe_mosaic` is 4.00x as fast as `sglang_v1`" in text
     assert "- `sglang_v1`: 1,073,741,824 bytes" in text
-    assert "| `b8f4f012` | 7 | 192 | TIMEOUT | - | 1.000 | 10.00x |" in text
+    assert "- Date: 2026-01-01\n" in text
+    assert "| `b8f4f012` | 7 | 192 | TIMEOUT | 10.00x | 20.00x | - | - | 2.00x |" in text
+    assert "| `b8f4f012` | 7 | 192 | TIMEOUT | 1.000 | 0.500 |" in text
+    assert "- `sglang_v1`: 18 of 19 workloads PASS" in text
     assert "mean of n = 5 calls (5 iterations x 1 trials)" in text
 
 
@@ -269,8 +272,9 @@ def test_wrong_results_are_reported(folder):
     text = report(folder).read_text()
     assert "Smallest matched ratio: sglang_v1 0.9300, jax_moe_mosaic 0.0000" in text
     assert "Passed: sglang_v1 19 of 19, jax_moe_mosaic 0 of 19" in text
-    assert text.count("| INCORRECT_NUMERICAL | - |") == 19
-    assert "**mean** of 19 |  |  | 1.000 | 10.00x | - | - |" in text
+    assert text.count("| 10.00x | INCORRECT_NUMERICAL | - |") == 19
+    assert text.count("| 1.000 | INCORRECT_NUMERICAL |") == 19
+    assert "**mean** of 19 |  |  | 10.00x | - | - |" in text
     write_traces(folder, [failed(ROWS[0], "sglang_v1", 0.5)])  # not one has a time
     assert "**mean** of 0" in report(folder).read_text()
 

@@ -36,26 +36,29 @@ def render(results, workloads=WORKLOADS, **options):
     )
 
 
-def cells(text: str, label: str) -> list[str]:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label}")]
+def cells(text: str, label: str, table: int = 0) -> list[str]:
+    """A line of the table of speeds (0) or of latencies (1)."""
+    line = [line for line in text.splitlines() if line.startswith(f"| {label}")][table]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_means_are_those_of_the_rows():
     """The published document misprints the first mean as 19.60."""
     text = render(published_results())
-    assert cells(text, "**mean**")[4::2] == ["20.12x", "22.71x"]
-    assert cells(text, "**mean**")[-1] == "1.14x"
+    assert cells(text, "**mean**") == ["**mean** of 19", "", "", "20.12x", "22.71x", "1.14x"]
     ratios = [v2 / v1 for _, v1, v2 in PUBLISHED]
     assert comparison_analysis.geomean(ratios) == pytest.approx(1.135, abs=1e-3)
     assert cells(text, "**geomean**")[-1] == f"{comparison_analysis.geomean(ratios):.2f}x"
 
 
-def test_rows_are_sorted_and_ratios_are_of_latencies():
+def test_rows_are_sorted_and_ratios_are_of_speeds():
     text = render(published_results(), workloads=WORKLOADS[::-1])
     shown = [int(line.split("|")[2]) for line in text.splitlines() if line.startswith("| `")]
-    assert shown == sorted(row.num_tokens for row in WORKLOADS)
-    assert cells(text, "`00000001`")[4:] == ["13.80x", "0.640", "23.42x", "1.70x"]
+    assert shown == sorted(row.num_tokens for row in WORKLOADS) * 2
+    assert cells(text, "UUID")[3:] == ["v1", "v2", "v2 / v1"]
+    assert cells(text, "`00000001`")[3:] == ["13.80x", "23.42x", "1.70x"]
+    assert cells(text, "`00000001`", 1)[3:] == ["1.087", "0.640"]
+    assert "`A / B` is a ratio of speeds: how many times as fast A is as B (above 1: A" in text
 
 
 def test_the_analysis_covers_the_regimes_and_nothing_else():
@@ -91,8 +94,11 @@ def test_a_wrong_result_never_shows_a_speed():
     results["v2"][first] = Measurement("INCORRECT_NUMERICAL", 0.1, 15.0)
     del results["v2"][WORKLOADS[1].uuid]
     text = render(results)
-    assert cells(text, "`00000001`")[-3:] == ["INCORRECT_NUMERICAL", "-", "-"]
-    assert cells(text, "`00000007`")[-3:] == ["not run", "-", "-"]
+    assert cells(text, "`00000001`")[3:] == ["13.80x", "INCORRECT_NUMERICAL", "-"]
+    assert cells(text, "`00000001`", 1)[3:] == ["1.087", "INCORRECT_NUMERICAL"]
+    assert cells(text, "`00000007`")[3:] == ["21.78x", "not run", "-"]
+    assert "- `v2`: 17 of 19 workloads PASS" in text
+    assert "All 19" not in text.replace("All workloads", "")
     assert "`v2` has no passing result on 2 of 19." in text
 
 
@@ -108,12 +114,14 @@ def test_means_keep_what_only_some_solutions_passed():
     assert means[0] == "**geomean** of 19"
     speedups = [v1 for _, v1, _ in PUBLISHED]
     latencies = [15.0 / v2 for _, _, v2 in PUBLISHED[:18]]
-    assert means[4] == f"{comparison_analysis.geomean(speedups):.2f}x"
-    assert means[5] == f"{comparison_analysis.geomean(latencies):.3f} (of 18)"
-    assert means[7:9] == ["1.000 (of 17)", "15.00x (of 16)"]
+    assert means[3] == f"{comparison_analysis.geomean(speedups):.2f}x"
+    assert means[5] == "15.00x (of 16)"
+    of_latencies = cells(text, "**geomean**", 1)
+    assert of_latencies[4] == f"{comparison_analysis.geomean(latencies):.3f} (of 18)"
+    assert of_latencies[5] == "1.000 (of 17)"
     ratios = [v2 / v1 for _, v1, v2 in PUBLISHED[:18]]
     expected = f"{comparison_analysis.geomean(ratios):.2f}x"
-    assert means[9] == f"{expected} (of 18)"
+    assert means[6] == f"{expected} (of 18)"
     assert "`(of n)`: " in text
     assert f"`v2` is {expected} as fast as `v1` (geometric mean of 18, 0.97x to 1.70x)" in text
     assert "- `v2` is 1.13x as fast as `v1` on 1 of 2." in text
@@ -128,21 +136,27 @@ def test_a_solution_that_never_passed_does_not_empty_the_means():
 
 def test_differences_and_workspace():
     text = render(published_results(), designs=DESIGNS)
-    assert cells(text, "SwiGLU")[1:] == ["copy", "views"]
-    assert cells(text, "Workspace")[1:] == ["-", "small"]
+    assert cells(text, "solution") == ["solution", "SwiGLU", "Workspace"]
+    assert cells(text, "`v1`") == ["`v1`", "copy", "-"]
+    assert cells(text, "`v2`") == ["`v2`", "views", "small"]
     assert "- `v2`: 20 bytes (at T=1)" in text
     without = {"v1": {row.uuid: Measurement(PASSED, 1.0, 2.0) for row in WORKLOADS}}
     assert "- `v1`: not measured in this run" in render(without)
 
 
 def test_documents_are_written_whole(tmp_path):
-    path = comparison_report.write(
-        tmp_path / "new", WORKLOADS, published_results(), header={}, command="x", name="report"
-    )
-    assert path == tmp_path / "new" / "report.md"
-    assert "![Speedup against tokens](report.png)" in path.read_text()
-    assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in path.parent.iterdir()) == ["report.md", "report.png"]
+    folder = tmp_path / "new"
+    how = {"header": {}, "command": "x", "name": "report"}
+    written = comparison_report.write(folder, WORKLOADS, published_results(), **how)
+    assert written == [folder / "report.md", folder / "report.png"]
+    assert "![Speedup against tokens](report.png)" in written[0].read_text()
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+    assert sorted(folder.iterdir()) == written
+    one = {name: {WORKLOADS[0].uuid: rows[WORKLOADS[0].uuid]} for name, rows in
+           published_results().items()}  # fmt: skip
+    assert comparison_report.write(folder, WORKLOADS[:1], one, **how) == [folder / "report.md"]
+    assert list(folder.iterdir()) == [folder / "report.md"]  # a point alone is no plot
+    assert "report.png" not in (folder / "report.md").read_text()
 
 
 def test_bad_rows_are_refused():
@@ -150,3 +164,44 @@ def test_bad_rows_are_refused():
         render({})
     with pytest.raises(ValueError, match="not listed: nobody"):
         render({"v1": {"nobody": Measurement(PASSED, 1.0, 2.0)}})
+
+
+def test_all_that_pass_are_said_to():
+    assert "All 19 workloads PASS with each of the solutions." in render(published_results())
+    one = {"v1": published_results()["v1"]}
+    assert "All 19 workloads PASS with `v1`." in render(one)
+
+
+def test_warnings_come_first():
+    text = render(published_results(), warnings=["**Incomplete**: interrupted."])
+    assert text.startswith("# v1 vs v2\n\n**Incomplete**: interrupted.\n\n- Device: B200\n")
+
+
+def test_a_tie_is_no_win():
+    results = published_results()
+    results["v2"] = dict(results["v1"])
+    groups = dict(comparison_analysis.analysis(WORKLOADS, results))
+    expected = "`v2` is 1.00x as fast as `v1` (geometric mean, 1.00x), faster on none."
+    assert expected in groups["T = 7-32 (5 workloads)"]
+    first = WORKLOADS[1].uuid
+    results["v2"][first] = Measurement(PASSED, results["v1"][first].latency_ms / 2, 15.0)
+    groups = dict(comparison_analysis.analysis(WORKLOADS, results))
+    assert any("faster on 1 of 5" in one for one in groups["T = 7-32 (5 workloads)"])
+
+
+def test_versions_are_compared_however_many_solutions_there_are():
+    """Nine solutions: two blocks of columns, and both pairs of versions with their averages."""
+    published = published_results()
+    names = {"a_v1": "v1", "a_v2": "v2", "b_v1": "v1", "b_v2": "v1", "lonely_v1": "v2"}
+    results = {name: published[of] for name, of in names.items()}
+    results |= {f"other{i}": published["v1"] for i in range(4)}
+    text = render(results)
+    assert text.startswith("# 9 solutions compared\n")
+    assert comparison_analysis.pairs(results) == [("a_v1", "a_v2"), ("b_v1", "b_v2")]
+    assert cells(text, "UUID", 1)[3:] == ["other3", "a_v2 / a_v1", "b_v2 / b_v1"]
+    assert cells(text, "**mean**", 1)[3:] == ["20.12x", "1.14x", "1.00x"]
+    assert "- `a_v2` is 1.14x as fast as `a_v1` (geometric mean, 0.97x to 1.70x)" in text
+    assert max(line.count("|") for line in text.splitlines()) <= 12
+    # What no sentence says of so many is in a table by regime.
+    assert cells(text, "T = 1 (1 workload)")[1:4] == ["13.80x", "23.42x", "13.80x"]
+    assert "the reference's speed" not in text

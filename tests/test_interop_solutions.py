@@ -24,6 +24,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 NAMES = (
     "torch_reference",
     "sglang_v1",
+    "sglang_v1_native_quant",
+    "sglang_v1_zero_copy_swiglu",
+    "sglang_v1_small_workspace",
     "sglang_v2",
     "deepgemm",
     "deepgemm64",
@@ -85,8 +88,11 @@ def test_cpu_solutions_match_the_oracle(name, bound, num_tokens):
         assert torch.equal(found[~expected.any(dim=1)], expected[~expected.any(dim=1)])
 
 
+SGLANG = [name for name in NAMES if name.startswith("sglang")]
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 40])
-@pytest.mark.parametrize("name", ["sglang_v1", "sglang_v2"])
+@pytest.mark.parametrize("name", SGLANG)
 def test_the_sglang_pipelines_around_their_operators(monkeypatch, name, num_tokens):
     """The order and arguments of the calls; the operators themselves run on a GPU only."""
     monkeypatch.setattr(sgl_library, "load", lambda: fake_sgl_ops.OPS)
@@ -100,7 +106,55 @@ def test_the_sglang_pipelines_around_their_operators(monkeypatch, name, num_toke
         assert not found[~expected.any(dim=1)].any()
 
 
-@pytest.mark.parametrize("name", ["sglang_v1", "sglang_v2"])
+def steps_of(monkeypatch, name):
+    """What a solution calls between the GEMMs, and the size of the workspace that they get."""
+    seen = []
+
+    def watched(operator, function):
+        def call(*arguments):
+            seen.append(operator)
+            if operator == "fp8_blockwise_scaled_grouped_mm":
+                seen[-1] = arguments[-1].numel()
+            return function(*arguments)
+
+        return call
+
+    ops = {
+        name: SimpleNamespace(default=watched(name, op.default))
+        for name, op in vars(fake_sgl_ops.OPS).items()
+    }
+    monkeypatch.setattr(sgl_library, "load", lambda: SimpleNamespace(**ops))
+    copies = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *a, **k: copies.append(1) or cat(*a, **k))
+    SOLUTIONS[name].run(*torch_inputs(4))
+    first, last = (place for place, what in enumerate(seen) if isinstance(what, int))
+    return {
+        "workspace": {seen[first], seen[last]},
+        "quantization": "sgl_per_token_group_quant_8bit" in seen[first:last],
+        "swap": ("silu_and_mul" in seen[first:last], len(copies) - 1),  # one of the fake's own
+    }
+
+
+def test_each_variant_differs_from_the_first_pipeline_in_one_step(monkeypatch):
+    found = {name: steps_of(monkeypatch, name) for name in SGLANG}
+    first, second = found["sglang_v1"], found["sglang_v2"]
+    assert first == {"workspace": {1 << 30}, "quantization": False, "swap": (True, 1)}
+    assert second == {"workspace": {90_000}, "quantization": True, "swap": (False, 0)}
+    for name, step in (
+        ("sglang_v1_native_quant", "quantization"),
+        ("sglang_v1_zero_copy_swiglu", "swap"),
+        ("sglang_v1_small_workspace", "workspace"),
+    ):
+        assert found[name] == first | {step: second[step]}, name
+        differing = [
+            k for k, v in SOLUTIONS[name].design.items() if SOLUTIONS["sglang_v1"].design[k] != v
+        ]
+        assert len(differing) == 1, name
+        assert SOLUTIONS[name].design[differing[0]] == SOLUTIONS["sglang_v2"].design[differing[0]]
+
+
+@pytest.mark.parametrize("name", SGLANG)
 def test_the_sglang_pipelines_fill_what_the_published_ones_fill(monkeypatch, name):
     """One fill per distinct stride and one for the output: at T=1 each costs about 1 us of 154."""
     hidden, intermediate, experts = 512, 128, 8

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from bench import documents, environment, session, solutions
+from bench import comparison, documents, environment, session, solutions
 from bench.results import PASS
 from bench.settings import Settings
 from interop import interruption
@@ -116,7 +116,7 @@ def small_benchmark(monkeypatch, tmp_path, layer, *workloads):
         name: Solution(name=name, framework="jax", description=name, run=function)
         for name, function in (("torch_reference", cheap_layer), ("ours", layer))
     }
-    for module in (solutions, documents):
+    for module in (solutions, comparison):
         monkeypatch.setattr(module, "registry", lambda backend="auto": found)
     monkeypatch.setattr(documents, "write_all", lambda *_: [])  # matplotlib takes a second
     monkeypatch.setattr(environment, "_output_of", lambda *_: None)  # so does git

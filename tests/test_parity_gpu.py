@@ -19,7 +19,10 @@ from tests.torch_inputs import bits, matched_ratio, relative_error  # noqa: E402
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("full_size_torch")]
 
 TWO_ULP = 2 * float(np.spacing(np.float32(5.0)))
-PEERS = ("sglang_v1", "sglang_v2", "deepgemm64", "deepgemm128")
+PEERS = (
+    *("sglang_v1", "sglang_v1_native_quant", "sglang_v1_zero_copy_swiglu"),
+    *("sglang_v1_small_workspace", "sglang_v2", "deepgemm64", "deepgemm128"),
+)
 ROWS = {f"T={row.num_tokens}": row for row in workloads()}
 
 

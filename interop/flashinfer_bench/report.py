@@ -38,15 +38,18 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         }
         for name in _ordered(traces)
     }
-    return comparison_report.write(
+    document, *_ = comparison_report.write(
         folder if output is None else output,
         [comparison_report.WorkloadRow(*row[:3]) for row in traces.workloads],
         results,
         header=_header(traces, called),
         command=called.get("command", _UNKNOWN),
         designs=solutions.designs(),
+        title=f"{', '.join(traces.hardware)}, speedup over the definition's reference inside "
+        f"flashinfer-bench, means\ninputs of flashinfer-bench, routing from the folder's blobs",
         name="flashinfer_bench",
     )
+    return document
 
 
 def _ordered(traces: Traces) -> list[str]:
@@ -66,6 +69,7 @@ def _header(traces: Traces, called: Mapping[str, Any]) -> dict[str, str]:
     config = ("warmup_runs", "iterations", "num_trials", "timeout")
     return {
         "Definition": f"`{definition()['name']}`",
+        "Date": " to ".join(dict.fromkeys((min(traces.dates), max(traces.dates)))),
         "Device": ", ".join(traces.hardware),
         "Tolerances": _pairs(settings, ("rtol", "atol", "required_matched_ratio")),
         "Config": _pairs(settings, config),

@@ -6,6 +6,7 @@ that is not the folder's of that uuid, an unknown key, a time or share that cann
 `ValueError` that names the file and the entry.
 """
 
+import datetime
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,7 @@ class Traces(NamedTuple):
         workloads: All workloads of the folder, in file order.
         results: Solution -> workload uuid -> measurement, for the solutions that have traces, in
             the order of their first trace.
+        dates: Days on which the traces were taken, YYYY-MM-DD, by the machine's clock.
         hardware: Devices named by the traces.
         libraries: Library versions named by the traces, name -> each version.
         matched_ratio: The smallest share of matched elements of each solution; where reported.
@@ -47,6 +49,7 @@ class Traces(NamedTuple):
 
     workloads: tuple[Workload, ...]
     results: Mapping[str, Mapping[str, Measurement]]
+    dates: tuple[str, ...]
     hardware: tuple[str, ...]
     libraries: Mapping[str, tuple[str, ...]]
     matched_ratio: Mapping[str, float]
@@ -108,6 +111,7 @@ def read_traces(folder: str | Path) -> Traces:
     given = [line["workload"] for _, line in workload_lines(root)]
     known = {"solution": read_solutions(root), "uuid": {line["uuid"]: line for line in given}}
     results: dict[str, dict[str, Measurement]] = {}
+    dates: dict[str, None] = {}
     hardware: dict[str, None] = {}
     libraries: dict[str, tuple[str, ...]] = {}
     matched: dict[str, float] = {}
@@ -117,6 +121,7 @@ def read_traces(folder: str | Path) -> Traces:
         if uuid in rows:
             raise ValueError(f"{where}: {name!r} has two traces for workload {uuid}")
         rows[uuid] = _measurement(evaluation, where)
+        dates[_date(evaluation["timestamp"], where)] = None
         device, libs = _environment(evaluation["environment"], f"{where}: environment")
         hardware[device] = None
         for library, version in libs.items():
@@ -131,7 +136,15 @@ def read_traces(folder: str | Path) -> Traces:
         raise ValueError(
             f"{shown(root)}: no traces/**/{definition()['name']}.jsonl with a measured trace"
         )
-    return Traces(workloads, results, tuple(hardware), libraries, matched)
+    return Traces(workloads, results, tuple(dates), tuple(hardware), libraries, matched)
+
+
+def _date(timestamp: Any, where: str) -> str:
+    try:
+        return datetime.datetime.fromisoformat(timestamp).date().isoformat()
+    except (TypeError, ValueError):
+        shown = reprlib.repr(timestamp)
+        raise ValueError(f"{where}: timestamp: expected an ISO time, got {shown}") from None
 
 
 def _environment(value: Any, where: str) -> tuple[str, Mapping[str, str]]:

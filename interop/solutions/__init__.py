@@ -11,6 +11,7 @@ SOLUTIONS: dict[str, Solution] = {
     for solution in (
         torch_reference.SOLUTION,
         sglang_v1.SOLUTION,
+        *sglang_v1.VARIANTS,
         sglang_v2.SOLUTION,
         *deepgemm.SOLUTIONS,
         jax_v1.SOLUTION,

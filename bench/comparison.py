@@ -1,0 +1,75 @@
+"""The published comparison's document, from the rows of a run."""
+
+from pathlib import Path
+
+from bench import header, plots
+from bench.results import PASS, REFERENCE, Results, Row
+from bench.settings import Settings
+from bench.solutions import registry
+from interop import comparison_report
+from interop.comparison_report import Measurement, WorkloadRow
+
+_CLOCKS = {"gpu": "GPU time", "wall": "wall time"}
+
+
+def write(results: Results, settings: Settings, name: str) -> list[Path]:
+    """Writes `NAME.md` and `NAME.png` into the run's folder; the reference is the denominator.
+
+    Returns:
+        The files; none where there is no row of another solution than the reference.
+    """
+    workloads = [
+        WorkloadRow(uuid, rows[0].num_tokens, rows[0].local_expert_offset)
+        for uuid, rows in results.workloads()
+    ]
+    asked = [name for name in settings.solutions if name in results.solutions()]
+    names = dict.fromkeys([*asked, *results.solutions()])
+    measured: dict[str, dict[str, Measurement]] = {
+        name: {} for name in names if name != REFERENCE and not _is_untimed(results, name)
+    }
+    for row in results.rows.values():
+        if row.solution in measured:
+            measured[row.solution][row.uuid] = _measurement(results, row)
+    if not measured:
+        return []
+    shown = {uuid for rows in measured.values() for uuid in rows}
+    return comparison_report.write(
+        results.path.parent,
+        [work for work in workloads if work.uuid in shown],
+        measured,
+        header=dict(header.lines(results, settings)) | {"Launched as": _launches(results)},
+        command=results.about["command"],
+        designs={name: one.design for name, one in registry(settings.backend).items()},
+        warnings=header.warnings(results, settings),
+        title=f"{results.about['device']['kind']}, speedup over {REFERENCE} by "
+        f"{_CLOCKS[results.timer]}, medians\n{plots.conditions(results)}",
+        name=name,
+    )
+
+
+def _is_untimed(results: Results, name: str) -> bool:
+    """Whether a solution is only checked, as in the interpreter of the kernels."""
+    rows = [row for row in results.rows.values() if row.solution == name]
+    return all(row.status == PASS and row.time(results.timer) is None for row in rows)
+
+
+def _launches(results: Results) -> str:
+    hows: dict[str, dict[str, None]] = {}
+    for row in results.rows.values():
+        if row.how and row.solution != REFERENCE:
+            hows.setdefault(row.how, {})[row.solution] = None
+    return "; ".join(f"{how}: {', '.join(names)}" for how, names in hows.items())
+
+
+def _measurement(results: Results, row: Row) -> Measurement:
+    times = row.time(results.timer)
+    reference = results.rows.get((REFERENCE, row.uuid))
+    reference_times = reference.time(results.timer) if reference else None
+    by_clock = {title: row.time(clock) for clock, title in _CLOCKS.items()}
+    return Measurement(
+        status=comparison_report.PASSED if row.status == PASS else row.status,
+        latency_ms=times.median / 1e3 if times else None,
+        reference_ms=reference_times.median / 1e3 if reference_times else None,
+        workspace_bytes=row.workspace_bytes,
+        clocks={title: found.median / 1e3 for title, found in by_clock.items() if found},
+    )
