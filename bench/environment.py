@@ -8,9 +8,12 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pallas_kernels.files import cache_folder
+
+if TYPE_CHECKING:
+    from bench.workloads import Sizes
 
 _PACKAGES = (
     "jax",
@@ -123,10 +126,13 @@ def gpu_state() -> dict[str, str] | None:
     return dict(zip(_GPU_STATE, (field.strip() for field in query.split(",")), strict=False))
 
 
-def device() -> Mapping[str, Any]:
+def device(sizes: "Sizes | None" = None) -> Mapping[str, Any]:
     """The default JAX device: platform, kind, for a GPU its capability and memory in bytes.
 
     `tuned` names the kernels whose tilings this user measured; the others use the shipped ones.
+
+    Args:
+        sizes: Of the rank that tilings are for; None means DeepSeek-V3's.
     """
     import jax
 
@@ -137,22 +143,25 @@ def device() -> Mapping[str, Any]:
         "platform": found.platform,
         "kind": found.device_kind,
         "compute_capability": capability,
-        "tuned": _tuned(capability) if capability else [],
+        "tuned": _tuned(capability, sizes) if capability else [],
         "memory_bytes": (memory or {}).get("bytes_limit"),
         "host_cpus": os.cpu_count(),
     }
 
 
-def _tuned(capability: str) -> list[str]:
-    from pallas_kernels.mosaic import tilings
+def _tuned(capability: str, sizes: "Sizes | None") -> list[str]:
+    from pallas_kernels.mosaic import tilings as mosaic
+    from pallas_kernels.tuning import tables
 
-    found = [] if tilings.is_shipped() else [tilings.KERNELS]
+    key = tables.DEEPSEEK_V3
+    if sizes is not None:
+        key = tables.Sizes(sizes.hidden_size, sizes.intermediate_size, sizes.num_local_experts)
+    shipped = {"mosaic": mosaic.chosen(key).is_shipped}
     if importlib.util.find_spec("triton") is not None:
-        from pallas_kernels.triton import tilings
+        from pallas_kernels.triton import tilings as triton
 
-        if not tilings.is_shipped(int(capability.replace(".", ""))):
-            found.append(tilings.KERNELS)
-    return found
+        shipped["triton"] = triton.chosen(triton.number_of(capability), key).is_shipped
+    return [name for name, is_shipped in shipped.items() if not is_shipped]
 
 
 def _output_of(*command: str) -> str | None:

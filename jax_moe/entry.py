@@ -17,7 +17,7 @@ from jax_moe import backends, buckets, lowering_cache, memory, validate
 from jax_moe.config import MoEConfig
 from jax_moe.device import device_of, jax_device_of
 from jax_moe.transforms import forward_only
-from jax_moe.types import GroupPlan, LayerInputs, RoutedInputs
+from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
 from pallas_kernels.shapes import even_rows
 
 _TOKEN_AXES = {"hidden_states_scale": 1}  # of all other arrays of tokens it is the first
@@ -126,8 +126,15 @@ def _jitted(inputs: Any, num_tokens: Any, *, options: Options, backend: str) -> 
     stages = backends.load(backend)
     body = functools.partial(layer, options=options, stages=stages)
     if stages.KEEPS_LOWERED:
-        body = lowering_cache.cached_lowering(body, stages.NAME, options)
+        body = lowering_cache.cached_lowering(
+            body, stages.NAME, options, _tiling_table(inputs.weights, stages)
+        )
     return forward_only(body)(inputs, num_tokens)
+
+
+def _tiling_table(weights: ExpertWeights, stages: backends.Backend) -> object:
+    sizes = (weights.hidden_size, weights.intermediate_size, weights.num_local_experts)
+    return stages.tiling_table and stages.tiling_table(*sizes)
 
 
 def layer(

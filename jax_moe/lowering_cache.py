@@ -5,7 +5,7 @@ every process, which takes seconds of Python. Where that cache is switched on, a
 lowered once is kept there as well, as `jax.export` writes it: program text, no result, no weights.
 
 A file's name is a hash of everything that the text depends on: the sources of this package, JAX's
-version, the GPU, the table of tilings, shapes and dtypes of the arguments, what is static, and the
+version, the GPU, shapes and dtypes of the arguments, what is static (the tilings among it), and the
 settings of JAX that change what is traced. What cannot be read is made anew.
 """
 
@@ -26,7 +26,6 @@ import pallas_kernels
 from jax_moe.device import has_context
 from pallas_kernels import device
 from pallas_kernels.files import write_atomically
-from pallas_kernels.mosaic import tilings
 
 _PLATFORM = "cuda"
 _CUSTOM_CALL = "mosaic_gpu_v2"  # no promise between versions of JAX, which are part of the name
@@ -91,7 +90,6 @@ def _digest(specs: Any, static: Any) -> str:
         _sources(),
         (jax.__version__, jaxlib.__version__),
         gpu and (gpu.device_kind, gpu.compute_capability, gpu.core_count),
-        tilings.table(),
         settings,
         [(spec.shape, spec.dtype.name, spec.weak_type) for spec in specs],
         static,

@@ -15,7 +15,6 @@ from jax.sharding import AxisType, PartitionSpec
 import jax_moe
 from jax_moe import DEEPSEEK_V3, backends, lowering_cache
 from pallas_kernels import device
-from pallas_kernels.mosaic import tilings
 from tests import h100_target
 from tests.moe_inputs import SMALL, bits, make_inputs, rank_specs
 
@@ -71,6 +70,20 @@ def test_a_layer_gives_the_same_bits(folder):
         )(inputs.routing_logits)
 
 
+def test_other_tilings_are_another_program(folder, monkeypatch):
+    inputs, asked = make_inputs(5), []
+    for number in range(2):
+        monkeypatch.setattr(
+            backends.load("xla"),
+            "tiling_table",
+            lambda *sizes: asked.append(sizes) or number,  # noqa: B023
+        )
+        jax.clear_caches()
+        jax_moe.apply(*inputs, config=SMALL, backend="xla")
+    assert asked == [(256, 128, 8)] * 2
+    assert len(list(folder.iterdir())) == 2
+
+
 def digest(arguments, static=(DEEPSEEK_V3,)):
     leaves, structure = jax.tree.flatten(arguments)
     return lowering_cache._digest(leaves, (structure, *static))
@@ -83,6 +96,7 @@ def test_what_a_program_depends_on_is_in_its_name(monkeypatch):
     names = [digest(specs)]
     assert names[0] == digest(specs)
     names.append(digest(specs, (SMALL,)))
+    names.append(digest(specs, (DEEPSEEK_V3, {})))  # a table of tilings
     for other in (
         (jax.ShapeDtypeStruct((4, 9), jnp.float32), None),
         (jax.ShapeDtypeStruct((4, 8), jnp.bfloat16), None),
@@ -93,7 +107,6 @@ def test_what_a_program_depends_on_is_in_its_name(monkeypatch):
     with jax.enable_x64(True):
         names.append(digest(specs))
     changes = [
-        (tilings, "table", lambda: {}),
         (jax, "__version__", "0.0.0"),
         (lowering_cache, "_sources", lambda: "other"),
         (gpu, "core_count", 114),

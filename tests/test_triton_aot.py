@@ -8,30 +8,34 @@ import pytest
 
 import jax_moe
 from jax_moe import DEEPSEEK_V3
+from jax_moe.models import MODELS
 from pallas_kernels.triton import down_projection, tilings, tune, up_projection
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from pallas_kernels.triton.launch import call
+from pallas_kernels.tuning import tables
+from pallas_kernels.tuning.tables import Sizes
 from tests import h100_target
 from tests.moe_inputs import rank_specs
 
 F8, F32, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
 HOPPER_SMEM, ADA_SMEM = 232448, 101376
-HIDDEN, INTERMEDIATE, LOCAL = 7168, 2048, 32  # DeepSeek-V3's, which the tilings are made for
+HIDDEN, INTERMEDIATE, LOCAL = DEEPSEEK = tables.DEEPSEEK_V3
 
 
 def specs(*shapes):
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
 
 
-def compile_up(config, capability, tiles=900):
+def compile_up(config, capability, sizes=DEEPSEEK, tiles=900):
     def up(*arrays):
         return call(up_projection.launch(*arrays, config=config, num_sms=132), capability)
 
+    hidden, intermediate, local = sizes
     arrays = specs(
-        ((14107, HIDDEN), F8),
-        ((HIDDEN // 128, 14107), F32),
-        ((LOCAL, 2 * INTERMEDIATE, HIDDEN), F8),
-        ((LOCAL, 2 * INTERMEDIATE // 128, HIDDEN // 128), F32),
+        ((14107, hidden), F8),
+        ((hidden // 128, 14107), F32),
+        ((local, 2 * intermediate, hidden), F8),
+        ((local, 2 * intermediate // 128, hidden // 128), F32),
         ((tiles * config.block_m,), I32),
         ((tiles,), I32),
         ((1,), I32),
@@ -40,16 +44,16 @@ def compile_up(config, capability, tiles=900):
     return kernel
 
 
-def compile_down(config, capability, tiles=900):
+def compile_down(config, capability, sizes=DEEPSEEK, tiles=900):
     def down(*arrays):
         return call(down_projection.launch(*arrays, config=config, num_sms=132), capability)
 
-    rows = tiles * config.block_m
+    rows, (hidden, intermediate, local) = tiles * config.block_m, sizes
     arrays = specs(
-        ((rows, INTERMEDIATE), F8),
-        ((INTERMEDIATE // 128, rows), F32),
-        ((LOCAL, HIDDEN, INTERMEDIATE), F8),
-        ((LOCAL, HIDDEN // 128, INTERMEDIATE // 128), F32),
+        ((rows, intermediate), F8),
+        ((intermediate // 128, rows), F32),
+        ((local, hidden, intermediate), F8),
+        ((local, hidden // 128, intermediate // 128), F32),
         ((tiles,), I32),
         ((1,), I32),
     )
@@ -57,14 +61,14 @@ def compile_down(config, capability, tiles=900):
     return kernel
 
 
-@pytest.mark.parametrize("block_m", tilings.BLOCK_MS)
+@pytest.mark.parametrize("block_m", tilings.GENERATIONS[90].block_ms)
 @pytest.mark.parametrize(("compile_one", "index"), [(compile_up, 0), (compile_down, 1)])
 def test_shipped_tilings_multiply_in_fp8_and_spill_nothing_on_hopper(block_m, compile_one, index):
-    config = tilings.choose(block_m, 90)[index]
+    config = tilings.choose(block_m, 90, *DEEPSEEK)[index]
     kernel = compile_one(config, 90)
     assert kernel.architecture == "sm_90a"
     assert kernel.spill_bytes == 0, kernel
-    assert kernel.smem_bytes == config.smem_bytes <= HOPPER_SMEM
+    assert kernel.smem_bytes == config.smem_bytes(matmul_reads_smem=True) <= HOPPER_SMEM
     residents = max(config.programs_per_sm, 1)
     assert residents * (kernel.smem_bytes + 1024) <= HOPPER_SMEM + 1024
     assert residents * kernel.registers * 32 * config.num_warps <= 65536
@@ -72,17 +76,41 @@ def test_shipped_tilings_multiply_in_fp8_and_spill_nothing_on_hopper(block_m, co
     assert "HMMA" not in kernel.instructions
 
 
-@pytest.mark.parametrize(("capability", "smem"), [(89, ADA_SMEM), (100, HOPPER_SMEM)])
-@pytest.mark.parametrize("rows_per_expert", [1, 12, 28, 440])
-def test_every_tiling_compiles_for_other_generations(capability, smem, rows_per_expert):
-    block_m = tilings.choose_block_m(rows_per_expert, capability)
-    chosen = tilings.choose(block_m, capability)
-    for kernel in (
-        compile_up(chosen.up_projection, capability),
-        compile_down(chosen.down_projection, capability),
+SMEM = {89: ADA_SMEM, 90: HOPPER_SMEM, 100: HOPPER_SMEM, 103: HOPPER_SMEM, 120: ADA_SMEM}
+CASES = [
+    pytest.param(capability, block_m, marks=[] if is_quick else pytest.mark.slow)
+    for capability, has in tilings.GENERATIONS.items()
+    for block_m in has.block_ms
+    if capability != 90
+    for is_quick in [block_m != 32 and capability != 103]
+]
+
+
+@pytest.mark.parametrize(("capability", "block_m"), CASES)
+def test_every_shipped_tiling_of_other_generations_fits_them(capability, block_m):
+    check_generation(capability, block_m, DEEPSEEK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", tilings.GENERATIONS)
+@pytest.mark.parametrize(
+    "sizes", sorted({Sizes(m.hidden_size, m.intermediate_size, 8) for m in MODELS}), ids=str
+)
+def test_the_largest_tiles_of_every_model_fit(capability, sizes):
+    check_generation(capability, tilings.GENERATIONS[capability].block_ms[-1], sizes)
+
+
+def check_generation(capability, block_m, sizes):
+    """Compiles both matmuls, 8 experts a rank being as good as more."""
+    chosen, has = tilings.choose(block_m, capability, *sizes), tilings.GENERATIONS[capability]
+    assert has.smem_bytes == SMEM[capability]
+    for config, kernel in (
+        (chosen.up_projection, compile_up(chosen.up_projection, capability, sizes)),
+        (chosen.down_projection, compile_down(chosen.down_projection, capability, sizes)),
     ):
         assert kernel.architecture.startswith(f"sm_{capability}")
-        assert kernel.smem_bytes <= smem
+        modelled = config.smem_bytes(matmul_reads_smem=has.matmul_reads_smem)
+        assert modelled <= kernel.smem_bytes <= modelled + has.barrier_bytes <= has.smem_bytes
         assert kernel.spill_bytes == 0, kernel
         assert kernel.fp8_instructions > 0
         assert "HMMA" not in kernel.instructions
@@ -108,18 +136,32 @@ def test_the_layer_is_one_cuda_graph_within_its_memory(num_tokens, kernels):
     assert report.temp_bytes <= bound <= 2.5e9
 
 
-def test_the_tilings_form_a_ladder():
-    for capability in (89, 90, 100, 120):
-        ladder = [tilings.choose_block_m(2.0**i, capability) for i in range(-4, 14)]
-        assert ladder == sorted(ladder)
-        for block_m in ladder:
-            assert {c.block_m for c in tilings.choose(block_m, capability)} == {block_m}
+@pytest.mark.parametrize("capability", [*tilings.GENERATIONS, 86, 110, 121])
+def test_the_tilings_form_a_ladder(capability):
+    """Also for capabilities without a table of their own: the nearest older one's."""
+    has = tilings.GENERATIONS[tilings.generation(capability)]
+    ladder = [tilings.block_m(2.0**i, capability) for i in range(-4, 14)]
+    assert ladder == sorted(ladder)
+    assert tuple(dict.fromkeys(ladder)) == has.block_ms
+    assert set(has.block_ms) <= set(tilings.BLOCK_MS)
+    for block_m in ladder:
+        chosen = tilings.choose(block_m, capability, *DEEPSEEK)
+        assert {config.block_m for config in chosen} == {block_m}
 
 
-def test_the_tuner_offers_what_is_shipped():
-    for block_m in tilings.BLOCK_MS:
-        for config in tilings.choose(block_m, 90):
-            assert config.smem_bytes <= HOPPER_SMEM
+@pytest.mark.parametrize(
+    ("capability", "known"), [(86, 89), (89, 89), (90, 90), (101, 100), (103, 103), (121, 120)]
+)
+def test_a_gpu_gets_the_tilings_of_its_family(capability, known):
+    assert tilings.generation(capability) == known
+
+
+@pytest.mark.parametrize("capability", tilings.GENERATIONS)
+def test_the_tuner_offers_what_is_shipped(capability):
+    kernels = tilings.kernels(capability)
+    for block_m in kernels.block_ms:
+        for role, config in tilings.choose(block_m, capability, *DEEPSEEK)._asdict().items():
+            kernels.check(role, config, DEEPSEEK)
             for field, values in tune.CHOICES.items():
                 assert getattr(config, field) in values
 

@@ -23,6 +23,7 @@ from pallas_kernels.triton import (
 )
 from pallas_kernels.triton import plan as plan_kernels
 from pallas_kernels.triton.launch import call
+from pallas_kernels.tuning.tables import DEEPSEEK_V3
 from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -75,7 +76,7 @@ def test_jax_and_torch_launch_the_same_bits(num_tokens):
     launched_by_both(group_quant.launch, x.astype(jnp.bfloat16))
     ids, weights = launched_by_both(routing.launch, logits, bias, jnp.float32(2.5), **groups)
 
-    block_m = tilings.choose_block_m(num_tokens * SMALL.top_k / 32, capability())
+    block_m = tilings.block_m(num_tokens * SMALL.top_k / 32, capability())
     offset = jnp.int32(inputs.local_expert_offset)
     arrays = [ids, offset]
     if not plan_kernels.is_one_block(num_tokens, 16):
@@ -88,7 +89,7 @@ def test_jax_and_torch_launch_the_same_bits(num_tokens):
     live = np.asarray(plan.row_token) >= 0
     assert plan.block_m == block_m
     tiles = (plan.tile_expert, plan.num_tiles)
-    up_config, down_config = tilings.choose(block_m, capability())
+    up_config, down_config = tilings.choose(block_m, capability(), *DEEPSEEK_V3)
     limits = {"only": live, "num_sms": 7}
     up = launched_by_both(
         up_projection.launch, x, x_scale, w13, s13, plan.row_token, *tiles,
@@ -101,8 +102,8 @@ def test_jax_and_torch_launch_the_same_bits(num_tokens):
 
 
 def test_the_sizes_here_meet_every_tiling():
-    met = {tilings.choose_block_m(t * SMALL.top_k / 32, capability()) for t in TOKENS}
-    assert met >= ({16, 32, 64, 128} if capability() // 10 == 9 else {16, 32, 64})
+    met = {tilings.block_m(t * SMALL.top_k / 32, capability()) for t in TOKENS}
+    assert met >= set(tilings.GENERATIONS[tilings.generation(capability())].block_ms)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, *TOKENS])

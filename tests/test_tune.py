@@ -14,14 +14,17 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
+import jax_moe.tune
+from jax_moe.models import MODELS
 from pallas_kernels import device
 from pallas_kernels.mosaic import tilings, tune
 from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
-from pallas_kernels.tuning import cache, search
-from pallas_kernels.tuning.cache import Pair
+from pallas_kernels.tuning import cache, command, search, tables
+from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner
+from pallas_kernels.tuning.tables import Kernels, Key, Pair
 
-TINY = Sizes(hidden=256, intermediate=128, experts=8, local_experts=2, top_k=2)
+TINY = Sizes(hidden_size=256, intermediate_size=128, num_experts=8, num_local_experts=2, top_k=2)
 START = MatmulConfig(block_m=16, num_stages=2, sms=2)
 H100 = types.SimpleNamespace(device_kind="An H100", compute_capability="9.0", core_count=2)
 
@@ -47,16 +50,23 @@ def without_kernels(case, weights, sizes):
     return Prepared((jnp.ones(4),), lambda config: jnp.sin, lambda result: result)
 
 
+TABLE = {16: Pair(START, START)}
+KERNELS = Kernels("mosaic", MatmulConfig, (16,), lambda *_: None)
+
+
 def tiny_tuner(prepare=without_kernels, **choices):
     return Tuner(
-        kernels="mosaic",
-        shipped={16: Pair(START, START)},
+        kernels=KERNELS,
+        gpu=Gpu("9.0", H100.device_kind),
         choices=lambda _: choices,
         block_m=lambda *_: 16,
         prepare=prepare,
-        check=lambda *_: None,
         tokens=(12,),
     )
+
+
+def measure(tuner, timer, bar=None):
+    return search.tune(tuner, TABLE, timer, TINY, bar or Bar())
 
 
 def clock(times):
@@ -69,7 +79,7 @@ def clock(times):
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_the_plan_is_that_of_the_layer(num_tokens, block_m):
     """The ids that the rows stand for, planned by `jax_moe`, give the same arrays."""
-    sizes = Sizes(256, 128, experts=8, local_experts=5, top_k=3)
+    sizes = Sizes(256, 128, num_experts=8, num_local_experts=5, top_k=3)
     plan = search.draw_plan(num_tokens, block_m, sizes)
     ids = [[] for _ in range(num_tokens)]
     for expert, (first, size) in enumerate(zip(plan.group_offsets, plan.group_sizes, strict=True)):
@@ -97,7 +107,7 @@ def test_both_matmuls_are_measured_and_the_fastest_tiling_kept():
     # Start, then 3 and 4 stages of the up-projection; start, 3 and 4 of the down-projection.
     timer = clock([10.0, 8.0, 9.0, 10.0, 9.95, 7.0])
     tuner = tiny_tuner(interpreted, num_stages=(2, 3, 4))
-    table, rows = search.tune(tuner, timer, TINY, bar)
+    table, rows = measure(tuner, timer, bar)
     assert table[16].up_projection.num_stages == 3
     assert table[16].down_projection.num_stages == 4
     assert [row["us"] for row in rows] == [10.0, 8.0, 9.0, 10.0, 9.9, 7.0]
@@ -108,14 +118,14 @@ def test_both_matmuls_are_measured_and_the_fastest_tiling_kept():
 
 def test_less_than_a_percent_is_noise():
     timer = clock([10.0, 9.95, 9.91, 10.0, 10.0, 10.0])
-    table, _ = search.tune(tiny_tuner(num_stages=(3, 4)), timer, TINY, Bar())
+    table, _ = measure(tiny_tuner(num_stages=(3, 4)), timer)
     assert table[16] == Pair(START, START)
 
 
 def test_a_tiling_that_cannot_be_built_is_a_row_with_the_reason():
     bar = Bar()
     tuner = tiny_tuner(interpreted, num_stages=(1, 99), tail_widths=((24,),))
-    table, rows = search.tune(tuner, clock([5.0, 5.0]), TINY, bar)
+    table, rows = measure(tuner, clock([5.0, 5.0]), bar)
     assert table[16] == Pair(START, START)
     failures = [row["failure"] for row in rows if "failure" in row]
     assert [f.split(":")[0] for f in failures] == ["ValueError"] * 6
@@ -134,7 +144,7 @@ def test_a_wrong_result_has_no_time(factor):
         return without_kernels(case, weights, sizes)._replace(build=build)
 
     tuner = tiny_tuner(prepare, num_stages=(3,))
-    table, rows = search.tune(tuner, clock([5.0, 5.0]), TINY, Bar())
+    table, rows = measure(tuner, clock([5.0, 5.0]))
     assert table[16] == Pair(START, START)
     assert [("failure" in row, "us" in row) for row in rows] == [(False, True), (True, False)] * 2
     assert all("differs from the first" in row["failure"] for row in rows[1::2])
@@ -149,30 +159,31 @@ def test_where_the_shipped_tiling_fails_the_first_that_works_is_next():
     assert config.num_stages == 4
 
 
-def test_every_class_is_measured_somewhere():
-    tuner = tune.tuner(H100)
-    for block_m in tilings.SHIPPED:
-        tokens = search.tokens_of(block_m, tuner, search.DEEPSEEK_V3)
-        assert tilings.block_m(tokens * 8 / 256) == block_m
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_class_is_measured_somewhere(model):
+    sizes = jax_moe.tune.sizes_of(model)
+    for block_m in tilings.KERNELS.block_ms:
+        tokens = search.tokens_of(block_m, tune.tuner(H100), sizes)
+        assert tilings.block_m(tokens * model.top_k / model.num_experts) == block_m
+
+
+def test_a_class_that_no_token_count_has_is_an_error():
+    tuner = tiny_tuner()._replace(block_m=lambda rows: 32)
+    with pytest.raises(ValueError, match="block_m=16: expected a token count of this class"):
+        search.tokens_of(16, tuner, TINY)
 
 
 def test_the_choices_of_every_shipped_tiling_can_be_made():
-    for pair in tilings.SHIPPED.values():
+    shipped = cache.nearest_shipped(tilings.KERNELS, Gpu("9.0"), tables.DEEPSEEK_V3)
+    for pair in shipped.values():
         for config in pair:
             choices = tune.choices(config)
             assert len(choices["num_stages"]) > 1
+            assert choices["scheduler"] == ("static", "dynamic")
             for tail_widths in choices["tail_widths"]:
                 MatmulConfig(config.block_m, 2, tail_widths)
-    assert tune.choices(tilings.SHIPPED[64].up_projection)["tail_widths"] == [
-        (),
-        (16, 32, 48),
-        (32,),
-    ]
-
-
-def test_both_schedulers_are_tried():
-    for pair in tilings.SHIPPED.values():
-        assert tune.choices(pair.up_projection)["scheduler"] == ("static", "dynamic")
+    widths = tune.choices(shipped[64].up_projection)["tail_widths"]
+    assert widths == [(), (16, 32, 48), (32,)]
 
 
 def run_main(monkeypatch, tmp_path, *argv):
@@ -180,25 +191,56 @@ def run_main(monkeypatch, tmp_path, *argv):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(device, "local_gpu", lambda: H100)
     monkeypatch.setattr(search, "cupti_timer", lambda n: clock([9.0, 5.0, 9.0, 9.0]))
+    monkeypatch.setattr(cache, "nearest_shipped", lambda *_: TABLE)
     tuner = tiny_tuner(num_stages=(3,))
-    return search.main(list(argv), "here.tune", lambda gpu: tuner, TINY)
+    return command.main(list(argv), "here.tune", lambda gpu: tuner, TINY)
 
 
 def test_the_command_fills_the_cache(monkeypatch, tmp_path, capsys):
     assert run_main(monkeypatch, tmp_path) == 0
-    path = cache.path_of("mosaic", H100.device_kind)
+    path = cache.path_of("mosaic", H100.device_kind, TINY.of_table)
     assert f"{path}: written; programs started from now on use it" in capsys.readouterr().out
-    shipped = {16: Pair(START, START)}
-    table = cache.read(path, "mosaic", H100.device_kind, shipped, lambda *_: None)
+    table = cache.read(path, KERNELS, Gpu("9.0", H100.device_kind), TINY.of_table)
     assert table[16] == Pair(MatmulConfig(16, 3, sms=2), START)
-    assert [row.get("us") for row in json.loads(path.read_text())["measured"]] == [9, 5, 9, 9]
+    content = json.loads(path.read_text())
+    assert [row.get("us") for row in content["measured"]] == [9, 5, 9, 9]
+    assert "python -m here.tune on an An H100, at hidden_size=256, " in content["note"]
 
 
-def test_the_command_writes_where_it_is_told(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "new" / "table.json"
-    assert run_main(monkeypatch, tmp_path, f"--output={path}") == 0
-    assert path.exists()
+def test_the_command_writes_where_and_for_what_it_is_told(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "new"
+    flags = ("--num-local-experts=4", "--hidden-size=384", f"--folder={folder}")
+    assert run_main(monkeypatch, tmp_path, *flags) == 0
+    (file,) = folder.iterdir()
+    assert file.name == "mosaic-An-H100-h384-i128-e4.json"
     assert not (tmp_path / "jax_moe").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
+def test_sizes_are_positive_integers(monkeypatch, tmp_path, capsys, value):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, tmp_path, f"--top-k={value}")
+    expected = f"--top-k: expected a positive integer, got {value!r}"
+    assert expected in capsys.readouterr().err
+
+
+def test_models_are_tuned_by_name(monkeypatch, capsys):
+    asked = []
+
+    def run(module, tuners, sizes, options):
+        asked.append((module, tuners.__module__, sizes, options))
+        return len(asked) - 1  # all but the first fail
+
+    monkeypatch.setattr(command, "run", run)
+    assert jax_moe.tune.main(["--model", "kimi-k2", "qwen3-30b", "--kernels", "mosaic"]) == 1
+    options = command.Options(10, None)
+    assert asked == [
+        ("jax_moe.tune", "pallas_kernels.mosaic.tune", Sizes(7168, 2048, 384, 48, 8), options),
+        ("jax_moe.tune", "pallas_kernels.mosaic.tune", Sizes(2048, 768, 128, 16, 8), options),
+    ]
+    with pytest.raises(SystemExit):
+        jax_moe.tune.main(["--model", "gpt-2"])
+    assert "model: expected one of deepseek-v3, " in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, capsys):
@@ -216,19 +258,20 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(monkeypatch, tmp_path, capsy
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "write", full)
+    monkeypatch.setattr(tables, "write", full)
     assert run_main(monkeypatch, tmp_path) == 1
     assert "cannot write the table: [Errno 28] No space left" in capsys.readouterr().err
 
 
 def test_without_a_fitting_gpu_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr(device, "local_gpu", lambda: None)
-    assert search.main([], "here.tune", tune.tuner) == 1
+    assert command.main([], "here.tune", tune.tuner) == 1
     assert capsys.readouterr().err == "here.tune: needs an NVIDIA GPU, and JAX sees none\n"
     ada = types.SimpleNamespace(device_kind="An Ada", compute_capability="8.9")
     monkeypatch.setattr(device, "local_gpu", lambda: ada)
-    assert search.main([], "here.tune", tune.tuner) == 1
-    assert "needs a Hopper GPU, and this is a An Ada" in capsys.readouterr().err
+    assert command.main([], "here.tune", tune.tuner) == 1
+    expected = "needs a GPU of compute capability 9.0 (Hopper), got An Ada"
+    assert expected in capsys.readouterr().err
 
 
 def test_random_e4m3_is_finite_and_spread():
@@ -245,34 +288,42 @@ def tilings_of_triton(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(cache.SWITCH, raising=False)
     monkeypatch.setattr(device, "local_gpu", lambda: H100)
-    tilings_of_triton._table_of.cache_clear()
+    cache.choose.cache_clear()
     yield tilings_of_triton
-    tilings_of_triton._table_of.cache_clear()
+    cache.choose.cache_clear()
+
+
+def shipped_of(tilings_of_triton, capability):
+    kernels = tilings_of_triton.kernels(capability)
+    gpu = Gpu("{}.{}".format(*divmod(capability, 10)))
+    return cache.nearest_shipped(kernels, gpu, tables.DEEPSEEK_V3)
 
 
 def write_triton(tilings_of_triton, **changes):
     table = {
         block_m: Pair(*(dataclasses.replace(config, **changes) for config in pair))
-        for block_m, pair in tilings_of_triton.shipped(90).items()
+        for block_m, pair in shipped_of(tilings_of_triton, 90).items()
     }
-    path = cache.path_of(tilings_of_triton.KERNELS, H100.device_kind)
-    cache.write(path, tilings_of_triton.KERNELS, H100.device_kind, table, [])
+    path = cache.path_of("triton", H100.device_kind, tables.DEEPSEEK_V3)
+    tables.write(path, Key("triton", H100.device_kind, tables.DEEPSEEK_V3), table, [])
     return table
 
 
 def test_triton_takes_the_same_way(tilings_of_triton):
     """The user's table counts for this device, not for others that are compiled for."""
     table = write_triton(tilings_of_triton, num_warps=4, num_stages=2)
-    assert table != tilings_of_triton.shipped(90)
-    assert {block_m: tilings_of_triton.choose(block_m, 90) for block_m in table} == table
-    for block_m, pair in tilings_of_triton.shipped(100).items():
-        assert tilings_of_triton.choose(block_m, 100) == pair
+    assert table != shipped_of(tilings_of_triton, 90)
+    sizes = tables.DEEPSEEK_V3
+    assert {block_m: tilings_of_triton.choose(block_m, 90, *sizes) for block_m in table} == table
+    for block_m, pair in shipped_of(tilings_of_triton, 100).items():
+        assert tilings_of_triton.choose(block_m, 100, *sizes) == pair
 
 
 def test_a_triton_tiling_that_does_not_fit_is_ignored(tilings_of_triton):
     write_triton(tilings_of_triton, num_stages=8)
     with pytest.warns(UserWarning, match="bytes of shared memory"):
-        assert tilings_of_triton.choose(128, 90) == tilings_of_triton.shipped(90)[128]
+        chosen = tilings_of_triton.choose(128, 90, *tables.DEEPSEEK_V3)
+    assert chosen == shipped_of(tilings_of_triton, 90)[128]
 
 
 @pytest.mark.parametrize("role", Pair._fields)
@@ -281,18 +332,26 @@ def test_cases_are_what_the_triton_kernels_take(tilings_of_triton, monkeypatch, 
     monkeypatch.setattr(jax, "local_devices", lambda: [H100])
     case, weights = Case(role, 16, 12), search.random_weights(TINY)
     prepared = triton_tune.prepare(case, weights, TINY)
-    kernel = prepared.build(tilings_of_triton.shipped(90)[16].up_projection)
+    kernel = prepared.build(shipped_of(tilings_of_triton, 90)[16].up_projection)
     outputs = jax.eval_shape(kernel, *prepared.arrays)
     rows = prepared.rows([jnp.ones(out.shape, out.dtype) for out in outputs])
     live = (search.draw_plan(12, 16, TINY).row_token >= 0).sum()
-    columns = {"up_projection": TINY.intermediate, "down_projection": TINY.hidden}[role]
+    columns = {"up_projection": TINY.intermediate_size, "down_projection": TINY.hidden_size}[role]
     assert rows.shape == (live, columns)
 
 
-@pytest.mark.parametrize("capability", ["8.9", "9.0", "12.0"])
+@pytest.mark.parametrize("capability", ["8.9", "9.0", "10.0", "12.0"])
 def test_every_triton_class_is_measured_somewhere(tilings_of_triton, capability):
     triton_tune = pytest.importorskip("pallas_kernels.triton.tune")
     gpu = types.SimpleNamespace(device_kind="Some", compute_capability=capability)
     tuner = triton_tune.tuner(gpu)
-    for block_m in tuner.shipped:
-        search.tokens_of(block_m, tuner, search.DEEPSEEK_V3)
+    for model in MODELS:
+        for block_m in tuner.kernels.block_ms:
+            search.tokens_of(block_m, tuner, jax_moe.tune.sizes_of(model))
+
+
+def test_the_triton_tuner_refuses_a_gpu_without_fp8(tilings_of_triton):
+    triton_tune = pytest.importorskip("pallas_kernels.triton.tune")
+    gpu = types.SimpleNamespace(device_kind="An A100", compute_capability="8.0")
+    reason = triton_tune.tuner(gpu)
+    assert reason == "needs compute capability 8.9 or newer, got An A100"

@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import environment
+from bench import environment, workloads
 from pallas_kernels import device, files
 from pallas_kernels.mosaic import tiling_check, tilings
-from pallas_kernels.tuning import cache
-from pallas_kernels.tuning.cache import Pair
+from pallas_kernels.tuning import cache, tables
+from pallas_kernels.tuning.tables import DEEPSEEK_V3, Kernels, Key, Pair, Sizes
 
 KIND = "NVIDIA H100 80GB HBM3"
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+_SHIPPED = tables.shipped(tilings.KERNELS, "sm_90", DEEPSEEK_V3)
 
 
 def gpu(kind=KIND, capability="9.0"):
@@ -37,11 +40,15 @@ def path(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(cache.SWITCH, raising=False)
     monkeypatch.setattr(device, "local_gpu", gpu)
-    tilings._table_of.cache_clear()
-    path = cache.path_of(tilings.KERNELS, KIND)
+    cache.choose.cache_clear()
+    path = cache.path_of("mosaic", KIND, DEEPSEEK_V3)
     path.parent.mkdir(parents=True)
     yield path
-    tilings._table_of.cache_clear()
+    cache.choose.cache_clear()
+
+
+def shipped():
+    return _SHIPPED
 
 
 def other_table(number=0):
@@ -49,26 +56,32 @@ def other_table(number=0):
     ring = {"num_stages": 3, "stages_per_fill": 1} | ({"tail_widths": ()} if number else {})
     return {
         block_m: Pair(*(dataclasses.replace(config, **ring) for config in pair))
-        for block_m, pair in tilings.SHIPPED.items()
+        for block_m, pair in shipped().items()
     }
 
 
-def write(path, table=None, kind=KIND):
-    cache.write(path, tilings.KERNELS, kind, table or other_table(), measured=[])
+def write(path, table=None, kind=KIND, sizes=DEEPSEEK_V3):
+    key = Key("mosaic", kind, sizes)
+    tables.write(path, key, table or other_table(), measured=[])
 
 
-def used():
-    tilings._table_of.cache_clear()
-    return {m: Pair(tilings.up_config(m), tilings.down_config(m)) for m in tilings.SHIPPED}
+def used(sizes=DEEPSEEK_V3):
+    cache.choose.cache_clear()
+    return {m: tilings.choose(m, *sizes) for m in tilings.KERNELS.block_ms}
+
+
+def is_shipped():
+    return tilings.chosen(DEEPSEEK_V3).is_shipped
 
 
 def test_a_table_for_this_device_is_used(path):
-    assert path == path.parents[2] / "jax_moe" / "tuning" / "mosaic-NVIDIA-H100-80GB-HBM3.json"
-    assert used() == tilings.SHIPPED
-    assert tilings.is_shipped()
+    name = "mosaic-NVIDIA-H100-80GB-HBM3-h7168-i2048-e32.json"
+    assert path == path.parents[2] / "jax_moe" / "tuning" / name
+    assert used() == shipped()
+    assert is_shipped()
     write(path)
-    assert used() == other_table() != tilings.SHIPPED
-    assert not tilings.is_shipped()
+    assert used() == other_table() != shipped()
+    assert not is_shipped()
 
 
 def test_the_benchmark_says_whose_tilings_it_used(path, monkeypatch):
@@ -77,27 +90,70 @@ def test_the_benchmark_says_whose_tilings_it_used(path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [here])
     assert environment.device()["tuned"] == []
     write(path)
-    tilings._table_of.cache_clear()
+    cache.choose.cache_clear()
     assert environment.device()["tuned"] == ["mosaic"]
+    assert environment.device(workloads.FULL)["tuned"] == ["mosaic"]
+
+
+def test_sizes_without_a_table_get_that_of_deepseek(path, monkeypatch):
+    kimi = Sizes(7168, 2048, 48)
+    monkeypatch.setattr(tilings, "KERNELS", dataclasses.replace(tilings.KERNELS, check=passing))
+    assert used(kimi) == shipped()
+    write(path)
+    assert used(kimi) == other_table()
+    write(path.with_name(Key("mosaic", KIND, kimi).file_name), other_table(1), sizes=kimi)
+    assert used(kimi) == other_table(1)
+    assert used() == other_table()
+
+
+def passing(role, config, sizes):
+    """The check of kernels that can always be built."""
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H20", "NVIDIA GH200 480GB", None])
+def test_a_gpu_without_a_table_gets_that_of_its_capability(path, monkeypatch, kind):
+    monkeypatch.setattr(device, "local_gpu", lambda: kind and gpu(kind))
+    assert used() == shipped()
+
+
+def test_a_shipped_table_of_the_gpu_itself_comes_first(path, monkeypatch, tmp_path):
+    """Its sizes before its kind: a table for other sizes serves only where there is no fitting."""
+    folder, kimi = tmp_path / "package", Sizes(7168, 2048, 48)
+    monkeypatch.setattr(tables, "FOLDER", folder)
+    monkeypatch.setattr(tilings, "KERNELS", dataclasses.replace(tilings.KERNELS, check=passing))
+    one, two = other_table(0), other_table(1)
+    for key, table in (
+        (Key("mosaic", "sm_90", DEEPSEEK_V3), one),
+        (Key("mosaic", KIND, kimi), two),
+    ):
+        tables.write(folder / key.file_name, key, table, [])
+    assert (used(), used(kimi)) == (one, two)
+    monkeypatch.setattr(device, "local_gpu", lambda: gpu("NVIDIA H200"))
+    assert used(kimi) == one
+
+
+def test_a_capability_without_any_table_is_an_error():
+    with pytest.raises(LookupError, match="no shipped tilings of mosaic for sm_80"):
+        cache.choose(tilings.KERNELS, cache.Gpu("8.0"), DEEPSEEK_V3)
 
 
 def test_it_is_read_once_a_process(path):
     write(path)
     before = used()
     path.write_text("spoilt since")
-    assert tilings.up_config(16) == before[16].up_projection
+    assert tilings.choose(16, *DEEPSEEK_V3) == before[16]
 
 
 def test_it_can_be_switched_off(path, monkeypatch):
     write(path)
     monkeypatch.setenv(cache.SWITCH, "off")
-    assert used() == tilings.SHIPPED
+    assert used() == shipped()
 
 
 def test_without_a_gpu_no_file_is_looked_at(path, monkeypatch):
     path.write_text("not even read")
     monkeypatch.setattr(device, "local_gpu", lambda: None)
-    assert used() == tilings.SHIPPED
+    assert used() == shipped()
 
 
 def test_a_target_that_is_not_here_is_no_local_gpu(monkeypatch):
@@ -141,12 +197,12 @@ FAULTS = {
     "nested": (lambda content: "[" * 200_000, "nested|recursion"),
     "a huge number": (lambda content: "9" * 10_000, "digits"),
     "a list": (lambda content: "[]", "expected a JSON object"),
-    "large": (lambda content: " " * (2**20 + 1), "bytes, more than"),
+    "large": (lambda content: " " * (2**20 + 1), "expected at most 1048576 bytes, got 1048577"),
     "foreign device": (spoil(device="NVIDIA A100"), "device: expected 'NVIDIA H100"),
     "other JAX": (spoil(jax="0.4.0"), "jax: expected"),
-    "old schema": (spoil(schema=0), "schema: expected 1, got 0"),
+    "old schema": (spoil(schema=1), "schema: expected 2, got 1"),
+    "other sizes": (spoil(hidden_size=4096), "hidden_size: expected 7168, got 4096"),
     "other kernels": (spoil(kernels="triton"), "kernels: expected 'mosaic', got 'triton'"),
-    "other fields": (spoil(fields=["block_m"]), "fields: expected"),
     "no table": (spoil(table=None), "table: expected the fields"),
     "missing class": (without_class, r"table: expected the fields .*'16'"),
     "unknown field": (spoil_config(colour=1), r"table\.128\.up_projection: expected the fields"),
@@ -171,11 +227,11 @@ FAULTS = {
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS.values(), ids=FAULTS)
 def test_a_faulty_file_is_ignored_with_a_warning(path, fault, reason):
-    write(path, tilings.SHIPPED)
+    write(path, shipped())
     content = fault(json.loads(path.read_text()))
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(UserWarning, match=f"{path.name}: ignored, the shipped tilings .*({reason})"):
-        assert used() == tilings.SHIPPED
+        assert used() == shipped()
 
 
 def link(path):
@@ -195,7 +251,7 @@ ODD_FILES = {
 def test_what_is_no_regular_file_is_ignored(path, make, reason):
     make(path)
     with pytest.warns(UserWarning, match=reason):
-        assert used() == tilings.SHIPPED
+        assert used() == shipped()
 
 
 def test_writing_replaces_a_link_and_spares_its_target(path, tmp_path):
@@ -239,7 +295,7 @@ def test_two_processes_write_at_once(path):
     ]
     known, seen = (other_table(0), other_table(1)), [0, 0]
     while any(writer.poll() is None for writer in writers):
-        table = cache.read(path, tilings.KERNELS, KIND, tilings.SHIPPED, lambda *_: None)
+        table = tables.parse(path.read_text(), tilings.KERNELS, Key("mosaic", KIND, DEEPSEEK_V3))
         seen[known.index(table)] += 1
     assert [writer.wait() for writer in writers] == [0, 0]
     assert sum(seen) > 0
@@ -259,7 +315,7 @@ def test_without_a_home_the_shipped_table_is_used(path, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(pathlib.Path, "home", homeless)
-    assert used() == tilings.SHIPPED
+    assert used() == shipped()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,40 +327,59 @@ class Fields:
     some: tuple[int, ...] = ()
     maybe: int | None = None
     old_style: typing.Optional[int] = None  # noqa: UP045
+    choice: typing.Literal["slow", "fast"] = "slow"
 
 
-@pytest.mark.parametrize("config", [Fields(16), Fields(16, True, (1, 2), 3, 4)])
+KEY = Key("any", KIND, DEEPSEEK_V3)
+KERNELS = Kernels("any", Fields, (16,), lambda *_: None)
+
+
+@pytest.mark.parametrize("config", [Fields(16), Fields(16, True, (1, 2), 3, 4, "fast")])
 def test_configurations_of_plain_fields_come_back(tmp_path, config):
-    table = {16: Pair(config, config)}
-    cache.write(tmp_path / "t.json", "any", KIND, table, measured={"rows": [1.5]})
-    shipped = {16: Pair(Fields(16), Fields(16))}
-    found = cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
-    assert found == table
-    assert type(found[16].up_projection.switch) is bool
+    file, table = tmp_path / "t.json", {16: Pair(config, config)}
+    tables.write(file, KEY, table, measured=[{"us": 1.5}, {"us": 2.5}], note="by hand")
+    result = tables.parse(file.read_text(), KERNELS, KEY)
+    assert result == table
+    assert type(result[16].up_projection.switch) is bool
+    content = json.loads(file.read_text())
+    assert (content["measured"], content["note"]) == ([{"us": 1.5}, {"us": 2.5}], "by hand")
+    assert file.read_text().count("\n") == 20  # a line per tiling and per measurement
 
 
-@pytest.mark.parametrize("bad", [{"switch": 1}, {"some": [1, "2"]}, {"some": [[1]]}, {"maybe": ""}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"switch": 1}, {"some": [1, "2"]}, {"some": [[1]]}, {"maybe": ""}]
+    + [{"choice": value} for value in ("", "quick", 1, None)],
+)
 def test_other_types_are_refused(tmp_path, bad):
     config = dataclasses.replace(Fields(16), **bad)
-    cache.write(tmp_path / "t.json", "any", KIND, {16: Pair(config, config)}, measured=[])
-    shipped = {16: Pair(Fields(16), Fields(16))}
+    tables.write(tmp_path / "t.json", KEY, {16: Pair(config, config)}, measured=[])
     with pytest.raises(ValueError, match=rf"table\.16\.up_projection\.{next(iter(bad))}: expected"):
-        cache.read(tmp_path / "t.json", "any", KIND, shipped, lambda *_: None)
+        tables.parse((tmp_path / "t.json").read_text(), KERNELS, KEY)
+
+
+@pytest.mark.parametrize("file", sorted(tables.FOLDER.iterdir()), ids=lambda file: file.stem)
+def test_shipped_files_are_named_by_what_they_are_for(file):
+    content = json.loads(file.read_text())
+    sizes = Sizes(*(content[name] for name in Sizes._fields))
+    assert file.name == Key(content["kernels"], content["device"], sizes).file_name
+    assert content["note"]
+    assert file.read_text() == tables._text(content) + "\n"
 
 
 def test_the_shipped_tables_pass_their_own_check():
-    for pair in tilings.SHIPPED.values():
+    for pair in shipped().values():
         for role, config in pair._asdict().items():
-            tiling_check.check(role, config)
+            tiling_check.check(role, config, DEEPSEEK_V3)
 
 
 def test_the_check_works_while_something_is_traced():
-    config = dataclasses.replace(tilings.SHIPPED[128].up_projection, num_stages=40)
+    config = dataclasses.replace(shipped()[128].up_projection, num_stages=40)
 
     def step(x):
         with pytest.raises(ValueError, match="shared memory"):
-            tiling_check.check("up_projection", config)
-        tiling_check.check("up_projection", tilings.SHIPPED[128].up_projection)
+            tiling_check.check("up_projection", config, DEEPSEEK_V3)
+        tiling_check.check("up_projection", shipped()[128].up_projection, DEEPSEEK_V3)
         return x
 
     assert jax.jit(jax.vmap(step))(jnp.ones(2)).shape == (2,)

@@ -34,6 +34,9 @@ class Backend(Protocol):
     layer: Callable[[RoutedInputs, GroupPlan], Array] | None
     """All that follows the plan in one, where a backend does that otherwise than stage by stage."""
 
+    tiling_table: Callable[[int, int, int], object] | None
+    """The tilings in use for H, I, E_local: what a kept layer depends on besides its sources."""
+
     def unsupported_reason(self, platform: str, compute_capability: str | None) -> str | None:
         """Why it does not run there, in a few words; None if it does."""
 

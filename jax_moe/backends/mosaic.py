@@ -15,7 +15,7 @@ from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 from jax_moe.config import MoEConfig
 from jax_moe.device import interpret_params
 from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
-from pallas_kernels.mosaic import group_quant, permute, routing, tilings
+from pallas_kernels.mosaic import group_quant, hopper, permute, routing, tilings
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic import unpermute as unpermute_kernel
 from pallas_kernels.mosaic.hopper import zero_rows
@@ -29,7 +29,6 @@ NAME = "mosaic"
 KEEPS_LOWERED = True  # Pallas lowers these kernels in Python, which takes seconds
 
 _JAX = "0.11.2"  # the GPU interface of Pallas changes between releases
-_CAPABILITY = "9.0"
 
 _INTERPRETED_SMS = 2
 
@@ -38,9 +37,9 @@ def unsupported_reason(platform: str, compute_capability: str | None) -> str | N
     """Why the kernels cannot run there: they are built on Hopper's wgmma and TMA."""
     if jax.__version__ != _JAX:
         return f"needs jax {_JAX}, got {jax.__version__}"
-    if platform == "gpu" and compute_capability == _CAPABILITY:
+    if platform == "gpu" and compute_capability == hopper.COMPUTE_CAPABILITY:
         return None
-    return f"needs an NVIDIA GPU of compute capability {_CAPABILITY} (Hopper)"
+    return f"needs an NVIDIA GPU of compute capability {hopper.COMPUTE_CAPABILITY} (Hopper)"
 
 
 def route(
@@ -115,7 +114,7 @@ def layer(inputs: RoutedInputs, plan: GroupPlan) -> BFloat16[Array, "T H"]:
         weights.gemm1_weights,
         weights.gemm1_weights_scale,
         plan,
-        side_job=_zeroing(rows, plan),
+        side_job=_zeroing(rows, weights.gemm1_weights, plan),
     )
     expert_outputs = down_project(
         Quantized(values, scales), weights.gemm2_weights, weights.gemm2_weights_scale, plan
@@ -150,15 +149,21 @@ def _up(
         rows,
         weights,
         weights_scale,
-        config=_on_this_device(tilings.up_config(plan.block_m)),
+        config=_up_config(weights, plan),
         idle_work=side_job,
         interpret=interpret_params(),
     )
 
 
-def _zeroing(rows: GroupedRows, plan: GroupPlan) -> IdleWork | None:
+def _up_config(weights: Array, plan: GroupPlan) -> MatmulConfig:
+    num_local_experts, columns, hidden_size = weights.shape
+    chosen = tilings.choose(plan.block_m, hidden_size, columns // 2, num_local_experts)
+    return _on_this_device(chosen.up_projection)
+
+
+def _zeroing(rows: GroupedRows, weights: Array, plan: GroupPlan) -> IdleWork | None:
     """The work of writing the output's zeros, where the up-projection has a warp for it."""
-    config = _on_this_device(tilings.up_config(plan.block_m))
+    config = _up_config(weights, plan)
     gathered = rows.row_token is not None
     idle = has_idle_warps(config, gathered=gathered, interpret=interpret_params())
     if not idle or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
@@ -173,11 +178,13 @@ def down_project(
     plan: GroupPlan,
 ) -> BFloat16[Array, "M H"]:
     """GEMM2; see `jax_moe.down_project`."""
+    num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
+    chosen = tilings.choose(plan.block_m, hidden_size, intermediate_size, num_local_experts)
     return down_projection(
         _grouped(activations, plan),
         gemm2_weights,
         gemm2_weights_scale,
-        config=_on_this_device(tilings.down_config(plan.block_m)),
+        config=_on_this_device(chosen.down_projection),
         interpret=interpret_params(),
     )
 
@@ -207,8 +214,13 @@ def workspace_bytes(
     gathered = rows * hidden_size * bytes_of_quantized
     outputs = rows * hidden_size * 2
     plan = 4 * (2 * rows + 4 * num_tokens * top_k)
-    parts = tilings.parts_bytes(hidden_size, intermediate_size)
+    parts = tilings.parts_bytes(hidden_size, intermediate_size, num_local_experts)
     return int(activations + max(gathered, outputs)) + plan + parts + 2**20
+
+
+def tiling_table(hidden_size: int, intermediate_size: int, num_local_experts: int) -> object:
+    """The tilings in use for these sizes."""
+    return tilings.table(hidden_size, intermediate_size, num_local_experts)
 
 
 def _grouped(rows: Quantized, plan: GroupPlan) -> GroupedRows:

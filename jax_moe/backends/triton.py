@@ -1,9 +1,7 @@
 """Triton kernels through jax-triton: any NVIDIA GPU from Ada (sm_89) on."""
 
 import importlib.util
-from typing import Any
 
-import jax
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
@@ -11,6 +9,7 @@ from jax_moe.config import MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import as_varying
 from jax_moe.types import GroupPlan, Quantized, Routing
+from pallas_kernels import device
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 from pallas_kernels.triton import down_projection, group_quant, routing, tilings, up_projection
 from pallas_kernels.triton import plan as plan_kernels
@@ -20,16 +19,14 @@ from pallas_kernels.triton.launch import Launch, call
 NAME = "triton"
 KEEPS_LOWERED = False
 layer = None
-
-_MIN_CAPABILITY = 89  # the first with FP8 tensor cores
-_ASSUMED_SMS = 132  # of an H100, where no GPU can be asked
+tiling_table = None
 
 
 def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
     """Needs an NVIDIA GPU with FP8, and jax-triton."""
     if platform != "gpu" or compute_capability is None:
         return "needs an NVIDIA GPU"
-    if _number(compute_capability) < _MIN_CAPABILITY:
+    if tilings.number_of(compute_capability) < tilings.OLDEST:
         return "needs compute capability 8.9 or newer"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton: install the extra triton"
@@ -69,7 +66,7 @@ def plan_groups(
     counts = None
     if not plan_kernels.is_one_block(num_tokens, num_local_experts):
         (counts,) = _run(plan_kernels.count_launch(topk_ids, local_expert_offset, **sizes))
-    block_m = tilings.choose_block_m(expected_rows, _capability())
+    block_m = tilings.block_m(expected_rows, _capability())
     return GroupPlan(
         *_run(
             plan_kernels.plan_launch(
@@ -87,6 +84,9 @@ def up_project(
     plan: GroupPlan,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    num_local_experts, columns, hidden_size = gemm1_weights.shape
+    sizes = (hidden_size, columns // 2, num_local_experts)
+    tiling = tilings.choose(plan.block_m, _capability(), *sizes)
     return Quantized(
         *_run(
             up_projection.launch(
@@ -97,8 +97,8 @@ def up_project(
                 plan.row_token,
                 plan.tile_expert,
                 plan.num_tiles,
-                config=tilings.choose(plan.block_m, _capability()).up_projection,
-                num_sms=_num_sms(),
+                config=tiling.up_projection,
+                num_sms=device.num_sms(),
             )
         )
     )
@@ -111,6 +111,9 @@ def down_project(
     plan: GroupPlan,
 ) -> BFloat16[Array, "M H"]:
     """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
+    num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
+    sizes = (hidden_size, intermediate_size, num_local_experts)
+    tiling = tilings.choose(plan.block_m, _capability(), *sizes)
     (expert_outputs,) = _run(
         down_projection.launch(
             *activations,
@@ -118,8 +121,8 @@ def down_project(
             gemm2_weights_scale,
             plan.tile_expert,
             plan.num_tiles,
-            config=tilings.choose(plan.block_m, _capability()).down_projection,
-            num_sms=_num_sms(),
+            config=tiling.down_projection,
+            num_sms=device.num_sms(),
         )
     )
     return expert_outputs
@@ -161,14 +164,4 @@ def _capability() -> int:
     capability = device_of().compute_capability
     if capability is None:
         raise NotImplementedError(f"backend='triton': needs an NVIDIA GPU (got: {device_of()})")
-    return _number(capability)
-
-
-def _number(compute_capability: str) -> int:
-    """90 for "9.0"."""
-    return int(compute_capability.replace(".", ""))
-
-
-def _num_sms() -> int:
-    devices: list[Any] = jax.local_devices() if jax.default_backend() == "gpu" else []
-    return devices[0].core_count if devices else _ASSUMED_SMS
+    return tilings.number_of(capability)

@@ -22,6 +22,7 @@ from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 NAME = "xla"
 KEEPS_LOWERED = False
 layer = None
+tiling_table = None
 
 _MAX_E4M3 = 448.0
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)

@@ -12,6 +12,7 @@ from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, round_up
+from pallas_kernels.tuning.tables import Sizes
 
 _KERNELS: dict[str, Callable[..., Any]] = {
     "up_projection": up_projection,
@@ -19,8 +20,6 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 }
 MAX_BLOCK_M = 128
 """Tokens of the largest tile."""
-
-_EXPERTS, _HIDDEN, _INTERMEDIATE = 32, 7168, 2048  # DeepSeek-V3's, which the tables are made for
 
 
 def gathers(block_m: int) -> bool:
@@ -50,23 +49,30 @@ def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callab
     return run
 
 
-def check(role: str, config: MatmulConfig) -> None:
-    """Raises what building the kernel would raise, such as ValueError for too large a ring."""
+def check(role: str, config: MatmulConfig, sizes: Sizes) -> None:
+    """Raises what building the kernel would raise, such as ValueError for too large a ring.
+
+    Args:
+        role: "up_projection" or "down_projection".
+        config: Tile and ring.
+        sizes: Of a rank.
+    """
+    hidden, intermediate, experts = sizes
     gathered = role == "up_projection" and gathers(config.block_m)
     rows, shape = round_up(config.block_m, 32), jax.ShapeDtypeStruct
     n, k = {
-        "up_projection": (2 * _INTERMEDIATE, _HIDDEN),
-        "down_projection": (_HIDDEN, _INTERMEDIATE),
+        "up_projection": (2 * intermediate, hidden),
+        "down_projection": (hidden, intermediate),
     }[role]
     arrays = (
         shape((rows, k), jnp.float8_e4m3fn),
         shape((k // QUANT_BLOCK, rows), jnp.float32),
-        shape((_EXPERTS,), jnp.int32),
-        shape((_EXPERTS,), jnp.int32),
+        shape((experts,), jnp.int32),
+        shape((experts,), jnp.int32),
         shape((rows // config.block_m,), jnp.int32),
         shape((1,), jnp.int32),
         *([shape((rows,), jnp.int32)] if gathered else []),
-        shape((_EXPERTS, n, k), jnp.float8_e4m3fn),
-        shape((_EXPERTS, n // QUANT_BLOCK, k // QUANT_BLOCK), jnp.float32),
+        shape((experts, n, k), jnp.float8_e4m3fn),
+        shape((experts, n // QUANT_BLOCK, k // QUANT_BLOCK), jnp.float32),
     )
     jax.eval_shape(projection(role, config), *arrays)

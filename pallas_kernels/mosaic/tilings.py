@@ -1,35 +1,22 @@
 """Which tile each size class gets. Chosen from static shapes only, so routing never recompiles.
 
-A table measured on this kind of GPU (`python -m pallas_kernels.mosaic.tune`) wins over the shipped
-one.
+The tables are data (`pallas_kernels.tuning`): one that the user measured on this kind of GPU
+(`python -m pallas_kernels.mosaic.tune`) wins over a shipped one.
 """
 
 from __future__ import annotations
 
-import functools
-
 from pallas_kernels import device
-from pallas_kernels.mosaic import tiling_check
+from pallas_kernels.mosaic import hopper, tiling_check
 from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.tuning import cache
-from pallas_kernels.tuning.cache import Pair, Table
+from pallas_kernels.tuning.cache import Chosen, Gpu
+from pallas_kernels.tuning.tables import Kernels, Pair, Sizes, Table
 
-KERNELS = "mosaic"
 MAX_BLOCK_M, gathers = tiling_check.MAX_BLOCK_M, tiling_check.gathers
 
-# Measured on an H100 (docs/experiments).
-_UP = {
-    16: MatmulConfig(block_m=16, num_stages=6, stages_per_fill=2, split_k_steps=14),
-    64: MatmulConfig(block_m=64, num_stages=5, tail_widths=(16, 32, 48), stages_per_fill=2),
-    128: MatmulConfig(block_m=128, num_stages=4, tail_widths=(32, 64, 96), scheduler="dynamic"),
-}
-_DOWN = {
-    16: MatmulConfig(block_m=16, num_stages=6, stages_per_fill=2, split_k_steps=8),
-    64: MatmulConfig(block_m=64, num_stages=4, tail_widths=(16, 32, 48), stages_per_fill=2),
-    128: MatmulConfig(block_m=128, num_stages=3, tail_widths=(32, 64, 96), scheduler="dynamic"),
-}
-SHIPPED: Table[MatmulConfig] = {block_m: Pair(_UP[block_m], _DOWN[block_m]) for block_m in _UP}
+KERNELS = Kernels("mosaic", MatmulConfig, (16, 64, 128), tiling_check.check)
 
 
 def block_m(expected_rows: float) -> int:
@@ -40,37 +27,42 @@ def block_m(expected_rows: float) -> int:
     return 64 if expected_rows <= 48 else 128
 
 
-def up_config(block_m: int) -> MatmulConfig:
-    """Tile and ring of the up-projection for a plan of `block_m`."""
-    return table()[block_m].up_projection
+def choose(
+    block_m: int, hidden_size: int, intermediate_size: int, num_local_experts: int
+) -> Pair[MatmulConfig]:
+    """Tiles and rings of both projections.
+
+    Args:
+        block_m: Of the plan, one that the function of that name returns.
+        hidden_size: H.
+        intermediate_size: I.
+        num_local_experts: E_local.
+    """
+    return table(hidden_size, intermediate_size, num_local_experts)[block_m]
 
 
-def down_config(block_m: int) -> MatmulConfig:
-    """Tile and ring of the down-projection for a plan of `block_m`."""
-    return table()[block_m].down_projection
-
-
-def parts_bytes(hidden_size: int, intermediate_size: int) -> int:
+def parts_bytes(hidden_size: int, intermediate_size: int, num_local_experts: int) -> int:
     """Most global memory for sums of tiles that are cut along K, of both projections."""
     sms = device.num_sms()
+    pairs = table(hidden_size, intermediate_size, num_local_experts).values()
     return max(
         pair.up_projection.parts_bytes(hidden_size // QUANT_BLOCK, 2, sms)
         + pair.down_projection.parts_bytes(intermediate_size // QUANT_BLOCK, 2, sms)
-        for pair in table().values()
+        for pair in pairs
     )
 
 
-def is_shipped() -> bool:
-    """Whether the table in use here is the one that comes with the package."""
-    return table() is SHIPPED
+def table(hidden_size: int, intermediate_size: int, num_local_experts: int) -> Table[MatmulConfig]:
+    """The table in use for a rank: `block_m` to the tilings of both matmuls."""
+    return chosen(Sizes(hidden_size, intermediate_size, num_local_experts)).table
 
 
-def table() -> Table[MatmulConfig]:
-    """The table in use here: `block_m` to the tilings of both matmuls."""
-    gpu = device.local_gpu()
-    return SHIPPED if gpu is None else _table_of(gpu.device_kind)
+def chosen(sizes: Sizes) -> Chosen[MatmulConfig]:
+    """The table in use for a rank, and whether it is a shipped one."""
+    return cache.choose(KERNELS, gpu(), sizes)
 
 
-@functools.cache
-def _table_of(device_kind: str) -> Table[MatmulConfig]:
-    return cache.choose(KERNELS, device_kind, SHIPPED, tiling_check.check)
+def gpu() -> Gpu:
+    """The GPU that is compiled for."""
+    local = device.local_gpu()
+    return Gpu(hopper.COMPUTE_CAPABILITY, local and local.device_kind)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic import tiling_check, tilings
+from pallas_kernels.mosaic import hopper, tiling_check, tilings
 from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig, Scheduler
-from pallas_kernels.tuning import search
+from pallas_kernels.tuning import command, search
+from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
 
@@ -48,7 +49,7 @@ def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -
     plan = search.draw_plan(case.num_tokens, case.block_m, sizes)
     live = np.flatnonzero(plan.row_token >= 0)
     is_up = case.role == "up_projection"
-    columns = sizes.hidden if is_up else sizes.intermediate
+    columns = sizes.hidden_size if is_up else sizes.intermediate_size
     gathers = is_up and tilings.gathers(case.block_m)
     num_rows = case.num_tokens if gathers else len(plan.row_token)
     rows = search.unit_rows(3, num_rows, columns)
@@ -70,17 +71,19 @@ def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -
 
 def tuner(gpu: jax.Device) -> Tuner | str:
     """What to tune, or why these kernels do not run there."""
-    if str(gpu.compute_capability) != "9.0":
-        return f"needs a Hopper GPU, and this is a {gpu.device_kind}"
+    if str(gpu.compute_capability) != hopper.COMPUTE_CAPABILITY:
+        return (
+            f"needs a GPU of compute capability {hopper.COMPUTE_CAPABILITY} (Hopper), "
+            f"got {gpu.device_kind}"
+        )
     return Tuner(
         kernels=tilings.KERNELS,
-        shipped=tilings.SHIPPED,
+        gpu=Gpu(hopper.COMPUTE_CAPABILITY, gpu.device_kind),
         choices=choices,
         block_m=tilings.block_m,
         prepare=prepare,
-        check=tiling_check.check,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(search.main(sys.argv[1:], "pallas_kernels.mosaic.tune", tuner))
+    sys.exit(command.main(sys.argv[1:], "pallas_kernels.mosaic.tune", tuner))

@@ -101,12 +101,16 @@ class MatmulConfig:
                     f"{name}: expected one of {list(allowed)}, got {getattr(self, name)}"
                 )
 
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory that the pipeline takes on Hopper."""
-        # `wgmma` reads a tile while the next ones arrive; other instructions copy it first.
-        wgmma = self.swap_ab or self.block_m >= 64
-        buffers = self.num_stages if wgmma else self.num_stages - 1
+    def smem_bytes(self, *, matmul_reads_smem: bool) -> int:
+        """Shared memory that the pipeline takes.
+
+        Args:
+            matmul_reads_smem: Whether the GPU's matrix instruction can read from shared memory
+                (wgmma, tcgen05); one of fewer than 64 rows cannot.
+        """
+        # It reads a tile while the next ones arrive; other instructions copy the tile first.
+        reads_smem = matmul_reads_smem and (self.swap_ab or self.block_m >= 64)
+        buffers = self.num_stages if reads_smem else self.num_stages - 1
         return buffers * (self.block_m + _TILE_N) * QUANT_BLOCK
 
     def grid(self, row_tiles: int, column_tiles: int, num_sms: int) -> tuple[int]:

@@ -1,96 +1,135 @@
 """Which tiling each size gets, from static shapes and the kind of GPU alone.
 
-A table measured on this kind of GPU by `python -m pallas_kernels.triton.tune` wins over the
-shipped one.
+The tables are data (`pallas_kernels.tuning`): one that the user measured on this kind of GPU
+(`python -m pallas_kernels.triton.tune`) wins over a shipped one.
 """
 
+from __future__ import annotations
+
 import functools
+from typing import NamedTuple
 
 from pallas_kernels import device
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from pallas_kernels.tuning import cache
-from pallas_kernels.tuning.cache import Check, Pair, Table
+from pallas_kernels.tuning.cache import Chosen, Gpu
+from pallas_kernels.tuning.tables import Kernels, Pair, Sizes
 
-KERNELS = "triton"
+NAME = "triton"
 
-_OTHERS_SMEM = 101376  # what a program may have on any GPU from Ada on
 
-# Measured by `python -m pallas_kernels.triton.tune` on an H100 (docs/experiments).
-_HOPPER: Table[MatmulConfig] = {
-    # 16 and 32 were measured in the layer, but the tuner has not compared them with others yet.
-    16: Pair(MatmulConfig(16, 8, 3, swap_ab=True), MatmulConfig(16, 8, 3, swap_ab=True)),
-    32: Pair(MatmulConfig(32, 8, 3, swap_ab=True), MatmulConfig(32, 8, 3, swap_ab=True)),
-    64: Pair(MatmulConfig(64, 4, 2, 2), MatmulConfig(64, 4, 2, 2)),
-    128: Pair(MatmulConfig(128, 8, 3, 1), MatmulConfig(128, 8, 3, 1)),
+class Generation(NamedTuple):
+    """What GPUs of one compute capability have.
+
+    Attributes:
+        smem_bytes: Shared memory that a program may have.
+        block_ms: Rows of the tiles that are worth it there.
+        matmul_reads_smem: Whether the matrix instruction reads its operands from shared memory
+            while other work goes on (wgmma, tcgen05), instead of from registers (mma).
+        barrier_bytes: Bound on the shared memory that Triton takes beside the pipeline.
+    """
+
+    smem_bytes: int
+    block_ms: tuple[int, ...]
+    matmul_reads_smem: bool
+    barrier_bytes: int = 0
+
+
+# Tiles of 128 rows have 2 x 128 x 128 partial sums in the registers of 8 warps. Triton 3.6 compiles
+# them without spills for Hopper only, and of more warps it makes f16 instructions.
+_NARROW, _ALL = (16, 32, 64), (16, 32, 64, 128)
+
+GENERATIONS = {
+    89: Generation(101376, _NARROW, matmul_reads_smem=False),
+    90: Generation(232448, _ALL, matmul_reads_smem=True),
+    100: Generation(232448, _NARROW, matmul_reads_smem=True, barrier_bytes=1024),
+    103: Generation(232448, _NARROW, matmul_reads_smem=True, barrier_bytes=1024),
+    120: Generation(101376, _NARROW, matmul_reads_smem=False),
 }
+"""By compute capability, those with shipped tables: 90 for Hopper."""
 
-# Not measured on any GPU.
-_OTHERS: Table[MatmulConfig] = {
-    # 8 warps and 99 KiB of shared memory also suit Ada, whose tensor cores work from registers.
-    16: Pair(MatmulConfig(16, 8, 3, swap_ab=True), MatmulConfig(16, 8, 3, swap_ab=True)),
-    32: Pair(MatmulConfig(32, 8, 3, swap_ab=True), MatmulConfig(32, 8, 3, swap_ab=True)),
-    64: Pair(MatmulConfig(64, 8, 3), MatmulConfig(64, 8, 2)),
-}
+OLDEST = min(GENERATIONS)
+"""The first compute capability with FP8 matrix instructions."""
 
-BLOCK_MS = tuple(_HOPPER)
-"""All that `choose_block_m` can return."""
+BLOCK_MS = _ALL
+"""All that `block_m` can return, on any GPU."""
 
 
-def choose(block_m: int, compute_capability: int) -> Pair[MatmulConfig]:
-    """The tiling for a plan's `block_m`, one of those that `choose_block_m` returns."""
-    return _table(compute_capability)[block_m]
-
-
-def is_shipped(compute_capability: int) -> bool:
-    """Whether the table in use here is the one that comes with the package."""
-    return _table(compute_capability) is shipped(compute_capability)
-
-
-def shipped(compute_capability: int) -> Table[MatmulConfig]:
-    """The table that comes with the package."""
-    return _HOPPER if _is_hopper(compute_capability) else _OTHERS
-
-
-def checker(compute_capability: int) -> Check[MatmulConfig]:
-    """Refuses, for `tuning_cache`, what needs more shared memory than there is."""
-    limit = device.SMEM_BYTES if _is_hopper(compute_capability) else _OTHERS_SMEM
-
-    def check(role: str, config: MatmulConfig) -> None:
-        if config.smem_bytes > limit:
-            raise ValueError(f"needs {config.smem_bytes} bytes of shared memory of {limit}")
-
-    return check
-
-
-def _table(compute_capability: int) -> Table[MatmulConfig]:
-    gpu = device.local_gpu()
-    if gpu is None or str(gpu.compute_capability).replace(".", "") != str(compute_capability):
-        return shipped(compute_capability)
-    return _table_of(gpu.device_kind, compute_capability)
-
-
-@functools.cache
-def _table_of(device_kind: str, compute_capability: int) -> Table[MatmulConfig]:
-    check = checker(compute_capability)
-    return cache.choose(KERNELS, device_kind, shipped(compute_capability), check)
-
-
-def _is_hopper(compute_capability: int) -> bool:
-    return compute_capability // 10 == 9
-
-
-def choose_block_m(rows_per_expert: float, compute_capability: int) -> int:
+def block_m(expected_rows: float, compute_capability: int) -> int:
     """Rows of a tile.
 
     Args:
-        rows_per_expert: Expected rows of a local expert: T * top_k / E.
+        expected_rows: Rows that an expert is likely to get.
         compute_capability: 90 for Hopper.
 
     Returns:
         Few rows where few are expected: weights are what is read then, and padding is wasted work.
     """
-    if rows_per_expert <= 8:
+    if expected_rows <= 8:
         return 16
-    if rows_per_expert <= 16:
+    if expected_rows <= 16:
         return 32
-    return 128 if rows_per_expert > 192 and _is_hopper(compute_capability) else 64
+    widest = GENERATIONS[generation(compute_capability)].block_ms[-1]
+    return min(128 if expected_rows > 192 else 64, widest)
+
+
+def choose(
+    block_m: int,
+    compute_capability: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_local_experts: int,
+) -> Pair[MatmulConfig]:
+    """Tilings of both projections.
+
+    Args:
+        block_m: Of the plan, one that the function of that name returns.
+        compute_capability: 90 for Hopper.
+        hidden_size: H.
+        intermediate_size: I.
+        num_local_experts: E_local.
+    """
+    sizes = Sizes(hidden_size, intermediate_size, num_local_experts)
+    return chosen(compute_capability, sizes).table[block_m]
+
+
+def chosen(compute_capability: int, sizes: Sizes) -> Chosen[MatmulConfig]:
+    """The table in use for a rank, and whether it is a shipped one."""
+    number = generation(compute_capability)
+    return cache.choose(kernels(number), gpu(compute_capability), sizes)
+
+
+def gpu(compute_capability: int) -> Gpu:
+    """The GPU that is compiled for: this process's, if it is one of that capability."""
+    major, minor = divmod(generation(compute_capability), 10)
+    local = device.local_gpu()
+    is_here = local is not None and number_of(local.compute_capability) == compute_capability
+    return Gpu(f"{major}.{minor}", local.device_kind if local and is_here else None)
+
+
+def number_of(compute_capability: object) -> int:
+    """90 for "9.0"."""
+    return int(str(compute_capability).replace(".", ""))
+
+
+def generation(compute_capability: int) -> int:
+    """The newest known capability of the same major version, else the oldest: it asks for least."""
+    family = [
+        known
+        for known in GENERATIONS
+        if known // 10 == compute_capability // 10 and known <= compute_capability
+    ]
+    return max(family, default=OLDEST)
+
+
+@functools.cache
+def kernels(known_capability: int) -> Kernels[MatmulConfig]:
+    """The kernels with what limits their tilings on one of `GENERATIONS`."""
+    has = GENERATIONS[known_capability]
+
+    def check(role: str, config: MatmulConfig, sizes: Sizes) -> None:
+        needed = config.smem_bytes(matmul_reads_smem=has.matmul_reads_smem) + has.barrier_bytes
+        if needed > has.smem_bytes:
+            raise ValueError(f"needs {needed} bytes of shared memory of {has.smem_bytes}")
+
+    return Kernels(NAME, MatmulConfig, has.block_ms, check)

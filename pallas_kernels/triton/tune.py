@@ -1,6 +1,6 @@
 """Measures the tilings of the Triton kernels: `python -m pallas_kernels.triton.tune`.
 
-The best ones go to the user's cache folder, where `configs` finds them.
+The best ones go to the user's cache folder, where `tilings` finds them.
 """
 
 import sys
@@ -14,7 +14,7 @@ import numpy as np
 from pallas_kernels.triton import down_projection, tilings, up_projection
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from pallas_kernels.triton.launch import call
-from pallas_kernels.tuning import search
+from pallas_kernels.tuning import command, search
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
 CHOICES: Mapping[str, Sequence[int]] = {
@@ -32,7 +32,7 @@ def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
     row_token, *tiles = map(jnp.asarray, (plan.row_token, plan.tile_expert, plan.num_tiles))
     num_sms = jax.local_devices()[0].core_count
     if case.role == "up_projection":
-        tokens = search.unit_rows(3, case.num_tokens, sizes.hidden)
+        tokens = search.unit_rows(3, case.num_tokens, sizes.hidden_size)
         arrays: tuple[Any, ...] = (
             *tokens,
             *weights.up_projection,
@@ -41,7 +41,7 @@ def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
         )
         launch: Any = up_projection.launch
     else:
-        rows = search.unit_rows(3, len(plan.row_token), sizes.intermediate)
+        rows = search.unit_rows(3, len(plan.row_token), sizes.intermediate_size)
         arrays = (*rows, *weights.down_projection, *tiles)
         launch = down_projection.launch
 
@@ -59,22 +59,22 @@ def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
 
 def tuner(gpu: jax.Device) -> Tuner | str:
     """What to tune, or why these kernels do not run there."""
-    capability = int(str(gpu.compute_capability).replace(".", ""))
-    if capability < 89:
-        return f"needs compute capability 8.9 or newer, and this is a {gpu.device_kind}"
+    capability = tilings.number_of(gpu.compute_capability)
+    if capability < tilings.OLDEST:
+        oldest = "{}.{}".format(*divmod(tilings.OLDEST, 10))
+        return f"needs compute capability {oldest} or newer, got {gpu.device_kind}"
 
     def block_m(expected_rows: float) -> int:
-        return tilings.choose_block_m(expected_rows, capability)
+        return tilings.block_m(expected_rows, capability)
 
     return Tuner(
-        kernels=tilings.KERNELS,
-        shipped=tilings.shipped(capability),
+        kernels=tilings.kernels(tilings.generation(capability)),
+        gpu=tilings.gpu(capability),
         choices=lambda _: CHOICES,
         block_m=block_m,
         prepare=prepare,
-        check=tilings.checker(capability),
     )
 
 
 if __name__ == "__main__":
-    sys.exit(search.main(sys.argv[1:], "pallas_kernels.triton.tune", tuner))
+    sys.exit(command.main(sys.argv[1:], "pallas_kernels.triton.tune", tuner))

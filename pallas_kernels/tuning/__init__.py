@@ -1,1 +1,5 @@
-"""What the tuners of all kernels share: `search` measures tilings, `cache` keeps them in files."""
+"""Tilings as data, for all kernels.
+
+`tables` has their form and those that are shipped, `cache` chooses one for a call, `search` and
+`command` measure them.
+"""

@@ -1,157 +1,155 @@
-"""Tables of tilings that a user measured: JSON in the user's cache folder, checked when read.
+"""Which table of tilings a call gets: the user's own, else one that is shipped.
 
-One file for each kind of GPU and each set of kernels. A file is data: every field must have the
-name and the type of the configuration's own, and what does not fit this device, this JAX or this
-package is ignored with a warning that says why.
+The tuners write a user's tables into the cache folder, a file for each set of kernels, kind of GPU
+and sizes. What does not fit this device, this JAX or this package is ignored with a warning that
+says why.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import functools
 import os
-import re
 import stat
-import types
-import typing
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.files import cache_folder, write_atomically
-
-SCHEMA = 1
-"""Raise it when the file's form changes, or the kernels so much that old measurements mislead."""
+from pallas_kernels.files import cache_folder
+from pallas_kernels.tuning import tables
+from pallas_kernels.tuning.tables import DEEPSEEK_V3, Kernels, Key, Sizes, Table
 
 SWITCH = "JAX_MOE_TUNING"
 """The environment variable that makes everyone use the shipped tables when it is "off"."""
 
 _MAX_BYTES = 2**20
-_MAX_INTEGER = 2**31 - 1
 
 
-class Pair[C](NamedTuple):
-    """Tilings of the two matmuls; both have the plan's `block_m`."""
+class Gpu(NamedTuple):
+    """What tables are looked up for.
 
-    up_projection: C
-    down_projection: C
-
-
-type Table[C] = Mapping[int, Pair[C]]
-"""`block_m` to tilings."""
-
-type Check[C] = Callable[[str, C], None]
-"""`check(role, config)` raises if the kernel cannot be built; a role is a field of `Pair`."""
-
-
-def choose[C](kernels: str, device_kind: str, shipped: Table[C], check: Check[C]) -> Table[C]:
-    """The user's table if there is a valid one, else the shipped one; warns of an invalid one.
-
-    Args:
-        kernels: Name of the set of kernels.
-        device_kind: This machine's GPU, as JAX calls it.
-        shipped: The table that comes with the package.
-        check: Refuses what cannot be built.
+    Attributes:
+        compute_capability: As JAX writes it ("9.0"), of the table that serves the GPU if its kind
+            has none of its own.
+        kind: As JAX calls it ("NVIDIA H200"); None for a GPU that is only compiled for.
     """
-    if os.environ.get(SWITCH) == "off":
-        return shipped
-    try:
-        path = path_of(kernels, device_kind)
-    except RuntimeError:  # no home folder, so no cache
-        return shipped
-    try:
-        return read(path, kernels, device_kind, shipped, check)
-    except FileNotFoundError:
-        return shipped
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        warnings.warn(f"{path}: ignored, the shipped tilings are used: {reason}", stacklevel=2)
-        return shipped
+
+    compute_capability: str
+    kind: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        """Such as "sm_90"."""
+        return f"sm_{self.compute_capability.replace('.', '')}"
 
 
-def path_of(kernels: str, device_kind: str) -> Path:
-    """Where the table for a kind of GPU lies."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", device_kind).strip("-")
-    return cache_folder() / "tuning" / f"{kernels}-{name}.json"
+class Chosen[C](NamedTuple):
+    """A table and whether it comes with the package."""
+
+    table: Table[C]
+    is_shipped: bool
 
 
-def read[C](
-    path: Path, kernels: str, device_kind: str, shipped: Table[C], check: Check[C]
-) -> Table[C]:
-    """Reads a table.
+@functools.cache
+def choose[C](kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Chosen[C]:
+    """The table for a GPU and the sizes of a rank, read once per process.
+
+    Tried in this order: the user's, the shipped one of this kind of GPU, the shipped one of its
+    compute capability; and if there is none for these sizes, the same three for DeepSeek-V3's.
 
     Args:
-        path: The file.
-        kernels: Name of the set of kernels.
-        device_kind: The GPU's, as JAX calls it.
-        shipped: The table that comes with the package: its keys and types are the valid ones.
-        check: Refuses what cannot be built.
+        kernels: Whose tables.
+        gpu: Compiled for.
+        sizes: Of a rank.
+
+    Raises:
+        LookupError: The package has no table for that compute capability.
+    """
+    for key_sizes in dict.fromkeys((sizes, DEEPSEEK_V3)):
+        if (own := _own(kernels, gpu, key_sizes)) is not None:
+            return Chosen(own, is_shipped=False)
+        if (table := shipped(kernels, gpu, key_sizes)) is not None:
+            return Chosen(table, is_shipped=True)
+    return Chosen(nearest_shipped(kernels, gpu, sizes), is_shipped=True)
+
+
+def shipped[C](kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C] | None:
+    """The package's table for exactly these sizes: the GPU's own, else its capability's."""
+    for device in filter(None, (gpu.kind, gpu.architecture)):
+        if (table := tables.shipped(kernels, device, sizes)) is not None:
+            return table
+    return None
+
+
+def nearest_shipped[C](kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C]:
+    """The package's table for these sizes, else for DeepSeek-V3's.
+
+    Raises:
+        LookupError: The package has no table for that compute capability.
+    """
+    for candidate in (sizes, DEEPSEEK_V3):
+        if (table := shipped(kernels, gpu, candidate)) is not None:
+            return table
+    raise LookupError(f"no shipped tilings of {kernels.name} for {gpu.architecture}")
+
+
+def folder() -> Path:
+    """Where users' tables lie.
+
+    Raises:
+        RuntimeError: The user has no home folder.
+    """
+    return cache_folder() / "tuning"
+
+
+def path_of(kernels: str, device_kind: str, sizes: Sizes) -> Path:
+    """Where the user's table lies.
+
+    Raises:
+        RuntimeError: The user has no home folder.
+    """
+    return folder() / Key(kernels, device_kind, sizes).file_name
+
+
+def read[C](path: Path, kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C]:
+    """Reads a user's table.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no valid table for this device and these versions; says why.
+        ValueError: It is no valid table for this GPU, these sizes and this JAX, or has a tiling
+            that cannot be built; says why.
     """
-    try:
-        content = json.loads(_text(path))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("expected a JSON object")
-    for name, wanted in _header(kernels, device_kind, shipped).items():
-        if content.get(name) != wanted:
-            raise ValueError(f"{name}: expected {wanted!r}, got {content.get(name)!r:.100}")
-    rows = _fields("table", content.get("table"), [str(block_m) for block_m in shipped])
-    table = {}
-    for block_m, pair in shipped.items():
-        where = f"table.{block_m}"
-        roles = _fields(where, rows[str(block_m)], Pair._fields)
-        found = [
-            _config(type(config), roles[role], f"{where}.{role}")
-            for role, config in pair._asdict().items()
-        ]
-        table[block_m] = Pair(*found)
-        for role, config in zip(Pair._fields, found, strict=True):
-            _check(config, getattr(pair, role), role, block_m, check)
+    key = Key(kernels.name, gpu.kind or gpu.architecture, sizes)
+    table = tables.parse(_text(path), kernels, key, jax.__version__)
+    known = nearest_shipped(kernels, gpu, sizes)
+    for block_m, pair in table.items():
+        for role, config in pair._asdict().items():
+            if config == getattr(known[block_m], role):  # those have been built by tests
+                continue
+            try:
+                kernels.check(role, config, sizes)
+            except Exception as error:  # whatever stops the kernel from being built
+                raise ValueError(f"table.{block_m}.{role}: {error!s:.300}") from None
     return table
 
 
-def write[C](path: Path, kernels: str, device_kind: str, table: Table[C], measured: Any) -> None:
-    """Replaces a table atomically; of two writers at once one wins whole.
-
-    Args:
-        path: The file.
-        kernels: Name of the set of kernels.
-        device_kind: The GPU that was measured.
-        table: The tilings.
-        measured: What was measured, as JSON; kept for people, not read back.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    rows = {
-        str(block_m): {role: dataclasses.asdict(config) for role, config in pair._asdict().items()}
-        for block_m, pair in table.items()
-    }
-    content = _header(kernels, device_kind, table) | {"table": rows, "measured": measured}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-
-
-def _header(kernels: str, device_kind: str, table: Table[Any]) -> dict[str, Any]:
-    """What must be equal for a file to count."""
-    config = next(iter(table.values())).up_projection
-    return {
-        "schema": SCHEMA,
-        "kernels": kernels,
-        "device": device_kind,
-        "jax": jax.__version__,
-        "fields": [field.name for field in dataclasses.fields(config)],
-    }
+def _own[C](kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C] | None:
+    """The user's table if there is a valid one; warns of an invalid one."""
+    if gpu.kind is None or os.environ.get(SWITCH) == "off":
+        return None
+    try:
+        path = path_of(kernels.name, gpu.kind, sizes)
+    except RuntimeError:  # no home folder, so no cache
+        return None
+    try:
+        return read(path, kernels, gpu, sizes)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        warnings.warn(f"{path}: ignored, the shipped tilings are used: {reason}", stacklevel=4)
+        return None
 
 
 def _text(path: Path) -> str:
@@ -162,62 +160,8 @@ def _text(path: Path) -> str:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("expected a regular file")
         if status.st_size > _MAX_BYTES:
-            raise ValueError(f"{status.st_size} bytes, more than {_MAX_BYTES}")
+            raise ValueError(f"expected at most {_MAX_BYTES} bytes, got {status.st_size}")
         with open(handle, encoding="utf-8", closefd=False) as file:
             return file.read()
     finally:
         os.close(handle)
-
-
-def _fields(where: str, value: Any, names: typing.Iterable[str]) -> dict[str, Any]:
-    """The value, if it is an object with exactly these names."""
-    wanted = sorted(names)
-    found = sorted(value) if isinstance(value, dict) else value
-    if found != wanted:
-        raise ValueError(f"{where}: expected the fields {wanted}, got {found!r:.100}")
-    return value
-
-
-def _config[C](kind: type[C], value: Any, where: str) -> C:
-    """A configuration of plain fields, each checked against its annotation."""
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    values = _fields(where, value, names)
-    typed = {name: _typed(values[name], hints[name], f"{where}.{name}") for name in names}
-    try:
-        return kind(**typed)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """JSON's value as an annotation says: bool, int, None, a tuple of such, or a choice of them."""
-    if typing.get_origin(hint) is typing.Literal:
-        if isinstance(value, str) and value in typing.get_args(hint):
-            return value
-        raise ValueError(
-            f"{where}: expected one of {list(typing.get_args(hint))}, got {value!r:.100}"
-        )
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        choices = typing.get_args(hint)
-        if value is None and type(None) in choices:
-            return None
-        hint = next(choice for choice in choices if choice is not type(None))
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, list):
-            return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
-    elif type(value) is hint and (hint is bool or abs(value) <= _MAX_INTEGER):
-        return value
-    raise ValueError(f"{where}: expected {hint}, got {value!r:.100}")
-
-
-def _check[C](config: C, shipped: C, role: str, block_m: int, check: Check[C]) -> None:
-    where = f"table.{block_m}.{role}"
-    if getattr(config, "block_m") != block_m:  # noqa: B009
-        raise ValueError(f"{where}.block_m: expected {block_m}")
-    if config == shipped:
-        return
-    try:
-        check(role, config)
-    except Exception as error:  # whatever stops the kernel from being built
-        raise ValueError(f"{where}: {error!s:.300}") from None

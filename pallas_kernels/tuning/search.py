@@ -1,44 +1,46 @@
-"""What the two tuners share: inputs, times, the search, the command line.
+"""What the two tuners share: inputs, times, the search.
 
-Weights and activations are random e4m3 numbers of DeepSeek-V3's sizes, routing is uniform with as
-many local pairs as tokens. Times are of the kernel alone, by CUPTI.
+Weights and activations are random e4m3 numbers, routing is uniform. Times are of the kernel alone,
+by CUPTI.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import itertools
 import statistics
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
-from tqdm import tqdm
 
-from pallas_kernels import device
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv, even_rows, max_rows, round_up
-from pallas_kernels.tuning import cache
-from pallas_kernels.tuning.cache import Pair, Table
+from pallas_kernels.tuning import tables
+from pallas_kernels.tuning.cache import Gpu
+from pallas_kernels.tuning.tables import Kernels, Pair, Table
 
 _TOKENS = (80, 901, 14107, 400, 200, 32, 1, 3000, 60000)
+_MAX_TOKENS = 2**20
 _MAX_DIFFERENCE = 0.02
 _GAIN = 0.99  # a change must make the kernel 1 % faster, or it is noise
 
 
 class Sizes(NamedTuple):
-    """Of the layer that is measured."""
+    """Of the layer that is measured; the defaults are DeepSeek-V3's, on one rank of eight."""
 
-    hidden: int = 7168
-    intermediate: int = 2048
-    experts: int = 256
-    local_experts: int = 32
+    hidden_size: int = 7168
+    intermediate_size: int = 2048
+    num_experts: int = 256
+    num_local_experts: int = 32
     top_k: int = 8
+
+    @property
+    def of_table(self) -> tables.Sizes:
+        """What its table is found by."""
+        return tables.Sizes(self.hidden_size, self.intermediate_size, self.num_local_experts)
 
 
 DEEPSEEK_V3 = Sizes()
@@ -87,21 +89,20 @@ class Tuner(NamedTuple):
     """A set of kernels to tune.
 
     Attributes:
-        kernels: Its name in the cache.
-        shipped: Its table; the search starts there.
+        kernels: What has tables.
+        gpu: Whose tables.
         choices: Of a configuration, the values to try for some of its fields.
         block_m: The class of so many rows per expert.
         prepare: Makes a case's inputs.
-        check: As for `cache.choose`.
-        tokens: A class is measured at the first of these that belongs to it.
+        tokens: A class is measured at the first of these that belongs to it, else at the least
+            number that does.
     """
 
-    kernels: str
-    shipped: Table[Any]
+    kernels: Kernels[Any]
+    gpu: Gpu
     choices: Callable[[Any], Mapping[str, Sequence[Any]]]
     block_m: Callable[[float], int]
     prepare: Callable[[Case, Weights, Sizes], Prepared]
-    check: cache.Check[Any]
     tokens: tuple[int, ...] = _TOKENS
 
 
@@ -119,12 +120,12 @@ def random_weights(sizes: Sizes) -> Weights:
     """All experts' weights (DeepSeek-V3: 1.4 GB), with one scale for every block."""
 
     def of_experts(seed: int, n: int, k: int) -> tuple[jax.Array, jax.Array]:
-        blocks = (sizes.local_experts, n // QUANT_BLOCK, k // QUANT_BLOCK)
-        return random_e4m3(seed, (sizes.local_experts, n, k)), jnp.full(blocks, k**-0.5)
+        blocks = (sizes.num_local_experts, n // QUANT_BLOCK, k // QUANT_BLOCK)
+        return random_e4m3(seed, (sizes.num_local_experts, n, k)), jnp.full(blocks, k**-0.5)
 
     return Weights(
-        of_experts(1, 2 * sizes.intermediate, sizes.hidden),
-        of_experts(2, sizes.hidden, sizes.intermediate),
+        of_experts(1, 2 * sizes.intermediate_size, sizes.hidden_size),
+        of_experts(2, sizes.hidden_size, sizes.intermediate_size),
     )
 
 
@@ -138,13 +139,13 @@ def draw_plan(num_tokens: int, block_m: int, sizes: Sizes) -> Plan:
 
     As everywhere the arrays have the length of the worst case, all pairs local.
     """
-    odds = sizes.top_k / sizes.experts
-    drawn = np.random.default_rng(0).random((num_tokens, sizes.local_experts)) < odds
+    odds = sizes.top_k / sizes.num_experts
+    drawn = np.random.default_rng(0).random((num_tokens, sizes.num_local_experts)) < odds
     chosen = drawn & (np.cumsum(drawn, axis=1) <= sizes.top_k)
     group_sizes = chosen.sum(axis=0, dtype=np.int32)
     tiles = np.array([cdiv(int(size), block_m) for size in group_sizes], np.int32)
     group_offsets = (np.cumsum(tiles) - tiles).astype(np.int32) * block_m
-    rows = round_up(max_rows(num_tokens, sizes.top_k, sizes.local_experts, block_m), 32)
+    rows = round_up(max_rows(num_tokens, sizes.top_k, sizes.num_local_experts, block_m), 32)
     row_token = np.full(rows, -1, np.int32)
     for expert, (offset, size) in enumerate(zip(group_offsets, group_sizes, strict=True)):
         row_token[offset : offset + size] = np.flatnonzero(chosen[:, expert])
@@ -168,19 +169,20 @@ def cupti_timer(iterations: int) -> Timer:
     return timer
 
 
-def difference(found: jax.Array, expected: jax.Array) -> float:
+def difference(result: jax.Array, expected: jax.Array) -> float:
     """Relative, in the Frobenius norm; NaN where either is not finite."""
-    found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
-    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+    result, expected = result.astype(jnp.float32), expected.astype(jnp.float32)
+    return float(jnp.linalg.norm(result - expected) / jnp.linalg.norm(expected))
 
 
 def tune(
-    tuner: Tuner, timer: Timer, sizes: Sizes, progress: Any
+    tuner: Tuner, start: Table[Any], timer: Timer, sizes: Sizes, progress: Any
 ) -> tuple[Table[Any], list[dict[str, Any]]]:
     """Measures every class and matmul.
 
     Args:
         tuner: What to tune.
+        start: Where the search starts, a row per class.
         timer: How to time.
         sizes: Of the layer.
         progress: A `tqdm` bar, or whatever has its `total`, `update` and `write`.
@@ -190,31 +192,33 @@ def tune(
     """
     cases = [
         Case(role, block_m, tokens_of(block_m, tuner, sizes))
-        for block_m in tuner.shipped
+        for block_m in start
         for role in Pair._fields
     ]
-    weights, found, rows = random_weights(sizes), {}, []
+    weights, best, rows = random_weights(sizes), {}, []
     progress.total = sum(
-        1 + sum(map(len, tuner.choices(getattr(tuner.shipped[case.block_m], case.role)).values()))
+        1 + sum(map(len, tuner.choices(getattr(start[case.block_m], case.role)).values()))
         for case in cases
     )
     for case in cases:
         attempt = _Attempts(case, tuner.prepare(case, weights, sizes), timer, progress)
-        shipped = getattr(tuner.shipped[case.block_m], case.role)
-        found[case.block_m, case.role] = search(shipped, tuner.choices(shipped), attempt)
+        first = getattr(start[case.block_m], case.role)
+        best[case.block_m, case.role] = search(first, tuner.choices(first), attempt)
         rows += attempt.rows
-    table = {
-        block_m: Pair(*(found[block_m, role] for role in Pair._fields)) for block_m in tuner.shipped
-    }
+    table = {block_m: Pair(*(best[block_m, role] for role in Pair._fields)) for block_m in start}
     return table, rows
 
 
 def tokens_of(block_m: int, tuner: Tuner, sizes: Sizes) -> int:
-    """The token count at which a class is measured."""
-    for num_tokens in tuner.tokens:
-        if tuner.block_m(even_rows(num_tokens, sizes.top_k, sizes.experts)) == block_m:
+    """The token count at which a class is measured.
+
+    Raises:
+        ValueError: No token count belongs to it.
+    """
+    for num_tokens in itertools.chain(tuner.tokens, range(1, _MAX_TOKENS)):
+        if tuner.block_m(even_rows(num_tokens, sizes.top_k, sizes.num_experts)) == block_m:
             return num_tokens
-    raise ValueError(f"block_m={block_m}: expected one of T={tuner.tokens} in this class")
+    raise ValueError(f"block_m={block_m}: expected a token count of this class, got none")
 
 
 def search[C](
@@ -268,59 +272,3 @@ class _Attempts:
         if not error < _MAX_DIFFERENCE:
             raise ValueError(f"differs from the first candidate by {error}")
         return self._timer(function, self._prepared.arrays)
-
-
-def main(
-    argv: list[str],
-    module: str,
-    tuners: Callable[[jax.Device], Tuner | str],
-    sizes: Sizes = DEEPSEEK_V3,
-) -> int:
-    """The command line of a tuner; returns the exit code.
-
-    Args:
-        argv: Arguments.
-        module: What `python -m` runs.
-        tuners: The tuner for a GPU, or why there is none, in a few words.
-        sizes: Of the layer that is measured.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description="Measures tilings on this GPU and keeps the best ones in the cache folder.",
-    )
-    parser.add_argument("--iterations", type=int, default=10, help="calls of each candidate")
-    parser.add_argument("--output", type=Path, help="file to write instead of the cache")
-    args = parser.parse_args(argv)
-    gpu = device.local_gpu()
-    tuner = tuners(gpu) if gpu is not None else "needs an NVIDIA GPU, and JAX sees none"
-    if gpu is None or isinstance(tuner, str):
-        return _failed(f"{module}: {tuner}")
-    try:
-        path = args.output or cache.path_of(tuner.kernels, gpu.device_kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # asked now, not after minutes
-            pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        return _failed(f"{module}: cannot write the table: {error}")
-    with tqdm(unit="tiling") as progress:
-        table, rows = tune(tuner, cupti_timer(args.iterations), sizes, progress)
-    try:
-        cache.write(path, tuner.kernels, gpu.device_kind, table, rows)
-    except OSError as error:
-        return _failed(f"{module}: cannot write the table: {error}")
-    for line in _summary(tuner.shipped, table):
-        print(line)
-    print(f"{path}: written{'' if args.output else '; programs started from now on use it'}")
-    return 0
-
-
-def _failed(line: str) -> int:
-    print(line, file=sys.stderr)
-    return 1
-
-
-def _summary(shipped: Table[Any], table: Table[Any]) -> Iterator[str]:
-    for block_m, pair in table.items():
-        for role, config in pair._asdict().items():
-            same = config == getattr(shipped[block_m], role)
-            yield f"{role} {config}{' (as shipped)' if same else ''}"
