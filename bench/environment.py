@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pallas_kernels.files import cache_folder
 
 if TYPE_CHECKING:
-    from bench.workloads import Sizes
+    from bench import workloads
 
 _PACKAGES = (
     "jax",
@@ -126,7 +126,7 @@ def gpu_state() -> dict[str, str] | None:
     return dict(zip(_GPU_STATE, (field.strip() for field in query.split(",")), strict=False))
 
 
-def device(sizes: "Sizes | None" = None) -> Mapping[str, Any]:
+def device(sizes: "workloads.Sizes | None" = None) -> Mapping[str, Any]:
     """The default JAX device: platform, kind, for a GPU its capability and memory in bytes.
 
     `tuned` names the kernels whose tilings this user measured; the others use the shipped ones.
@@ -149,13 +149,13 @@ def device(sizes: "Sizes | None" = None) -> Mapping[str, Any]:
     }
 
 
-def _tuned(capability: str, sizes: "Sizes | None") -> list[str]:
+def _tuned(capability: str, sizes: "workloads.Sizes | None") -> list[str]:
     from pallas_kernels.mosaic import tilings as mosaic
-    from pallas_kernels.tuning import tables
+    from pallas_kernels.tuning.table_format import DEEPSEEK_V3, Sizes
 
-    key = tables.DEEPSEEK_V3
+    key = DEEPSEEK_V3
     if sizes is not None:
-        key = tables.Sizes(sizes.hidden_size, sizes.intermediate_size, sizes.num_local_experts)
+        key = Sizes(sizes.hidden_size, sizes.intermediate_size, sizes.num_local_experts)
     shipped = {"mosaic": mosaic.chosen(key).is_shipped}
     if importlib.util.find_spec("triton") is not None:
         from pallas_kernels.triton import tilings as triton

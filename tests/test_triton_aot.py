@@ -12,14 +12,14 @@ from jax_moe.models import MODELS
 from pallas_kernels.triton import down_projection, tilings, tune, up_projection
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from pallas_kernels.triton.launch import call
-from pallas_kernels.tuning import tables
-from pallas_kernels.tuning.tables import Sizes
+from pallas_kernels.tuning import table_format
+from pallas_kernels.tuning.table_format import Sizes
 from tests import h100_target
 from tests.moe_inputs import rank_specs
 
 F8, F32, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
 HOPPER_SMEM, ADA_SMEM = 232448, 101376
-HIDDEN, INTERMEDIATE, LOCAL = DEEPSEEK = tables.DEEPSEEK_V3
+HIDDEN, INTERMEDIATE, LOCAL = DEEPSEEK = table_format.DEEPSEEK_V3
 
 
 def specs(*shapes):

@@ -23,7 +23,7 @@ from pallas_kernels.triton import (
 )
 from pallas_kernels.triton import plan as plan_kernels
 from pallas_kernels.triton.launch import call
-from pallas_kernels.tuning.tables import DEEPSEEK_V3
+from pallas_kernels.tuning.table_format import DEEPSEEK_V3
 from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
 
 pytestmark = pytest.mark.gpu

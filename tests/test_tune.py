@@ -19,10 +19,10 @@ from jax_moe.models import MODELS
 from pallas_kernels import device
 from pallas_kernels.mosaic import tilings, tune
 from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
-from pallas_kernels.tuning import cache, command, search, tables
+from pallas_kernels.tuning import cache, command, search, table_format
 from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner
-from pallas_kernels.tuning.tables import Kernels, Key, Pair
+from pallas_kernels.tuning.table_format import Kernels, Key, Pair
 
 TINY = Sizes(hidden_size=256, intermediate_size=128, num_experts=8, num_local_experts=2, top_k=2)
 START = MatmulConfig(block_m=16, num_stages=2, sms=2)
@@ -174,7 +174,7 @@ def test_a_class_that_no_token_count_has_is_an_error():
 
 
 def test_the_choices_of_every_shipped_tiling_can_be_made():
-    shipped = cache.nearest_shipped(tilings.KERNELS, Gpu("9.0"), tables.DEEPSEEK_V3)
+    shipped = cache.nearest_shipped(tilings.KERNELS, Gpu("9.0"), table_format.DEEPSEEK_V3)
     for pair in shipped.values():
         for config in pair:
             choices = tune.choices(config)
@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(monkeypatch, tmp_path, capsy
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tables, "write", full)
+    monkeypatch.setattr(table_format, "write", full)
     assert run_main(monkeypatch, tmp_path) == 1
     assert "cannot write the table: [Errno 28] No space left" in capsys.readouterr().err
 
@@ -296,7 +296,7 @@ def tilings_of_triton(monkeypatch, tmp_path):
 def shipped_of(tilings_of_triton, capability):
     kernels = tilings_of_triton.kernels(capability)
     gpu = Gpu("{}.{}".format(*divmod(capability, 10)))
-    return cache.nearest_shipped(kernels, gpu, tables.DEEPSEEK_V3)
+    return cache.nearest_shipped(kernels, gpu, table_format.DEEPSEEK_V3)
 
 
 def write_triton(tilings_of_triton, **changes):
@@ -304,8 +304,8 @@ def write_triton(tilings_of_triton, **changes):
         block_m: Pair(*(dataclasses.replace(config, **changes) for config in pair))
         for block_m, pair in shipped_of(tilings_of_triton, 90).items()
     }
-    path = cache.path_of("triton", H100.device_kind, tables.DEEPSEEK_V3)
-    tables.write(path, Key("triton", H100.device_kind, tables.DEEPSEEK_V3), table, [])
+    path = cache.path_of("triton", H100.device_kind, table_format.DEEPSEEK_V3)
+    table_format.write(path, Key("triton", H100.device_kind, table_format.DEEPSEEK_V3), table, [])
     return table
 
 
@@ -313,7 +313,7 @@ def test_triton_takes_the_same_way(tilings_of_triton):
     """The user's table counts for this device, not for others that are compiled for."""
     table = write_triton(tilings_of_triton, num_warps=4, num_stages=2)
     assert table != shipped_of(tilings_of_triton, 90)
-    sizes = tables.DEEPSEEK_V3
+    sizes = table_format.DEEPSEEK_V3
     assert {block_m: tilings_of_triton.choose(block_m, 90, *sizes) for block_m in table} == table
     for block_m, pair in shipped_of(tilings_of_triton, 100).items():
         assert tilings_of_triton.choose(block_m, 100, *sizes) == pair
@@ -322,7 +322,7 @@ def test_triton_takes_the_same_way(tilings_of_triton):
 def test_a_triton_tiling_that_does_not_fit_is_ignored(tilings_of_triton):
     write_triton(tilings_of_triton, num_stages=8)
     with pytest.warns(UserWarning, match="bytes of shared memory"):
-        chosen = tilings_of_triton.choose(128, 90, *tables.DEEPSEEK_V3)
+        chosen = tilings_of_triton.choose(128, 90, *table_format.DEEPSEEK_V3)
     assert chosen == shipped_of(tilings_of_triton, 90)[128]
 
 

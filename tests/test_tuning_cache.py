@@ -18,14 +18,14 @@ import pytest
 from bench import environment, workloads
 from pallas_kernels import device, files
 from pallas_kernels.mosaic import tiling_check, tilings
-from pallas_kernels.tuning import cache, tables
-from pallas_kernels.tuning.tables import DEEPSEEK_V3, Kernels, Key, Pair, Sizes
+from pallas_kernels.tuning import cache, table_format
+from pallas_kernels.tuning.table_format import DEEPSEEK_V3, Kernels, Key, Pair, Sizes
 
 KIND = "NVIDIA H100 80GB HBM3"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-_SHIPPED = tables.shipped(tilings.KERNELS, "sm_90", DEEPSEEK_V3)
+_SHIPPED = table_format.shipped(tilings.KERNELS, "sm_90", DEEPSEEK_V3)
 
 
 def gpu(kind=KIND, capability="9.0"):
@@ -62,7 +62,7 @@ def other_table(number=0):
 
 def write(path, table=None, kind=KIND, sizes=DEEPSEEK_V3):
     key = Key("mosaic", kind, sizes)
-    tables.write(path, key, table or other_table(), measured=[])
+    table_format.write(path, key, table or other_table(), measured=[])
 
 
 def used(sizes=DEEPSEEK_V3):
@@ -119,14 +119,14 @@ def test_a_gpu_without_a_table_gets_that_of_its_capability(path, monkeypatch, ki
 def test_a_shipped_table_of_the_gpu_itself_comes_first(path, monkeypatch, tmp_path):
     """Its sizes before its kind: a table for other sizes serves only where there is no fitting."""
     folder, kimi = tmp_path / "package", Sizes(7168, 2048, 48)
-    monkeypatch.setattr(tables, "FOLDER", folder)
+    monkeypatch.setattr(table_format, "FOLDER", folder)
     monkeypatch.setattr(tilings, "KERNELS", dataclasses.replace(tilings.KERNELS, check=passing))
     one, two = other_table(0), other_table(1)
     for key, table in (
         (Key("mosaic", "sm_90", DEEPSEEK_V3), one),
         (Key("mosaic", KIND, kimi), two),
     ):
-        tables.write(folder / key.file_name, key, table, [])
+        table_format.write(folder / key.file_name, key, table, [])
     assert (used(), used(kimi)) == (one, two)
     monkeypatch.setattr(device, "local_gpu", lambda: gpu("NVIDIA H200"))
     assert used(kimi) == one
@@ -293,9 +293,9 @@ def test_two_processes_write_at_once(path):
         subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(number)], env=environment)
         for number in (0, 1)
     ]
-    known, seen = (other_table(0), other_table(1)), [0, 0]
+    known, seen, key = (other_table(0), other_table(1)), [0, 0], Key("mosaic", KIND, DEEPSEEK_V3)
     while any(writer.poll() is None for writer in writers):
-        table = tables.parse(path.read_text(), tilings.KERNELS, Key("mosaic", KIND, DEEPSEEK_V3))
+        table = table_format.parse(path.read_text(), tilings.KERNELS, key)
         seen[known.index(table)] += 1
     assert [writer.wait() for writer in writers] == [0, 0]
     assert sum(seen) > 0
@@ -337,8 +337,8 @@ KERNELS = Kernels("any", Fields, (16,), lambda *_: None)
 @pytest.mark.parametrize("config", [Fields(16), Fields(16, True, (1, 2), 3, 4, "fast")])
 def test_configurations_of_plain_fields_come_back(tmp_path, config):
     file, table = tmp_path / "t.json", {16: Pair(config, config)}
-    tables.write(file, KEY, table, measured=[{"us": 1.5}, {"us": 2.5}], note="by hand")
-    result = tables.parse(file.read_text(), KERNELS, KEY)
+    table_format.write(file, KEY, table, measured=[{"us": 1.5}, {"us": 2.5}], note="by hand")
+    result = table_format.parse(file.read_text(), KERNELS, KEY)
     assert result == table
     assert type(result[16].up_projection.switch) is bool
     content = json.loads(file.read_text())
@@ -353,18 +353,18 @@ def test_configurations_of_plain_fields_come_back(tmp_path, config):
 )
 def test_other_types_are_refused(tmp_path, bad):
     config = dataclasses.replace(Fields(16), **bad)
-    tables.write(tmp_path / "t.json", KEY, {16: Pair(config, config)}, measured=[])
+    table_format.write(tmp_path / "t.json", KEY, {16: Pair(config, config)}, measured=[])
     with pytest.raises(ValueError, match=rf"table\.16\.up_projection\.{next(iter(bad))}: expected"):
-        tables.parse((tmp_path / "t.json").read_text(), KERNELS, KEY)
+        table_format.parse((tmp_path / "t.json").read_text(), KERNELS, KEY)
 
 
-@pytest.mark.parametrize("file", sorted(tables.FOLDER.iterdir()), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(table_format.FOLDER.iterdir()), ids=lambda file: file.stem)
 def test_shipped_files_are_named_by_what_they_are_for(file):
     content = json.loads(file.read_text())
     sizes = Sizes(*(content[name] for name in Sizes._fields))
     assert file.name == Key(content["kernels"], content["device"], sizes).file_name
     assert content["note"]
-    assert file.read_text() == tables._text(content) + "\n"
+    assert file.read_text() == table_format._text(content) + "\n"
 
 
 def test_the_shipped_tables_pass_their_own_check():

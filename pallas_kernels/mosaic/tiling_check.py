@@ -12,7 +12,7 @@ from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, round_up
-from pallas_kernels.tuning.tables import Sizes
+from pallas_kernels.tuning.table_format import Sizes
 
 _KERNELS: dict[str, Callable[..., Any]] = {
     "up_projection": up_projection,

@@ -12,7 +12,7 @@ from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.tuning import cache
 from pallas_kernels.tuning.cache import Chosen, Gpu
-from pallas_kernels.tuning.tables import Kernels, Pair, Sizes, Table
+from pallas_kernels.tuning.table_format import Kernels, Pair, Sizes, Table
 
 MAX_BLOCK_M, gathers = tiling_check.MAX_BLOCK_M, tiling_check.gathers
 

@@ -13,7 +13,7 @@ from pallas_kernels import device
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from pallas_kernels.tuning import cache
 from pallas_kernels.tuning.cache import Chosen, Gpu
-from pallas_kernels.tuning.tables import Kernels, Pair, Sizes
+from pallas_kernels.tuning.table_format import Kernels, Pair, Sizes
 
 NAME = "triton"
 

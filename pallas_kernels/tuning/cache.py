@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.files import cache_folder
-from pallas_kernels.tuning import tables
-from pallas_kernels.tuning.tables import DEEPSEEK_V3, Kernels, Key, Sizes, Table
+from pallas_kernels.tuning import table_format
+from pallas_kernels.tuning.table_format import DEEPSEEK_V3, Kernels, Key, Sizes, Table
 
 SWITCH = "JAX_MOE_TUNING"
 """The environment variable that makes everyone use the shipped tables when it is "off"."""
@@ -77,7 +77,7 @@ def choose[C](kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Chosen[C]:
 def shipped[C](kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C] | None:
     """The package's table for exactly these sizes: the GPU's own, else its capability's."""
     for device in filter(None, (gpu.kind, gpu.architecture)):
-        if (table := tables.shipped(kernels, device, sizes)) is not None:
+        if (table := table_format.shipped(kernels, device, sizes)) is not None:
             return table
     return None
 
@@ -121,7 +121,7 @@ def read[C](path: Path, kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C]
             that cannot be built; says why.
     """
     key = Key(kernels.name, gpu.kind or gpu.architecture, sizes)
-    table = tables.parse(_text(path), kernels, key, jax.__version__)
+    table = table_format.parse(_text(path), kernels, key, jax.__version__)
     known = nearest_shipped(kernels, gpu, sizes)
     for block_m, pair in table.items():
         for role, config in pair._asdict().items():

@@ -13,9 +13,9 @@ import jax
 from tqdm import tqdm
 
 from pallas_kernels import device
-from pallas_kernels.tuning import cache, search, tables
+from pallas_kernels.tuning import cache, search, table_format
 from pallas_kernels.tuning.search import Sizes, Tuner
-from pallas_kernels.tuning.tables import Key, Table
+from pallas_kernels.tuning.table_format import Key, Table
 
 type Tuners = Callable[[jax.Device], Tuner | str]
 """The tuner for a GPU, or why there is none, in a few words."""
@@ -105,7 +105,7 @@ def run(module: str, tuners: Tuners, sizes: Sizes, options: Options) -> int:
         )
     note = f"Measured by python -m {module} on an {gpu.device_kind}, at {_text_of(sizes)}."
     try:
-        tables.write(path, key, table, rows, note)
+        table_format.write(path, key, table, rows, note)
     except OSError as error:
         return _failed(f"{module}: cannot write the table: {error}")
     for line in _summary(start, table):

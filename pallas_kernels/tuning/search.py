@@ -18,9 +18,9 @@ import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv, even_rows, max_rows, round_up
-from pallas_kernels.tuning import tables
+from pallas_kernels.tuning import table_format
 from pallas_kernels.tuning.cache import Gpu
-from pallas_kernels.tuning.tables import Kernels, Pair, Table
+from pallas_kernels.tuning.table_format import Kernels, Pair, Table
 
 _TOKENS = (80, 901, 14107, 400, 200, 32, 1, 3000, 60000)
 _MAX_TOKENS = 2**20
@@ -38,9 +38,9 @@ class Sizes(NamedTuple):
     top_k: int = 8
 
     @property
-    def of_table(self) -> tables.Sizes:
+    def of_table(self) -> table_format.Sizes:
         """What its table is found by."""
-        return tables.Sizes(self.hidden_size, self.intermediate_size, self.num_local_experts)
+        return table_format.Sizes(self.hidden_size, self.intermediate_size, self.num_local_experts)
 
 
 DEEPSEEK_V3 = Sizes()
