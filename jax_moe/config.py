@@ -3,7 +3,10 @@
 import dataclasses
 import operator
 
+from jax_moe.scalars import printed
 from pallas_kernels.shapes import QUANT_BLOCK
+
+_LARGEST = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +53,14 @@ def _integer(name: str, value: object) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
             f"{name}: expected an integer, got {value!r} ({type(value).__name__})"
         ) from None
+    if abs(number) > _LARGEST:
+        raise ValueError(f"{name}: expected at most {_LARGEST}, got {printed(number)}")
+    return number
 
 
 DEEPSEEK_V3 = MoEConfig(top_k=8, n_group=8, topk_group=4)

@@ -68,7 +68,7 @@ def route(
 ) -> Routing:
     """Group-limited sigmoid top-k; see `jax_moe.route` for the rules on ties and NaN."""
     scores = 1 / (1 + jnp.exp(-routing_logits))
-    biased = scores + routing_bias.astype(jnp.float32)
+    biased = scores + routing_bias.astype(jnp.float32)[None]
     in_groups = biased.reshape(-1, config.n_group, biased.shape[1] // config.n_group)
     best_two = jnp.take_along_axis(in_groups, _best(_rank(in_groups), 2), axis=2)
     kept = _best(_rank(best_two[..., 0] + best_two[..., 1]), config.topk_group)
