@@ -7,11 +7,10 @@ flashinfer-bench definition `moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, entry, oracle, validate
+from jax_moe import backends, entry, oracle, transfers, validate
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of
 from jax_moe.entry import Options
@@ -230,8 +229,8 @@ def reference(
         config,
     )
     if not inputs.tokens:
-        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
-    return _jitted_reference(inputs, config=config)
+        return transfers.zeros(hidden_states.shape, inputs)
+    return _jitted_reference(transfers.upload_numbers(inputs), config=config)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -280,7 +279,8 @@ def reference_routed(
     num_experts = validate.num_experts(num_experts)
     inputs = validate.routed_inputs(inputs, num_experts)
     if not inputs.tokens:
-        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
+        return transfers.zeros(hidden_states.shape, inputs)
+    inputs = transfers.upload_numbers(inputs)
     return _jitted_reference_routed(inputs, num_experts=num_experts)
 
 

@@ -72,7 +72,8 @@ def route(
     in_groups = biased.reshape(-1, config.n_group, biased.shape[1] // config.n_group)
     best_two = jnp.take_along_axis(in_groups, _best(_rank(in_groups), 2), axis=2)
     kept = _best(_rank(best_two[..., 0] + best_two[..., 1]), config.topk_group)
-    is_kept = (kept[:, None, :] == jnp.arange(config.n_group, dtype=jnp.int32)[:, None]).any(axis=2)
+    groups = jnp.arange(config.n_group, dtype=jnp.int32)[None, :, None]
+    is_kept = (kept[:, None, :] == groups).any(axis=2)
     ranks = jnp.where(is_kept[:, :, None], _rank(in_groups), _LOWEST).reshape(biased.shape)
     topk_ids = _best(ranks, config.top_k)
     chosen = jnp.take_along_axis(scores, topk_ids, axis=1)

@@ -13,7 +13,7 @@ import jax
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, debug, validate
+from jax_moe import backends, debug, transfers, validate
 from jax_moe.config import DEEPSEEK_V3, MoEConfig
 from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
@@ -248,6 +248,7 @@ def unpermute(
 
 def _run(stage: str, backend: str, *arrays: Any, **static: Any) -> Any:
     chosen = backends.select(backend, device_of(arrays))
+    arrays = transfers.upload_numbers(arrays)
     return _jitted(*arrays, stage=stage, backend=chosen, static=tuple(static.items()))
 
 
