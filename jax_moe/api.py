@@ -5,13 +5,21 @@ flashinfer-bench definition `moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7
 """
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, entry, oracle, transfers, validate
-from jax_moe.config import DEEPSEEK_V3, MoEConfig
+from jax_moe import backends, entry, oracle, validate
+from jax_moe.config import (
+    DEEPSEEK_V3,
+    MoEConfig,
+    ScaleFormat,
+    checked_scale_format,
+    checked_swiglu_limit,
+)
 from jax_moe.device import device_of
 from jax_moe.entry import Options
 from jax_moe.transforms import forward_only
@@ -20,8 +28,8 @@ from pallas_kernels.shapes import QUANT_BLOCK
 
 
 def apply(
-    routing_logits: Float32[Array, "T E"],
-    routing_bias: Float[Array, " E"],
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
     hidden_states: Float[Array, "T H"],
     hidden_states_scale: Float32[Array, "H//128 T"] | None,
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
@@ -35,6 +43,8 @@ def apply(
     backend: str = "auto",
     num_tokens: int | Int32[Array, ""] | None = None,
     expected_rows: float | None = None,
+    scale_format: ScaleFormat | None = None,
+    swiglu_limit: float | None = None,
 ) -> BFloat16[Array, "T H"]:
     """One expert-parallel rank of a DeepSeek-V3 mixture of experts, in FP8.
 
@@ -52,8 +62,8 @@ def apply(
     128. Scales multiply: `value * scale` dequantizes.
 
     Args:
-        routing_logits: f32[T,E], router outputs before the sigmoid.
-        routing_bias: bf16[E] or f32[E], added to the sigmoid for the selection only.
+        routing_logits: f32, bf16 or f16[T,E], router outputs before the sigmoid or softmax.
+        routing_bias: bf16[E] or f32[E], added to the scores for the selection only; or None.
         hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H], which is then quantized here.
         hidden_states_scale: f32[H/128,T], one scale per token and 128 columns, block-major;
             None exactly if `hidden_states` is not e4m3. If T equals H/128 the layout cannot be
@@ -66,7 +76,7 @@ def apply(
             does not recompile. Known values must be in 0..E-E_local; with a traced one, local
             experts outside 0..E-1 are skipped.
         routed_scaling_factor: Factor of all weights, a real scalar; a new value does not recompile.
-        config: How experts are picked.
+        config: How experts are picked, clamped and quantized; `route` has the formulas.
         backend: "mosaic", "triton", "xla", or "auto" for the best that the device supports
             (`jax_moe.describe` says which).
         num_tokens: How many of the T rows are live, an integer scalar, may be traced: the rows
@@ -75,15 +85,19 @@ def apply(
         expected_rows: Rows that an expert is likely to get, a positive Python number. It chooses
             the tiling; None takes T*k/E, which misleads where T is the capacity of a buffer that
             is mostly empty.
+        scale_format: Scales of the activations that are quantized here, as in `quantize`; None
+            takes that of `config`.
+        swiglu_limit: Clamp before the activation, as in `up_project`; None takes that of `config`.
 
     Returns:
         bf16[T,H], exact zeros for tokens without a local expert.
 
     Raises:
         TypeError: An argument is no array, or of the wrong dtype.
-        ValueError: A shape, size or known scalar does not fit; names the argument, what was
-            expected and what came.
-        NotImplementedError: The backend does not run on this device, or the call is differentiated.
+        ValueError: A shape, size or known scalar does not fit, or an option differs from that of
+            `config`; names the argument, what was expected and what came.
+        NotImplementedError: The backend does not run on this device or lacks an option, or the call
+            is differentiated.
         MemoryError: An eager call needs more memory (from 256 MiB on) than its GPU has; nothing was
             launched. Under your own `jit`, XLA reports that.
     """
@@ -100,11 +114,14 @@ def apply(
         ),
         config,
     )
+    scale_format, swiglu_limit = config.merged(scale_format, swiglu_limit)
     options = Options(
         num_experts=routing_logits.shape[1],
         top_k=config.top_k,
         config=config,
         expected_rows=validate.expected_rows(expected_rows),
+        scale_format=scale_format,
+        swiglu_limit=swiglu_limit,
     )
     return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply")
 
@@ -124,6 +141,8 @@ def apply_routed(
     backend: str = "auto",
     num_tokens: int | Int32[Array, ""] | None = None,
     expected_rows: float | None = None,
+    scale_format: ScaleFormat = "f32",
+    swiglu_limit: float | None = None,
 ) -> BFloat16[Array, "T H"]:
     """`apply` without its router: the caller says which experts each token goes to.
 
@@ -150,6 +169,8 @@ def apply_routed(
         backend: As in `apply`.
         num_tokens: As in `apply`.
         expected_rows: As in `apply`.
+        scale_format: Scales of the activations that are quantized here, as in `quantize`.
+        swiglu_limit: Clamp before the activation, as in `up_project`.
 
     Returns:
         bf16[T,H], exact zeros for tokens without a local expert.
@@ -169,13 +190,15 @@ def apply_routed(
         num_experts=num_experts,
         top_k=topk_ids.shape[1],
         expected_rows=validate.expected_rows(expected_rows),
+        scale_format=checked_scale_format(scale_format),
+        swiglu_limit=checked_swiglu_limit(swiglu_limit),
     )
     return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply_routed")
 
 
 def reference(
-    routing_logits: Float32[Array, "T E"],
-    routing_bias: Float[Array, " E"],
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
     hidden_states: Float[Array, "T H"],
     hidden_states_scale: Float32[Array, "H//128 T"] | None,
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
@@ -186,6 +209,8 @@ def reference(
     routed_scaling_factor: float | Float32[Array, ""],
     *,
     config: MoEConfig = DEEPSEEK_V3,
+    scale_format: ScaleFormat | None = None,
+    swiglu_limit: float | None = None,
 ) -> BFloat16[Array, "T H"]:
     """The oracle of `apply`: the same arguments and result, everything in between in float32.
 
@@ -195,8 +220,8 @@ def reference(
     a time and only its tokens are visited, so memory stays near `4 * (T*H + 3*I*H)` bytes.
 
     Args:
-        routing_logits: f32[T,E]; this and all the others as in `apply`.
-        routing_bias: bf16[E] or f32[E].
+        routing_logits: f32, bf16 or f16[T,E]; this and all the others as in `apply`.
+        routing_bias: bf16[E] or f32[E], or None.
         hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H], which is used unquantized.
         hidden_states_scale: f32[H/128,T], or None.
         gemm1_weights: e4m3[E_local,2*I,H].
@@ -205,7 +230,9 @@ def reference(
         gemm2_weights_scale: f32[E_local,H/128,I/128].
         local_expert_offset: Integer scalar.
         routed_scaling_factor: Real scalar.
-        config: How experts are picked.
+        config: How experts are picked and clamped.
+        scale_format: Checked, and without effect: nothing is quantized here.
+        swiglu_limit: As in `apply`.
 
     Returns:
         bf16[T,H].
@@ -228,14 +255,15 @@ def reference(
         ),
         config,
     )
+    _, limit = config.merged(scale_format, swiglu_limit)
     if not inputs.tokens:
-        return transfers.zeros(hidden_states.shape, inputs)
-    return _jitted_reference(transfers.upload_numbers(inputs), config=config)
+        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
+    return _jitted_reference(inputs, config=config, swiglu_limit=limit)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _jitted_reference(inputs: LayerInputs, *, config: MoEConfig) -> Array:
-    return forward_only(functools.partial(oracle.layer, config=config))(inputs)
+@functools.partial(jax.jit, static_argnames=("config", "swiglu_limit"))
+def _jitted_reference(inputs: LayerInputs, **static: Any) -> Array:
+    return forward_only(functools.partial(oracle.layer, **static))(inputs)
 
 
 def reference_routed(
@@ -250,6 +278,8 @@ def reference_routed(
     local_expert_offset: int | Int32[Array, ""],
     *,
     num_experts: int,
+    scale_format: ScaleFormat = "f32",
+    swiglu_limit: float | None = None,
 ) -> BFloat16[Array, "T H"]:
     """The oracle of `apply_routed`, in float32, as `reference` is that of `apply`.
 
@@ -264,6 +294,8 @@ def reference_routed(
         topk_weights: f32[T,k].
         local_expert_offset: Integer scalar.
         num_experts: E, static.
+        scale_format: Checked, and without effect: nothing is quantized here.
+        swiglu_limit: As in `apply_routed`.
 
     Returns:
         bf16[T,H].
@@ -278,15 +310,16 @@ def reference_routed(
     inputs = RoutedInputs(hidden_states, hidden_states_scale, weights, routing, local_expert_offset)
     num_experts = validate.num_experts(num_experts)
     inputs = validate.routed_inputs(inputs, num_experts)
+    checked_scale_format(scale_format)
+    limit = checked_swiglu_limit(swiglu_limit)
     if not inputs.tokens:
-        return transfers.zeros(hidden_states.shape, inputs)
-    inputs = transfers.upload_numbers(inputs)
-    return _jitted_reference_routed(inputs, num_experts=num_experts)
+        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
+    return _jitted_reference_routed(inputs, num_experts=num_experts, swiglu_limit=limit)
 
 
-@functools.partial(jax.jit, static_argnames=("num_experts",))
-def _jitted_reference_routed(inputs: RoutedInputs, *, num_experts: int) -> Array:
-    return forward_only(functools.partial(oracle.routed_layer, num_experts=num_experts))(inputs)
+@functools.partial(jax.jit, static_argnames=("num_experts", "swiglu_limit"))
+def _jitted_reference_routed(inputs: RoutedInputs, **static: Any) -> Array:
+    return forward_only(functools.partial(oracle.routed_layer, **static))(inputs)
 
 
 def workspace_bytes(
@@ -320,16 +353,23 @@ def workspace_bytes(
         ValueError: There is no such backend, or a count is out of range.
         NotImplementedError: The backend does not run on the default device.
     """
-    validate.moe_config(config)
-    count = functools.partial(validate.static_integer, high=2**30)
-    num_tokens = count("num_tokens", num_tokens, 0)
-    top_k = config.top_k if top_k is None else count("top_k", top_k, 1)
-    num_local_experts = count("num_local_experts", num_local_experts, 1)
-    hidden_size = count("hidden_size", hidden_size, QUANT_BLOCK, step=QUANT_BLOCK)
-    intermediate_size = count("intermediate_size", intermediate_size, QUANT_BLOCK, step=QUANT_BLOCK)
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"config: expected a jax_moe.MoEConfig, got {type(config).__name__}")
+    num_tokens = _count("num_tokens", num_tokens, minimum=0)
+    top_k = config.top_k if top_k is None else _count("top_k", top_k, minimum=1)
+    num_local_experts = _count("num_local_experts", num_local_experts, minimum=1)
+    hidden_size = _count("hidden_size", hidden_size, minimum=QUANT_BLOCK, step=QUANT_BLOCK)
+    intermediate_size = _count(
+        "intermediate_size", intermediate_size, minimum=QUANT_BLOCK, step=QUANT_BLOCK
+    )
     stages = backends.load(backends.select(backend, device_of()))
-    if not num_tokens:
-        return 0
     return stages.workspace_bytes(
         num_tokens, top_k, num_local_experts, hidden_size, intermediate_size
     )
+
+
+def _count(name: str, value: Any, minimum: int, step: int = 1) -> int:
+    number = int(validate.integer(name, value, minimum, 2**30))
+    if number % step:
+        raise ValueError(f"{name}: expected a multiple of {step}, got {number}")
+    return number

@@ -1,42 +1,64 @@
-"""What the shapes of the arguments do not tell: how many experts, from how many groups."""
+"""What the shapes of the arguments do not tell: how a layer routes, clamps and quantizes."""
 
+from __future__ import annotations
+
+import contextlib
 import dataclasses
 import operator
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
 
-from jax_moe.scalars import printed
+import numpy as np
+
 from pallas_kernels.shapes import QUANT_BLOCK
 
-_LARGEST = 2**30
+type Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
+type ScaleFormat = Literal["f32", "ue8m0"]
+
+SCORINGS: tuple[str, ...] = get_args(Scoring.__value__)
+SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat.__value__)
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Routing of the layer, checked when made. Hashable: a static argument of every jitted call.
+    """Routing and arithmetic of the layer, checked when made.
 
-    Group-limited top-k of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): the experts are split
-    into `n_group` groups, `topk_group` groups are kept, `top_k` experts are taken from those.
-    `n_group=1, topk_group=1` is plain top-k.
+    Hashable: a static argument of every jitted call. By default plain top-k of sigmoid scores;
+    with groups, the group-limited top-k of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): the
+    experts are split into `n_group` groups, `topk_group` groups are kept, `top_k` experts are taken
+    from those. `jax_moe.route` has the formulas.
 
     Attributes:
         top_k: Experts a token goes to, at least 1.
         n_group: Groups that the E experts are split into, evenly and with two or more in each.
         topk_group: Groups kept per token, 1 to `n_group`.
         block_size: Edge of a quantization block; only 128 is supported.
+        scoring: What makes scores of logits: "sigmoid" (DeepSeek-V3, GLM, Kimi, MiniMax),
+            "softmax" over all E experts (Qwen, Mixtral, ERNIE) or "sqrtsoftplus" (DeepSeek-V4).
+        renormalize: Whether the weights of a token are divided by their sum.
+        swiglu_limit: Clamp before the activation: the gate from above, the up half on both sides
+            (DeepSeek-V4, GLM-5.3-Flash); a positive number, or None for no clamp.
+        scale_format: Scales of the activations that are quantized here: any "f32", or powers of
+            two, rounded up, as in "ue8m0" (DeepSeek-V3.1 and later were trained with these).
 
     Raises:
-        TypeError: A field is not an integer.
+        TypeError: A field is of another type.
         ValueError: A field is out of its range. The limits that depend on the number of experts
             are checked by the call that knows it.
     """
 
     top_k: int = 8
-    n_group: int = 8
-    topk_group: int = 4
+    n_group: int = 1
+    topk_group: int = 1
     block_size: int = QUANT_BLOCK
+    scoring: Scoring = "sigmoid"
+    renormalize: bool = True
+    swiglu_limit: float | None = None
+    scale_format: ScaleFormat = "f32"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _integer(field.name, getattr(self, field.name)))
+        for name in ("top_k", "n_group", "topk_group", "block_size"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
         if self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if self.n_group < 1:
@@ -47,20 +69,107 @@ class MoEConfig:
             )
         if self.block_size != QUANT_BLOCK:
             raise ValueError(f"block_size: only {QUANT_BLOCK} is supported, got {self.block_size}")
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"scoring: expected one of {SCORINGS}, got {self.scoring!r}")
+        if not isinstance(self.renormalize, bool | np.bool):
+            raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
+        object.__setattr__(self, "renormalize", bool(self.renormalize))
+        object.__setattr__(self, "swiglu_limit", checked_swiglu_limit(self.swiglu_limit))
+        checked_scale_format(self.scale_format)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """The configuration of a model on the Hugging Face hub.
+
+        Reads the names that the model's own code reads, with that code's defaults, from the part
+        about text where there are several. The factor `routed_scaling_factor` is no field: pass it
+        to `apply` (`jax_moe.nn.LayerConfig.from_hf` keeps it, and the sizes).
+
+        Args:
+            config: The model's `config.json`, as `json.load` gives it.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            TypeError: `config` is no mapping, or a value is of the wrong type.
+            ValueError: The model type is not known, a key about experts is not, or a value means
+                something that this layer does not compute; names it.
+        """
+        from jax_moe import huggingface  # it knows this type
+
+        return cls(**huggingface.read(config).router)
+
+    def merged(
+        self, scale_format: object, swiglu_limit: object
+    ) -> tuple[ScaleFormat, float | None]:
+        """This configuration's `scale_format` and `swiglu_limit`, and those of a call.
+
+        Args:
+            scale_format: The call's, or None for that of the configuration.
+            swiglu_limit: The call's, or None for that of the configuration.
+
+        Returns:
+            Both, as they are to be used.
+
+        Raises:
+            TypeError: A value is of another type.
+            ValueError: A value is out of range, or both name one and they differ.
+        """
+        form = self.scale_format if scale_format is None else checked_scale_format(scale_format)
+        limit = checked_swiglu_limit(swiglu_limit)
+        limit = self.swiglu_limit if limit is None else limit
+        for name, value in (("scale_format", form), ("swiglu_limit", limit)):
+            own = getattr(self, name)
+            if own not in (value, _DEFAULTS[name]):
+                raise ValueError(f"{name}: expected None or {own!r}, as in config, got {value!r}")
+        return form, limit
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(MoEConfig)}
+
+
+def checked_scale_format(value: object) -> ScaleFormat:
+    """Checks a `scale_format`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if value not in SCALE_FORMATS:
+        raise ValueError(f"scale_format: expected one of {SCALE_FORMATS}, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def checked_swiglu_limit(value: object) -> float | None:
+    """Checks a `swiglu_limit`.
+
+    Raises:
+        TypeError: It is no Python or NumPy number.
+        ValueError: It is not positive and finite in float32.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(
+            f"swiglu_limit: expected a number or None, got {value!r} ({type(value).__name__})"
+        )
+    with contextlib.suppress(OverflowError):  # a Python integer with many digits
+        if 0 < float(value) <= float(np.finfo(np.float32).max):
+            return float(value)
+    is_long = isinstance(value, int) and value.bit_length() > 64  # Python may refuse to print it
+    found = f"an integer of {value.bit_length()} bits" if is_long else repr(value)
+    raise ValueError(f"swiglu_limit: expected a positive finite float32 or None, got {found}")
 
 
 def _integer(name: str, value: object) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
             f"{name}: expected an integer, got {value!r} ({type(value).__name__})"
         ) from None
-    if abs(number) > _LARGEST:
-        raise ValueError(f"{name}: expected at most {_LARGEST}, got {printed(number)}")
-    return number
 
 
 DEEPSEEK_V3 = MoEConfig(top_k=8, n_group=8, topk_group=4)

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import BFloat16
 
-from jax_moe import backends, buckets, lowering_cache, memory, transfers, validate
-from jax_moe.config import MoEConfig
+from jax_moe import backends, buckets, lowering_cache, memory, validate
+from jax_moe.config import MoEConfig, ScaleFormat
 from jax_moe.device import device_of, jax_device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
@@ -32,12 +32,21 @@ class Options:
         top_k: k.
         config: How experts are picked; None where the caller has picked them.
         expected_rows: Rows an expert is likely to get; None takes T*k/E.
+        scale_format: Of the activations that are quantized here.
+        swiglu_limit: Clamp before the activation.
     """
 
     num_experts: int
     top_k: int
     config: MoEConfig | None = None
     expected_rows: float | None = None
+    scale_format: ScaleFormat = "f32"
+    swiglu_limit: float | None = None
+
+    @property
+    def epilogue(self) -> dict[str, Any]:
+        """The keywords of `up_project`."""
+        return {"swiglu_limit": self.swiglu_limit, "scale_format": self.scale_format}
 
     def rows_per_expert(self, num_tokens: int) -> float:
         """Rows that an expert is likely to get."""
@@ -70,13 +79,12 @@ def run(
     live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, rows)
     chosen = backends.select(backend, device_of(inputs))
     if rows == 0:
-        return transfers.zeros((0, hidden_size), inputs)
+        return jnp.zeros((0, hidden_size), jnp.bfloat16)
     if buckets.is_eager(inputs):
         live = np.int32(rows) if live is None else live
         padded = buckets.bucket(rows)
         memory.require(jax_device_of(inputs), _bytes_of(inputs, padded, options, chosen), name)
         inputs = _pad_tokens(inputs, padded)
-    inputs, live = transfers.upload_numbers((inputs, live))
     out = _jitted(inputs, live, options=options, backend=chosen)
     return buckets.take_rows(out, rows) if out.shape[0] != rows else out
 
@@ -147,7 +155,7 @@ def layer(
 ) -> BFloat16[Array, "T H"]:
     """The stages, in the order in which the data flows."""
     if inputs.hidden_states_scale is None:
-        values, scales = stages.quantize(inputs.hidden_states)
+        values, scales = stages.quantize(inputs.hidden_states, scale_format=options.scale_format)
         inputs = inputs._replace(hidden_states=values, hidden_states_scale=scales)
     if isinstance(inputs, LayerInputs):
         routing = stages.route(
@@ -165,12 +173,12 @@ def layer(
         expected_rows=options.rows_per_expert(inputs.tokens),
     )
     if stages.layer is not None:
-        return stages.layer(inputs, plan)
-    return _matmuls(inputs, plan, stages)
+        return stages.layer(inputs, plan, **options.epilogue)
+    return _matmuls(inputs, plan, options, stages)
 
 
 def _matmuls(
-    inputs: RoutedInputs, plan: GroupPlan, stages: backends.Backend
+    inputs: RoutedInputs, plan: GroupPlan, options: Options, stages: backends.Backend
 ) -> BFloat16[Array, "T H"]:
     """The stages after the plan, for a backend without a `layer` of its own."""
     weights = inputs.weights
@@ -180,6 +188,7 @@ def _matmuls(
         weights.gemm1_weights,
         weights.gemm1_weights_scale,
         plan,
+        **options.epilogue,
     )
     expert_outputs = stages.down_project(
         activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan

@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
 
-from jax_moe.config import MoEConfig
-
-type Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
-type ScaleFormat = Literal["f32", "ue8m0"]
+from jax_moe.config import MoEConfig, ScaleFormat, Scoring
 
 
 @dataclasses.dataclass(frozen=True)

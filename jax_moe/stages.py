@@ -13,8 +13,14 @@ import jax
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, debug, transfers, validate
-from jax_moe.config import DEEPSEEK_V3, MoEConfig
+from jax_moe import backends, debug, validate
+from jax_moe.config import (
+    DEEPSEEK_V3,
+    MoEConfig,
+    ScaleFormat,
+    checked_scale_format,
+    checked_swiglu_limit,
+)
 from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import GroupPlan, Quantized, Routing
@@ -22,27 +28,45 @@ from pallas_kernels.shapes import even_rows
 
 
 def route(
-    routing_logits: Float32[Array, "T E"],
-    routing_bias: Float[Array, " E"],
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
     routed_scaling_factor: float | Float32[Array, ""],
     *,
     config: MoEConfig = DEEPSEEK_V3,
     backend: str = "auto",
 ) -> Routing:
-    """Picks the experts of each token: group-limited sigmoid top-k (arXiv:2412.19437, 2.1.2).
+    """Picks the experts of each token: group-limited top-k (arXiv:2412.19437, section 2.1.2).
 
-    A group's score is the sum of its two best `sigmoid(logits) + bias`; the best `topk_group`
-    groups are kept, and the best `top_k` experts of those are chosen. Weights are the sigmoids
-    *without* bias over their sum: `s / (sum(s) + 1e-20) * factor`.
+    With `s` the scores of a token's logits `x`, in float32 (`config.scoring`)::
+
+        sigmoid        s = 1 / (1 + exp(-x))                   DeepSeek-V3 and its likes
+        softmax        s = exp(x - max(x)) / sum(exp(x - max(x))), over all E experts
+        sqrtsoftplus   s = sqrt(log(1 + exp(x)))               DeepSeek-V4
+        weight         w = s / (sum of the chosen s + 1e-20) * factor
+        without config.renormalize:  w = s * factor
+
+    What is compared is `s + bias`, rounded to float32. Without a bias it is the logit itself, which
+    every score grows with: logits whose scores round to the same number are no tie then. A group's
+    score is the sum of its two best `s + bias` (of its two best `s` without a bias); the best
+    `topk_group` groups are kept, and the best `top_k` experts of those are chosen. The weights are
+    made of the scores *without* bias.
+
+    The scores are the formulas of `pallas_kernels.scores`, written out to the last bit, so that all
+    backends choose the same ids; a product of this package may differ from an exact one by 1e-6.
+    Scores and keys below 2^-126 in magnitude count as 0; a score is 0 where `exp` would be below
+    `exp(-87)`, and a sigmoid 1 above 87.
 
     The ids are distinct and in 0..E-1 for every input. Ties, of experts and of groups, go to the
-    lowest id. A score (or a group's sum) that is NaN ranks below every number, -inf included. Only
-    a token that is left with a NaN logit among its chosen experts gets NaN weights, all of them;
-    other tokens are not affected. A NaN or infinite bias changes the choice, never the weights.
+    lowest id. A key (or a group's sum) that is NaN ranks below every number, -inf included. Only
+    a token that is left with a NaN logit among its chosen experts gets NaN weights (all of them if
+    they are renormalized); other tokens are not affected, nor are its other experts: a NaN counts
+    in neither the maximum nor the sum of a softmax. The largest logit of a softmax has `exp(0)`
+    also where it is infinite. An infinite logit has an infinite `sqrtsoftplus`, and NaN weights if
+    they are renormalized. A NaN or infinite bias changes the choice, never the weights.
 
     Args:
-        routing_logits: f32[T,E].
-        routing_bias: bf16[E] or f32[E].
+        routing_logits: f32, bf16 or f16[T,E]; used as float32.
+        routing_bias: bf16[E] or f32[E], added to the scores for the selection only; None for none.
         routed_scaling_factor: Real scalar, may be traced.
         config: How experts are picked.
         backend: As in `jax_moe.apply`.
@@ -53,19 +77,22 @@ def route(
     Raises:
         TypeError: An argument is no array, or of the wrong dtype.
         ValueError: A shape does not fit, or the groups do not fit the experts.
-        NotImplementedError: The backend does not run on this device.
+        NotImplementedError: The backend does not run on this device, or has no such router.
     """
     validate.routing(routing_logits, routing_bias, config, {})
     factor = validate.real("routed_scaling_factor", routed_scaling_factor)
     return _run("route", backend, routing_logits, routing_bias, factor, config=config)
 
 
-def quantize(x: Float[Array, "R C"], *, backend: str = "auto") -> Quantized:
+def quantize(
+    x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", backend: str = "auto"
+) -> Quantized:
     """Rows to FP8, one scale per row and 128 columns.
 
     With `amax` the largest magnitude of the 128 values::
 
         scale = max(amax, 448 * 2**-126) / 448        (its floor is 2**-126)
+        scale = 2**ceil(log2(scale))                  (scale_format "ue8m0" only, exact)
         value = e4m3(clip(x / scale, -448, 448))      (round to nearest even)
 
     Magnitudes below 2^-126, f32 denormals, count as +0, so a group of zeros gives zeros; e4m3
@@ -74,6 +101,7 @@ def quantize(x: Float[Array, "R C"], *, backend: str = "auto") -> Quantized:
 
     Args:
         x: bf16, f16 or f32[R,C], C a multiple of 128.
+        scale_format: "f32", or "ue8m0" for scales that are powers of two, rounded up.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -81,13 +109,15 @@ def quantize(x: Float[Array, "R C"], *, backend: str = "auto") -> Quantized:
 
     Raises:
         TypeError: `x` is no array, or of another dtype.
-        ValueError: `x` has another rank, or C is no positive multiple of 128.
-        NotImplementedError: The backend does not run on this device.
+        ValueError: `x` has another rank, C is no positive multiple of 128, or there is no such
+            format.
+        NotImplementedError: The backend does not run on this device, or has no such format.
     """
     sizes: validate.Sizes = {}
     validate.array("x", x, "R C", validate.UNQUANTIZED, sizes)
     validate.blocked("C", sizes)
-    return _run("quantize", backend, x)
+    form = checked_scale_format(scale_format)
+    return _run("quantize", backend, x, scale_format=form)
 
 
 def plan_groups(
@@ -123,8 +153,8 @@ def plan_groups(
     validate.array("topk_ids", topk_ids, "T k", validate.I32, sizes)
     num_tokens, top_k = topk_ids.shape
     num_experts = validate.num_experts(num_experts)
-    num_local_experts = validate.static_integer(
-        "num_local_experts", num_local_experts, 1, num_experts
+    num_local_experts = int(
+        validate.integer("num_local_experts", num_local_experts, 1, num_experts)
     )
     validate.pair_count("topk_ids", num_tokens, top_k)
     offset = validate.integer(
@@ -146,12 +176,15 @@ def up_project(
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: GroupPlan,
     *,
+    swiglu_limit: float | None = None,
+    scale_format: ScaleFormat = "f32",
     backend: str = "auto",
 ) -> Quantized:
     """The first grouped matmul: gathers the rows, `silu(gate) * up`, and requantizes.
 
     Row r of expert e computes `G = x[row_token[r]] @ W13[e].T` and
-    `quantize(G[:I] * silu(G[I:]))`: the gate is the second half.
+    `quantize(G[:I] * silu(G[I:]))`: the gate is the second half. With `swiglu_limit` L it is
+    `quantize(clip(G[:I], -L, L) * silu(min(G[I:], L)))`; NaN stays NaN.
 
     Args:
         hidden_states: e4m3[T,H].
@@ -159,6 +192,8 @@ def up_project(
         gemm1_weights: e4m3[E_local,2*I,H].
         gemm1_weights_scale: f32[E_local,2*I/128,H/128].
         plan: From `plan_groups` with the same backend.
+        swiglu_limit: A positive number, or None for no clamp.
+        scale_format: Of the result, as in `quantize`.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -166,8 +201,8 @@ def up_project(
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
-        ValueError: A shape does not fit.
-        NotImplementedError: The backend does not run on this device.
+        ValueError: A shape does not fit, or an option is out of range.
+        NotImplementedError: The backend does not run on this device, or has no such option.
     """
     sizes: validate.Sizes = {}
     validate.array("hidden_states", hidden_states, "T H", validate.E4M3, sizes)
@@ -176,7 +211,11 @@ def up_project(
     validate.plan(plan, sizes)
     debug.check_plan(plan)
     arrays = (hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale)
-    return _run("up_project", backend, *arrays, plan)
+    epilogue = {
+        "swiglu_limit": checked_swiglu_limit(swiglu_limit),
+        "scale_format": checked_scale_format(scale_format),
+    }
+    return _run("up_project", backend, *arrays, plan, **epilogue)
 
 
 def down_project(
@@ -248,7 +287,6 @@ def unpermute(
 
 def _run(stage: str, backend: str, *arrays: Any, **static: Any) -> Any:
     chosen = backends.select(backend, device_of(arrays))
-    arrays = transfers.upload_numbers(arrays)
     return _jitted(*arrays, stage=stage, backend=chosen, static=tuple(static.items()))
 
 

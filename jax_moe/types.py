@@ -139,8 +139,8 @@ class LayerInputs(NamedTuple):
     """What `jax_moe.apply` takes: the ten arguments of the definition, the weights in one place.
 
     Attributes:
-        routing_logits: f32[T,E].
-        routing_bias: bf16[E] or f32[E].
+        routing_logits: f32, bf16 or f16[T,E].
+        routing_bias: bf16[E] or f32[E], or None.
         hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H].
         hidden_states_scale: f32[H/128,T]; None exactly if `hidden_states` is not e4m3.
         weights: Of this rank's experts.
@@ -148,8 +148,8 @@ class LayerInputs(NamedTuple):
         routed_scaling_factor: Factor of all weights, a real scalar.
     """
 
-    routing_logits: Float32[Array, "T E"]
-    routing_bias: Float[Array, " E"]
+    routing_logits: Float[Array, "T E"]
+    routing_bias: Float[Array, " E"] | None
     hidden_states: Float[Array, "T H"]
     hidden_states_scale: Float32[Array, "H//128 T"] | None
     weights: ExpertWeights

@@ -11,22 +11,28 @@ from scipy import special
 TINY = np.finfo(np.float32).tiny  # 2**-126
 
 
-def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize(x: np.ndarray, scale_format: str = "f32") -> tuple[np.ndarray, np.ndarray]:
     """Rows to e4m3 values [R,C] and f32 scales [C/128,R]."""
     blocks = np.asarray(x, np.float32).reshape(len(x), x.shape[1] // 128, 128)
     blocks = np.where(np.abs(blocks) < TINY, np.float32(0), blocks)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         scales = np.maximum(np.abs(blocks).max(axis=2), 448 * TINY) / np.float32(448)
+        if scale_format == "ue8m0":
+            mantissa, exponent = np.frexp(scales)  # mantissa in [0.5, 1)
+            power = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
+            scales = np.where(np.isfinite(scales), power, scales).astype(np.float32)
         values = np.clip(blocks / scales[:, :, None], -448, 448).astype(ml_dtypes.float8_e4m3fn)
     return values.reshape(x.shape), np.ascontiguousarray(scales.T)
 
 
 def route(logits: Any, bias: Any, factor: float, config: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids [T,k], best first, and weights [T,k]; stable sorts send ties to the lowest id."""
-    scores, biased, kept = _scores(logits, bias, config)
-    ids = _argsort(np.where(kept, biased, -np.inf))[:, : config.top_k]
+    scores, keys, _, kept = _scores(logits, bias, config)
+    ids = _argsort(np.where(kept, keys, -np.inf))[:, : config.top_k]
     weights = np.take_along_axis(scores, ids, axis=1)
-    return ids, weights / (weights.sum(axis=1, keepdims=True) + 1e-20) * factor
+    if config.renormalize:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
+    return ids, weights * factor
 
 
 def routing_gaps(logits: Any, bias: Any, config: Any) -> np.ndarray:
@@ -34,10 +40,10 @@ def routing_gaps(logits: Any, bias: Any, config: Any) -> np.ndarray:
     first, of experts and of groups. Ties of equal numbers are settled by a rule: where these two
     are such a tie, the gap is that to the nearest other candidate. A tie of sums, 0.25 + 0.75 and
     0.5 + 0.5, is none, since float32 may round them apart."""
-    scores, biased, kept = _scores(logits, bias, config)
-    added = np.broadcast_to(np.asarray(bias, np.float64), biased.shape)
-    summands = np.stack([scores, added], axis=2)
-    gaps = [_gap(np.where(kept, biased, -np.inf), summands, config.top_k)]
+    scores, keys, biased, kept = _scores(logits, bias, config)
+    added = np.broadcast_to(np.asarray(0 if bias is None else bias, np.float64), keys.shape)
+    summands = np.stack([keys if bias is None else scores, added], axis=2)
+    gaps = [_gap(np.where(kept, keys, -np.inf), summands, config.top_k)]
     best_two = _best_two(biased, config)
     gaps.append(_gap(best_two.sum(axis=2), best_two, config.topk_group))
     return np.minimum(*gaps)
@@ -47,8 +53,10 @@ def layer(
     logits: Any, bias: Any, x: Any, x_scale: Any, w13: Any, s13: Any, w2: Any, s2: Any,
     offset: int, factor: float, *, config: Any, requantize: bool = False,
 ) -> np.ndarray:  # fmt: skip
-    """float64 [T,H]; with `requantize` the activations between the matmuls go through e4m3."""
+    """float64 [T,H]; with `requantize` activations go through e4m3 wherever the layer does that."""
     ids, weights = route(logits, bias, factor, config)
+    if x_scale is None and requantize:
+        x, x_scale = quantize(np.asarray(x), config.scale_format)
     x = np.asarray(x, np.float64)
     if x_scale is not None:
         x = x * np.repeat(np.asarray(x_scale, np.float64).T, 128, axis=1)
@@ -59,20 +67,31 @@ def layer(
             continue
         g = x[token] @ _dequantize(w13[local], s13[local]).T
         up, gate = np.split(g, 2, axis=1)
+        if config.swiglu_limit is not None:
+            limit = config.swiglu_limit
+            gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
         hidden = gate * special.expit(gate) * up
         if requantize:
-            values, scales = quantize(hidden.astype(np.float32))
+            values, scales = quantize(hidden.astype(np.float32), config.scale_format)
             hidden = values.astype(np.float64) * np.repeat(scales.T, 128, axis=1)
         out[token] += hidden @ _dequantize(w2[local], s2[local]).T * weights[token, choice, None]
     return out
 
 
-def _scores(logits: Any, bias: Any, config: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scores = special.expit(np.asarray(logits, np.float64))
-    biased = scores + np.asarray(bias, np.float64)
+def _scores(logits: Any, bias: Any, config: Any) -> tuple[np.ndarray, ...]:
+    """Scores, what experts are compared by, what groups are made of, and whose group is kept."""
+    logits = np.asarray(logits, np.float64)
+    if config.scoring == "softmax":
+        scores = special.softmax(logits, axis=1)
+    elif config.scoring == "sqrtsoftplus":
+        scores = np.sqrt(np.logaddexp(0, logits))
+    else:
+        scores = special.expit(logits)
+    biased = scores if bias is None else scores + np.asarray(bias, np.float64)
     best = _argsort(_best_two(biased, config).sum(axis=2))[:, : config.topk_group]
     kept = (best[:, None, :] == np.arange(config.n_group)[:, None]).any(axis=2)
-    return scores, biased, np.repeat(kept, biased.shape[1] // config.n_group, axis=1)
+    kept = np.repeat(kept, biased.shape[1] // config.n_group, axis=1)
+    return scores, logits if bias is None else biased, biased, kept
 
 
 def _best_two(biased: np.ndarray, config: Any) -> np.ndarray:

@@ -8,16 +8,16 @@ import pytest
 
 import jax_moe
 from tests import numpy_oracle
-from tests.backend_cases import EVERYWHERE, running
+from tests.backend_cases import EVERYWHERE, if_supported, running
 from tests.moe_inputs import bits
 
 TINY = float(np.finfo(np.float32).tiny)
 
 
-def check(case: str, x: np.ndarray) -> jax_moe.Quantized:
-    with running(case) as backend:
-        found = jax_moe.quantize(x, backend=backend)
-    values, scales = numpy_oracle.quantize(x)
+def check(case: str, x: np.ndarray, scale_format: str = "f32") -> jax_moe.Quantized:
+    with running(case) as backend, if_supported(backend):
+        found = jax_moe.quantize(x, scale_format=scale_format, backend=backend)
+    values, scales = numpy_oracle.quantize(x, scale_format)
     np.testing.assert_array_equal(bits(found.scales), bits(scales))
     np.testing.assert_array_equal(bits(found.values), bits(values))
     return found
@@ -103,3 +103,28 @@ def test_no_nan_is_dropped_among_many_rows(case):
     with np.errstate(invalid="ignore"):
         dequantized = values.astype(np.float32) * scales.T.repeat(128, axis=1)
     np.testing.assert_array_equal(np.isnan(dequantized), ~finite)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_powers_of_two_are_rounded_up_and_exact(case):
+    rng = np.random.default_rng(4)
+    exponents = rng.integers(-126, 127, (512, 1)) + rng.integers(-10, 1, (512, 256))
+    x = np.ldexp(rng.uniform(-2, 2, (512, 256)), exponents).astype(np.float32)
+    x[0, :128], x[1, :128], x[2, :128] = 448, 448 * (1 + 2**-20), 448 * (1 - 2**-20)
+    x[3], x[4, 5], x[5, 200] = 0, np.nan, np.inf
+    found = check(case, x, "ue8m0")
+    mantissas = np.frexp(np.asarray(found.scales)[:, np.r_[0:4, 6:512]])[0]
+    assert (mantissas == 0.5).all()
+    np.testing.assert_array_equal(np.asarray(found.scales)[0, :4], [1, 2, 1, TINY])
+    assert np.isnan(found.scales[0, 4])
+    assert np.isinf(found.scales[1, 5])
+    as_bytes = np.asarray(found.scales).astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    assert (np.isnan(as_bytes) == ~np.isfinite(found.scales)).all()
+    finite = np.isfinite(found.scales)
+    np.testing.assert_array_equal(as_bytes[finite], np.asarray(found.scales)[finite])
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_powers_of_two_of_every_dtype(case, dtype):
+    check(case, np.random.default_rng(7).standard_normal((7, 384)).astype(dtype), "ue8m0")

@@ -9,7 +9,7 @@ import pytest
 import jax_moe
 from jax_moe import DEEPSEEK_V3, MoEConfig
 from tests import numpy_oracle
-from tests.backend_cases import EVERYWHERE, running
+from tests.backend_cases import EVERYWHERE, if_supported, running
 from tests.moe_inputs import SMALL, bits
 
 CONFIGS = [
@@ -24,7 +24,7 @@ CONFIGS = [
 
 
 def route(case, logits, bias, factor=2.5, *, config=DEEPSEEK_V3):
-    with running(case) as backend:
+    with running(case) as backend, if_supported(backend):
         routing = jax_moe.route(logits, bias, factor, config=config, backend=backend)
     return np.asarray(routing.topk_ids), np.asarray(routing.topk_weights)
 
@@ -158,3 +158,70 @@ def test_the_factor_scales_the_weights(case, factor):
     ids, weights = route(case, logits, bias, factor)
     np.testing.assert_array_equal(ids, plain[0])
     np.testing.assert_allclose(weights, plain[1] * np.float32(factor), rtol=1e-6)
+
+
+SCORINGS = ["sigmoid", "softmax", "sqrtsoftplus"]
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_other_scores_against_float64(case, scoring, has_bias):
+    for num_experts, groups, renormalize in ((128, (8, 3), True), (96, (1, 1), False)):
+        config = MoEConfig(6, *groups, scoring=scoring, renormalize=renormalize)
+        logits, bias = draw(257, num_experts)
+        logits, bias = logits * 3, bias / 16 if has_bias else None  # some softmax scores are alike
+        ids, weights = route(case, logits, bias, config=config)
+        expected_ids, expected_weights = numpy_oracle.route(logits, bias, 2.5, config)
+        clear = numpy_oracle.routing_gaps(logits, bias, config) > TWO_ULP
+        assert clear.mean() > 0.98
+        np.testing.assert_array_equal(ids[clear], expected_ids[clear])
+        np.testing.assert_allclose(weights[clear], expected_weights[clear], rtol=3e-6)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_without_a_bias_logits_are_compared_and_not_their_rounded_scores(case, scoring):
+    config = MoEConfig(3, scoring=scoring)
+    logits = np.full((1, 64), -50, np.float32)
+    logits[0, [7, 9, 40, 50]] = [30, 40, 35, 30]  # all sigmoids are 1
+    logits[0, [3, 4]] = [0, -0.0]
+    ids, _ = route(case, logits, None, config=config)
+    np.testing.assert_array_equal(ids, [[9, 40, 7]])
+    logits[0, [7, 9, 40, 50]] = -50
+    ids, _ = route(case, logits, None, config=config)
+    np.testing.assert_array_equal(ids, [[3, 4, 0]])  # -0 and 0 tie
+    if scoring == "sigmoid":
+        logits[0, [7, 9, 40, 50]] = [30, 40, 35, 30]
+        ids, _ = route(case, logits, np.zeros(64, np.float32), config=config)
+        np.testing.assert_array_equal(ids, [[7, 9, 40]])
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_logits_of_half_the_width_are_used_as_float32(case, dtype):
+    logits, bias = draw(33, 256)
+    logits = logits.astype(dtype)
+    ids, weights = route(case, logits, bias)
+    expected = route(case, logits.astype(np.float32), bias)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_array_equal(bits(weights), bits(expected[1]))
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("scoring", ["softmax", "sqrtsoftplus"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_nan_and_infinite_logits_of_other_scores(case, scoring, has_bias):
+    config = MoEConfig(2, scoring=scoring)
+    nan, inf = np.nan, np.inf
+    rows = [[1, nan, 2, 0], [nan, nan, nan, 1], [-inf, 3, -inf, -inf], [inf, 3, 2, 1], [nan] * 4]
+    bias = np.zeros(4, np.float32) if has_bias else None
+    ids, weights = route(case, np.array(rows, np.float32), bias, 1.0, config=config)
+    np.testing.assert_array_equal(ids, [[2, 0], [3, 0], [1, 0], [0, 1], [0, 1]])
+    np.testing.assert_allclose(weights[0].sum(), 1, rtol=1e-6)
+    assert np.isnan(weights[[1, 4]]).all()
+    np.testing.assert_allclose(weights[2], [1, 0], rtol=1e-6)
+    if scoring == "softmax":
+        np.testing.assert_allclose(weights[3], [1, 0], rtol=1e-6)
+    else:
+        assert np.isnan(weights[3, 0])

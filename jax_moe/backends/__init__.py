@@ -8,13 +8,13 @@ is a reason not to choose it, never an error of the others.
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from jax import Array
 
-from jax_moe.config import MoEConfig
+from jax_moe.config import MoEConfig, ScaleFormat
 from jax_moe.device import Device, device_of
-from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
+from jax_moe.types import GroupPlan, Quantized, Routing
 
 NAMES = ("mosaic", "triton", "xla")
 """All backends, the best first: the order in which "auto" tries them."""
@@ -31,8 +31,11 @@ class Backend(Protocol):
     KEEPS_LOWERED: bool
     """Whether a lowered layer is worth keeping for the next process (`lowering_cache`)."""
 
-    layer: Callable[[RoutedInputs, GroupPlan], Array] | None
-    """All that follows the plan in one, where a backend does that otherwise than stage by stage."""
+    layer: Callable[..., Array] | None
+    """All that follows the plan in one, where a backend does that otherwise than stage by stage.
+
+    Takes `RoutedInputs`, the `GroupPlan`, and the keywords of `up_project`.
+    """
 
     tiling_table: Callable[[int, int, int], object] | None
     """The tilings in use for H, I, E_local: what a kept layer depends on besides its sources."""
@@ -43,14 +46,14 @@ class Backend(Protocol):
     def route(
         self,
         routing_logits: Array,
-        routing_bias: Array,
+        routing_bias: Array | None,
         routed_scaling_factor: Array,
         *,
         config: MoEConfig,
     ) -> Routing:
         """Logits to experts and weights."""
 
-    def quantize(self, x: Array) -> Quantized:
+    def quantize(self, x: Array, *, scale_format: ScaleFormat) -> Quantized:
         """Rows to e4m3 with one scale per 128 columns."""
 
     def plan_groups(
@@ -74,6 +77,9 @@ class Backend(Protocol):
         gemm1_weights: Array,
         gemm1_weights_scale: Array,
         plan: GroupPlan,
+        *,
+        swiglu_limit: float | None,
+        scale_format: ScaleFormat,
     ) -> Quantized:
         """Gather, GEMM1, SwiGLU, requantization."""
 
@@ -150,6 +156,23 @@ def select(name: str, device: Device) -> str:
     if reason := unsupported_reason(name, device):
         raise NotImplementedError(f"backend={name!r}: {reason} (got: {device})")
     return name
+
+
+def require_defaults(name: str, **options: tuple[Any, Any]) -> None:
+    """Refuses options that a backend's kernels do not have.
+
+    Args:
+        name: The backend.
+        **options: By name, the value asked for and the one that the kernels have.
+
+    Raises:
+        NotImplementedError: One differs; names it.
+    """
+    for option, (value, only) in options.items():
+        if value != only:
+            raise NotImplementedError(
+                f"backend={name!r}: {option}={value!r} is not supported, only {only!r}"
+            )
 
 
 def describe() -> str:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.config import MoEConfig
+from jax_moe.backends import require_defaults
+from jax_moe.config import MoEConfig, ScaleFormat
 from jax_moe.device import interpret_params
 from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
 from pallas_kernels.mosaic import group_quant, hopper, permute, routing, tilings
@@ -43,16 +44,17 @@ def unsupported_reason(platform: str, compute_capability: str | None) -> str | N
 
 
 def route(
-    routing_logits: Float32[Array, "T E"],
-    routing_bias: Float[Array, " E"],
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
     routed_scaling_factor: Float32[Array, ""],
     *,
     config: MoEConfig,
 ) -> Routing:
-    """Group-limited sigmoid top-k; see `jax_moe.route`."""
+    """Group-limited top-k; see `jax_moe.route`."""
+    _require_sigmoid(config, routing_bias)
     return Routing(
         *routing.route(
-            routing_logits,
+            routing_logits.astype(jnp.float32),
             routing_bias,
             routed_scaling_factor,
             top_k=config.top_k,
@@ -63,8 +65,19 @@ def route(
     )
 
 
-def quantize(x: Float[Array, "R C"]) -> Quantized:
+def _require_sigmoid(config: MoEConfig, routing_bias: Array | None) -> None:
+    require_defaults(
+        NAME,
+        scoring=(config.scoring, "sigmoid"),
+        renormalize=(config.renormalize, True),
+    )
+    if routing_bias is None:
+        raise NotImplementedError(f"backend={NAME!r}: routing_bias=None is not supported")
+
+
+def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+    require_defaults(NAME, scale_format=(scale_format, "f32"))
     return Quantized(*group_quant.quantize(x, interpret=interpret_params()))
 
 
@@ -95,18 +108,33 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: GroupPlan,
+    *,
+    swiglu_limit: float | None = None,
+    scale_format: ScaleFormat = "f32",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    _require_plain_epilogue(swiglu_limit, scale_format)
     rows = _rows_of(Quantized(hidden_states, hidden_states_scale), plan)
     return Quantized(*_up(rows, gemm1_weights, gemm1_weights_scale, plan))
 
 
-def layer(inputs: RoutedInputs, plan: GroupPlan) -> BFloat16[Array, "T H"]:
+def _require_plain_epilogue(swiglu_limit: float | None, scale_format: ScaleFormat) -> None:
+    require_defaults(NAME, swiglu_limit=(swiglu_limit, None), scale_format=(scale_format, "f32"))
+
+
+def layer(
+    inputs: RoutedInputs,
+    plan: GroupPlan,
+    *,
+    swiglu_limit: float | None = None,
+    scale_format: ScaleFormat = "f32",
+) -> BFloat16[Array, "T H"]:
     """The three stages after the plan.
 
     Where the up-projection has a warp to spare, it writes the zeros of tokens without a local
     expert meanwhile, and `unpermute` the other tokens only.
     """
+    _require_plain_epilogue(swiglu_limit, scale_format)
     weights = inputs.weights
     rows = _rows_of(Quantized(inputs.hidden_states, inputs.hidden_states_scale), plan)
     values, scales, *zeroed = _up(

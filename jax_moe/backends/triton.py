@@ -2,10 +2,12 @@
 
 import importlib.util
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.config import MoEConfig
+from jax_moe.backends import require_defaults
+from jax_moe.config import MoEConfig, ScaleFormat
 from jax_moe.device import device_of
 from jax_moe.transforms import as_varying
 from jax_moe.types import GroupPlan, Quantized, Routing
@@ -34,21 +36,28 @@ def unsupported_reason(platform: str, compute_capability: str | None) -> str | N
 
 
 def route(
-    routing_logits: Float32[Array, "T E"],
-    routing_bias: Float[Array, " E"],
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
     routed_scaling_factor: Float32[Array, ""],
     *,
     config: MoEConfig,
 ) -> Routing:
-    """Group-limited sigmoid top-k; see `jax_moe.route`."""
-    counts = {"top_k": config.top_k, "n_group": config.n_group, "topk_group": config.topk_group}
-    return Routing(
-        *_run(routing.launch(routing_logits, routing_bias, routed_scaling_factor, **counts))
+    """Group-limited top-k; see `jax_moe.route`."""
+    require_defaults(
+        NAME,
+        scoring=(config.scoring, "sigmoid"),
+        renormalize=(config.renormalize, True),
     )
+    if routing_bias is None:
+        raise NotImplementedError(f"backend={NAME!r}: routing_bias=None is not supported")
+    logits = routing_logits.astype(jnp.float32)
+    counts = {"top_k": config.top_k, "n_group": config.n_group, "topk_group": config.topk_group}
+    return Routing(*_run(routing.launch(logits, routing_bias, routed_scaling_factor, **counts)))
 
 
-def quantize(x: Float[Array, "R C"]) -> Quantized:
+def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+    require_defaults(NAME, scale_format=(scale_format, "f32"))
     return Quantized(*_run(group_quant.launch(x)))
 
 
@@ -82,8 +91,12 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: GroupPlan,
+    *,
+    swiglu_limit: float | None = None,
+    scale_format: ScaleFormat = "f32",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    require_defaults(NAME, swiglu_limit=(swiglu_limit, None), scale_format=(scale_format, "f32"))
     num_local_experts, columns, hidden_size = gemm1_weights.shape
     sizes = (hidden_size, columns // 2, num_local_experts)
     tiling = tilings.choose(plan.block_m, _capability(), *sizes)

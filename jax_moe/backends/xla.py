@@ -12,11 +12,21 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
+from jax_moe.config import ScaleFormat
 from jax_moe.device import device_of
-from jax_moe.numerics import dequantize_rows, dequantize_weight, matmul, swiglu, take, to_bits
-from jax_moe.numerics import route as route
+from jax_moe.numerics import (
+    dequantize_rows,
+    dequantize_weight,
+    matmul,
+    power_of_two_scales,
+    swiglu,
+    take,
+    to_bits,
+)
+from jax_moe.router import route as route
 from jax_moe.transforms import as_varying
 from jax_moe.types import GroupPlan, Quantized
+from pallas_kernels.scores import divide
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
 NAME = "xla"
@@ -34,7 +44,7 @@ def unsupported_reason(platform: str, compute_capability: str | None) -> str | N
     return None
 
 
-def quantize(x: Float[Array, "R C"]) -> Quantized:
+def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
     rows, columns = x.shape
     blocks = x.astype(jnp.float32).reshape(rows, columns // QUANT_BLOCK, QUANT_BLOCK)
@@ -42,19 +52,12 @@ def quantize(x: Float[Array, "R C"]) -> Quantized:
     # Magnitudes as integers: XLA's float maximum over many rows may drop a NaN on a CPU.
     magnitude = lax.bitcast_convert_type(blocks, jnp.int32) & np.int32(0x7FFFFFFF)
     amax = lax.bitcast_convert_type(magnitude.max(axis=2, keepdims=True), jnp.float32)
-    scales = _divide(jnp.maximum(amax, _MAX_E4M3 * _SMALLEST_NORMAL), _MAX_E4M3)
+    scales = divide(jnp.maximum(amax, _MAX_E4M3 * _SMALLEST_NORMAL), np.float32(_MAX_E4M3))
+    if scale_format == "ue8m0":
+        scales = power_of_two_scales(scales)
     # The cast alone would turn values above 464 into NaN.
-    values = jnp.clip(_divide(blocks, scales), -_MAX_E4M3, _MAX_E4M3).astype(jnp.float8_e4m3fn)
+    values = jnp.clip(divide(blocks, scales), -_MAX_E4M3, _MAX_E4M3).astype(jnp.float8_e4m3fn)
     return Quantized(values.reshape(rows, columns), scales[:, :, 0].T)
-
-
-def _divide(x: Array, y: Array | float) -> Array:
-    """`x / y`, rounded once.
-
-    XLA makes a plain division by a constant, a broadcast or a quotient a product with a rounded
-    reciprocal; the select is none of these and changes no result.
-    """
-    return x / jnp.where(jnp.isnan(x), x, y)
 
 
 def plan_groups(
@@ -73,7 +76,7 @@ def plan_groups(
     local_ids = topk_ids - local_expert_offset
     is_local = (local_ids >= 0) & (local_ids < num_local_experts)
     is_local &= (topk_ids >= 0) & (topk_ids < num_experts)
-    experts = jnp.arange(num_local_experts, dtype=jnp.int32)[None, None]
+    experts = jnp.arange(num_local_experts, dtype=jnp.int32)
     hits = jnp.where(is_local, local_ids, -1)[:, :, None] == experts
     hits = hits.any(axis=1).astype(jnp.int32)  # [T, E_local]
     ranks = jnp.cumsum(hits, axis=0, dtype=jnp.int32) - hits
@@ -90,7 +93,7 @@ def plan_groups(
     row_token = row_token.at[jnp.where(is_local, pair_row, rows)].set(tokens, mode="drop")
 
     tile_ids = jnp.arange(rows // block_m, dtype=jnp.int32)
-    tile_expert = (tile_ids[:, None] >= tile_ends[None]).sum(axis=1, dtype=jnp.int32)
+    tile_expert = (tile_ids[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
     return GroupPlan(
         group_sizes=group_sizes,
         group_offsets=group_offsets,
@@ -115,6 +118,9 @@ def up_project(
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
     plan: GroupPlan,
+    *,
+    swiglu_limit: float | None = None,
+    scale_format: ScaleFormat = "f32",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     rows, intermediate = plan.row_token.shape[0], gemm1_weights.shape[1] // 2
@@ -122,7 +128,8 @@ def up_project(
     def tile(start: Array, weight: Array, out: Quantized) -> Quantized:
         tokens = lax.dynamic_slice_in_dim(plan.row_token, start, plan.block_m)  # -1: any row
         x = dequantize_rows(take(hidden_states, tokens), hidden_states_scale[:, tokens])
-        values, scales = quantize(swiglu(matmul(x, weight)))
+        hidden = swiglu(matmul(x, weight), swiglu_limit)
+        values, scales = quantize(hidden, scale_format=scale_format)
         return Quantized(
             lax.dynamic_update_slice_in_dim(out.values, to_bits(values), start, 0),
             lax.dynamic_update_slice_in_dim(out.scales, scales, start, 1),

@@ -11,7 +11,13 @@ from jax import Array, lax
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
 from jax_moe import backends, validate
-from jax_moe.config import DEEPSEEK_V3, MoEConfig
+from jax_moe.config import (
+    DEEPSEEK_V3,
+    MoEConfig,
+    ScaleFormat,
+    checked_scale_format,
+    checked_swiglu_limit,
+)
 from jax_moe.parallel import exchange as exchanges
 from jax_moe.parallel import layer, placement, ranks, workspace
 from jax_moe.parallel.ranks import AxisName
@@ -19,8 +25,8 @@ from jax_moe.types import ExpertWeights, LayerInputs, RoutedInputs, Routing
 
 
 def apply_expert_parallel(
-    routing_logits: Float32[Array, "T E"],
-    routing_bias: Float[Array, " E"],
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
     hidden_states: Float[Array, "T H"],
     hidden_states_scale: Float32[Array, "H//128 T"] | None,
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
@@ -37,6 +43,8 @@ def apply_expert_parallel(
     placement: Int32[Array, " E_physical"] | None = None,
     max_rows_at_once: int | None = None,
     with_load: bool = False,
+    scale_format: ScaleFormat | None = None,
+    swiglu_limit: float | None = None,
 ) -> BFloat16[Array, "T H"] | tuple[BFloat16[Array, "T H"], Int32[Array, " E"]]:
     """A DeepSeek-V3 mixture of experts over the ranks of a mesh axis, inside of `jax.shard_map`.
 
@@ -63,8 +71,8 @@ def apply_expert_parallel(
     Symbols as in `apply`; N ranks, E_physical = N * E_local experts that all ranks hold.
 
     Args:
-        routing_logits: f32[T,E] of this rank's tokens, for all experts.
-        routing_bias: bf16[E] or f32[E].
+        routing_logits: f32, bf16 or f16[T,E] of this rank's tokens, for all experts.
+        routing_bias: bf16[E] or f32[E], or None.
         hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H], which is then quantized before it is
             sent.
         hidden_states_scale: f32[H/128,T]; None exactly if `hidden_states` is not e4m3.
@@ -92,6 +100,8 @@ def apply_expert_parallel(
             beside the matmuls of another, but each reads the weights again. None takes the largest
             that keeps `jax_moe.workspace_bytes` under 4 GB. Static.
         with_load: Whether to return the load as well. Static.
+        scale_format: As in `apply`.
+        swiglu_limit: As in `apply`.
 
     Returns:
         bf16[T,H] of this rank's tokens; with `with_load`, also i32[E]: the (token, expert) pairs of
@@ -117,6 +127,7 @@ def apply_expert_parallel(
         routed_scaling_factor=validate.real("routed_scaling_factor", routed_scaling_factor),
     )
     sizes["k"] = (config.top_k, "config")
+    scale_format, swiglu_limit = config.merged(scale_format, swiglu_limit)
     return _run(
         inputs,
         sizes,
@@ -128,6 +139,8 @@ def apply_expert_parallel(
         placed=placement,
         max_rows_at_once=max_rows_at_once,
         with_load=with_load,
+        scale_format=scale_format,
+        swiglu_limit=swiglu_limit,
     )
 
 
@@ -149,6 +162,8 @@ def apply_routed_expert_parallel(
     placement: Int32[Array, " E_physical"] | None = None,
     max_rows_at_once: int | None = None,
     with_load: bool = False,
+    scale_format: ScaleFormat = "f32",
+    swiglu_limit: float | None = None,
 ) -> BFloat16[Array, "T H"] | tuple[BFloat16[Array, "T H"], Int32[Array, " E"]]:
     """`apply_expert_parallel` without its router: the caller says where each token goes.
 
@@ -170,6 +185,8 @@ def apply_routed_expert_parallel(
         placement: i32[E_physical].
         max_rows_at_once: Slots per piece.
         with_load: Whether to return the load as well.
+        scale_format: As in `apply_routed`.
+        swiglu_limit: As in `apply_routed`.
 
     Returns:
         As `apply_expert_parallel`.
@@ -200,6 +217,8 @@ def apply_routed_expert_parallel(
         placed=placement,
         max_rows_at_once=max_rows_at_once,
         with_load=with_load,
+        scale_format=checked_scale_format(scale_format),
+        swiglu_limit=checked_swiglu_limit(swiglu_limit),
     )
 
 
@@ -215,6 +234,8 @@ def _run(
     placed: Any,
     max_rows_at_once: int | None,
     with_load: bool,
+    scale_format: ScaleFormat,
+    swiglu_limit: float | None,
 ) -> Any:
     """The checks that both entries share, then the layer. `sizes` knows T, E and k."""
     validate.hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
@@ -244,6 +265,8 @@ def _run(
         tokens_at_once=workspace.tokens_at_once(call, local_bytes, max_rows_at_once),
         config=config,
         with_load=with_load,
+        scale_format=scale_format,
+        swiglu_limit=swiglu_limit,
     )
     out, load = layer.run(inputs, live, placed, plan)
     return (out, load) if with_load else out

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import BFloat16, Int32
 
 from jax_moe import backends, entry, lowering_cache
-from jax_moe.config import MoEConfig
+from jax_moe.config import MoEConfig, ScaleFormat
 from jax_moe.entry import Options
 from jax_moe.parallel import exchange, pieces, placement
 from jax_moe.parallel.ranks import Ranks
@@ -31,6 +31,8 @@ class Plan:
         tokens_at_once: Tokens of one rank per piece.
         config: How experts are picked; None where the caller has picked them.
         with_load: Whether the pairs of each expert are counted.
+        scale_format: Of the activations that are quantized here.
+        swiglu_limit: Clamp before the activation.
     """
 
     ranks: Ranks
@@ -41,6 +43,8 @@ class Plan:
     tokens_at_once: int
     config: MoEConfig | None
     with_load: bool
+    scale_format: ScaleFormat
+    swiglu_limit: float | None
 
 
 def run(
@@ -90,7 +94,7 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
     def body(inputs: LayerInputs | RoutedInputs, num_tokens: Array | None) -> tuple[Array, ...]:
         rows = inputs.hidden_states, inputs.hidden_states_scale
         if inputs.hidden_states_scale is None:
-            rows = stages.quantize(inputs.hidden_states)
+            rows = stages.quantize(inputs.hidden_states, scale_format=plan.scale_format)
         if isinstance(inputs, RoutedInputs):
             routing = inputs.routing
         else:
@@ -103,9 +107,8 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
         topk_ids = entry.of_live_tokens(routing.topk_ids, num_tokens)
         return *rows, topk_ids, routing.topk_weights  # `jax.export` knows no types of ours
 
-    *rows, topk_ids, topk_weights = _lowered(body, stages, "at home", plan.config)(
-        inputs, num_tokens
-    )
+    static = ("at home", plan.config, plan.scale_format)
+    *rows, topk_ids, topk_weights = _lowered(body, stages, *static)(inputs, num_tokens)
     return Tokens(*rows, Routing(topk_ids, topk_weights))
 
 
@@ -113,7 +116,12 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
 def _local_layer(inputs: RoutedInputs, *, plan: Plan) -> Array:
     """Partial sums, by slot, of the experts that this rank holds."""
     stages = backends.load(plan.backend)
-    options = Options(num_experts=plan.num_slots, top_k=inputs.routing.topk_ids.shape[1])
+    options = Options(
+        num_experts=plan.num_slots,
+        top_k=inputs.routing.topk_ids.shape[1],
+        scale_format=plan.scale_format,
+        swiglu_limit=plan.swiglu_limit,
+    )
     body = functools.partial(entry.layer, num_tokens=None, options=options, stages=stages)
     return _lowered(body, stages, "local layer", options)(inputs)
 

@@ -1,0 +1,78 @@
+"""The router in `jax.numpy`: what the oracle and the plain backend share, and kernels match.
+
+The ids are the same on every backend, bit for bit: what is compared is either a logit itself or one
+of the formulas of `pallas_kernels.scores`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Float32
+
+from jax_moe.config import MoEConfig
+from jax_moe.types import Routing
+from pallas_kernels import scores
+
+_LOWEST = np.int32(np.iinfo(np.int32).min)
+
+_SCORES = {
+    "sigmoid": scores.sigmoid,
+    "softmax": scores.softmax,
+    "sqrtsoftplus": scores.sqrtsoftplus,
+}
+
+
+def route(
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
+    routed_scaling_factor: Float32[Array, ""],
+    *,
+    config: MoEConfig,
+) -> Routing:
+    """Group-limited top-k; see `jax_moe.route` for the scores and the rules on ties and NaN."""
+    logits = routing_logits.astype(jnp.float32)
+    scored = _SCORES[config.scoring](logits)
+    if routing_bias is None:
+        selection_scores, ranks = scored, _rank(logits)
+    else:
+        selection_scores = scored + routing_bias.astype(jnp.float32)
+        ranks = _rank(selection_scores)
+    if config.topk_group < config.n_group:
+        ranks = _of_best_groups(selection_scores, ranks, config)
+    topk_ids = _best(ranks, config.top_k)
+    topk_weights = jnp.take_along_axis(scored, topk_ids, axis=1)
+    if config.renormalize:
+        topk_weights = topk_weights / (topk_weights.sum(axis=1, keepdims=True) + 1e-20)
+    return Routing(topk_ids, topk_weights * routed_scaling_factor)
+
+
+def _of_best_groups(selection_scores: Array, ranks: Array, config: MoEConfig) -> Array:
+    """The ranks, `_LOWEST` outside of the groups with the largest sums of their two best."""
+    grouped = (-1, config.n_group, ranks.shape[1] // config.n_group)
+    in_groups = ranks.reshape(grouped)
+    best_two = jnp.take_along_axis(selection_scores.reshape(grouped), _best(in_groups, 2), axis=2)
+    kept = _best(_rank(best_two[..., 0] + best_two[..., 1]), config.topk_group)
+    is_kept = (kept[:, None, :] == jnp.arange(config.n_group, dtype=jnp.int32)[:, None]).any(axis=2)
+    return jnp.where(is_kept[:, :, None], in_groups, _LOWEST).reshape(ranks.shape)
+
+
+def _rank(values: Array) -> Array:
+    """Integers in the order of the values, NaN below -inf, nothing as low as `_LOWEST`.
+
+    Magnitudes below 2^-126 are all 0, so that a device that flushes denormals sees the same ties.
+    """
+    values = scores.without_denormals(values)
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    ordered = jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
+    return jnp.where(jnp.isnan(values), _LOWEST + 1, ordered)
+
+
+def _best(ranks: Array, count: int) -> Array:
+    """Indices of the `count` largest along the last axis, best first, ties to the lowest index."""
+    columns = lax.broadcasted_iota(jnp.int32, ranks.shape, ranks.ndim - 1)
+
+    def take(ranks: Array, _: None) -> tuple[Array, Array]:
+        best = lax.argmax(ranks, ranks.ndim - 1, jnp.int32)
+        return jnp.where(columns == best[..., None], _LOWEST, ranks), best
+
+    return jnp.moveaxis(lax.scan(take, ranks, length=count, unroll=8)[1], 0, -1)

@@ -1,0 +1,214 @@
+"""Routers, clamps and scale formats: every pair of options, on every backend."""
+
+from __future__ import annotations
+
+import inspect
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import DEEPSEEK_V3, MoEConfig
+from tests import numpy_oracle
+from tests.backend_cases import EVERYWHERE, if_supported, running
+from tests.moe_inputs import SMALL, make_inputs, relative_error
+from tests.pairwise import covering, product
+
+FACTOR = 1.5
+OPTIONS = {
+    "scoring": ["sigmoid", "softmax", "sqrtsoftplus"],
+    "swiglu_limit": [None, 0.75],
+    "scale_format": ["f32", "ue8m0"],
+    "hidden_states": ["e4m3", "bf16"],
+    "has_bias": [True, False],
+    "renormalize": [True, False],
+    "groups": [(1, 1), (4, 2)],
+    "logits": [np.float32, ml_dtypes.bfloat16, np.float16],
+}
+PAIRS = covering(OPTIONS)
+THE_FIVE = ("scoring", "swiglu_limit", "scale_format", "hidden_states", "has_bias")
+TO_REQUANTIZING_ORACLE = {"xla": 0.004, "triton": 0.006, "mosaic": 0.02}
+
+
+def config_of(row):
+    n_group, topk_group = row["groups"]
+    fields = {name: row[name] for name in ("scoring", "renormalize", "swiglu_limit")}
+    return MoEConfig(4, n_group, topk_group, scale_format=row["scale_format"], **fields)
+
+
+def inputs_of(row, num_tokens=41):
+    inputs = make_inputs(num_tokens)
+    # Scores of every size, so that the bias, where there is one, decides some choices and not all.
+    inputs = inputs._replace(
+        routing_logits=(inputs.routing_logits * 2).astype(row["logits"]),
+        routed_scaling_factor=FACTOR,
+    )
+    if not row["has_bias"]:
+        inputs = inputs._replace(routing_bias=None)
+    if row["hidden_states"] == "bf16":
+        x = np.random.default_rng(5).standard_normal(inputs.hidden_states.shape, np.float32)
+        x = x.astype(ml_dtypes.bfloat16)
+        inputs = inputs._replace(hidden_states=x, hidden_states_scale=None)
+    return inputs
+
+
+def check(case, row):
+    config, inputs = config_of(row), inputs_of(row)
+    with running(case) as backend, if_supported(backend):
+        out = jax_moe.apply(*inputs, config=config, backend=backend)
+        if backend != "xla":  # which is what the others are compared with
+            routing = jax_moe.route(*inputs[:2], FACTOR, config=config, backend=backend)
+            expected = jax_moe.route(*inputs[:2], FACTOR, config=config, backend="xla")
+            np.testing.assert_array_equal(routing.topk_ids, expected.topk_ids)
+            np.testing.assert_allclose(routing.topk_weights, expected.topk_weights, rtol=1e-6)
+    requantized = numpy_oracle.layer(*inputs, config=config, requantize=True)
+    bound = TO_REQUANTIZING_ORACLE[case.removeprefix("interpreted_")]
+    assert relative_error(out, requantized) < bound
+    exact = numpy_oracle.layer(*inputs, config=config)
+    assert relative_error(out, exact) < (0.07 if row["scale_format"] == "ue8m0" else 0.05)
+
+
+@pytest.mark.parametrize("scoring", OPTIONS["scoring"])
+def test_the_oracles_agree(scoring):
+    rows = [row for row in PAIRS if row["scoring"] == scoring and row["swiglu_limit"]]
+    config, inputs = config_of(rows[0]), inputs_of(rows[0])
+    oracle = jax_moe.reference(*inputs, config=config)
+    assert relative_error(oracle, numpy_oracle.layer(*inputs, config=config)) < 0.003
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: "-".join(map(str, row.values())))
+def test_every_pair_of_options(case, row):
+    check(case, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("row", product({name: OPTIONS[name] for name in THE_FIVE}), ids=str)
+def test_every_combination(case, row):
+    check(case, {"renormalize": True, "groups": (1, 1), "logits": np.float32} | row)
+
+
+def test_the_pairs_are_few_and_complete():
+    names = list(OPTIONS)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            met = {(str(row[a]), str(row[b])) for row in PAIRS}
+            assert len(met) == len(OPTIONS[a]) * len(OPTIONS[b]), (a, b)
+    assert len(PAIRS) <= 12
+
+
+@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [{"scoring": "softmax"}, {"renormalize": False}, {"swiglu_limit": 7.0}],
+    ids=str,
+)
+def test_a_backend_either_has_an_option_or_names_it(backend, options):
+    """Never a result of other options. Traced for a Hopper GPU, which needs none."""
+    inputs = make_inputs(3)
+
+    def program(config):
+        def layer(*arrays):
+            return jax_moe.apply(*arrays, *inputs[8:], config=config, backend=backend)
+
+        with jax_moe.assume_device("sm_90"):
+            return str(jax.make_jaxpr(layer)(*inputs[:8]))
+
+    refusal = ""
+    try:
+        assert program(MoEConfig(4, 4, 2, **options)) != program(SMALL)
+    except NotImplementedError as error:
+        refusal = str(error)
+    assert not refusal or f"backend='{backend}': {next(iter(options))}=" in refusal
+
+
+def test_options_are_arguments_too():
+    """The same program, by the configuration or by the arguments."""
+    inputs = make_inputs(7)
+    options = {"swiglu_limit": 0.5, "scale_format": "ue8m0"}
+    with_options = MoEConfig(4, 4, 2, **options)
+    routing = jax.ShapeDtypeStruct((7, 4), np.int32), jax.ShapeDtypeStruct((7, 4), np.float32)
+
+    def program(function, **static):
+        arguments = (*inputs[2:8], *routing, 8) if "num_experts" in static else inputs
+        return str(jax.make_jaxpr(lambda *arrays: function(*arrays, **static))(*arguments))
+
+    for function, own in ((jax_moe.apply, {"backend": "xla"}), (jax_moe.reference, {})):
+        by_config = program(function, config=with_options, **own)
+        assert program(function, config=SMALL, **options, **own) == by_config
+        assert program(function, config=with_options, **options, **own) == by_config
+        assert program(function, config=SMALL, **own) != by_config
+    for function, own in (
+        (jax_moe.apply_routed, {"backend": "xla"}),
+        (jax_moe.reference_routed, {}),
+    ):
+        own["num_experts"] = 32
+        assert program(function, **options, **own) != program(function, **own)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "error", "message"),
+    [
+        ({"swiglu_limit": 7}, {"swiglu_limit": 8}, ValueError, r"swiglu_limit: expected None or 7"),
+        ({"scale_format": "ue8m0"}, {"scale_format": "f32"}, ValueError, "None or 'ue8m0'"),
+        ({}, {"swiglu_limit": 0}, ValueError, "swiglu_limit: expected a positive .*got 0"),
+        ({}, {"swiglu_limit": np.nan}, ValueError, "swiglu_limit: expected a positive .*got nan"),
+        ({}, {"swiglu_limit": 1e39}, ValueError, "swiglu_limit: expected a positive"),
+        ({}, {"swiglu_limit": 10**400}, ValueError, "got an integer of 1329 bits"),
+        ({}, {"swiglu_limit": "7"}, TypeError, "swiglu_limit: expected a number or None, got '7'"),
+        ({}, {"swiglu_limit": True}, TypeError, "swiglu_limit: expected a number or None"),
+        ({}, {"scale_format": "e8m0"}, ValueError, "scale_format: expected one of .*got 'e8m0'"),
+    ],
+)
+def test_bad_options_are_refused_by_name(config, options, error, message):
+    inputs = make_inputs(2)
+    for function in (jax_moe.apply, jax_moe.reference):
+        with pytest.raises(error, match=message):
+            function(*inputs, config=MoEConfig(4, 4, 2, **config), **options)
+    if not config:
+        ids, weights = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
+        for function in (jax_moe.apply_routed, jax_moe.reference_routed):
+            with pytest.raises(error, match=message):
+                function(*inputs[2:8], ids, weights, 8, num_experts=32, **options)
+
+
+def test_the_same_words_everywhere():
+    both = {"scale_format", "swiglu_limit"}
+    functions = (
+        jax_moe.apply,
+        jax_moe.apply_routed,
+        jax_moe.reference,
+        jax_moe.reference_routed,
+        jax_moe.up_project,
+        MoEConfig,
+    )
+    for function in functions:
+        assert both <= set(inspect.signature(function).parameters), function
+    assert "scale_format" in inspect.signature(jax_moe.quantize).parameters
+    assert MoEConfig(8, 8, 4, 128, "sigmoid", True, None, "f32") == DEEPSEEK_V3
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_a_clamp_is_exact_and_keeps_nan(case):
+    """One expert of one block whose gate and up half are known: the rows of x pick its columns."""
+    x = np.zeros((4, 128), np.float32)
+    x[0, 0], x[1, 1], x[2, 2], x[3, 3] = 1, 1, 1, np.nan
+    weights = np.zeros((1, 256, 128), ml_dtypes.float8_e4m3fn)
+    weights[0, 0, :3] = [-8, 8, 2]  # up
+    weights[0, 128, :3] = [8, -8, 2]  # gate
+    scale = np.ones((1, 2, 1), np.float32)
+    ids = np.zeros((4, 1), np.int32)
+    with running(case) as backend:
+        on = {"backend": backend}
+        values, scales = jax_moe.quantize(x, **on)
+        plan = jax_moe.plan_groups(ids, 0, num_local_experts=1, num_experts=1, **on)
+        with if_supported(backend):
+            found = jax_moe.up_project(values, scales, weights, scale, plan, swiglu_limit=4.0, **on)
+    rows = np.asarray(plan.pair_row)[:, 0]
+    hidden = np.asarray(found.values, np.float32)[rows, 0] * np.asarray(found.scales)[0, rows]
+    silu = [g / (1 + np.exp(-g)) for g in (4.0, -8.0, 2.0)]
+    expected = [-4 * silu[0], 4 * silu[1], 2 * silu[2], np.nan]
+    np.testing.assert_allclose(hidden, expected, rtol=1e-6)
