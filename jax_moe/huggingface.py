@@ -1,0 +1,224 @@
+"""What a model's `config.json` on the Hugging Face hub says about its experts.
+
+Names and defaults are those of transformers 5.24's configuration classes and of the files that the
+models' authors publish. What is not known is refused by name: a guess would route tokens wrongly
+without any sign of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class ModelConfig(NamedTuple):
+    """The mixture-of-experts layers of a model.
+
+    Attributes:
+        router: The fields of a `MoEConfig`.
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I, of one routed expert.
+        routed_scaling_factor: Factor of all weights.
+        has_routing_bias: Whether the checkpoint holds a bias of the selection.
+        num_shared_experts: Experts that every token takes.
+        shared_intermediate_size: Of all shared experts together; 0 without any.
+        has_shared_gate: Whether their output is weighed by a sigmoid.
+    """
+
+    router: dict[str, Any]
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    routed_scaling_factor: float
+    has_routing_bias: bool
+    num_shared_experts: int
+    shared_intermediate_size: int
+    has_shared_gate: bool
+
+
+_NAMES = {
+    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k"),
+    "num_experts": ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
+    "n_group": ("n_group", "num_expert_group"),
+    "topk_group": ("topk_group",),
+    "topk_method": ("topk_method",),
+    "scoring": ("scoring_func", "moe_router_activation_func"),
+    "renormalize": ("norm_topk_prob", "moe_renormalize"),
+    "routed_scaling_factor": (
+        "routed_scaling_factor",
+        "router_scaling_factor",
+        "moe_router_scaling_factor",
+    ),
+    "has_routing_bias": ("use_routing_bias",),
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("moe_intermediate_size",),
+    "num_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+    "shared_intermediate_size": (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "share_expert_dim",
+    ),
+    "swiglu_limit": ("swiglu_limit",),
+    "hidden_act": ("hidden_act",),
+}
+"""A field, and the keys that different models have for it."""
+
+_COMMON = {
+    "top_k": None,
+    "num_experts": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": None,
+    "scoring": "sigmoid",
+    "renormalize": True,
+    "routed_scaling_factor": 1.0,
+    "has_routing_bias": True,
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_shared_experts": 0,
+    "shared_intermediate_size": None,
+    "swiglu_limit": None,
+    "hidden_act": "silu",
+    "has_shared_gate": False,
+}
+_DEEPSEEK = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "num_shared_experts": 1}
+_GLM = {"num_shared_experts": 1}
+_SOFTMAX = {"scoring": "softmax", "has_routing_bias": False}
+_QWEN_SHARED = _SOFTMAX | {"num_shared_experts": 1, "has_shared_gate": True}
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _SOFTMAX | {"renormalize": False, "num_shared_experts": 2},
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v32": _DEEPSEEK,
+    "deepseek_v4": {
+        "scoring": "sqrtsoftplus",
+        "routed_scaling_factor": 1.5,
+        "num_shared_experts": 1,
+        "swiglu_limit": 10.0,
+    },
+    "kimi_k2": _DEEPSEEK | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827},
+    "kimi_linear": {"routed_scaling_factor": 2.446, "num_shared_experts": 1},
+    "glm4_moe": _GLM,
+    "glm4v_moe_text": _GLM,
+    "glm_moe_dsa": _GLM | {"routed_scaling_factor": 2.5},
+    "glm5_next_text": _GLM | {"routed_scaling_factor": 2.5, "swiglu_limit": 10.0},
+    "qwen3_moe": _SOFTMAX | {"renormalize": False},
+    "qwen3_next": _QWEN_SHARED,
+    "qwen3_5_moe_text": _QWEN_SHARED,
+    "minimax_m2": {},
+    "mimo_v2_flash": {},
+    "mixtral": _SOFTMAX,
+    "ernie4_5_moe": _SOFTMAX | {"has_routing_bias": True, "num_shared_experts": 2},
+    "hy_v3": {"routed_scaling_factor": 2.826, "num_shared_experts": 1},
+    "hy_v4": {"routed_scaling_factor": 2.827, "num_shared_experts": 1, "swiglu_limit": 10.0},
+    "dots1": {"renormalize": False},
+    "bailing_hybrid": _DEEPSEEK,
+    "exaone_moe": {"routed_scaling_factor": 2.5, "num_shared_experts": 1},
+}
+"""Model types, and what their configuration means where it does not say."""
+
+_NO_OWN_SIZE = ("minimax_m2", "mixtral")
+"""Models whose `intermediate_size` is that of an expert."""
+
+_ABOUT_EXPERTS = re.compile(r"expert|moe|rout|topk|scoring|swiglu|hash")
+_WITHOUT_EFFECT = re.compile(
+    r"""router_aux_loss_coef|output_router_logits|aux_loss_alpha|seq_aux|router_jitter_noise
+    |moe_layer_freq|moe_layer_(start|end)_index|moe_layer_interval|moe_layers_enum|moe_norm_min
+    |ep_size|index_.*|.*num_hash_layers|enable_moe_fp32_combine|moe_router_use_sigmoid""",
+    re.VERBOSE,
+)
+"""Keys about training, about which layers have experts, or that change nothing in inference."""
+
+
+def read(config: Mapping[str, Any]) -> ModelConfig:
+    """Reads a `config.json`.
+
+    Args:
+        config: As `json.load` gives it.
+
+    Returns:
+        What it says about experts.
+
+    Raises:
+        TypeError: It is no mapping, or a value is of another type.
+        ValueError: The model type or a key is not known, a value is missing, or it means something
+            that this layer does not compute; names it.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected a mapping, got {type(config).__name__}")
+    quantization = config.get("quantization_config") or {}
+    if isinstance(config.get("text_config"), Mapping):
+        config = config["text_config"]
+        quantization = config.get("quantization_config") or quantization
+    kind = config.get("model_type")
+    if kind not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        raise ValueError(f"model_type: expected one of {known}, got {kind!r}")
+    found = _COMMON | _FAMILIES[kind] | _given(config, kind)
+    for name in ("top_k", "num_experts", "hidden_size", "intermediate_size"):
+        if found[name] is None:
+            raise ValueError(f"{_NAMES[name][0]}: expected a number in the {kind} config, got none")
+    if found["hidden_act"] != "silu":
+        raise ValueError(f"hidden_act: expected 'silu', got {found['hidden_act']!r}")
+    _set_groups(found)
+    shared = _number("n_shared_experts", found["num_shared_experts"] or 0)
+    width = found["shared_intermediate_size"]
+    if width is None:
+        width = shared * found["intermediate_size"]
+    scale_fmt = quantization.get("scale_fmt")
+    if scale_fmt not in (None, "float", "ue8m0"):
+        raise ValueError(f"scale_fmt: expected 'ue8m0', 'float' or none, got {scale_fmt!r}")
+    router = {name: found[name] for name in ("top_k", "n_group", "topk_group", "scoring")}
+    router |= {"renormalize": found["renormalize"], "swiglu_limit": found["swiglu_limit"]}
+    router["scale_format"] = "ue8m0" if scale_fmt == "ue8m0" else "f32"
+    return ModelConfig(
+        router=router,
+        num_experts=_number("num_experts", found["num_experts"]),
+        hidden_size=_number("hidden_size", found["hidden_size"]),
+        intermediate_size=_number("moe_intermediate_size", found["intermediate_size"]),
+        routed_scaling_factor=float(found["routed_scaling_factor"]),
+        has_routing_bias=bool(found["has_routing_bias"]),
+        num_shared_experts=shared if width else 0,
+        shared_intermediate_size=_number("shared_intermediate_size", width),
+        has_shared_gate=bool(found["has_shared_gate"] and width),
+    )
+
+
+def _given(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The fields that the file states, by our names."""
+    by_key = {key: field for field, keys in _NAMES.items() for key in keys}
+    if kind in _NO_OWN_SIZE:
+        by_key["intermediate_size"] = "intermediate_size"
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in by_key:
+            field = by_key[key]
+            if value is not None and found.setdefault(field, value) != value:
+                raise ValueError(f"{key}: expected {found[field]!r} as said before, got {value!r}")
+        elif _ABOUT_EXPERTS.search(key) and not _WITHOUT_EFFECT.fullmatch(key) and value:
+            raise ValueError(f"{key}: not known for model_type {kind!r}, got {value!r}")
+    return found
+
+
+def _set_groups(found: dict[str, Any]) -> None:
+    """Groups as numbers; how a group is scored depends on the method's name."""
+    method = found["topk_method"]
+    if method not in (None, "noaux_tc", "greedy", "group_limited_greedy"):
+        raise ValueError(f"topk_method: expected 'noaux_tc' or 'greedy', got {method!r}")
+    n_group, topk_group = found["n_group"] or 1, found["topk_group"] or 1
+    if method == "greedy":
+        n_group = topk_group = 1
+    if method == "group_limited_greedy" and topk_group < n_group:
+        raise ValueError(
+            "topk_method: expected groups that are scored by their two best experts, got "
+            "'group_limited_greedy', which takes the best one"
+        )
+    found["n_group"], found["topk_group"] = n_group, topk_group
+
+
+def _number(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
+    return value

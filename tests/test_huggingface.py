@@ -1,0 +1,132 @@
+"""Reading a model's `config.json`: known models, defaults, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from jax_moe import MoEConfig, huggingface, models
+
+DEEPSEEK_V31 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+}
+QWEN3 = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "router_aux_loss_coef": 0.001,
+    "output_router_logits": False,
+}
+MINIMAX_M2 = {
+    "model_type": "minimax_m2",
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "num_local_experts": 256,
+    "num_experts_per_tok": 8,
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "shared_intermediate_size": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(DEEPSEEK_V31, "deepseek-v3.1"), (QWEN3, "qwen3-30b"), (MINIMAX_M2, "minimax-m2")],
+)
+def test_published_files(config, name):
+    model, found = models.get(name), huggingface.read(config)
+    assert MoEConfig.from_hf(config) == model.config
+    assert found.num_experts == model.num_experts
+    assert (found.hidden_size, found.intermediate_size) == (
+        model.hidden_size,
+        model.intermediate_size,
+    )
+    assert found.routed_scaling_factor == model.routed_scaling_factor
+    assert found.has_routing_bias == model.has_routing_bias
+    assert found.num_shared_experts == model.num_shared_experts
+    shared = model.num_shared_experts * model.intermediate_size
+    assert found.shared_intermediate_size == shared
+
+
+def test_the_part_about_text_is_read():
+    whole = {"model_type": "kimi_k25", "text_config": DEEPSEEK_V31, "vision_config": {}}
+    assert MoEConfig.from_hf(whole) == MoEConfig.from_hf(DEEPSEEK_V31)
+
+
+TRANSFORMERS = {
+    "deepseek_v3": ("DeepseekV3Config", "deepseek-v3"),
+    "deepseek_v4": ("DeepseekV4Config", None),
+    "glm4_moe": ("Glm4MoeConfig", None),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", "glm-5"),
+    "qwen3_moe": ("Qwen3MoeConfig", None),
+    "qwen3_next": ("Qwen3NextConfig", "qwen3-next"),
+    "minimax_m2": ("MiniMaxM2Config", "minimax-m2"),
+    "mixtral": ("MixtralConfig", "mixtral-8x7b"),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_the_defaults_are_those_of_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    name, model = TRANSFORMERS[kind]
+    config = getattr(transformers, name)()
+    found = huggingface.read(config.to_dict())
+    assert found.hidden_size == config.hidden_size
+    assert found.router["top_k"] == config.num_experts_per_tok
+    for theirs, ours in (("norm_topk_prob", "renormalize"), ("n_group", "n_group")):
+        if hasattr(config, theirs):
+            assert found.router[ours] == getattr(config, theirs)
+    if model is not None:
+        assert MoEConfig.from_hf(config.to_dict()) == models.get(model).config
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model_type": "llama4"}, ValueError, "model_type: expected one of .*got 'llama4'"),
+        ({"model_type": None}, ValueError, "model_type: expected one of"),
+        ({"scoring_func": "relu"}, ValueError, "scoring: expected one of .*got 'relu'"),
+        ({"topk_method": "magic"}, ValueError, "topk_method: expected .*got 'magic'"),
+        ({"topk_method": "group_limited_greedy"}, ValueError, "topk_method: expected groups"),
+        ({"hidden_act": "gelu"}, ValueError, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"zero_expert_num": 256}, ValueError, "zero_expert_num: not known for .*got 256"),
+        ({"swiglu_alpha": 1.7}, ValueError, "swiglu_alpha: not known"),
+        ({"num_experts": 128}, ValueError, "num_experts: expected 256 as said before, got 128"),
+        ({"num_experts_per_tok": None}, ValueError, "num_experts_per_tok: expected a number"),
+        ({"n_routed_experts": "many"}, TypeError, "num_experts: expected an integer"),
+        ({"quantization_config": {"scale_fmt": "x"}}, ValueError, "scale_fmt: expected"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(change, error, message):
+    with pytest.raises(error, match=message):
+        MoEConfig.from_hf(DEEPSEEK_V31 | change)
+
+
+def test_no_mapping():
+    with pytest.raises(TypeError, match="config: expected a mapping, got str"):
+        MoEConfig.from_hf("config.json")
