@@ -5,6 +5,7 @@ python bench_main.py --list                            # what can run here, and 
 python bench_main.py --solutions=jax_moe,deepgemm --workloads=1,80,14107
 python bench_main.py --solutions=sglang_v1,sglang_v2,jax_moe --report
 python bench_main.py --scaling --breakdown --output=out/scaling
+python bench_main.py --model=kimi-k2 --solutions=jax_moe
 python bench_main.py --documents=out/bench/latest      # write a run's documents again
 """
 
@@ -29,7 +30,7 @@ from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
 from interop import interruption  # noqa: E402
-from jax_moe import backends  # noqa: E402
+from jax_moe import backends, models  # noqa: E402
 
 USAGE_ERROR = 2
 
@@ -38,6 +39,9 @@ _SOLUTIONS = flags.DEFINE_list(
 )
 _WORKLOADS = flags.DEFINE_list(
     "workloads", ["all"], "Token counts, first characters of uuids, or 'all'."
+)
+_MODEL = flags.DEFINE_enum(
+    "model", models.DEEPSEEK_V3.name, models.names(), "Whose rank is measured, by sizes and router."
 )
 _BACKEND = flags.DEFINE_enum(
     "backend", "auto", ["auto", *backends.NAMES], "What the solution jax_moe runs."
@@ -111,6 +115,10 @@ def _settings() -> Settings:
         raise ValueError("--dataset=FOLDER and --inputs=dataset go together")
     if _SCALING.value and _INPUTS.value == "dataset":
         raise ValueError("--scaling has no data set: its token counts are not among the workloads")
+    if _INPUTS.value == "dataset" and models.get(_MODEL.value) != models.DEEPSEEK_V3:
+        raise ValueError(
+            f"--dataset: holds {models.DEEPSEEK_V3.name}'s routing, got --model={_MODEL.value}"
+        )
     missing = gpu_clock.unavailable_reason()
     if _TIMER.value == "gpu" and missing:
         raise ValueError(f"--timer=gpu: {missing}")
@@ -132,6 +140,7 @@ def _settings() -> Settings:
     return Settings(
         solutions=names,
         workloads=tuple(_WORKLOADS.value),
+        model=models.get(_MODEL.value).name,
         backend=_BACKEND.value,
         inputs=_INPUTS.value,
         dataset=None if dataset is None else str(dataset),
@@ -176,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; all options are flags, see --help")
         if _LIST.value:
-            print(session.list_solutions(_BACKEND.value))
+            print(session.list_solutions(_BACKEND.value, _MODEL.value))
             return session.OK
         for chatty in ("jax", "matplotlib"):  # absl shows INFO, such as "no TPU"
             logging.getLogger(chatty).setLevel(logging.WARNING)

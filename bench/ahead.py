@@ -63,7 +63,7 @@ def compile_all(
         pending = {}
         for solution, num_tokens in ordered:
             specs = inputs.specs(num_tokens, settings.sizes)
-            future = pool.submit(_compile, settings.backend, solution.name, specs)
+            future = pool.submit(_compile, settings, solution.name, specs)
             pending[future] = execution.key_of(solution, specs)
         for future in futures.as_completed(pending):
             try:
@@ -83,8 +83,8 @@ def _start() -> None:
     environment.enable_compilation_cache()
 
 
-def _compile(backend: str, name: str, specs: Arguments) -> execution.Program:
+def _compile(settings: Settings, name: str, specs: Arguments) -> execution.Program:
     from bench import solutions
 
-    run = solutions.registry(backend)[name].run
+    run = solutions.registry(settings.backend, settings.measured)[name].run
     return execution.compiled_program(jax.jit(run).lower(*specs).compile())

@@ -31,7 +31,7 @@ class Stage(NamedTuple):
     work: Work | None
 
 
-def stage_work(stage: str, row: Row, sizes: Sizes) -> Work:
+def stage_work(stage: str, row: Row, sizes: Sizes, top_k: int = DEEPSEEK_V3.top_k) -> Work:
     """The least bytes and FLOPs of one of our stages, by the arrays between them.
 
     What a later stage finds in the L2 counts as moved, so a fraction above 1 is possible.
@@ -41,11 +41,12 @@ def stage_work(stage: str, row: Row, sizes: Sizes) -> Work:
             zeros of tokens without a local pair are the up-projection's (not counted there).
         row: Gives T and the local load.
         sizes: Gives E, H and I.
+        top_k: Experts per token.
 
     Returns:
         The work of the stage.
     """
-    tokens, load, choices = row.num_tokens, row.load, DEEPSEEK_V3.top_k
+    tokens, load, choices = row.num_tokens, row.load, top_k
     hidden, intermediate = sizes.hidden_size, sizes.intermediate_size
     activations = load.pairs * quantized_row_bytes(intermediate)
     outputs = load.pairs * BF16_BYTES * hidden
@@ -69,7 +70,7 @@ def stage_work(stage: str, row: Row, sizes: Sizes) -> Work:
     return Work(moved[stage], multiplied.get(stage, 0))
 
 
-def stages(row: Row, sizes: Sizes) -> list[Stage]:
+def stages(row: Row, sizes: Sizes, top_k: int = DEEPSEEK_V3.top_k) -> list[Stage]:
     """The kernels of a row in order, each with its stage."""
     found = []
     for kernel in row.kernels:
@@ -78,18 +79,21 @@ def stages(row: Row, sizes: Sizes) -> list[Stage]:
             name = next(
                 (s for s, pattern in _STAGES.items() if re.search(pattern, kernel.name)), ""
             )
-        work = stage_work(name, row, sizes) if name else None
+        work = stage_work(name, row, sizes, top_k) if name else None
         found.append(Stage(kernel, name, work))
     return found
 
 
-def table(row: Row, sizes: Sizes, roofline: Roofline | None) -> list[list[str]]:
+def table(
+    row: Row, sizes: Sizes, roofline: Roofline | None, top_k: int = DEEPSEEK_V3.top_k
+) -> list[list[str]]:
     """One line a kernel as in `HEADER`, then the time in which none ran.
 
     Args:
         row: With GPU times.
         sizes: The constant axes.
         roofline: The device's rates; None leaves the floors out.
+        top_k: Experts per token.
 
     Returns:
         The cells, empty where the row has no GPU times.
@@ -106,7 +110,7 @@ def table(row: Row, sizes: Sizes, roofline: Roofline | None) -> list[list[str]]:
             str(stage.kernel.launches),
             *_rates(stage, roofline),
         ]
-        for stage in stages(row, sizes)
+        for stage in stages(row, sizes, top_k)
     ]
     idle = max(total - row.busy_us, 0.0)
     lines.append(["(no kernel running)", "-", f"{idle:.1f}", f"{idle / total:.1%}", *["-"] * 4])

@@ -55,11 +55,11 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
 
 def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> list[str]:
     lines = []
-    rows = breakdown.rows_to_show(results)
+    rows, top_k = breakdown.rows_to_show(results), settings.measured.top_k
     if not in_markdown and len(rows) > _TERMINAL_BREAKDOWNS:
         return [f"The breakdown of {len(rows)} rows is in {_breakdown_name(settings)}."]
     for row in rows:
-        cells = [breakdown.HEADER, *breakdown.table(row, settings.sizes, results.roofline)]
+        cells = [breakdown.HEADER, *breakdown.table(row, settings.sizes, results.roofline, top_k)]
         title = f"{row.solution}, T={row.num_tokens}"
         lines += [f"### {title}" if in_markdown else title, ""]
         lines += [*(markdown(cells, left=2) if in_markdown else aligned(cells, left=2)), ""]

@@ -4,6 +4,7 @@ from bench.results import Results
 from bench.settings import Settings
 from bench.workloads import FULL
 from interop.workloads import definition
+from jax_moe import models
 
 
 def warnings(results: Results, settings: Settings) -> list[str]:
@@ -13,6 +14,8 @@ def warnings(results: Results, settings: Settings) -> list[str]:
         found.append(f"**Incomplete**: {results.about.get('stopped', 'the run has not ended')}.")
     if not settings.on_gpu:
         found.append(f"**REDUCED sizes**: {reduced(settings)}")
+    if other := stand_in(settings):
+        found.append(f"**Stand-in for {settings.model}**: {other}")
     return found
 
 
@@ -28,6 +31,19 @@ def reduced(settings: Settings) -> str:
         f"No GPU found: sizes are REDUCED to H={sizes.hidden_size}, I={sizes.intermediate_size}, "
         f"E={sizes.num_experts} ({sizes.num_local_experts} local), T is kept; host times only, and "
         "they say nothing about a GPU. There is no roofline."
+    )
+
+
+def stand_in(settings: Settings) -> str:
+    """In what the layer that is measured differs from the model's; empty if in nothing."""
+    model = settings.measured
+    if not model.unsupported:
+        return ""
+    missing = ", ".join(f"{name}={getattr(model, name)!r}" for name in model.unsupported)
+    instead = ", ".join(f"{name}={models.IMPLIED[name]!r}" for name in model.unsupported)
+    return (
+        f"the layer has no {missing} yet and is measured with {instead}: the model's sizes and "
+        "amount of work, not its numbers."
     )
 
 
@@ -92,7 +108,9 @@ def _timing_text(settings: Settings) -> str:
 
 def _definition(settings: Settings) -> str:
     sizes, name = settings.sizes, f"`{definition()['name']}`"
-    if sizes == FULL:
+    if settings.measured != models.DEEPSEEK_V3:
+        name = f"one rank of {settings.model}, routed as `{settings.measured.config}`"
+    elif sizes == FULL:
         return name
     return (
         f"{name} at other sizes: H={sizes.hidden_size}, I={sizes.intermediate_size}, "

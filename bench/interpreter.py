@@ -1,6 +1,7 @@
 """The Hopper kernels on a machine without a GPU: one small row in the CPU interpreter, untimed."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +14,7 @@ from bench.settings import Settings
 from bench.workloads import select
 from interop.solutions.base import Solution
 from interop.workloads import Workload
+from jax_moe import DEEPSEEK_V3, MoEConfig
 
 _NUM_TOKENS = "7"
 _MOST_TOKENS = 16  # more would take minutes
@@ -38,7 +40,8 @@ def check(settings: Settings, workloads: Sequence[Workload]) -> Row:
     )
     (case,) = prepared.cases
     try:
-        output = jax.jit(SOLUTION.run)(*case.arguments)
+        run = functools.partial(SOLUTION.run, config=settings.measured.config)
+        output = jax.jit(run)(*case.arguments)
         found = correctness.check(output, case.reference, settings.tolerance)
     except Exception as error:
         return without_times(row, ERROR, one_line(error))
@@ -46,9 +49,9 @@ def check(settings: Settings, workloads: Sequence[Workload]) -> Row:
     return dataclasses.replace(row, status=status, check=found, problem=found.problem)
 
 
-def _run(*arguments: jax.Array) -> jax.Array:
+def _run(*arguments: jax.Array, config: MoEConfig = DEEPSEEK_V3) -> jax.Array:
     with jax_moe.interpret_mode():
-        return jax_moe.apply(*arguments, backend="mosaic")
+        return jax_moe.apply(*arguments, backend="mosaic", config=config)
 
 
 def _gpu_reason() -> str | None:

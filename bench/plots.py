@@ -6,6 +6,7 @@ from typing import Any
 from bench.results import Results, Row
 from interop import plot_style
 from interop.plot_style import plain_number as _plain_number
+from jax_moe import models
 from jax_moe.io.files import write_atomically
 
 
@@ -39,8 +40,10 @@ def _title(results: Results) -> str:
 
 
 def conditions(results: Results) -> str:
-    """Sizes, inputs and routing of a run, in one line for the title of a plot."""
+    """Model, sizes, inputs and routing of a run, in one line for the title of a plot."""
     settings = results.about["settings"]
+    model = settings.get("model", models.DEEPSEEK_V3.name)
+    model = "" if model == models.DEEPSEEK_V3.name else f"{model} "
     sizes = settings["sizes"]
     reduced = "" if settings["on_gpu"] else "REDUCED sizes "
     routing = "routing of the data set"
@@ -48,7 +51,7 @@ def conditions(results: Results) -> str:
         patterns = {"moments": "the captured moments"}
         routing = f"routing by {patterns.get(settings['routing'], settings['routing'])}"
     return (
-        f"{reduced}H={sizes['hidden_size']} I={sizes['intermediate_size']} "
+        f"{reduced}{model}H={sizes['hidden_size']} I={sizes['intermediate_size']} "
         f"E={sizes['num_experts']} E_local={sizes['num_local_experts']}, "
         f"{settings['inputs']} inputs, {routing}"
     )

@@ -1,5 +1,6 @@
 """What a JAX user has today: the layer on `jax.lax.ragged_dot`, in bf16."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,15 +10,17 @@ from jaxtyping import BFloat16, Float32, Int32
 
 import jax_moe
 from interop.solutions.base import Arguments, Solution
+from jax_moe import MoEConfig
 
 
-def _prepare(arguments: Arguments) -> tuple[Any, ...]:
+def _prepare(config: MoEConfig, arguments: Arguments) -> tuple[Any, ...]:
     """Dequantizes the weights to bf16 and counts the local pairs, both before the clock starts."""
     num_local_experts = arguments.gemm1_weights.shape[0]
     routing = jax_moe.route(
         arguments.routing_logits,
         arguments.routing_bias,
         arguments.routed_scaling_factor,
+        config=config,
         backend="xla",
     )
     local_ids = routing.topk_ids - arguments.local_expert_offset
@@ -44,6 +47,7 @@ def _dequantized(weights: Array, scales: Array) -> BFloat16[Array, "E_local K N"
 
 
 def _run(
+    config: MoEConfig,
     routing_logits: Float32[Array, "T E"],
     routing_bias: Array,
     hidden_states: Array,
@@ -55,7 +59,9 @@ def _run(
     rows: Int32[Array, " pairs"],
 ) -> BFloat16[Array, "T H"]:
     num_tokens, num_local_experts = hidden_states.shape[0], gemm1_weights.shape[0]
-    routing = jax_moe.route(routing_logits, routing_bias, routed_scaling_factor, backend="xla")
+    routing = jax_moe.route(
+        routing_logits, routing_bias, routed_scaling_factor, config=config, backend="xla"
+    )
     local_ids = routing.topk_ids - local_expert_offset
     is_local = (local_ids >= 0) & (local_ids < num_local_experts)
     expert = jnp.where(is_local, local_ids, num_local_experts).ravel()
@@ -75,21 +81,23 @@ def _run(
     return out.astype(jnp.bfloat16)
 
 
-SOLUTION = Solution(
-    name="jax_ragged_dot",
-    framework="jax",
-    description="jax.lax.ragged_dot in bf16: what a JAX user has today",
-    run=_run,
-    prepare=_prepare,
-    compile_ahead=False,
-    caveat=(
-        "weights dequantized to bf16 and transposed beforehand, so twice the bytes to read; the "
-        "number of local pairs is known to the host, which favours it"
-    ),
-    design={
-        "Rows computed": "local pairs only, counted on the host",
-        "SwiGLU": "silu(second half) * first half",
-        "Intermediate quantization": "none (bf16)",
-        "GEMM workspace": "XLA's",
-    },
-)
+def solution(config: MoEConfig) -> Solution:
+    """The solution for one router."""
+    return Solution(
+        name="jax_ragged_dot",
+        framework="jax",
+        description="jax.lax.ragged_dot in bf16: what a JAX user has today",
+        run=functools.partial(_run, config),
+        prepare=functools.partial(_prepare, config),
+        compile_ahead=False,
+        caveat=(
+            "weights dequantized to bf16 and transposed beforehand, so twice the bytes to read; "
+            "the number of local pairs is known to the host, which favours it"
+        ),
+        design={
+            "Rows computed": "local pairs only, counted on the host",
+            "SwiGLU": "silu(second half) * first half",
+            "Intermediate quantization": "none (bf16)",
+            "GEMM workspace": "XLA's",
+        },
+    )

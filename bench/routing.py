@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import BFloat16, Float32
+from jaxtyping import BFloat16, Float32, Int
 
 from bench.workloads import Sizes
 from interop.host_routing import topk_ids
 from interop.workloads import Workload, captured_routing
-from jax_moe import DEEPSEEK_V3
+from jax_moe import DEEPSEEK_V3, MoEConfig, models
+from jax_moe.models import Model
 
 PATTERNS = ("moments", "balanced", "zipf", "one_hot")
 _MAX_DRAWS = 64
@@ -38,7 +39,13 @@ class LocalLoad(NamedTuple):
     tokens: int
 
 
-def draw(workload: Workload, sizes: Sizes, seed: int, pattern: str = "moments") -> HostRouting:
+def draw(
+    workload: Workload,
+    sizes: Sizes,
+    seed: int,
+    pattern: str = "moments",
+    model: Model = models.DEEPSEEK_V3,
+) -> HostRouting:
     """Draws `routing_logits` and `routing_bias` on the host, so the same for every device.
 
     Args:
@@ -49,9 +56,10 @@ def draw(workload: Workload, sizes: Sizes, seed: int, pattern: str = "moments") 
             are local, so that no row measures an empty layer. The others give every token exactly
             one local expert, to compare loads at the same number of pairs: `balanced` (in turn),
             `zipf` (expert r with probability ~ 1/r) and `one_hot` (the first one takes all).
+        model: Gives the router.
 
     Returns:
-        f32[T, E] logits and bf16[E] bias.
+        f32[T, E] logits and bf16[E] bias, zeros where the model has none.
 
     Raises:
         ValueError: `pattern` is none of `PATTERNS`.
@@ -62,21 +70,22 @@ def draw(workload: Workload, sizes: Sizes, seed: int, pattern: str = "moments") 
     for attempt in range(_MAX_DRAWS):
         entropy = [seed, workload.num_tokens, workload.local_expert_offset, attempt]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-        logits, bias = captured_routing(workload.num_tokens, rng)
-        routing = HostRouting(logits[:, : sizes.num_experts], bias[: sizes.num_experts])
+        logits, bias = captured_routing(workload.num_tokens, rng, sizes.num_experts)
+        routing = HostRouting(logits, bias if model.has_routing_bias else np.zeros_like(bias))
         if pattern != "moments":
             return HostRouting(
-                _one_local_expert_each(routing, workload, sizes, pattern), routing.bias
+                _one_local_expert_each(routing, workload, sizes, pattern, model.config),
+                routing.bias,
             )
-        if local_load(routing, workload, sizes).pairs >= min(workload.num_tokens, 2):
+        if local_load(routing, workload, sizes, model.config).pairs >= min(workload.num_tokens, 2):
             return routing
     raise RuntimeError(f"no routing with a local pair in {_MAX_DRAWS} draws for {workload}")
 
 
 def _one_local_expert_each(
-    routing: HostRouting, workload: Workload, sizes: Sizes, pattern: str
+    routing: HostRouting, workload: Workload, sizes: Sizes, pattern: str, config: MoEConfig
 ) -> Float32[np.ndarray, "T E"]:
-    """Raises one local expert by `pattern` and seven of three other groups above the rest."""
+    """Raises one local expert by `pattern` and experts of other ranks above the rest."""
     tokens = np.arange(workload.num_tokens)
     if pattern == "balanced":
         expert = tokens % sizes.num_local_experts
@@ -87,19 +96,33 @@ def _one_local_expert_each(
         # Equally spaced quantiles in a scrambled order: the law itself, without sampling noise.
         position = (tokens * 7919 % len(tokens) + 0.5) / len(tokens)
         expert = np.searchsorted(share / share[-1], position)
-    groups, first = DEEPSEEK_V3.n_group, sizes.offset(workload)
-    per_group = sizes.num_experts // groups
+    first = sizes.offset(workload)
     raised = routing.logits - np.float32(5.0)
     raised[tokens, first + expert] += 9.0
-    for slot in range(DEEPSEEK_V3.top_k - 1):
-        group = (first // per_group + 1 + (tokens + slot % 3) % (groups - 1)) % groups
-        raised[tokens, group * per_group + (tokens * 5 + slot // 3) % per_group] += 9.0
+    for slot in range(config.top_k - 1):
+        raised[tokens, _elsewhere(tokens, slot, first, sizes, config)] += 9.0
     return raised.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def local_load(routing: HostRouting, workload: Workload, sizes: Sizes) -> LocalLoad:
+def _elsewhere(
+    tokens: Int[np.ndarray, " T"], slot: int, first: int, sizes: Sizes, config: MoEConfig
+) -> Int[np.ndarray, " T"]:
+    """Another expert for each slot, none of them local; with groups, of three other groups."""
+    groups = config.n_group
+    if groups == 1:
+        others = sizes.num_experts - sizes.num_local_experts
+        position = (tokens * 5 + slot * (others // (config.top_k - 1))) % others
+        return (first + sizes.num_local_experts + position) % sizes.num_experts
+    per_group = sizes.num_experts // groups
+    group = (first // per_group + 1 + (tokens + slot % 3) % (groups - 1)) % groups
+    return group * per_group + (tokens * 5 + slot // 3) % per_group
+
+
+def local_load(
+    routing: HostRouting, workload: Workload, sizes: Sizes, config: MoEConfig = DEEPSEEK_V3
+) -> LocalLoad:
     """Counts the pairs, experts and tokens that a routing leaves on this rank."""
-    local = topk_ids(*routing) - sizes.offset(workload)
+    local = topk_ids(*routing, config) - sizes.offset(workload)
     is_local = (local >= 0) & (local < sizes.num_local_experts)
     counts = np.bincount(local[is_local], minlength=sizes.num_local_experts)
     return LocalLoad(

@@ -18,7 +18,7 @@ from bench.timers import Execution, calls_to_time, statistics_of, wall_times, wa
 from bench.work import Work, work_of
 from interop import dataset, interruption
 from interop.solutions.base import Arguments, Solution
-from interop.workloads import ROUTED_SCALING_FACTOR, Workload
+from interop.workloads import Workload
 
 MAX_KERNELS = 40  # names kept per row; the reference launches thousands of kernels
 
@@ -99,7 +99,8 @@ def prepare(
     """Draws or reads a workload's inputs, and runs the oracle on them."""
     sizes = settings.sizes
     routed, factor = _routing(settings, workload)
-    load = routing.local_load(routed, workload, sizes)
+    config = settings.measured.config
+    load = routing.local_load(routed, workload, sizes, config)
     # The pass that only adds host times needs no second check of every trial.
     trials = settings.num_trials if clock_name == settings.timer else 1
     cases = []
@@ -108,7 +109,7 @@ def prepare(
             settings.inputs, workload, sizes, settings.seed, trial, weights, routed, factor
         )
         # The oracle runs on the padded token count, of which there are few: it compiles slowly.
-        reference = jax_moe.reference(*padded)[: workload.num_tokens]
+        reference = jax_moe.reference(*padded, config=config)[: workload.num_tokens]
         arguments = inputs.head(padded, workload.num_tokens)
         cases.append(Case(arguments, jax.block_until_ready(reference)))
     return Prepared(workload, load, work_of(workload, sizes, load), cases)
@@ -116,8 +117,9 @@ def prepare(
 
 def _routing(settings: Settings, workload: Workload) -> tuple[routing.HostRouting, float]:
     if settings.inputs != "dataset":
-        drawn = routing.draw(workload, settings.sizes, settings.seed, settings.routing)
-        return drawn, ROUTED_SCALING_FACTOR
+        model = settings.measured
+        drawn = routing.draw(workload, settings.sizes, settings.seed, settings.routing, model)
+        return drawn, model.routed_scaling_factor
     folder = settings.dataset or ""
     entry = next(
         one for one in dataset.read_workloads(folder) if one.workload.uuid == workload.uuid

@@ -27,14 +27,15 @@ from bench.workloads import SCALING, WORKLOADS, select
 from interop import dataset, folder_lock, interruption
 from interop.solutions.base import Solution
 from interop.workloads import Workload
+from jax_moe import models
 
 OK, FAILED = 0, 1
 
 
-def list_solutions(backend: str) -> str:
+def list_solutions(backend: str, model: str) -> str:
     """Every solution: what it is, whether it can run here and why not."""
     lines = []
-    for name, solution in solutions.registry(backend).items():
+    for name, solution in solutions.registry(backend, models.get(model)).items():
         reason = solution.unavailable_reason()
         lines.append(f"{name:18} {'available' if reason is None else f'not available: {reason}'}")
         lines.append(f"{'':18} {solution.description} [{solution.framework}]")
@@ -184,7 +185,7 @@ def _pool(settings: Settings) -> Sequence[Workload]:
 
 def _choose(settings: Settings) -> tuple[dict[str, Solution], dict[str, str]]:
     """The solutions to run and why the others that were asked for cannot."""
-    known = solutions.registry(settings.backend)
+    known = solutions.registry(settings.backend, settings.measured)
     asked = solutions.choose(settings.solutions, known)
     reference = {REFERENCE: known[REFERENCE]}
     reasons = {name: one.unavailable_reason() for name, one in (reference | asked).items()}
@@ -215,7 +216,7 @@ def _new_results(
             **options._asdict(),
         },
         "settings": settings.comparable(),
-        "device": environment.device(),
+        "device": environment.device(settings.sizes),
         "versions": environment.versions(),
         "git_commit": environment.git_commit(),
         "gpu_state_before": environment.gpu_state(),

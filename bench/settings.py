@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.correctness import Tolerance
-from bench.workloads import FULL, REDUCED, Sizes
+from bench.workloads import Sizes, sizes_of
 from interop.workloads import Workload
+from jax_moe import models
 
 CPU_ITERATIONS = 3
 _FLAGS = (
+    "model",
     "backend",
     "inputs",
     "dataset",
@@ -30,6 +32,7 @@ class Settings:
     Attributes:
         solutions: Names, as chosen.
         workloads: Uuid prefixes, token counts or "all".
+        model: Whose rank is measured, a name of `jax_moe.models`.
         backend: What `jax_moe` runs.
         inputs: One of `bench.inputs.KINDS`.
         dataset: Folder of `inputs="dataset"`.
@@ -48,6 +51,7 @@ class Settings:
 
     solutions: tuple[str, ...]
     workloads: tuple[str, ...] = ("all",)
+    model: str = models.DEEPSEEK_V3.name
     backend: str = "auto"
     inputs: str = "realistic"
     dataset: str | None = None
@@ -64,9 +68,14 @@ class Settings:
     output: Path | None = None
 
     @property
+    def measured(self) -> models.Model:
+        """What is known of the model."""
+        return models.get(self.model)
+
+    @property
     def sizes(self) -> Sizes:
-        """Full size on a GPU, reduced on a CPU."""
-        return FULL if self.on_gpu else REDUCED
+        """The model's on a GPU, reduced on a CPU."""
+        return sizes_of(self.measured, reduced=not self.on_gpu)
 
     @property
     def passes(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What can be benchmarked: our backends, `ragged_dot`, and the solutions of `interop`."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -7,8 +8,9 @@ import jax_moe
 from bench import interpreter, ragged_dot
 from bench.results import REFERENCE
 from interop.solutions.base import Arguments, Solution
-from jax_moe import backends
+from jax_moe import MoEConfig, backends, models
 from jax_moe.device import device_of
+from jax_moe.models import Model
 
 _FUSED = {
     "Rows computed": "local pairs only",
@@ -22,11 +24,13 @@ _UNFUSED = _FUSED | {
 }
 
 
-def registry(backend: str = "auto") -> Mapping[str, Solution]:
+def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mapping[str, Solution]:
     """All solutions by name, the reference first, available here or not.
 
     Args:
         backend: What `jax_moe` runs.
+        model: Whose rank is computed. Solutions that know only DeepSeek-V3's definition are not
+            available for others.
 
     Returns:
         Name to solution.
@@ -34,9 +38,14 @@ def registry(backend: str = "auto") -> Mapping[str, Solution]:
     from interop.solutions import SOLUTIONS
 
     meant = backends.select("auto", device_of()) if backend == "auto" else backend
-    ours = [_jax_moe("jax_moe", meant, f"jax_moe.apply, what --backend={backend} means: {meant}")]
+    config = model.config
+    ours = [
+        _jax_moe(
+            "jax_moe", meant, config, f"jax_moe.apply, what --backend={backend} means: {meant}"
+        )
+    ]
     ours += [
-        _jax_moe(f"jax_moe_{name}", name, f"jax_moe.apply, {what}")
+        _jax_moe(f"jax_moe_{name}", name, config, f"jax_moe.apply, {what}")
         for name, what in (
             ("mosaic", "Pallas Mosaic GPU kernels (Hopper)"),
             ("triton", "Triton kernels through jax-triton (Ada and newer)"),
@@ -44,8 +53,10 @@ def registry(backend: str = "auto") -> Mapping[str, Solution]:
         )
     ]
     peers = dict(SOLUTIONS)
+    if model != models.DEEPSEEK_V3:
+        peers = {name: _unavailable_for(model, one) for name, one in peers.items()}
     first = {REFERENCE: peers.pop(REFERENCE)}
-    ours += [interpreter.SOLUTION, ragged_dot.SOLUTION]
+    ours += [interpreter.SOLUTION, ragged_dot.solution(config)]
     return first | {one.name: one for one in ours} | peers
 
 
@@ -75,20 +86,25 @@ def choose(names: tuple[str, ...], known: Mapping[str, Solution]) -> dict[str, S
     return {name: one for name, one in known.items() if "all" in names or name in names}
 
 
-def _jax_moe(name: str, backend: str, description: str) -> Solution:
+def _unavailable_for(model: Model, solution: Solution) -> Solution:
+    reason = f"not for this model: computes DeepSeek-V3's definition only, got {model.name}"
+    return dataclasses.replace(solution, unavailable_reason=lambda: reason)
+
+
+def _jax_moe(name: str, backend: str, config: MoEConfig, description: str) -> Solution:
     return Solution(
         name=name,
         framework="jax",
         description=description,
-        run=functools.partial(jax_moe.apply, backend=backend),
+        run=functools.partial(jax_moe.apply, backend=backend, config=config),
         unavailable_reason=functools.partial(backends.unsupported_reason, backend),
-        workspace_bound=functools.partial(_workspace_bound, backend),
+        workspace_bound=functools.partial(_workspace_bound, backend, config),
         compile_ahead=backend != "xla",  # XLA times its matmuls to choose them
         design=_UNFUSED if backend == "xla" else _FUSED,
     )
 
 
-def _workspace_bound(backend: str, arguments: Arguments) -> int:
+def _workspace_bound(backend: str, config: MoEConfig, arguments: Arguments) -> int:
     num_local_experts, hidden_size, intermediate_size = arguments.gemm2_weights.shape
     return jax_moe.workspace_bytes(
         arguments.hidden_states.shape[0],
@@ -96,4 +112,5 @@ def _workspace_bound(backend: str, arguments: Arguments) -> int:
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         backend=backend,
+        config=config,
     )

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from interop.workloads import Workload, workloads
+from jax_moe.models import DEEPSEEK_V3, Model
 
-FULL_EXPERTS = 256  # the expert count that a workload's `local_expert_offset` refers to
-
-
+_LOCAL_EXPERTS = 32  # of a rank of the definition, whose ids a workload's offset refers to
 _LEAST_DIGITS = 6  # of a uuid that is given by digits alone: fewer are a slip of a token count
 
 
 class Sizes(NamedTuple):
-    """The constant axes of the definition, or their reduction for a machine without a GPU."""
+    """The constant axes of one rank, or their reduction for a machine without a GPU."""
 
     num_experts: int
     num_local_experts: int
@@ -20,12 +19,26 @@ class Sizes(NamedTuple):
     intermediate_size: int
 
     def offset(self, workload: Workload) -> int:
-        """The workload's offset among `num_experts` experts: the same routing group."""
-        return workload.local_expert_offset * self.num_experts // FULL_EXPERTS
+        """First local expert of the workload's rank."""
+        return workload.local_expert_offset // _LOCAL_EXPERTS * self.num_local_experts
 
 
-FULL = Sizes(num_experts=256, num_local_experts=32, hidden_size=7168, intermediate_size=2048)
-REDUCED = Sizes(num_experts=64, num_local_experts=8, hidden_size=256, intermediate_size=128)
+def sizes_of(model: Model, *, reduced: bool = False) -> Sizes:
+    """The sizes of one rank of a model.
+
+    Args:
+        model: Gives E, E_local, H and I.
+        reduced: Small enough for a CPU: few columns, of DeepSeek-V3's experts a quarter.
+    """
+    experts = (model.num_experts, model.num_local_experts)
+    if not reduced:
+        return Sizes(*experts, model.hidden_size, model.intermediate_size)
+    if model == DEEPSEEK_V3:
+        experts = (64, 8)
+    return Sizes(*experts, hidden_size=256, intermediate_size=128)
+
+
+FULL, REDUCED = sizes_of(DEEPSEEK_V3), sizes_of(DEEPSEEK_V3, reduced=True)
 
 WORKLOADS = tuple(sorted(workloads(), key=lambda row: row.num_tokens))
 SCALING = tuple(Workload(f"scaling-{2**i}", 2**i, 32, blob="") for i in range(15))

@@ -45,8 +45,8 @@ def _moments() -> dict[str, Any]:
 
 
 def captured_routing(
-    num_tokens: int, rng: np.random.Generator
-) -> tuple[Float32[np.ndarray, "T 256"], BFloat16[np.ndarray, " 256"]]:
+    num_tokens: int, rng: np.random.Generator, num_experts: int = 256
+) -> tuple[Float32[np.ndarray, "T E"], BFloat16[np.ndarray, " E"]]:
     """Draws routing logits and bias like the one captured routing (workload 5e8dc11c).
 
     The logits are independent normals rounded to the bfloat16 grid, so exact ties occur as in the
@@ -55,12 +55,15 @@ def captured_routing(
     Args:
         num_tokens: T.
         rng: the source of the draw; the caller names its seed.
+        num_experts: E. Below 256 the first columns of the draw are taken, above 256 the bias is
+            repeated.
 
     Returns:
-        `routing_logits` f32[T, 256] and `routing_bias` bf16[256].
+        `routing_logits` f32[T, E] and `routing_bias` bf16[E].
     """
     logits, bias = _moments()["routing_logits"], _moments()["routing_bias"]
-    raw = rng.standard_normal((num_tokens, 256)) * logits["std"] + logits["mean"]
+    raw = rng.standard_normal((num_tokens, max(num_experts, 256))) * logits["std"] + logits["mean"]
     values = np.full(256, bias["low"], np.float32)
     values[bias["experts_with_high"]] = bias["high"]
-    return raw.astype(ml_dtypes.bfloat16).astype(np.float32), values.astype(ml_dtypes.bfloat16)
+    drawn = raw[:, :num_experts].astype(ml_dtypes.bfloat16).astype(np.float32)
+    return drawn, np.resize(values, num_experts).astype(ml_dtypes.bfloat16)

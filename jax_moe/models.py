@@ -77,12 +77,12 @@ class Model:
         known = _fields_of_config()
         return tuple(
             name
-            for name, implied in _IMPLIED.items()
+            for name, implied in IMPLIED.items()
             if name not in known and getattr(self, name) != implied
         )
 
 
-_IMPLIED = {"scoring": "sigmoid", "renormalize": True, "swiglu_limit": None, "scale_format": "f32"}
+IMPLIED = {"scoring": "sigmoid", "renormalize": True, "swiglu_limit": None, "scale_format": "f32"}
 """Fields that change the layer's numbers, and what a `MoEConfig` without them means."""
 
 

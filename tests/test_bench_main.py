@@ -72,6 +72,7 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
     flags = [
         "--solutions=jax_moe,jax_ragged_dot",
         "--workloads=80,e05c",
+        "--model=qwen3-30b",
         "--backend=xla",
         "--inputs=flashinfer",
         "--routing=zipf",
@@ -90,6 +91,16 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
     assert options == (True, False)
     _, (settings, _, _) = asked("--backend=xla")
     assert settings.solutions == ("jax_moe",)
+
+
+@on_cpu
+def test_an_alias_is_its_model_and_a_data_set_is_the_definition_s(asked, capsys, tmp_path):
+    assert asked("--model=deepseek-r1")[1][0].model == "deepseek-v3"
+    flags = ("--inputs=dataset", f"--dataset={tmp_path}")
+    assert asked(*flags)[0] == session.OK
+    assert asked(*flags, "--model=kimi-k2")[0] == bench_main.USAGE_ERROR
+    shown = capsys.readouterr().err
+    assert "--dataset: holds deepseek-v3's routing, got --model=kimi-k2" in shown
 
 
 @on_cpu
@@ -132,6 +143,7 @@ def test_flags_that_contradict_the_machine_or_each_other(asked, capsys, flag, me
         "--inputs=other",
         "--timer=sundial",
         "--backend=cuda",
+        "--model=gpt-2",
         "--routing=none",
     ],
 )

@@ -117,7 +117,7 @@ def small_benchmark(monkeypatch, tmp_path, layer, *workloads):
         for name, function in (("torch_reference", cheap_layer), ("ours", layer))
     }
     for module in (solutions, comparison):
-        monkeypatch.setattr(module, "registry", lambda backend="auto": found)
+        monkeypatch.setattr(module, "registry", lambda *_: found)
     monkeypatch.setattr(documents, "write_all", lambda *_: [])  # matplotlib takes a second
     monkeypatch.setattr(environment, "_output_of", lambda *_: None)  # so does git
     few = {"warmup": 1, "iterations": 1, "num_trials": 1, "timer": "wall", "on_gpu": False}
@@ -253,7 +253,7 @@ def test_an_interrupt_that_became_an_error_is_no_row(signalled, capsys):
 def test_an_interrupt_that_became_an_error_of_the_oracle_ends_the_run(
     signalled, monkeypatch, capsys
 ):
-    def reference(*_):
+    def reference(*_, **config):
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt as error:

@@ -1,0 +1,109 @@
+"""`--model`: a rank of another model is measured with its own sizes and router, and said so."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from bench import documents, header, routing, session, solutions
+from bench.settings import Settings
+from bench.workloads import FULL, REDUCED, WORKLOADS, select, sizes_of
+from jax_moe import models
+from jax_moe.models import DEEPSEEK_V3, MODELS
+
+on_cpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
+
+
+def test_the_default_is_the_definition():
+    chosen = Settings(("jax_moe",))
+    assert chosen.sizes == FULL == (256, 32, 7168, 2048)
+    assert chosen.measured is DEEPSEEK_V3
+    assert Settings(("jax_moe",), on_gpu=False).sizes == REDUCED == (64, 8, 256, 128)
+    assert "--model" not in chosen.command()
+
+
+def test_a_command_names_another_model():
+    assert "--model=kimi-k2" in Settings(("jax_moe",), model="kimi-k2").command().split()
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_workload_has_a_rank_of_every_model(model, reduced):
+    sizes = sizes_of(model, reduced=reduced)
+    for workload in WORKLOADS:
+        first = sizes.offset(workload)
+        assert first % sizes.num_local_experts == 0
+        assert 0 <= first <= sizes.num_experts - sizes.num_local_experts
+    assert {size % 128 for size in sizes[2:]} == {0}
+
+
+NAMES = ("kimi-k2", "qwen3-30b", "ling-1t", "longcat-flash", "mixtral-8x7b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_draw_asks_of_the_rank_what_the_model_would(name):
+    model = models.get(name)
+    (workload,) = select(["901"])
+    sizes = sizes_of(model)
+    drawn = routing.draw(workload, sizes, 0, model=model)
+    assert drawn.logits.shape == (901, model.num_experts)
+    assert bool(np.asarray(drawn.bias, np.float32).any()) == model.has_routing_bias
+    load = routing.local_load(drawn, workload, sizes, model.config)
+    expected = 901 * model.top_k * model.num_local_experts / model.num_experts
+    assert 0.5 * expected < load.pairs < 2 * expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_patterns_give_each_token_one_local_expert(name):
+    model = models.get(name)
+    (workload,) = select(["901"])
+    sizes = sizes_of(model)
+    for pattern in routing.PATTERNS[1:]:
+        drawn = routing.draw(workload, sizes, 0, pattern, model)
+        load = routing.local_load(drawn, workload, sizes, model.config)
+        assert (load.pairs, load.tokens) == (901, 901), pattern
+
+
+def test_what_knows_the_definition_only_is_not_available_for_other_models():
+    for name, one in solutions.registry("xla", models.get("kimi-k2")).items():
+        reason = one.unavailable_reason() or ""
+        ours = name.startswith(("jax_moe", "mosaic_interpreted", "jax_ragged_dot"))
+        assert reason.startswith("not for this model: ") != ours, name
+        assert ours or reason.endswith("got kimi-k2")
+    for one in solutions.registry("xla", DEEPSEEK_V3).values():
+        assert "not for this model" not in (one.unavailable_reason() or "")
+
+
+def test_a_stand_in_is_named_until_the_layer_can_do_it():
+    for model in MODELS:
+        said = header.stand_in(Settings(("jax_moe",), model=model.name))
+        assert bool(said) == bool(model.unsupported)
+        assert all(f"{field}=" in said for field in model.unsupported)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["qwen3-30b", pytest.param("hy3", marks=pytest.mark.slow)])
+def test_a_run_of_another_model(tmp_path, capsys, name):
+    chosen = Settings(
+        solutions=("torch_reference", "jax_moe_xla", "jax_ragged_dot"),
+        workloads=("7",),
+        model=name,
+        warmup=1,
+        iterations=1,
+        num_trials=1,
+        timer="wall",
+        on_gpu=False,
+        output=tmp_path / "out",
+    )
+    assert session.execute(chosen, documents.Options(report=True)) == session.OK
+    shown = capsys.readouterr().out
+    model = models.get(name)
+    assert f"one rank of {name}, routed as `{model.config}`" in shown
+    assert f"E={model.num_experts}, E_local={model.num_local_experts}" in shown
+    assert "skipped: torch_reference: not for this model: " in shown
+    assert "2 of 2 rows PASS" in shown
+    for document in ("results.md", "comparison_report.md"):
+        text = (chosen.output / document).read_text()
+        assert (f"**Stand-in for {name}**" in text) == bool(model.unsupported)
+        assert f"rank of {name}" in text
