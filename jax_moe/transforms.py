@@ -22,7 +22,7 @@ def forward_only[R](function: Callable[..., R]) -> Callable[..., R]:
 
     @jax.custom_jvp
     def primal(*args: Any) -> R:
-        return function(*as_varying(args, args))
+        return as_varying(function(*as_varying(args, args)), args)
 
     @primal.defjvp
     def _refuse(primals: Any, tangents: Any) -> Any:

@@ -7,12 +7,15 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import jaxpr_as_fun
 
 
 def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     """`plgpu.kernel`, with the body traced in 32 bits whatever `JAX_ENABLE_X64` says.
 
     Under x64, sums and loop counters would become i64 and no longer match the i32 beside them.
+    Inside of `jax.shard_map`, the body's references are those of one device: JAX 0.11.2 refuses
+    `plgpu.warp_map` where they are marked as different between devices.
 
     Args:
         body: The kernel.
@@ -23,7 +26,15 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     """
 
     def call(*inputs: Any) -> Any:
+        run = plgpu.kernel(body, **options)
         with jax.enable_x64(False):
-            return plgpu.kernel(body, **options)(*inputs)
+            kinds = [jax.typeof(value) for value in inputs]
+            arrays = all(isinstance(kind, jax.core.ShapedArray) for kind in kinds)
+            if not arrays or not any(kind.mat.varying for kind in kinds):
+                return run(*inputs)
+            specs = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in inputs]
+            traced, shapes = jax.make_jaxpr(run, return_shape=True)(*specs)
+            found = jaxpr_as_fun(traced)(*inputs)
+            return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
     return call
