@@ -129,6 +129,8 @@ def test_options_that_do_not_exist_or_fit():
         call(exchange="carrier pigeon")
     with refused(NotImplementedError, "exchange='two_level': needs axis_name=", "got 'expert'"):
         call(exchange="two_level")
+    with refused(NotImplementedError, "exchange='nvlink': needs backend 'mosaic', got 'xla'"):
+        call(exchange="nvlink")
     with refused(ValueError, "backend: expected one of", "got 'none'"):
         call(backend="none")
     with refused(NotImplementedError, "backend='mosaic': needs an NVIDIA GPU"):
@@ -255,7 +257,7 @@ def test_arguments_that_already_lie_as_the_specs_say_are_not_copied():
         out = layer(*placed)
         assert out.sharding.is_equivalent_to(NamedSharding(over, out_specs), out.ndim)
         text = layer.lower(*placed).compile().as_text()
-        assert text.count("all-gather-start(") + text.count("all-gather(") == 2, "rows and the rest"
+        assert text.count("all-gather-start(") + text.count("all-gather(") == 4
         assert text.count(" all-to-all(") == 1
 
 
@@ -266,6 +268,7 @@ def test_what_a_mesh_can_do_is_said():
     states = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[2:]}
     assert states["collectives"] == "chosen by auto"
     assert states["two_level"].startswith("needs axis_name=(host axis, device axis)")
+    assert states["nvlink"] == "needs backend 'mosaic', got 'xla'"
     hosts = mesh_of(Case(8, 1, exchange="two_level"))
     assert "two_level    chosen by auto" in jax_moe.describe_exchange(hosts, ("host", "device"))
 

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int32
 
+from jax_moe.numerics import to_bits
 from jax_moe.parallel.ranks import Ranks
-from jax_moe.parallel.tokens import Packed, Tokens, pack, unpack
+from jax_moe.parallel.tokens import Tokens
+from jax_moe.types import Routing
 
 
 def add_in_order(parts: Float[Array, "N T H"]) -> Float[Array, "T H"]:
@@ -21,12 +23,29 @@ def add_in_order(parts: Float[Array, "N T H"]) -> Float[Array, "T H"]:
     return total.astype(parts.dtype)
 
 
-def gather(packed: Packed, axes: tuple[str, ...]) -> Packed:
-    """Rows of all devices along mesh axes, in their order.
+def gather(tokens: Tokens, *levels: tuple[str, ...]) -> Tokens:
+    """The tokens of all devices along mesh axes, in their order.
 
-    XLA combines the two gathers into one launch, as long as they are small.
+    XLA makes one launch of the four gathers as long as they are small. Nothing is packed for it,
+    and only the scales, whose tokens are not their first axis, have to be put in order afterwards.
+
+    Args:
+        tokens: Of this device.
+        *levels: Mesh axes, gathered over one after the other; the last is the slowest.
     """
-    return Packed(*(lax.all_gather(array, axes, axis=0, tiled=True) for array in packed))
+
+    def all_devices(array: Array) -> Array:
+        for axes in levels:
+            array = lax.all_gather(array, axes, axis=0, tiled=True)
+        return array
+
+    dtype = tokens.hidden_states.dtype  # XLA would convert FP8 rows on a CPU
+    rows = lax.bitcast_convert_type(all_devices(to_bits(tokens.hidden_states)), dtype)
+    scale = tokens.hidden_states_scale
+    if scale is not None:
+        by_device = all_devices(scale).reshape(-1, *scale.shape)  # [N, H/128, T]
+        scale = by_device.transpose(1, 0, 2).reshape(scale.shape[0], -1)
+    return Tokens(rows, scale, Routing(*map(all_devices, tokens.routing)))
 
 
 def send_home(partial_sums: Float[Array, "N*T H"], axes: tuple[str, ...], count: int) -> Array:
@@ -62,7 +81,7 @@ class Collectives:
 
     def dispatch(self, tokens: Tokens) -> Tokens:
         """Slot r*T + t holds token t of rank r."""
-        return unpack(gather(pack(tokens), self.ranks.axes), tokens)
+        return gather(tokens, self.ranks.axes)
 
     def combine(
         self,

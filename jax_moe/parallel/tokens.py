@@ -2,11 +2,9 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Float, Float32, Int32, UInt
+from jax import Array
+from jaxtyping import Float, Float32
 
-from jax_moe.numerics import to_bits
 from jax_moe.types import Routing
 
 
@@ -32,37 +30,3 @@ class Tokens(NamedTuple):
             None if scale is None else scale[:, rows],
             Routing(*(array[rows] for array in self.routing)),
         )
-
-
-class Packed(NamedTuple):
-    """The same as bits, a row per token: what a gather along the first axis can send.
-
-    Attributes:
-        rows: `hidden_states` as integers of its width.
-        small: i32[T,H/128+2k], the bits of scales, ids and weights. Integers, because an id of -1
-            would be a NaN among floats.
-    """
-
-    rows: UInt[Array, "T H"]
-    small: Int32[Array, "T n"]
-
-
-def pack(tokens: Tokens) -> Packed:
-    """Tokens to bits."""
-    ids, weights = tokens.routing
-    parts = [ids, lax.bitcast_convert_type(weights, jnp.int32)]
-    if tokens.hidden_states_scale is not None:
-        parts.append(lax.bitcast_convert_type(tokens.hidden_states_scale.T, jnp.int32))
-    return Packed(to_bits(tokens.hidden_states), jnp.concatenate(parts, axis=1))
-
-
-def unpack(packed: Packed, like: Tokens) -> Tokens:
-    """Bits to tokens, of the dtype and the k of `like`."""
-    top_k = like.routing.topk_ids.shape[1]
-    ids, weights, scales = jnp.split(packed.small, (top_k, 2 * top_k), axis=1)
-    has_scale = like.hidden_states_scale is not None
-    return Tokens(
-        lax.bitcast_convert_type(packed.rows, like.hidden_states.dtype),
-        lax.bitcast_convert_type(scales, jnp.float32).T if has_scale else None,
-        Routing(ids, lax.bitcast_convert_type(weights, jnp.float32)),
-    )

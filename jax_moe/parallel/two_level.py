@@ -15,7 +15,7 @@ from jaxtyping import Float, Int32
 
 from jax_moe.parallel.collectives import add_in_order, gather, send_home
 from jax_moe.parallel.ranks import Ranks
-from jax_moe.parallel.tokens import Tokens, pack, unpack
+from jax_moe.parallel.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TwoLevel:
     def dispatch(self, tokens: Tokens) -> Tokens:
         """Slot (g*D + d)*T + t holds token t of device g of host d, of D hosts."""
         hosts, devices = self.ranks.axes
-        return unpack(gather(gather(pack(tokens), (hosts,)), (devices,)), tokens)
+        return gather(tokens, (hosts,), (devices,))
 
     def combine(
         self,

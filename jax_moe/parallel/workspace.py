@@ -122,7 +122,7 @@ def total_bytes(sizes: Sizes, piece: int, local_bytes: Callable[[int], int]) -> 
 def _exchange_bytes(sizes: Sizes, piece: int) -> int:
     """What dispatch and combine hold besides the local layer's own workspace."""
     small = 4 * (sizes.hidden_size // QUANT_BLOCK + 2 * sizes.top_k)
-    row = sizes.hidden_size + 3 * small  # packed, received and unpacked
+    row = sizes.hidden_size + 2 * small  # received, and in the order of the local layer
     total = 2 * sizes.hidden_size
     home = sizes.num_tokens * (row + 2 * total)
     if sizes.num_ranks == 1:
