@@ -29,6 +29,7 @@ from pallas_kernels.files import write_atomically
 
 _PLATFORM = "cuda"
 _CUSTOM_CALL = "mosaic_gpu_v2"  # no promise between versions of JAX, which are part of the name
+_NO_MESH = jax.sharding.AbstractMesh((), ())
 _SEAL_BYTES = hashlib.sha256().digest_size
 _TRACED_DIFFERENTLY = (
     "jax_enable_x64",
@@ -79,8 +80,10 @@ def _folder() -> Path | None:
         return None
     if "://" in place or has_context() or device.local_gpu() is None:
         return None
-    # Inside of `jax.shard_map` and with explicit shardings the program is one of several devices'.
-    return Path(place) if jax.sharding.get_abstract_mesh().empty else None
+    # Inside of `jax.shard_map` over all axes of a mesh, a device runs the program by itself; with
+    # other axes or explicit shardings it is one of several devices'.
+    mesh = jax.sharding.get_abstract_mesh()
+    return Path(place) if mesh.empty or mesh.are_all_axes_manual else None
 
 
 def _digest(specs: Any, static: Any) -> str:
@@ -111,7 +114,8 @@ def _sources() -> str:
 def _make(function: Callable[..., Any], specs: Any) -> bytes:
     checks = [export.DisabledSafetyCheck.custom_call(_CUSTOM_CALL)]
     exported = export.export(jax.jit(function), platforms=[_PLATFORM], disabled_checks=checks)
-    return bytes(exported(*specs).serialize())
+    with jax.sharding.use_abstract_mesh(_NO_MESH):  # a program of one device, wherever it is called
+        return bytes(exported(*specs).serialize())
 
 
 def _read(path: Path) -> bytes | None:

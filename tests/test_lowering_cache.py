@@ -165,16 +165,24 @@ def test_when_layers_are_kept(tmp_path, monkeypatch, cache_at):
         assert lowering_cache._folder() is None
     with jax_moe.assume_device("sm_90"):
         assert lowering_cache._folder() is None
-    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     seen = []
 
-    @jax.shard_map(mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
     def inside(x):
         seen.append(lowering_cache._folder())
         return x
 
-    inside(jnp.ones(1))
-    assert seen == [None]
+    for axes in ({"x", "y"}, {"x"}):
+        jax.jit(
+            jax.shard_map(
+                inside,
+                mesh=mesh,
+                in_specs=PartitionSpec("x"),
+                out_specs=PartitionSpec("x"),
+                axis_names=axes,
+            )
+        )(jnp.ones(1))
+    assert seen == [tmp_path, None], "a device by itself, or one of several along y"
     monkeypatch.setattr(device, "local_gpu", lambda: None)
     assert lowering_cache._folder() is None
     monkeypatch.setattr(device, "local_gpu", lambda: object())
