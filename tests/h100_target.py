@@ -105,19 +105,44 @@ def h100_sharding():
     return SingleDeviceSharding(topology.devices[0])
 
 
-def compile_for_h100(fn: Callable[..., Any], *specs: Any) -> ProgramReport:
-    """Compiles `jax.jit(fn)` for one H100 and reports on the program and its kernels.
+def h100_mesh(hosts: int, devices: int, names: tuple[str, ...]):
+    """A mesh of described, absent H100s: `devices` in each host, which is a process of its own.
+
+    Args:
+      hosts: How many.
+      devices: Of each host.
+      names: Of the axes: two, or one for all devices.
+    """
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh
+
+    topology = topologies.get_topology_desc(
+        "h100", "cuda", target_config=TARGET_CONFIG, topology=f"1x{hosts}x{devices}"
+    )
+    shape = (hosts, devices)[-len(names) :] if hosts == 1 else (hosts, devices)
+    kinds = (AxisType.Auto,) * len(names)
+    return Mesh(np.array(topology.devices).reshape(shape), names, axis_types=kinds)
+
+
+def compile_for_h100(
+    fn: Callable[..., Any], *specs: Any, dump: pathlib.Path | None = None
+) -> ProgramReport:
+    """Compiles `jax.jit(fn)` for H100s and reports on the program and its kernels.
 
     Args:
       fn: A function of arrays.
-      *specs: Its arguments: pytrees of `jax.ShapeDtypeStruct`; other leaves are passed on.
+      *specs: Its arguments: pytrees of `jax.ShapeDtypeStruct`, on one H100 where they carry no
+        sharding; other leaves are passed on.
+      dump: A folder for what XLA dumps; None keeps nothing.
 
     Returns:
       A `ProgramReport`; kernels in the order of their compilation, Mosaic's before Triton's.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        compiled, kernels = _compile(fn, specs, pathlib.Path(scratch))
-        launches, command_buffers, outside = thunks(pathlib.Path(scratch))
+    with contextlib.ExitStack() as stack:
+        folder = dump or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        compiled, kernels = _compile(fn, specs, folder)
+        launches, command_buffers, outside = thunks(folder)
     return ProgramReport(
         kernels=tuple(assemble(*kernel) for kernel in kernels),
         launches=launches,
@@ -144,7 +169,7 @@ def _compile(
     sharding = h100_sharding()
 
     def on_h100(leaf: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return leaf
 
@@ -236,22 +261,28 @@ def no_compilation_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def thunks(folder: pathlib.Path) -> tuple[dict[str, int], int, int]:
-    """Reads XLA's launch list: launches by kind, command buffers, launches outside of them."""
+def thunk_order(folder: pathlib.Path) -> list[tuple[int, str]]:
+    """XLA's launch list: indentation and kind of each thunk, in the order of their launches."""
     # The first file exists only where the passes (command buffers among them) changed something.
     names = ("*thunk_sequence_after_thunk_passes.txt", "*thunk_sequence.txt")
     files = [path for name in names for path in folder.glob(name)]
     if not files:
         raise RuntimeError(f"XLA dumped no thunk sequence, only {sorted(folder.glob('*'))}")
+    found = re.findall(r"^( *)\d+: (k\w+)", files[0].read_text(), re.MULTILINE)
+    return [(len(indent), kind) for indent, kind in found]
+
+
+def thunks(folder: pathlib.Path) -> tuple[dict[str, int], int, int]:
+    """Reads XLA's launch list: launches by kind, command buffers, launches outside of them."""
     launches: collections.Counter[str] = collections.Counter()
     command_buffers = outside = 0
     buffer_indent: int | None = None
-    for indent, kind in re.findall(r"^( *)\d+: (k\w+)", files[0].read_text(), re.MULTILINE):
-        if buffer_indent is not None and len(indent) <= buffer_indent:
+    for indent, kind in thunk_order(folder):
+        if buffer_indent is not None and indent <= buffer_indent:
             buffer_indent = None
         if kind == "kCommandBuffer":
             command_buffers += 1
-            buffer_indent = len(indent)
+            buffer_indent = indent
         elif kind not in _CONTROL_THUNKS:
             launches[kind] += 1
             outside += buffer_indent is None

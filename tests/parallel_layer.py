@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests import pairwise
+from tests import nvlink_model, pairwise
 from tests.moe_inputs import bits, relative_error
 from tests.parallel_cases import (
     NUM_EXPERTS,
@@ -24,7 +24,7 @@ from tests.parallel_cases import (
 OPTIONS = {
     "ranks": (1, 2, 4, 8),
     "tokens": (0, 1, 3, 17, 129),
-    "exchange": ("collectives", "two_level"),
+    "exchange": ("collectives", "two_level", "nvlink"),
     "placement": (None, "copies"),
     "check_vma": (True, False),
     "mesh": ("auto", "explicit"),
@@ -34,6 +34,12 @@ OPTIONS = {
 """Those that change the program come first: neighbours in the product share it."""
 
 PIECES = (1, 2)
+
+
+@pytest.fixture(autouse=True)
+def model_of_nvlink(monkeypatch):
+    """A CPU has no peers: `exchange="nvlink"` is the model, with NaN in all that is not sent."""
+    nvlink_model.use_poisoned(monkeypatch)
 
 
 def label(case: Case) -> str:

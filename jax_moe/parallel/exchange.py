@@ -14,7 +14,9 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int32
 
+from jax_moe.device import has_context, interpret_params
 from jax_moe.parallel.collectives import Collectives, Nothing
+from jax_moe.parallel.nvlink import NVLink
 from jax_moe.parallel.ranks import Ranks
 from jax_moe.parallel.tokens import Tokens
 from jax_moe.parallel.two_level import TwoLevel
@@ -61,17 +63,37 @@ def _two_level_reason(place: _Place) -> str | None:
     return None
 
 
+def _nvlink_reason(place: _Place) -> str | None:
+    if len(place.ranks.axes) > 1:
+        return f"needs one axis of ranks, got {place.ranks.axes}"
+    if place.backend != "mosaic":
+        return f"needs backend 'mosaic', got {place.backend!r}"
+    if interpret_params() is not None:
+        return "needs GPUs: the interpreter knows no other device's memory"
+    if place.mesh is None:
+        processes = 1 if has_context() else jax.process_count()
+    else:
+        processes = len({device.process_index for device in place.mesh.devices.flat})
+        ids = [device.id for device in place.mesh.devices.flat]
+        if ids != sorted(ids):
+            return f"needs the mesh's devices in the order of their ids, got {ids}"
+    if processes > 1:
+        return f"needs all devices in one process, got {processes} processes"
+    return None
+
+
 class _Kind(NamedTuple):
-    make: Callable[[Ranks], Exchange]
+    make: Callable[[Ranks, int], Exchange]
     reason: Callable[[_Place], str | None]
     not_chosen: str
 
 
 _KINDS = {
-    "two_level": _Kind(TwoLevel, _two_level_reason, "available"),
-    "collectives": _Kind(Collectives, _collectives_reason, "available"),
+    "two_level": _Kind(lambda ranks, _: TwoLevel(ranks), _two_level_reason, "available"),
+    "collectives": _Kind(lambda ranks, _: Collectives(ranks), _collectives_reason, "available"),
+    "nvlink": _Kind(NVLink, _nvlink_reason, "available; not yet measured on several GPUs"),
 }
-"""By name; "auto" takes the first that can run."""
+"""By name; "auto" takes the first that can run, which is never the last."""
 
 NAMES = (AUTO, *_KINDS)
 
@@ -109,9 +131,9 @@ def select(name: str, ranks: Ranks, backend: str, mesh: jax.sharding.Mesh | None
     return name
 
 
-def make(name: str, ranks: Ranks) -> Exchange:
+def make(name: str, ranks: Ranks, num_local_experts: int) -> Exchange:
     """The exchange itself; with one rank there is nothing to exchange."""
-    return Nothing() if ranks.count == 1 else _KINDS[name].make(ranks)
+    return Nothing() if ranks.count == 1 else _KINDS[name].make(ranks, num_local_experts)
 
 
 def available(name: str) -> str:

@@ -76,7 +76,7 @@ def run(
         slots = placement.to_slots(tokens.routing, placed, first, plan.num_experts)
         tokens = tokens._replace(routing=slots)
     offset = rank * inputs.weights.num_local_experts
-    between = exchange.make(plan.exchange, plan.ranks)
+    between = exchange.make(plan.exchange, plan.ranks, inputs.weights.num_local_experts)
 
     def local_layer(received: Tokens) -> Array:
         return _local_layer(

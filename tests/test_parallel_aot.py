@@ -1,0 +1,102 @@
+"""What XLA and the kernels' compilers make of the layer over several H100s, at full size."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+
+import jax_moe
+from tests import h100_target
+from tests.moe_inputs import rank_specs
+
+EXPERTS = 256
+SIZES = {"hidden_size": 7168, "intermediate_size": 2048}
+
+
+def compiled(folder, hosts, devices, num_tokens, exchange, max_rows_at_once=None):
+    """The report of one compilation, the bound on its memory, and the scheduled HLO."""
+    names = ("host", "device") if exchange == "two_level" else ("expert",)
+    axis_name = names if len(names) > 1 else names[0]
+    mesh = h100_target.h100_mesh(hosts, devices, names)
+    ranks = hosts * devices
+    in_specs, _ = jax_moe.partition_specs(axis_name)
+    inputs = rank_specs(ranks * num_tokens, num_local=EXPERTS)
+    specs = [
+        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=NamedSharding(mesh, where))
+        for spec, where in zip((*inputs[:8], inputs[9]), in_specs, strict=True)
+    ]
+    pieces = {"max_rows_at_once": max_rows_at_once}
+    with jax_moe.assume_device("sm_90"):
+        layer = jax_moe.expert_parallel(mesh, axis_name, exchange=exchange, **pieces)
+        report = h100_target.compile_for_h100(layer, *specs, dump=folder)
+        bound = jax_moe.workspace_bytes(
+            num_tokens, num_local_experts=EXPERTS // ranks, num_ranks=ranks, **pieces, **SIZES
+        )
+    assert {kernel.spill_bytes for kernel in report.kernels} == {0}, report
+    assert report.temp_bytes <= bound
+    (hlo,) = folder.glob("*_gpu_after_optimizations.txt")
+    return report, hlo.read_text()
+
+
+def collectives(hlo):
+    """Kind and the shapes of the results of each collective, in the order of the program."""
+    found = re.findall(r"= (\S.*?) (all-gather|all-to-all|all-reduce|\S*permute)\(", hlo)
+    return [(kind, re.findall(r"\w+\[[\d,]*\]", shapes)) for shapes, kind in found]
+
+
+@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_over_nvlink_the_layer_is_one_cuda_graph(tmp_path, devices):
+    report, hlo = compiled(tmp_path, 1, devices, 32, "nvlink")
+    assert report.command_buffers == 1
+    assert report.launches_outside_command_buffers == 0
+    assert sum(report.launches.values()) <= 14
+    assert collectives(hlo) == []
+    names = {kernel.name for kernel in report.kernels}
+    assert {"moe_dispatch", "moe_combine"} <= names
+    for kernel in report.kernels:
+        if kernel.name in ("moe_dispatch", "moe_combine"):
+            assert kernel.registers <= 128, "four blocks of a warpgroup per SM"
+
+
+@pytest.mark.slow
+def test_by_collectives_a_layer_of_few_tokens_is_one_gather_one_graph_and_one_all_to_all(tmp_path):
+    report, hlo = compiled(tmp_path, 1, 4, 32, "collectives")
+    (gather, all_to_all) = collectives(hlo)
+    assert gather == ("all-gather", ["u8[128,7168]", "f32[224,32]", "s32[128,8]", "f32[128,8]"])
+    assert all_to_all == ("all-to-all", ["bf16[4,32,7168]"])
+    assert report.command_buffers == 1
+    assert report.launches["kAllGather"] == report.launches["kAllToAll"] == 1
+    assert not {kind for kind in report.launches if "Host" in kind or "Memcpy" in kind}
+
+
+@pytest.mark.slow
+def test_in_pieces_the_exchange_of_one_runs_beside_the_matmuls_of_another(tmp_path):
+    """Four pieces: 8.7 GB in one would not fit the default bound of 4 GB."""
+    report, hlo = compiled(tmp_path, 1, 8, 8192, "collectives")
+    found = collectives(hlo)
+    rows = [shapes for kind, shapes in found if kind == "all-gather" and "u8" in str(shapes)]
+    assert rows == [["u8[16384,7168]"]] * 4, "pieces were combined"
+    home = [shapes for kind, shapes in found if kind == "all-to-all"]
+    assert home == [["bf16[8,2048,7168]"]] * 4, "pieces were combined"
+    assert report.temp_bytes < 4e9
+    order = [kind for _, kind in h100_target.thunk_order(tmp_path)]
+    beside = re.findall(
+        r"kAsyncStart (?:kAllGather|kAllToAll) (?:(?!kAsyncStart|kAsyncDone).)*"
+        r"kCommandBuffer (?:(?!kAsyncStart|kAsyncDone).)*kAsyncDone",
+        " ".join(order),
+    )
+    assert len(beside) >= 4, order
+
+
+@pytest.mark.slow
+def test_in_two_levels_a_row_crosses_once_per_pair_of_hosts(tmp_path):
+    report, hlo = compiled(tmp_path, 2, 4, 32, "two_level")
+    found = collectives(hlo)
+    rows = [shapes[0] for kind, shapes in found if kind == "all-gather"]
+    assert sorted(rows) == ["u8[256,7168]", "u8[64,7168]"], "over two hosts, over four devices"
+    home = [shapes for kind, shapes in found if kind == "all-to-all"]
+    assert sorted(home) == [["bf16[2,32,7168]"], ["bf16[4,64,7168]"]]
+    assert report.command_buffers == 1
