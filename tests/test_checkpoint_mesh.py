@@ -12,11 +12,14 @@ import sys
 import tracemalloc
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jax_moe import checkpoint
 from jax_moe.checkpoint import transfer
-from tests.hf_checkpoint import make_checkpoint
+from tests.h100_target import h100_sharding
+from tests.hf_checkpoint import E4M3, make_checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -57,6 +60,44 @@ def test_peak_host_memory(tmp_path, monkeypatch, streamed):
     assert weights.gemm1_weights.nbytes + weights.gemm2_weights.nbytes == layer_bytes
     # Without a GPU the host has the arrays themselves; with one, only the ring.
     assert peak < (5 * 2**20 if streamed else 1.2 * layer_bytes)
+
+
+def test_a_slab_is_placed_without_moving_anything_else():
+    """Compiled for an H100: the array is updated where it lies, with no memory beside it."""
+    h100 = h100_sharding()
+    specs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=h100)
+        for shape, dtype in (
+            ((32, 4096, 7168), E4M3),
+            ((1, 4096, 7168), E4M3),
+            ((), np.int32),
+        )
+    ]
+    memory = transfer._place.lower(*specs).compile().memory_analysis()
+    assert memory.temp_size_in_bytes == 0
+    assert memory.alias_size_in_bytes == 32 * 4096 * 7168
+
+
+@pytest.mark.gpu
+def test_onto_a_gpu(tmp_path, monkeypatch):
+    made = make_checkpoint(tmp_path, num_experts=32, hidden=512, intermediate=192)
+    monkeypatch.setattr(transfer, "SLAB_BYTES", 2**20)
+    monkeypatch.setattr(transfer, "RING", 3)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("expert",))
+    for sharding in (None, mesh):
+        layer = checkpoint.load_layer(tmp_path, made.layer, sharding=sharding)
+        devices = set().union(*(array.devices() for array in jax.tree.leaves(layer)))
+        assert devices == {jax.devices("gpu")[0]}
+        assert layer.experts.check().intermediate_size == 256
+        for expert in range(32):
+            gate, up, down = made.expert(expert)[:3]
+            values = np.asarray(layer.experts.gemm1_weights[expert]).view(np.uint8)
+            np.testing.assert_array_equal(values[:192], up.view(np.uint8))
+            np.testing.assert_array_equal(values[256:448], gate.view(np.uint8))
+            assert not values[192:256].any()
+            values = np.asarray(layer.experts.gemm2_weights[expert]).view(np.uint8)
+            np.testing.assert_array_equal(values[:, :192], down.view(np.uint8))
+            assert not values[:, 192:].any()
 
 
 def test_progress(tmp_path, capsys, monkeypatch):
