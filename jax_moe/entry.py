@@ -136,12 +136,13 @@ def _jitted(inputs: Any, num_tokens: Any, *, options: Options, backend: str) -> 
     body = functools.partial(layer, options=options, stages=stages)
     if stages.KEEPS_LOWERED:
         body = lowering_cache.cached_lowering(
-            body, stages.NAME, options, _tiling_table(inputs.weights, stages)
+            body, stages.NAME, options, tiling_table(inputs.weights, stages)
         )
     return forward_only(body)(inputs, num_tokens)
 
 
-def _tiling_table(weights: ExpertWeights, stages: backends.Backend) -> object:
+def tiling_table(weights: ExpertWeights, stages: backends.Backend) -> object:
+    """The tilings in use for a rank's weights: part of what a kept layer depends on."""
     sizes = (weights.hidden_size, weights.intermediate_size, weights.num_local_experts)
     return stages.tiling_table and stages.tiling_table(*sizes)
 

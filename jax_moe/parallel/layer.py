@@ -123,7 +123,8 @@ def _local_layer(inputs: RoutedInputs, *, plan: Plan) -> Array:
         swiglu_limit=plan.swiglu_limit,
     )
     body = functools.partial(entry.layer, num_tokens=None, options=options, stages=stages)
-    return _lowered(body, stages, "local layer", options)(inputs)
+    table = entry.tiling_table(inputs.weights, stages)
+    return _lowered(body, stages, "local layer", options, table)(inputs)
 
 
 def _lowered(body: Any, stages: backends.Backend, *static: Any) -> Any:
