@@ -25,6 +25,7 @@ class ModelConfig(NamedTuple):
         num_shared_experts: Experts that every token takes.
         shared_intermediate_size: Of all shared experts together; 0 without any.
         has_shared_gate: Whether their output is weighed by a sigmoid.
+        clamps_shared: Whether `swiglu_limit` holds for the shared experts as well.
     """
 
     router: dict[str, Any]
@@ -36,6 +37,7 @@ class ModelConfig(NamedTuple):
     num_shared_experts: int
     shared_intermediate_size: int
     has_shared_gate: bool
+    clamps_shared: bool
 
 
 _NAMES = {
@@ -183,6 +185,7 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
         num_shared_experts=shared if width else 0,
         shared_intermediate_size=_number("shared_intermediate_size", width),
         has_shared_gate=bool(found["has_shared_gate"] and width),
+        clamps_shared=kind != "hy_v4",
     )
 
 

@@ -1,0 +1,256 @@
+"""The layer as a pure function: for Flax, Equinox, Haiku, or no framework at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import BFloat16, Float, Int32
+
+from jax_moe import entry, stages, validate
+from jax_moe.api import apply_routed
+from jax_moe.nn.config import LayerConfig
+from jax_moe.numerics import matmul
+from jax_moe.parallel import apply_routed_expert_parallel, placement
+from jax_moe.parallel.ranks import AxisName
+from jax_moe.types import ExpertWeights, LayerWeights, Quantized, Routing
+from pallas_kernels.shapes import even_rows
+
+
+def moe_layer(
+    params: LayerWeights,
+    hidden_states: Float[Array, "... H"],
+    *,
+    config: LayerConfig,
+    axis_name: AxisName | None = None,
+    backend: str = "auto",
+    num_tokens: int | Int32[Array, ""] | None = None,
+    with_load: bool = False,
+) -> BFloat16[Array, "... H"] | tuple[BFloat16[Array, "... H"], Int32[Array, " E"]]:
+    """Gate, router, routed experts and shared experts; no residual.
+
+    For the rows x of the hidden states, of which q is the quantized form::
+
+        logits = f32(x) @ f32(gate_weight).T                  (float32, true)
+        out = sum of w_e expert_e(q) over the chosen e  +  g shared(q)
+        g = sigmoid(f32(x) @ f32(shared_gate).T), or 1 without a gate
+
+    x is quantized once for routed and shared experts. Forward only; jit it, alone or with what is
+    around it. Works under `jax.jit`, `jax.lax.scan` over layers with stacked weights, `jax.vmap`,
+    `jax.shard_map` and `jax.export`, as `apply` does.
+
+    Example:
+        >>> folder = "DeepSeek-V3"                                            # doctest: +SKIP
+        >>> params = jax_moe.checkpoint.load_layer(folder, 3)                 # doctest: +SKIP
+        >>> config = LayerConfig.from_hf(json.load(open(f"{folder}/config.json")))  # doctest: +SKIP
+        >>> y = jax.jit(functools.partial(moe_layer, config=config))(params, x)     # doctest: +SKIP
+
+    Args:
+        params: The weights, from `jax_moe.checkpoint.load_layer`, or from `fuse_shared`.
+        hidden_states: bf16, f16 or f32[...,H].
+        config: What the layer is.
+        axis_name: None where this device holds all experts. Inside of `jax.shard_map`, the axis (or
+            axes) of the ranks: each brings tokens of its own and holds E/N experts, and tokens
+            travel (`apply_expert_parallel`). Shared experts are on every rank, not fused.
+        backend: As in `apply`.
+        num_tokens: How many of the T rows (all axes but the last, flattened) are live, as in
+            `apply`.
+        with_load: Whether to return the load as well. Static.
+
+    Returns:
+        bf16[...,H]; with `with_load` also i32[E]: the (token, expert) pairs of each routed expert,
+        over all ranks.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: A shape does not fit; names the argument, what was expected and what came.
+        NotImplementedError: As `apply`.
+    """
+    x, num_fused = _checked(params, hidden_states, config, axis_name)
+    router = config.router
+    routing = stages.route(
+        matmul(x.astype(jnp.float32), params.gate_weight.astype(jnp.float32)),
+        params.e_score_correction_bias,
+        config.routed_scaling_factor,
+        config=router,
+        backend=backend,
+    )
+    rows = stages.quantize(x, scale_format=router.scale_format, backend=backend)
+    call: dict[str, Any] = {"backend": backend, "num_tokens": num_tokens}
+    call["scale_format"] = router.scale_format
+    load = None
+    if axis_name is not None:
+        out = apply_routed_expert_parallel(
+            *rows,
+            *params.experts,
+            *routing,
+            num_experts=config.num_experts,
+            axis_name=axis_name,
+            swiglu_limit=router.swiglu_limit,
+            with_load=with_load,
+            **call,
+        )
+        out, load = out if with_load else (out, None)
+    else:
+        if with_load:
+            live = entry.of_live_tokens(routing.topk_ids, num_tokens)
+            load = placement.load(live, config.num_experts)
+        chosen = _with_fused(routing, params, x, config, num_fused) if num_fused else routing
+        out = apply_routed(
+            *rows,
+            *params.experts,
+            *chosen,
+            0,
+            num_experts=config.num_experts + num_fused,
+            expected_rows=max(even_rows(len(x), router.top_k, config.num_experts), 1e-3),
+            swiglu_limit=router.swiglu_limit,
+            **call,
+        )
+    if params.shared_experts is not None:
+        shared = _shared(rows, params, x, config, call)
+        out = (out.astype(jnp.float32) + shared.astype(jnp.float32)).astype(jnp.bfloat16)
+    out = out.reshape(hidden_states.shape)
+    return (out, load) if with_load else out
+
+
+def fuse_shared(params: LayerWeights, config: LayerConfig) -> LayerWeights:
+    """Makes the shared experts further experts of the same grouped matmuls.
+
+    Every token takes them: their ids come after those of the routed experts, so none collides.
+    That saves launches where tokens are few. Shared experts that are wider than a routed one are
+    cut into several, which is exact up to the order of sums. The weights are copied once; call it
+    when they are loaded, never per call.
+
+    Args:
+        params: All experts of the layer on one device.
+        config: What the layer is.
+
+    Returns:
+        Weights with E plus the shared experts and no `shared_experts` of their own.
+
+    Raises:
+        ValueError: There are no shared experts, their size is no multiple of a routed expert's, or
+            their activation is clamped otherwise.
+    """
+    shared, width = params.shared_experts, config.intermediate_size
+    if shared is None:
+        raise ValueError("params: expected shared_experts to fuse, got None")
+    if config.shared_intermediate_size % width:
+        raise ValueError(
+            f"config: expected shared_intermediate_size to be a multiple of {width}, "
+            f"got {config.shared_intermediate_size}"
+        )
+    if config.shared_swiglu_limit != config.router.swiglu_limit:
+        raise ValueError(
+            f"config: expected shared_swiglu_limit = {config.router.swiglu_limit}, as for routed "
+            f"experts, got {config.shared_swiglu_limit}"
+        )
+    pieces = config.shared_intermediate_size // width
+    cut = (_cut_rows, _cut_rows, _cut_columns, _cut_columns)
+    fused = [
+        _appended(routed, function(ours, pieces))
+        for routed, ours, function in zip(params.experts, shared, cut, strict=True)
+    ]
+    return params._replace(experts=ExpertWeights(*fused), shared_experts=None)
+
+
+def _cut_rows(array: Any, pieces: int) -> Any:
+    """[1,2*n*m,k] as [n,2*m,k]: each piece gets its rows of the up half and of the gate."""
+    _, rows, columns = array.shape
+    halves = array.reshape(2, pieces, rows // (2 * pieces), columns)
+    return halves.swapaxes(0, 1).reshape(pieces, rows // pieces, columns)
+
+
+def _cut_columns(array: Any, pieces: int) -> Any:
+    """[1,k,n*m] as [n,k,m]."""
+    _, rows, columns = array.shape
+    return array.reshape(rows, pieces, columns // pieces).swapaxes(0, 1)
+
+
+def _appended(routed: Any, shared: Any) -> Any:
+    concatenate = np.concatenate if isinstance(routed, np.ndarray) else jnp.concatenate
+    return concatenate([routed, shared], axis=0)
+
+
+def _checked(
+    params: Any, hidden_states: Any, config: Any, axis_name: Any
+) -> tuple[Float[Array, "T H"], int]:
+    """The hidden states as rows, and how many experts of the weights are fused shared ones."""
+    if not isinstance(params, LayerWeights):
+        raise TypeError(f"params: expected jax_moe.LayerWeights, got {type(params).__name__}")
+    if not isinstance(config, LayerConfig):
+        raise TypeError(f"config: expected a jax_moe.nn.LayerConfig, got {type(config).__name__}")
+    if not isinstance(hidden_states, jax.Array | np.ndarray) or hidden_states.ndim < 1:
+        raise TypeError(f"hidden_states: expected an array [..., H], got {hidden_states!r}")
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    sizes: validate.Sizes = {
+        "H": (config.hidden_size, "config"),
+        "E": (config.num_experts, "config"),
+        "I": (config.intermediate_size, "config"),
+    }
+    validate.array("hidden_states", x, "T H", validate.UNQUANTIZED, sizes)
+    validate.array("gate_weight", params.gate_weight, "E H", validate.UNQUANTIZED, sizes)
+    validate.weights(params.experts, sizes)
+    if config.has_routing_bias != (params.e_score_correction_bias is not None):
+        raise ValueError(
+            f"e_score_correction_bias: expected {'an array' if config.has_routing_bias else 'None'}"
+            f", as config says, got {type(params.e_score_correction_bias).__name__}"
+        )
+    if config.has_shared_gate:
+        validate.array("shared_gate", params.shared_gate, "1 H", validate.UNQUANTIZED, sizes)
+    num_fused = 0
+    if params.shared_experts is not None:
+        shared = {"H": sizes["H"], "I": (config.shared_intermediate_size, "config")}
+        validate.weights(params.shared_experts, shared)
+    elif config.shared_intermediate_size:
+        num_fused = config.shared_intermediate_size // config.intermediate_size
+    if axis_name is not None and num_fused:
+        raise ValueError("params: expected shared_experts that are not fused, given axis_name")
+    held = params.experts.num_local_experts
+    if axis_name is None and held != config.num_experts + num_fused:
+        raise ValueError(
+            f"experts: expected all {config.num_experts} experts"
+            + (f" and {num_fused} fused shared ones" if num_fused else "")
+            + f" without an axis_name, got {held}"
+        )
+    return x, num_fused
+
+
+def _shared_weight(params: LayerWeights, x: Array, config: LayerConfig) -> Float[Array, "T 1"]:
+    if not config.has_shared_gate:
+        return jnp.ones((x.shape[0], 1), jnp.float32)
+    gate = params.shared_gate.astype(jnp.float32)  # type: ignore[union-attr]
+    return jax.nn.sigmoid(matmul(x.astype(jnp.float32), gate))
+
+
+def _shared(
+    rows: Quantized, params: LayerWeights, x: Array, config: LayerConfig, call: dict[str, Any]
+) -> BFloat16[Array, "T H"]:
+    """The shared experts as one that every token takes."""
+    tokens = x.shape[0]
+    return apply_routed(
+        *rows,
+        *params.shared_experts,  # type: ignore[misc]
+        jnp.zeros((tokens, 1), jnp.int32),
+        _shared_weight(params, x, config),
+        0,
+        num_experts=1,
+        swiglu_limit=config.shared_swiglu_limit,
+        **call,
+    )
+
+
+def _with_fused(
+    routing: Routing, params: LayerWeights, x: Array, config: LayerConfig, num_fused: int
+) -> Routing:
+    """The routing, and the fused experts for every token; their ids follow the routed ones'."""
+    shape = (x.shape[0], num_fused)
+    ids = config.num_experts + lax.broadcasted_iota(jnp.int32, shape, 1)
+    weights = jnp.broadcast_to(_shared_weight(params, x, config), shape)
+    return Routing(
+        jnp.concatenate([routing.topk_ids, ids], axis=1),
+        jnp.concatenate([routing.topk_weights, weights], axis=1),
+    )

@@ -1,0 +1,216 @@
+"""The whole layer: `moe_layer` against NumPy, fused and not, gated and not, transformed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import export
+from scipy import special
+
+from jax_moe import ExpertWeights, MoEConfig, nn
+from jax_moe.types import LayerWeights
+from tests import numpy_oracle
+from tests.moe_inputs import bits, make_inputs, relative_error
+
+CONFIG = nn.LayerConfig(
+    MoEConfig(2, 2, 1, swiglu_limit=1.5),
+    num_experts=8,
+    hidden_size=256,
+    intermediate_size=128,
+    routed_scaling_factor=2.5,
+    shared_intermediate_size=256,
+    shared_swiglu_limit=1.5,
+    has_shared_gate=True,
+)
+ONE = MoEConfig(1, scoring="softmax", swiglu_limit=1.5)  # one expert, of weight 1
+
+
+def make(config=CONFIG, seed=0):
+    """Weights of a layer, NumPy arrays."""
+    rng = np.random.default_rng(seed)
+    sizes = {"hidden_size": config.hidden_size, "offset": 0, "seed": seed}
+    routed = make_inputs(
+        1,
+        num_experts=config.num_experts,
+        num_local_experts=config.num_experts,
+        intermediate_size=config.intermediate_size,
+        **sizes,
+    )
+    shared = None
+    if config.shared_intermediate_size:
+        width = config.shared_intermediate_size
+        one = make_inputs(1, num_experts=2, num_local_experts=1, intermediate_size=width, **sizes)
+        shared = ExpertWeights(*one[4:8])
+    gate = rng.standard_normal((config.num_experts, config.hidden_size)) / 16
+    return LayerWeights(
+        ExpertWeights(*routed[4:8]),
+        gate.astype(ml_dtypes.bfloat16),
+        routed.routing_bias.astype(np.float32) if config.has_routing_bias else None,
+        shared,
+        rng.standard_normal((1, config.hidden_size), np.float32) / 16
+        if config.has_shared_gate
+        else None,
+    )
+
+
+def hidden(*shape, seed=1):
+    x = np.random.default_rng(seed).standard_normal((*shape, 256), np.float32)
+    return x.astype(ml_dtypes.bfloat16)
+
+
+def numpy_layer(params, x, config=CONFIG):
+    rows = np.asarray(x, np.float64).reshape(-1, config.hidden_size)
+    x32 = rows.astype(np.float32)
+    logits = (rows @ np.asarray(params.gate_weight, np.float64).T).astype(np.float32)
+    out = numpy_oracle.layer(
+        logits, params.e_score_correction_bias, x32, None, *params.experts, 0,
+        config.routed_scaling_factor, config=config.router, requantize=True,
+    )  # fmt: skip
+    if params.shared_experts is not None:
+        nothing = np.zeros((len(rows), 1), np.float32)
+        shared = numpy_oracle.layer(
+            nothing, None, x32, None, *params.shared_experts, 0, 1.0, config=ONE, requantize=True
+        )
+        if config.has_shared_gate:
+            shared *= special.expit(rows @ np.asarray(params.shared_gate, np.float64).T)
+        out = out + shared
+    return out.reshape(x.shape)
+
+
+@functools.cache
+def jitted(config=CONFIG, **options):
+    return jax.jit(functools.partial(nn.moe_layer, config=config, backend="xla", **options))
+
+
+def test_against_numpy_with_and_without_fusion():
+    params, x = make(), hidden(3, 5)
+    expected = numpy_layer(params, x)
+    out, load = jitted(with_load=True)(params, x)
+    assert (out.shape, out.dtype) == (x.shape, jnp.bfloat16)
+    assert relative_error(out, expected) < 0.006
+    assert load.shape == (8,)
+    assert load.sum() == 15 * 2
+    fused = nn.fuse_shared(params, CONFIG)
+    assert fused.experts.num_local_experts == 10
+    assert relative_error(jitted()(fused, x), expected) < 0.006
+
+
+def test_plain_layers_without_bias_or_shared_experts():
+    config = dataclasses.replace(
+        CONFIG,
+        router=MoEConfig(2, scoring="softmax", swiglu_limit=1.5),
+        has_routing_bias=False,
+        shared_intermediate_size=0,
+        shared_swiglu_limit=None,
+        has_shared_gate=False,
+    )
+    params, x = make(config), hidden(7)
+    out = jitted(config)(params, x)
+    assert relative_error(out, numpy_layer(params, x, config)) < 0.006
+
+
+def test_scan_over_layers_vmap_and_export():
+    layers = [make(seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    x = hidden(6)
+    step = jitted()
+    expected = x
+    for layer in layers:
+        expected = step(layer, expected)
+
+    def body(x, params):
+        return nn.moe_layer(params, x, config=CONFIG, backend="xla"), None
+
+    scanned, _ = jax.jit(lambda x, p: jax.lax.scan(body, x, p))(x, stacked)
+    np.testing.assert_array_equal(bits(scanned), bits(expected))
+
+    batch = np.stack([x, hidden(6, seed=2)])
+    mapped = jax.vmap(lambda x: step(layers[0], x))(batch)
+    np.testing.assert_array_equal(bits(mapped[0]), bits(step(layers[0], x)))
+
+    leaves, tree = jax.tree.flatten(layers[0])
+    call = jax.jit(lambda leaves, x: step(tree.unflatten(leaves), x))
+    exported = export.export(call)(leaves, x)
+    np.testing.assert_array_equal(bits(exported.call(leaves, x)), bits(step(layers[0], x)))
+
+
+def test_dead_tokens_come_out_as_zeros_and_are_not_counted():
+    params, x = make(), hidden(6)
+    out, load = jitted(with_load=True)(params, x, num_tokens=np.int32(4))
+    assert not bits(out)[4:].any()
+    assert bits(out)[:4].any()
+    assert load.sum() == 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gate_weight": np.zeros((9, 256), np.float32)}, ValueError, "gate_weight: .*E = 8 from"),
+        ({"e_score_correction_bias": None}, ValueError, "e_score_correction_bias: expected an arr"),
+        ({"shared_gate": None}, TypeError, "shared_gate: .*got None"),
+        ({"shared_experts": None}, ValueError, "experts: expected all 8 experts and 2 fused"),
+    ],
+)
+def test_bad_weights_are_refused_by_name(change, error, message):
+    with pytest.raises(error, match=message):
+        nn.moe_layer(make()._replace(**change), hidden(2), config=CONFIG, backend="xla")
+
+
+def test_bad_arguments_are_refused_by_name():
+    params = make()
+    with pytest.raises(ValueError, match=r"hidden_states: .*H = 256 from config"):
+        nn.moe_layer(params, hidden(2)[:, :128], config=CONFIG, backend="xla")
+    with pytest.raises(TypeError, match=r"config: expected a jax_moe\.nn\.LayerConfig, got MoE"):
+        nn.moe_layer(params, hidden(2), config=MoEConfig(2), backend="xla")
+    with pytest.raises(TypeError, match=r"params: expected jax_moe\.LayerWeights, got tuple"):
+        nn.moe_layer((), hidden(2), config=CONFIG, backend="xla")
+    with pytest.raises(ValueError, match=r"shared_swiglu_limit = 1\.5, .*got None"):
+        nn.fuse_shared(params, dataclasses.replace(CONFIG, shared_swiglu_limit=None))
+    with pytest.raises(ValueError, match="intermediate_size: expected 128 or more"):
+        dataclasses.replace(CONFIG, intermediate_size=100)
+    with pytest.raises(TypeError, match="router: expected"):
+        dataclasses.replace(CONFIG, router=None)
+
+
+def test_over_ranks():
+    """In a process of its own, which has four devices."""
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests import test_nn; test_nn.compare_over_four_ranks()"],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def compare_over_four_ranks():
+    params, x = make(), hidden(8)
+    spec = jax.sharding.PartitionSpec
+    specs = jax.tree.map(lambda _: spec(), params)
+    specs = specs._replace(experts=jax.tree.map(lambda _: spec("expert"), params.experts))
+    layer = functools.partial(
+        nn.moe_layer, config=CONFIG, axis_name="expert", backend="xla", with_load=True
+    )
+    mesh = jax.make_mesh((4,), ("expert",))
+    place = lambda value, spec: jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))  # noqa: E731
+    split = place(x, spec("expert"))
+    placed = jax.tree.map(place, params, specs)
+    sharded = jax.shard_map(
+        layer, mesh=mesh, in_specs=(specs, spec("expert")), out_specs=(spec("expert"), spec())
+    )
+    out, load = jax.jit(sharded)(placed, split)
+    expected, expected_load = jitted(with_load=True)(params, x)
+    assert relative_error(out, expected) < 0.005
+    np.testing.assert_array_equal(load, expected_load)
