@@ -87,7 +87,7 @@ def stages(row: Row, sizes: Sizes, top_k: int = DEEPSEEK_V3.top_k) -> list[Stage
 def table(
     row: Row, sizes: Sizes, roofline: Roofline | None, top_k: int = DEEPSEEK_V3.top_k
 ) -> list[list[str]]:
-    """One line a kernel as in `HEADER`, then the time in which none ran.
+    """One line per kernel as in `HEADER`, then the time in which none ran.
 
     Args:
         row: With GPU times.

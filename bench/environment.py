@@ -5,11 +5,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interop.checkout import git_commit as git_commit
+from interop.checkout import output_of
 from pallas_kernels.files import cache_folder
 
 if TYPE_CHECKING:
@@ -97,25 +97,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit(folder: Path | None = None) -> str:
-    """The commit that `GIT_COMMIT` names, else this checkout's, "-dirty" if tracked files differ.
-
-    The variable is for copies, whose history is missing or older than their files.
-    """
-    if named := os.environ.get("GIT_COMMIT"):
-        return named
-    root = folder or Path(__file__).resolve().parent.parent
-    commit = _output_of("git", "-C", str(root), "rev-parse", "HEAD")
-    if commit is None:
-        return "unknown"
-    changed = _output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}-dirty" if changed else commit
-
-
 def gpu_state() -> dict[str, str] | None:
     """Clocks, temperature, power and throttling of the GPU in use, or None without nvidia-smi."""
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    query = _output_of(
+    query = output_of(
         "nvidia-smi",
         f"--id={index}",
         f"--query-gpu={','.join(_GPU_STATE)}",
@@ -162,11 +147,3 @@ def _tuned(capability: str, sizes: "workloads.Sizes | None") -> list[str]:
 
         shipped["triton"] = triton.chosen(triton.number_of(capability), key).is_shipped
     return [name for name, is_shipped in shipped.items() if not is_shipped]
-
-
-def _output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

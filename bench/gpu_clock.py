@@ -192,10 +192,10 @@ def split_calls(events: list[Event], calls: int) -> list[Sample]:
         calls: How many calls were recorded.
 
     Returns:
-        One sample a call.
+        One sample per call.
 
     Raises:
-        ClockError: There are not two markers a call, or a call ran nothing.
+        ClockError: There are not two markers per call, or a call ran nothing.
     """
     ordered = sorted(events, key=lambda event: event.start)
     markers = [place for place, event in enumerate(ordered) if _MARKER in event.name]

@@ -6,8 +6,8 @@
     included, e4m3 is N(0, 1) clipped to +-2; outputs are of order 1e5.
 `dataset`: routing tensors from a flashinfer-trace folder, the rest as `flashinfer`.
 
-Weights are drawn once a run and shared by all workloads; a trial redraws the activations. Without
-a data set the routing is a stand-in (`bench.routing`), drawn once a workload, as a file would be.
+Weights are drawn once per run and shared by all workloads; a trial redraws the activations. Without
+a data set the routing is a stand-in (`bench.routing`), drawn once per workload, as a file would be.
 """
 
 import functools

@@ -80,7 +80,7 @@ def _draw_times(axes: Any, results: Results) -> None:
 
 
 def _draw_fractions(axes: Any, results: Results) -> None:
-    """One place a workload: neighbouring token counts with other routings do not overlap."""
+    """One place per workload: neighbouring token counts with other routings do not overlap."""
     groups = [rows for _, rows in results.workloads()]
     for name in results.solutions():
         found = {

@@ -125,7 +125,7 @@ def terminal_table(results: Results) -> str:
 
 
 def comparison(results: Results) -> list[list[str]]:
-    """One line a workload, one column a solution: median times of the run's timer.
+    """One line per workload, one column per solution: median times of the run's timer.
 
     Returns:
         The header, the workloads, and a last line with each solution's geometric mean of time over
@@ -183,7 +183,7 @@ def _relative(results: Results, row: Row) -> float:
 
 
 def against_peers(results: Results) -> list[list[str]]:
-    """Our fastest backend beside the fastest other solution, one line a workload.
+    """Our fastest backend beside the fastest other solution, one line per workload.
 
     Returns:
         The header and the workloads that both passed; the header alone if there are none.
@@ -226,7 +226,7 @@ def against_peers(results: Results) -> list[list[str]]:
 
 
 def failure_lines(results: Results) -> list[str]:
-    """Two lines a failing row: what is wrong, and the command that repeats it."""
+    """Two lines per failing row: what is wrong, and the command that repeats it."""
     return [
         line
         for row in results.failures()

@@ -63,7 +63,7 @@ class Row:
         workspace_bound: What the solution says it is at most, in bytes; None if it says nothing.
         gpu: GPU time, us.
         wall: Host time, us.
-        launches: Launch calls by the host a call; a CUDA graph counts once.
+        launches: Launch calls by the host per call; a CUDA graph counts once.
         busy_us: Median time of a call in which some kernel ran.
         kernels: Where the GPU time goes, in order of the first start.
     """

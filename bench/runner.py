@@ -268,7 +268,7 @@ def _gpu_fields(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def kernel_times(samples: Sequence[Sample]) -> tuple[KernelTime, ...]:
-    """Median time and count a call of each kernel name, in order of the first start."""
+    """Median time and count per call of each kernel name, in order of the first start."""
     names = dict.fromkeys(kernel.name for sample in samples for kernel in sample.kernels)
     times = []
     for name in names:

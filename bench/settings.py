@@ -39,7 +39,7 @@ class Settings:
         routing: One of `bench.routing.PATTERNS`.
         seed: Of all draws.
         warmup: Untimed calls before the timed ones.
-        iterations: Timed calls a trial; slow solutions take fewer.
+        iterations: Timed calls per trial; slow solutions take fewer.
         num_trials: Draws of activations, each checked and timed.
         tolerance: When an output is right.
         timer: "gpu" or "wall": what speedups and rates are computed from.

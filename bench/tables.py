@@ -13,7 +13,7 @@ def aligned(cells: Cells, left: int = 1) -> list[str]:
         left: How many leading columns are left-aligned; the others are numbers.
 
     Returns:
-        One string a line.
+        One string per line.
     """
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [

@@ -1,4 +1,4 @@
-"""The measurement of first calls: two processes a shape, the second from the persistent cache."""
+"""The measurement of first calls: two processes per shape, the second from the persistent cache."""
 
 from __future__ import annotations
 

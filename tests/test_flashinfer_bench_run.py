@@ -20,7 +20,7 @@ from interop.flashinfer_bench.record import RECORD, Settings  # noqa: E402
 from interop.flashinfer_bench.report import report  # noqa: E402
 from tests.flashinfer_folders import NAME, TRACES, failed, trace, write_traces  # noqa: E402
 
-MEASURED = pathlib.Path(__file__).parent.parent / "results" / "flashinfer_bench_h100"
+MEASURED = pathlib.Path(__file__).parent.parent / "results" / "h100" / "flashinfer_bench"
 ROWS = workloads.workloads()
 
 
@@ -40,6 +40,7 @@ def folder(exported, tmp_path) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def installed(monkeypatch) -> None:
     monkeypatch.setattr(run, "_is_installed", lambda: True)
+    monkeypatch.setattr(run, "git_commit", lambda: "abc")
 
 
 @pytest.fixture
@@ -281,6 +282,7 @@ def test_wrong_results_are_reported(folder):
 
 def test_versions_that_differ_between_traces_are_all_named(folder, started):
     run.run(folder)
+    assert json.loads((folder / RECORD).read_text())["versions"]["jax-moe"] == "abc"
     rows = [trace(row, "sglang_v1", 1.0) for row in ROWS[:2]]
     rows[1]["evaluation"]["environment"]["libs"] = {"torch": "9.9"}
     write_traces(folder, rows)

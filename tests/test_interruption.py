@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import jax_moe
-from bench import comparison, documents, environment, session, solutions
+from bench import comparison, documents, session, solutions
 from bench.results import PASS
 from bench.settings import Settings
-from interop import interruption
+from interop import checkout, interruption
 from interop.solutions.base import Solution
 from jax_moe.io.files import write_atomically
 from tests.bench_rows import cheap_layer
@@ -119,7 +119,7 @@ def small_benchmark(monkeypatch, tmp_path, layer, *workloads):
     for module in (solutions, comparison):
         monkeypatch.setattr(module, "registry", lambda *_: found)
     monkeypatch.setattr(documents, "write_all", lambda *_: [])  # matplotlib takes a second
-    monkeypatch.setattr(environment, "_output_of", lambda *_: None)  # so does git
+    monkeypatch.setattr(checkout, "output_of", lambda *_: None)  # so does git
     few = {"warmup": 1, "iterations": 1, "num_trials": 1, "timer": "wall", "on_gpu": False}
     return Settings(solutions=("ours",), output=tmp_path / "out", workloads=workloads, **few)
 

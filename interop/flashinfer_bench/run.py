@@ -13,6 +13,7 @@ from pathlib import Path
 
 import interop
 from interop import folder_lock
+from interop.checkout import git_commit
 from interop.dataset import DatasetWorkload, read_workloads
 from interop.flashinfer_bench import record, solutions
 from interop.flashinfer_bench.record import PUBLISHED, Settings
@@ -132,7 +133,7 @@ def _view(root: Path, view: Path, uuids: set[str]) -> Path:
 
 def _versions() -> dict[str, str]:
     names = ("jax", "torch", "triton", "flashinfer-bench")
-    found = {name: _version(name) for name in names}
+    found = {name: _version(name) for name in names} | {"jax-moe": git_commit()}
     return {name: version for name, version in found.items() if version}
 
 
