@@ -1,5 +1,6 @@
 """The published comparison's document, from the rows of a run."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from bench import header, plots
@@ -37,7 +38,8 @@ def write(results: Results, settings: Settings, name: str) -> list[Path]:
         results.path.parent,
         [work for work in workloads if work.uuid in shown],
         measured,
-        header=dict(header.lines(results, settings)) | {"Launched as": _launches(results)},
+        header=dict(header.lines(results, settings))
+        | {"Launched as": _launches(results, measured)},
         command=results.about["command"],
         designs={name: one.design for name, one in registry(settings.backend).items()},
         warnings=header.warnings(results, settings),
@@ -53,12 +55,12 @@ def _is_untimed(results: Results, name: str) -> bool:
     return all(row.status == PASS and row.time(results.timer) is None for row in rows)
 
 
-def _launches(results: Results) -> str:
+def _launches(results: Results, names: Collection[str]) -> str:
     hows: dict[str, dict[str, None]] = {}
     for row in results.rows.values():
-        if row.how and row.solution != REFERENCE:
+        if row.how and row.solution in names:
             hows.setdefault(row.how, {})[row.solution] = None
-    return "; ".join(f"{how}: {', '.join(names)}" for how, names in hows.items())
+    return "; ".join(f"{how}: {', '.join(those)}" for how, those in hows.items())
 
 
 def _measurement(results: Results, row: Row) -> Measurement:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment
+from bench.results import FileError, writing
 from bench.tables import aligned
+from interop import interruption
 from jax_moe import backends
 from jax_moe.io.files import write_atomically
 
@@ -28,7 +30,7 @@ TOKENS = (1, 80, 901, 14107)
 
 
 def measure(tokens: Sequence[int], backend: str) -> list[dict[str, Any]]:
-    """Runs two processes a shape, one after the other.
+    """Runs two processes per shape, one after the other.
 
     Args:
         tokens: Token counts.
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_times", description=__doc__)
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.NAMES])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=lambda name: Path(name).expanduser())
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if not all(text.isdigit() and int(text) for text in arguments.tokens.split(",")):
@@ -99,22 +101,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.output and not arguments.output.parent.is_dir():
         parser.error(f"--output: expected a path in a folder that exists, got {arguments.output}")
-    rows = measure(tokens, arguments.backend)
+    with interruption.remembered():
+        try:
+            _report(tokens, arguments.backend, arguments.output)
+        except KeyboardInterrupt:
+            text, code = "interrupted", interruption.acknowledge()
+        except (RuntimeError, FileError) as error:
+            text, code = str(error), 1
+        else:
+            return 0
+    print(f"compile_times: {text}", file=sys.stderr)
+    return code
+
+
+def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:
+    rows = measure(tokens, backend)
     cells = [
         [str(r["num_tokens"]), f"{r['first']:.1f}", f"{r['second_process']:.1f}"] for r in rows
     ]
-    print("\n".join(aligned([["T", "first call s", "second process s"], *cells], left=0)))
-    if arguments.output:
+    table = aligned([["T", "first call s", "second process s"], *cells], left=0)
+    print("\n".join(table), flush=True)
+    if output:
         about = {
             "device": environment.device(),
             "versions": environment.versions(),
             "git_commit": environment.git_commit(),
-            "backend": arguments.backend,
+            "backend": backend,
         }
-        with write_atomically(arguments.output) as file:
+        with writing(output), write_atomically(output) as file:
             json.dump({**about, "rows": rows}, file, indent=1, default=str)
             file.write("\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ from bench.settings import Settings
 from bench.workloads import REDUCED, select
 from interop.solutions.base import Solution
 from tests.bench_inputs import reduced_arguments
+from tests.bench_rows import cheap_layer
 
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
 
 SETTINGS = Settings(solutions=("jax_moe_xla",), on_gpu=False, timer="gpu", wall_time=False)
 
 
-def solution(name, **fields):
-    return Solution(name=name, framework="jax", description="test", run=lambda *ten: None, **fields)
+def solution(name, run=lambda *ten: None, **fields):
+    return Solution(name=name, framework="jax", description="test", run=run, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_program_of_another_process_is_the_one_compiled_here(arguments):
 
 
 def test_host_times_never_come_from_such_a_program(arguments):
-    known = solutions.registry("xla")["jax_moe_xla"]
+    known = solution("cheap", run=cheap_layer)
     key = execution.key_of(known, arguments)
     foreign = execution.Program(serialized=("not a program",), workspace_bytes=None)
     bound = execution.binder(known, reload=False, programs={key: foreign})(arguments)
@@ -80,7 +81,7 @@ def test_a_program_that_cannot_be_loaded_is_compiled_here(arguments, monkeypatch
         raise ValueError("incompatible device")
 
     monkeypatch.setattr(serialize_executable, "deserialize_and_load", refuse)
-    known = solutions.registry("xla")["jax_moe_xla"]
+    known = solution("cheap", run=cheap_layer)
     key = execution.key_of(known, arguments)
     foreign = execution.Program(serialized=("another device's",), workspace_bytes=None)
     bound = execution.binder(known, reload=True, programs={key: foreign})(arguments)

@@ -83,7 +83,7 @@ def test_a_write_interrupted_at_any_line_leaves_the_old_file(tmp_path):
 
 WRITER = """
 import json, sys
-from jax_moe.io.files import write_atomically
+from pallas_kernels.files import write_atomically
 for count in range(1, 10**6):
     with write_atomically(sys.argv[1]) as file:
         json.dump({"count": count, "rows": list(range(3000))}, file, indent=1)
