@@ -156,8 +156,10 @@ def checked_swiglu_limit(value: object) -> float | None:
     with contextlib.suppress(OverflowError):  # a Python integer with many digits
         if 0 < float(value) <= float(np.finfo(np.float32).max):
             return float(value)
-    is_long = isinstance(value, int) and value.bit_length() > 64  # Python may refuse to print it
-    found = f"an integer of {value.bit_length()} bits" if is_long else repr(value)
+    if isinstance(value, int) and value.bit_length() > 64:  # Python may refuse to print it
+        found = f"an integer of {value.bit_length()} bits"
+    else:
+        found = repr(value)
     raise ValueError(f"swiglu_limit: expected a positive finite float32 or None, got {found}")
 
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -133,7 +134,7 @@ def _bytes_of(inputs: Any, padded: int, options: Options, backend: str) -> int:
 @functools.partial(jax.jit, static_argnames=("options", "backend"))
 def _jitted(inputs: Any, num_tokens: Any, *, options: Options, backend: str) -> Array:
     stages = backends.load(backend)
-    body = functools.partial(layer, options=options, stages=stages)
+    body: Callable[..., Array] = functools.partial(layer, options=options, stages=stages)
     if stages.KEEPS_LOWERED:
         body = lowering_cache.cached_lowering(
             body, stages.NAME, options, tiling_table(inputs.weights, stages)
@@ -159,6 +160,7 @@ def layer(
         values, scales = stages.quantize(inputs.hidden_states, scale_format=options.scale_format)
         inputs = inputs._replace(hidden_states=values, hidden_states_scale=scales)
     if isinstance(inputs, LayerInputs):
+        assert options.config is not None
         routing = stages.route(
             inputs.routing_logits,
             inputs.routing_bias,
@@ -184,8 +186,7 @@ def _matmuls(
     """The stages after the plan, for a backend without a `layer` of its own."""
     weights = inputs.weights
     activations = stages.up_project(
-        inputs.hidden_states,
-        inputs.hidden_states_scale,
+        *inputs.rows,
         weights.gemm1_weights,
         weights.gemm1_weights_scale,
         plan,

@@ -61,7 +61,7 @@ def cached_lowering(function: Callable[..., Any], *static: Any) -> Callable[...,
         path = folder / f"jax_moe-{_digest(specs, (structure, *static))}-layer"
         program = _read(path)
         if program is None:
-            program = _make(lambda *leaves: function(*structure.unflatten(leaves)), specs)
+            program = _make(lambda *leaves: function(*jax.tree.unflatten(structure, leaves)), specs)
             _write(path, program)
         return export.deserialize(bytearray(program)).call(*leaves)
 

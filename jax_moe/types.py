@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float8e4m3fn, Float32, Int32
+from jaxtyping import Float, Float8e4m3fn, Float32
 
 from pallas_kernels.types import GroupPlan as GroupPlan
 from pallas_kernels.types import Quantized as Quantized
@@ -153,14 +153,15 @@ class LayerInputs(NamedTuple):
     hidden_states: Float[Array, "T H"]
     hidden_states_scale: Float32[Array, "H//128 T"] | None
     weights: ExpertWeights
-    local_expert_offset: int | Int32[Array, ""]
-    routed_scaling_factor: float | Float32[Array, ""]
+    local_expert_offset: Any  # int, or i32[]
+    routed_scaling_factor: Any  # float, or f32[]
 
     @classmethod
     def of(cls, *arguments: Any) -> Self:
         """From the ten arguments in the definition's order."""
         head, weights, tail = arguments[:4], arguments[4:8], arguments[8:]
-        return cls(*head, ExpertWeights(*weights), *tail)
+        given: tuple[Any, ...] = (*head, ExpertWeights(*weights), *tail)
+        return cls(*given)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -198,9 +199,15 @@ class RoutedInputs(NamedTuple):
     hidden_states_scale: Float32[Array, "H//128 T"] | None
     weights: ExpertWeights
     routing: Routing
-    local_expert_offset: int | Int32[Array, ""]
+    local_expert_offset: Any  # int, or i32[]
 
     @property
     def tokens(self) -> int:
         """T."""
         return self.hidden_states.shape[0]
+
+    @property
+    def rows(self) -> Quantized:
+        """The rows with their scales, of quantized hidden states."""
+        assert self.hidden_states_scale is not None
+        return Quantized(self.hidden_states, self.hidden_states_scale)

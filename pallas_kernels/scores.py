@@ -13,6 +13,7 @@ Everything is f32. Scores are at most 2e-7 away from the exact ones, relative; t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ SMALLEST_NORMAL = np.finfo(np.float32).tiny
 """2^-126. Magnitudes below count as 0: CPUs and GPUs treat denormals differently."""
 
 type _Array = Float32[Array, "*n"]
-type _Product = Callable[[_Array, _Array], _Array]
+type _Product = Callable[[_Array, Any], _Array]
 
 
 def multiply(a: _Array, b: _Array) -> _Array:
@@ -65,7 +66,7 @@ def multiply(a: _Array, b: _Array) -> _Array:
     return jnp.where(jnp.isnan(a), a, a * b)
 
 
-def divide(a: _Array, b: _Array) -> _Array:
+def divide(a: _Array, b: Any) -> _Array:
     """`a / b`, rounded once.
 
     XLA makes a plain division by a constant, a broadcast or a quotient a product with a rounded

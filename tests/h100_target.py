@@ -105,7 +105,7 @@ def h100_sharding():
     return SingleDeviceSharding(topology.devices[0])
 
 
-def h100_mesh(hosts: int, devices: int, names: tuple[str, ...]):
+def h100_mesh(hosts: int, devices: int, names: tuple[str, ...]) -> Any:
     """A mesh of described, absent H100s: `devices` in each host, which is a process of its own.
 
     Args:

@@ -136,7 +136,7 @@ def layer(
     """
     _require_plain_epilogue(swiglu_limit, scale_format)
     weights = inputs.weights
-    rows = _rows_of(Quantized(inputs.hidden_states, inputs.hidden_states_scale), plan)
+    rows = _rows_of(inputs.rows, plan)
     values, scales, *zeroed = _up(
         rows,
         weights.gemm1_weights,
