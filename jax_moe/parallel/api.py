@@ -117,6 +117,7 @@ def apply_expert_parallel(
     group = ranks.surrounding(axis_name)
     sizes: validate.Sizes = {}
     validate.routing(routing_logits, routing_bias, config, sizes)
+    factor: Any = validate.real("routed_scaling_factor", routed_scaling_factor)
     inputs = LayerInputs(
         routing_logits,
         routing_bias,
@@ -124,7 +125,7 @@ def apply_expert_parallel(
         hidden_states_scale,
         ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale),
         local_expert_offset=0,
-        routed_scaling_factor=validate.real("routed_scaling_factor", routed_scaling_factor),
+        routed_scaling_factor=factor,
     )
     sizes["k"] = (config.top_k, "config")
     scale_format, swiglu_limit = config.merged(scale_format, swiglu_limit)
@@ -243,7 +244,9 @@ def _run(
     num_experts, tokens = sizes["E"][0], sizes["T"][0]
     num_slots = check_experts(inputs.weights.num_local_experts, num_experts, group.count, placed)
     validate.pair_count("hidden_states of all ranks", group.count * tokens, sizes["k"][0])
-    live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, tokens)
+    live: Any = (
+        None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, tokens)
+    )
     max_rows_at_once = workspace.rows_at_once(max_rows_at_once, group.count)
     chosen = backends.select(backend, ranks.device())
     kind = exchanges.select(exchange, group, chosen)

@@ -64,7 +64,8 @@ def run(
     Returns:
         The outputs of this rank's tokens, and the load if it was asked for.
     """
-    home = inputs._replace(weights=None, local_expert_offset=None)
+    nothing: Any = None
+    home = inputs._replace(weights=nothing, local_expert_offset=nothing)
     tokens = _at_home(home, num_tokens, plan=plan)
     load = None
     if plan.with_load:
@@ -91,7 +92,9 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
     """Quantizes and routes this rank's tokens; the dead ones get no expert."""
     stages = backends.load(plan.backend)
 
-    def body(inputs: LayerInputs | RoutedInputs, num_tokens: Array | None) -> tuple[Array, ...]:
+    config: Any = plan.config  # None only where the inputs are routed
+
+    def body(inputs: Any, num_tokens: Array | None) -> tuple[Array, ...]:
         rows = inputs.hidden_states, inputs.hidden_states_scale
         if inputs.hidden_states_scale is None:
             rows = stages.quantize(inputs.hidden_states, scale_format=plan.scale_format)
@@ -102,14 +105,14 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
                 inputs.routing_logits,
                 inputs.routing_bias,
                 inputs.routed_scaling_factor,
-                config=plan.config,
+                config=config,
             )
         topk_ids = entry.of_live_tokens(routing.topk_ids, num_tokens)
         return *rows, topk_ids, routing.topk_weights  # `jax.export` knows no types of ours
 
     static = ("at home", plan.config, plan.scale_format)
-    *rows, topk_ids, topk_weights = _lowered(body, stages, *static)(inputs, num_tokens)
-    return Tokens(*rows, Routing(topk_ids, topk_weights))
+    values, scales, topk_ids, topk_weights = _lowered(body, stages, *static)(inputs, num_tokens)
+    return Tokens(values, scales, Routing(topk_ids, topk_weights))
 
 
 @functools.partial(jax.jit, static_argnames="plan")

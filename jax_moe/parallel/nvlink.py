@@ -35,7 +35,11 @@ class NVLink:
         from pallas_kernels.mosaic.dispatch import dispatch
 
         rows, scales, *routing = dispatch(
-            tokens.hidden_states, tokens.hidden_states_scale, *tokens.routing, **self._place()
+            tokens.hidden_states,
+            tokens.hidden_states_scale,
+            *tokens.routing,
+            axis_name=self.ranks.axes[0],
+            num_local_experts=self.num_local_experts,
         )
         return Tokens(rows, None if scales is None else scales.T, Routing(*routing))
 
@@ -48,7 +52,9 @@ class NVLink:
         """The sums of this rank's tokens."""
         from pallas_kernels.mosaic.combine import combine
 
-        return combine(partial_sums, sent, **self._place())
-
-    def _place(self) -> dict[str, str | int]:
-        return {"axis_name": self.ranks.axes[0], "num_local_experts": self.num_local_experts}
+        return combine(
+            partial_sums,
+            sent,
+            axis_name=self.ranks.axes[0],
+            num_local_experts=self.num_local_experts,
+        )

@@ -9,7 +9,7 @@ again, and nothing would bound how many pieces wait in memory.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -53,8 +53,8 @@ def run(
     """
     bounds = split(tokens.hidden_states.shape[0], most)
     pieces = [tokens.piece(*bound) for bound in bounds] if len(bounds) > 1 else [tokens]
-    received = exchange.dispatch(pieces[0])
-    leaving: _Leaving | None = None
+    received: Any = exchange.dispatch(pieces[0])
+    leaving: Any = None  # the arguments of `combine` for the piece before
     sums: list[Array] = []
     for i, piece in enumerate(pieces):
         coming = pieces[i + 1] if i + 1 < len(pieces) else None

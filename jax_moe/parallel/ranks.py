@@ -1,6 +1,8 @@
 """The ranks: the devices of one or two axes of a mesh, as seen from inside `jax.shard_map`."""
 
-from typing import Any, NamedTuple
+import dataclasses
+import math
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -14,7 +16,8 @@ type AxisName = str | tuple[str, ...]
 _MOST_AXES = 2
 
 
-class Ranks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Ranks:
     """The devices that share the experts; rank r holds the r-th part of them.
 
     Attributes:
@@ -28,7 +31,7 @@ class Ranks(NamedTuple):
     @property
     def count(self) -> int:
         """Ranks in all."""
-        return self.sizes[0] * self.sizes[-1] if len(self.sizes) == _MOST_AXES else self.sizes[0]
+        return math.prod(self.sizes)
 
     def index(self) -> Int32[Array, ""]:
         """Which rank this is; only inside of `jax.shard_map`."""

@@ -256,7 +256,7 @@ def describe_exchange(mesh: jax.sharding.Mesh, axis_name: AxisName, backend: str
     first = mesh.devices.flat[0]
     chosen = backends.select(backend, describe_device(first))
     processes = len({device.process_index for device in mesh.devices.flat})
-    over = ", ".join(f"{name}={size}" for name, size in zip(*group, strict=True))
+    over = ", ".join(f"{name}={size}" for name, size in zip(group.axes, group.sizes, strict=True))
     lines = [
         f"ranks: {group.count} ({over}), backend {chosen}",
         f"mesh: {mesh.devices.size} x {first.device_kind}, {processes} process"

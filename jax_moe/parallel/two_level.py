@@ -39,6 +39,7 @@ class TwoLevel:
         received: Int32[Array, "N*T k"],
     ) -> Float[Array, "T H"]:
         """The sums of this rank's tokens."""
-        (hosts, devices), (num_hosts, num_devices) = self.ranks
+        hosts, devices = self.ranks.axes
+        num_hosts, num_devices = self.ranks.sizes
         in_host = add_in_order(send_home(partial_sums, (devices,), num_devices))  # [D*T, H]
         return add_in_order(send_home(in_host, (hosts,), num_hosts))
