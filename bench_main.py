@@ -25,7 +25,7 @@ environment.prepare_process()  # before jax and torch are imported
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from bench import gpu_clock, inputs, routing, session, solutions  # noqa: E402
+from bench import gpu_clock, inputs, parallel, routing, session, solutions  # noqa: E402
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
@@ -91,6 +91,9 @@ _LIST = flags.DEFINE_bool("list", False, "List the solutions and what they need,
 _REPORT = flags.DEFINE_bool("report", False, "Also write the published comparison's document.")
 _BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also show the time of every kernel.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a Perfetto trace of each row.")
+_RANKS = flags.DEFINE_integer(
+    "ranks", None, "Time the layer over this many devices instead.", lower_bound=1
+)
 _SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of the workloads.")
 
 _OF_DOCUMENTS = ("documents", "report", "breakdown")
@@ -192,6 +195,8 @@ def main(argv: Sequence[str]) -> int:
         with interruption.remembered():
             if (folder := _folder(_DOCUMENTS)) is not None:
                 return _documents(folder)
+            if _RANKS.value is not None:
+                return parallel.run(_RANKS.value, _folder(_OUTPUT))
             environment.enable_compilation_cache()
             return session.execute(
                 _settings(),
