@@ -182,8 +182,8 @@ def _dispatched(x: Any, ranks: int) -> Any:
     from pallas_kernels.mosaic.dispatch import dispatch
 
     rows, ids = x[: x.shape[0] // ranks], _ids(x.shape[0] // ranks, ranks)
-    place = {"axis_name": parallel.AXIS, "num_local_experts": 1}
-    return dispatch(rows, None, ids, ids.astype(jnp.float32), **place)[0]
+    weights = ids.astype(jnp.float32)
+    return dispatch(rows, None, ids, weights, axis_name=parallel.AXIS, num_local_experts=1)[0]
 
 
 def _combined(x: Any, ranks: int) -> Any:
@@ -227,7 +227,7 @@ def main() -> int:
     if what == "primitives":
         return primitives()
     if what == "trace":
-        return trace(*rest, args.output)
+        return trace(rest[0], args.output)
     ranks = jax.device_count()
     folder = args.output / f"layer_{rest[0]}"
     return parallel.execute(ranks, (int(rest[0]),), parallel.exchanges_on(ranks), folder)
