@@ -51,7 +51,13 @@ def route(
     config: MoEConfig,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route`."""
-    _require_sigmoid(config, routing_bias)
+    if routing_bias is None:
+        raise NotImplementedError(f"backend={NAME!r}: routing_bias=None is not supported")
+    require_defaults(
+        NAME,
+        scoring=(config.scoring, "sigmoid"),
+        renormalize=(config.renormalize, True),
+    )
     return Routing(
         *routing.route(
             routing_logits.astype(jnp.float32),
@@ -63,16 +69,6 @@ def route(
             interpret=interpret_params(),
         )
     )
-
-
-def _require_sigmoid(config: MoEConfig, routing_bias: Array | None) -> None:
-    require_defaults(
-        NAME,
-        scoring=(config.scoring, "sigmoid"),
-        renormalize=(config.renormalize, True),
-    )
-    if routing_bias is None:
-        raise NotImplementedError(f"backend={NAME!r}: routing_bias=None is not supported")
 
 
 def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:

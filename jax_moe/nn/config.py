@@ -43,8 +43,9 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, MoEConfig):
-            found = type(self.router).__name__
-            raise TypeError(f"router: expected a jax_moe.MoEConfig, got {found}")
+            raise TypeError(  # type: ignore[unreachable]
+                f"router: expected a jax_moe.MoEConfig, got {type(self.router).__name__}"
+            )
         for name, minimum in (
             ("num_experts", 1),
             ("hidden_size", QUANT_BLOCK),

@@ -81,7 +81,8 @@ def moe_layer(
     rows = stages.quantize(x, scale_format=router.scale_format, backend=backend)
     call: dict[str, Any] = {"backend": backend, "num_tokens": num_tokens}
     call["scale_format"] = router.scale_format
-    load = None
+    load: Any = None
+    out: Any
     if axis_name is not None:
         out = apply_routed_expert_parallel(
             *rows,
@@ -96,7 +97,8 @@ def moe_layer(
         out, load = out if with_load else (out, None)
     else:
         if with_load:
-            live = entry.of_live_tokens(routing.topk_ids, num_tokens)
+            limit = None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+            live = entry.of_live_tokens(routing.topk_ids, limit)
             load = placement.load(live, config.num_experts)
         chosen = _with_fused(routing, params, x, config, num_fused) if num_fused else routing
         out = apply_routed(
@@ -185,7 +187,7 @@ def _checked(
         raise TypeError(f"config: expected a jax_moe.nn.LayerConfig, got {type(config).__name__}")
     if not isinstance(hidden_states, jax.Array | np.ndarray) or hidden_states.ndim < 1:
         raise TypeError(f"hidden_states: expected an array [..., H], got {hidden_states!r}")
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    x: Any = hidden_states.reshape(-1, hidden_states.shape[-1])
     sizes: validate.Sizes = {
         "H": (config.hidden_size, "config"),
         "E": (config.num_experts, "config"),
@@ -230,13 +232,13 @@ def _shared(
     rows: Quantized, params: LayerWeights, x: Array, config: LayerConfig, call: dict[str, Any]
 ) -> BFloat16[Array, "T H"]:
     """The shared experts as one that every token takes."""
-    tokens = x.shape[0]
+    every = Routing(jnp.zeros((x.shape[0], 1), jnp.int32), _shared_weight(params, x, config))
+    experts: Any = params.shared_experts
     return apply_routed(
         *rows,
-        *params.shared_experts,  # type: ignore[misc]
-        jnp.zeros((tokens, 1), jnp.int32),
-        _shared_weight(params, x, config),
-        0,
+        *experts,
+        *every,
+        local_expert_offset=0,
         num_experts=1,
         swiglu_limit=config.shared_swiglu_limit,
         **call,
