@@ -19,6 +19,7 @@ from tests.moe_inputs import rank_specs
 
 F8, F32, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
 HOPPER_SMEM, ADA_SMEM = 232448, 101376
+SHORT_K_SPILL = 32  # bytes, of 128-row tiles on Hopper where K has fewer than 16 blocks
 HIDDEN, INTERMEDIATE, LOCAL = DEEPSEEK = table_format.DEEPSEEK_V3
 
 
@@ -100,8 +101,16 @@ def test_the_largest_tiles_of_every_model_fit(capability, sizes):
     check_generation(capability, tilings.GENERATIONS[capability].block_ms[-1], sizes)
 
 
+def test_few_steps_along_k_are_not_unrolled():
+    """ptxas would, and spill 1,424 bytes: so the kernel hides from it how few they are."""
+    sizes = Sizes(2048, 512, 8)
+    kernel = compile_down(tilings.choose(128, 90, *sizes).down_projection, 90, sizes)
+    assert kernel.instructions["QGMMA"] == 8
+    assert kernel.spill_bytes <= SHORT_K_SPILL
+
+
 def check_generation(capability, block_m, sizes):
-    """Compiles both matmuls, 8 experts a rank being as good as more."""
+    """Compiles both matmuls; 8 experts per rank are as good as more."""
     chosen, has = tilings.choose(block_m, capability, *sizes), tilings.GENERATIONS[capability]
     assert has.smem_bytes == SMEM[capability]
     for config, kernel in (
@@ -111,7 +120,8 @@ def check_generation(capability, block_m, sizes):
         assert kernel.architecture.startswith(f"sm_{capability}")
         modelled = config.smem_bytes(matmul_reads_smem=has.matmul_reads_smem)
         assert modelled <= kernel.smem_bytes <= modelled + has.barrier_bytes <= has.smem_bytes
-        assert kernel.spill_bytes == 0, kernel
+        is_tight = capability == 90 and block_m == 128 and sizes.intermediate_size < 2048
+        assert kernel.spill_bytes <= (SHORT_K_SPILL if is_tight else 0), kernel
         assert kernel.fp8_instructions > 0
         assert "HMMA" not in kernel.instructions
 

@@ -37,6 +37,7 @@ def _down_tile(
         left_scales,
         left + to_next * (BLOCK * K),
         left_scales + to_next * (K // BLOCK),
+        num_rows,
         K // BLOCK,
         BLOCK_M,
         SWAP_AB,

@@ -31,7 +31,7 @@ def _dot(x, w, SWAP_AB: tl.constexpr):
 
 @triton.jit
 def multiply_pair(
-    x, x_scales, x_scales_stride, w0, w0_scales, w1, w1_scales,
+    x, x_scales, x_scales_stride, w0, w0_scales, w1, w1_scales, num_rows,
     BLOCKS_K: tl.constexpr, BLOCK_M: tl.constexpr, SWAP_AB: tl.constexpr,
 ):  # fmt: skip
     """`x @ w0.T` and `x @ w1.T` in f32, each 128 of K scaled and added apart.
@@ -46,13 +46,18 @@ def multiply_pair(
         w0_scales: Pointer to f32[BLOCKS_K].
         w1: As `w0`.
         w1_scales: As `w0_scales`.
+        num_rows: M, at least BLOCK_M.
         BLOCKS_K: K / 128.
         BLOCK_M: Rows.
         SWAP_AB: Whether the weights are the first operand.
     """
     acc0 = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     acc1 = tl.zeros((BLOCK_M, BLOCK), tl.float32)
-    for k in range(BLOCKS_K):
+    steps = BLOCKS_K
+    if BLOCKS_K < 16:
+        # The same number, which ptxas cannot know: it would unroll so few steps, and spill.
+        steps = tl.minimum(BLOCKS_K, num_rows)
+    for k in range(steps):
         # Asked for before the dots, whose time hides the latency.
         x_scale = tl.load(x_scales)
         w0_scale = tl.load(w0_scales + k)

@@ -40,6 +40,7 @@ def _up_tile(
         up_scales + (N // BLOCK) * (K // BLOCK),
         up,
         up_scales,
+        num_rows,
         K // BLOCK,
         BLOCK_M,
         SWAP_AB,
