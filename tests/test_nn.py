@@ -196,12 +196,14 @@ def test_over_ranks():
 
 
 def compare_over_four_ranks():
+    router = dataclasses.replace(CONFIG.router, scale_format="ue8m0")  # the options travel too
+    config = dataclasses.replace(CONFIG, router=router)
     params, x = make(), hidden(8)
     spec = jax.sharding.PartitionSpec
     specs = jax.tree.map(lambda _: spec(), params)
     specs = specs._replace(experts=jax.tree.map(lambda _: spec("expert"), params.experts))
     layer = functools.partial(
-        nn.moe_layer, config=CONFIG, axis_name="expert", backend="xla", with_load=True
+        nn.moe_layer, config=config, axis_name="expert", backend="xla", with_load=True
     )
     mesh = jax.make_mesh((4,), ("expert",))
     place = lambda value, spec: jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))  # noqa: E731
@@ -211,6 +213,6 @@ def compare_over_four_ranks():
         layer, mesh=mesh, in_specs=(specs, spec("expert")), out_specs=(spec("expert"), spec())
     )
     out, load = jax.jit(sharded)(placed, split)
-    expected, expected_load = jitted(with_load=True)(params, x)
+    expected, expected_load = jitted(config, with_load=True)(params, x)
     assert relative_error(out, expected) < 0.005
     np.testing.assert_array_equal(load, expected_load)

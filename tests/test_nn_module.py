@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jax_moe import nn
+from tests.hf_checkpoint import make_checkpoint
 from tests.moe_inputs import bits
 from tests.test_nn import CONFIG, hidden, jitted, make
 
@@ -47,3 +49,44 @@ def test_flax_is_imported_only_when_asked_for():
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         nn.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_from_a_checkpoint(tmp_path, fused):
+    made = make_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {
+        "model_type": "deepseek_v3",
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    path.write_text(json.dumps(config))
+    layer = nn.DeepSeekMoE.from_checkpoint(tmp_path, made.layer, fused=fused, backend="xla")
+    assert layer.config == nn.LayerConfig.from_hf(config)
+    assert (layer.shared_experts is None) == fused
+    held = layer.weights.experts
+    assert held.num_local_experts == 8 + fused
+    gate, up, down = made.expert(5)[:3]
+    np.testing.assert_array_equal(bits(held.gemm1_weights[5]), bits(np.concatenate([up, gate])))
+    np.testing.assert_array_equal(bits(held.gemm2_weights[5]), bits(down))
+    if fused:
+        _, up, _ = made.expert("shared_experts.")[:3]
+        np.testing.assert_array_equal(bits(held.gemm1_weights[8, :128]), bits(up))
+    shape = jax.eval_shape(layer, jnp.zeros((3, 256), jnp.bfloat16)).shape
+    assert shape == (3, 256)
+
+
+def test_the_linen_example_runs():
+    from examples import linen_layer
+
+    assert np.isfinite(np.asarray(linen_layer.main(), np.float32)).all()
+
+
+def test_the_equinox_example_runs():
+    pytest.importorskip("equinox")
+    from examples import equinox_layer
+
+    assert np.isfinite(np.asarray(equinox_layer.main(), np.float32)).all()

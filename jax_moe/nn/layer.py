@@ -234,11 +234,9 @@ def _shared(
     """The shared experts as one that every token takes."""
     every = Routing(jnp.zeros((x.shape[0], 1), jnp.int32), _shared_weight(params, x, config))
     experts: Any = params.shared_experts
+    arguments: Any = (*rows, *experts, *every, 0)
     return apply_routed(
-        *rows,
-        *experts,
-        *every,
-        local_expert_offset=0,
+        *arguments,
         num_experts=1,
         swiglu_limit=config.shared_swiglu_limit,
         **call,
