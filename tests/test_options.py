@@ -29,7 +29,9 @@ OPTIONS = {
 }
 PAIRS = covering(OPTIONS)
 THE_FIVE = ("scoring", "swiglu_limit", "scale_format", "hidden_states", "has_bias")
-TO_REQUANTIZING_ORACLE = {"xla": 0.004, "triton": 0.006, "mosaic": 0.02}
+# A few activations round to the neighbour, and bf16 rows, drawn anew here, have more of them than
+# the e4m3 rows of test_backends: up to 0.0083 with triton on an H200.
+TO_REQUANTIZING_ORACLE = {"xla": 0.004, "triton": 0.012, "mosaic": 0.02}
 
 
 def config_of(row):
