@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tqdm
 
@@ -205,11 +206,15 @@ def _new_results(
     profile: Path | None,
     jobs: int,
 ) -> Results:
-    others = {"output": settings.output, "jobs": jobs or None, "profile": profile}
+    others: dict[str, Any] = options._asdict() | {
+        "output": settings.output,
+        "jobs": jobs or None,
+        "profile": profile,
+    }
     about = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "complete": False,
-        "command": settings.command(**options._asdict(), **others),
+        "command": settings.command(**others),
         "asked": {
             "solutions": settings.solutions,
             "workloads": settings.workloads,
