@@ -9,6 +9,7 @@ from bench.results import PASS, Results, writing
 from bench.run_folder import REPORT
 from bench.settings import Settings
 from bench.tables import aligned, markdown
+from bench.workloads import WORKLOADS
 from jax_moe.io.files import write_atomically
 
 _TERMINAL_BREAKDOWNS = 20
@@ -104,8 +105,18 @@ def _breakdown_name(settings: Settings) -> str:
     return f"{settings.stem}_breakdown.md"
 
 
+def _title(results: Results, settings: Settings) -> str:
+    if settings.scaling:
+        return "Scaling"
+    count = len(results.workloads())
+    if settings.inputs == "dataset":
+        return f"{count} workloads of a data set"
+    whole = len(WORKLOADS)
+    return f"The {whole} workloads" if count == whole else f"{count} of the {whole} workloads"
+
+
 def _document(results: Results, settings: Settings, plot: str | None) -> list[str]:
-    title = "Scaling" if settings.scaling else "The 19 workloads"
+    title = _title(results, settings)
     lines = [f"# {title} on {results.about['device']['kind']}", ""]
     lines += header.markdown_warnings(results, settings)
     lines += [f"- {label}: {text}" for label, text in header.lines(results, settings)]

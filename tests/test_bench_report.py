@@ -168,6 +168,7 @@ def test_documents_hold_what_a_reader_needs(results):
         assert "\n- Timing: GPU time is the first kernel's start to the last one's end" in document
         assert "trials: 5, 100 calls each" in document
     assert text.count("| deepgemm | WRONG |") == 1
+    assert text.startswith("# 2 of the 19 workloads on Made-up GPU\n")
     report_text = written["comparison_report.md"].read_text()
     assert report_text.startswith("# jax_moe_mosaic vs deepgemm")
     assert "| Rows computed |" in report_text
