@@ -72,6 +72,8 @@ def _run(
     scale = jnp.repeat(hidden_states_scale.T, 128, axis=1)
     x = (hidden_states.astype(jnp.float32) * scale).astype(jnp.bfloat16)[token]
     up, gate = jnp.split(lax.ragged_dot(x, gemm1_weights, group_sizes), 2, axis=1)
+    if (limit := config.swiglu_limit) is not None:
+        up, gate = jnp.clip(up, -limit, limit), jnp.minimum(gate, limit)
     y = lax.ragged_dot(jax.nn.silu(gate) * up, gemm2_weights, group_sizes)
 
     is_live = expert[pair] < num_local_experts

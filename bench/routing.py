@@ -59,7 +59,7 @@ def draw(
         model: Gives the router.
 
     Returns:
-        f32[T, E] logits and bf16[E] bias, zeros where the model has none.
+        f32[T, E] logits and bf16[E] bias, zeros where the model has none or scores by softmax.
 
     Raises:
         ValueError: `pattern` is none of `PATTERNS`.
@@ -71,7 +71,9 @@ def draw(
         entropy = [seed, workload.num_tokens, workload.local_expert_offset, attempt]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
         logits, bias = captured_routing(workload.num_tokens, rng, sizes.num_experts)
-        routing = HostRouting(logits, bias if model.has_routing_bias else np.zeros_like(bias))
+        # The captured bias is for sigmoids: among softmax scores of 1/E it alone would choose.
+        is_biased = model.has_routing_bias and model.scoring != "softmax"
+        routing = HostRouting(logits, bias if is_biased else np.zeros_like(bias))
         if pattern != "moments":
             return HostRouting(
                 _one_local_expert_each(routing, workload, sizes, pattern, model.config),

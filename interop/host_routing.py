@@ -13,9 +13,17 @@ def topk_ids(
 ) -> Int[np.ndarray, "T k"]:
     """Group-limited top-k on the host, ties to the lowest id; for finite logits only.
 
-    The sigmoid is taken in f64 and rounded once, so that all machines count the same experts.
+    Scores are taken in f64 and rounded once, so that all machines count the same experts.
     """
-    scores = (1.0 / (1.0 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+    exact = logits.astype(np.float64)
+    if config.scoring == "sigmoid":
+        exact = 1.0 / (1.0 + np.exp(-exact))
+    elif config.scoring == "softmax":
+        exact = np.exp(exact - exact.max(axis=1, keepdims=True))
+        exact /= exact.sum(axis=1, keepdims=True)
+    else:
+        exact = np.sqrt(np.logaddexp(0.0, exact))  # of the softplus
+    scores = exact.astype(np.float32)
     scores = scores + bias.astype(np.float32)
     grouped = scores.reshape(len(scores), config.n_group, -1)
     best_two = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)

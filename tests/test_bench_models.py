@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
+import jax_moe
 from bench import documents, header, routing, session, solutions
 from bench.settings import Settings
 from bench.workloads import FULL, REDUCED, WORKLOADS, select, sizes_of
+from interop.host_routing import topk_ids
 from jax_moe import models
 from jax_moe.models import DEEPSEEK_V3, MODELS
 
@@ -48,7 +51,7 @@ def test_a_draw_asks_of_the_rank_what_the_model_would(name):
     sizes = sizes_of(model)
     drawn = routing.draw(workload, sizes, 0, model=model)
     assert drawn.logits.shape == (901, model.num_experts)
-    assert bool(np.asarray(drawn.bias, np.float32).any()) == model.has_routing_bias
+    assert bool(np.asarray(drawn.bias, np.float32).any()) == (model.scoring == "sigmoid")
     load = routing.local_load(drawn, workload, sizes, model.config)
     expected = 901 * model.top_k * model.num_local_experts / model.num_experts
     assert 0.5 * expected < load.pairs < 2 * expected
@@ -107,3 +110,13 @@ def test_a_run_of_another_model(tmp_path, capsys, name):
         text = (chosen.output / document).read_text()
         assert (f"**Stand-in for {name}**" in text) == bool(model.unsupported)
         assert f"rank of {name}" in text
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrtsoftplus"])
+def test_the_host_counts_the_experts_that_the_layer_chooses(scoring):
+    config = jax_moe.MoEConfig(top_k=6, n_group=1, topk_group=1, scoring=scoring)
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((50, 64)).astype(np.float32)
+    bias = (rng.standard_normal(64) / 4).astype(ml_dtypes.bfloat16)
+    layer = jax_moe.route(logits, bias, 1.0, config=config, backend="xla")
+    np.testing.assert_array_equal(topk_ids(logits, bias, config), layer.topk_ids)
