@@ -45,7 +45,7 @@ def store(ref, index, value) -> None:
         arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * (len(index) + 1)),
     )
     def stored(_, ref, value, *index):
-        with mgpu.utils.when(one_thread()):
+        with mgpu.utils.when(is_elected_lane()):
             memref.store(value.registers.flat[0], ref, _places(index))
 
     stored(ref, value, *index)
@@ -76,8 +76,8 @@ def run(*warps: Callable[[], None]) -> None:
             pl.when(index == i)(warp)
 
 
-def one_thread():
-    """Whether this is the one thread of its warp that speaks for it; all its threads must ask."""
+def is_elected_lane():
+    """Whether this lane is the one elected to act for its warp; all lanes of the warp must ask."""
     return mgpu.utils.single_thread_predicate(scope=_WARP)
 
 

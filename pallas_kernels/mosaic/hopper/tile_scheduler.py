@@ -12,13 +12,14 @@ from HBM once and from L2 after that. The first tile of a CTA is its index, ever
     fill the ring for tile i                     compute tile i
 
 With a counter a CTA takes the next tile that no CTA has instead, so that nobody idles while another
-has two tiles left. Drawing a ticket and looking it up takes longer than the ring lasts, so a warp
-of its own does it. It draws late: CTAs should draw in the order in which they will be done.
+has two tiles left. Taking a number and looking the tile up takes longer than the ring lasts, so a
+warp of its own does it. It takes the number late: CTAs should do so in the order in which they will
+be done.
 
     producer warp 1                  producer warp 0                  consumer warpgroups
     ---------------                  ---------------                  -------------------
     wait taken
-    draw a ticket, look it up
+    take a tile number, look it up
     tile -> record, posted      -->  wait posted, read the record     wait posted, read the record
                                      fill the ring for the tile       arrive taken
                                 <--  arrive taken, a few steps        compute the tile
@@ -41,7 +42,7 @@ from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper import work_counter
 
 _RECORDS = 2
-_LATE = 8  # steps that are left when the next ticket is drawn: twice what a look-up takes
+_LATE = 8  # steps that are left when the next number is taken: twice what a look-up takes
 _BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
 MAILBOX_BYTES = 1024  # every piece of shared memory takes a multiple of that
 
@@ -112,7 +113,7 @@ class Cut(NamedTuple):
 class Mailbox(NamedTuple):
     """Shared memory through which the producer tells the consumers their next tile.
 
-    One record where tickets are drawn, two where they are not.
+    One record with a counter, two without.
     """
 
     records: Any
@@ -206,19 +207,19 @@ class Walk(NamedTuple):
         return done
 
     def schedule(self, mailbox: Mailbox) -> None:
-        """A warp: posts every tile of this CTA, drawn when `fill` is almost done with the last."""
+        """A warp: posts every tile of this CTA, taken when `fill` is almost done with the last."""
         first = self.tile(lax.axis_index("sm"), warp.load)
         _post_by_warp(mailbox, first)
 
         def step(_):
             plgpu.barrier_wait(mailbox.taken.at[0])
-            ticket = work_counter.draw(self.counter)
-            tile = self.tile(self.sms + ticket, warp.load)
+            number = work_counter.next_tile(self.counter)
+            tile = self.tile(self.sms + number, warp.load)
             _post_by_warp(mailbox, tile)
             return tile.live
 
         warp.while_loop(self.total, lambda live: live > 0, step, first.live)
-        work_counter.retire(self.counter, self.sms)
+        work_counter.finish(self.counter, self.sms)
         # Every completed phase must be observed before the barriers go away.
         plgpu.barrier_wait(mailbox.taken.at[0])
 
@@ -227,7 +228,7 @@ class Walk(NamedTuple):
 
         Args:
             mailbox: Where the tiles are posted.
-            fill: As for `produce`; what it calls lets the next ticket be drawn.
+            fill: As for `produce`; what it calls lets the next number be taken.
 
         Returns:
             How many segments there were.

@@ -1,7 +1,7 @@
-"""Tickets: a counter in global memory from which the CTAs of a running kernel draw numbers.
+"""An atomic work counter in global memory: the CTAs of a running kernel take tiles from it.
 
-The counter is two of the call's own semaphores, tickets drawn and CTAs done. Pallas hands them over
-as zeros and wants zeros back: the last CTA that is done sets them so. The interpreter cannot run
+It is two of the call's own semaphores: tiles taken, and CTAs that are finished. Pallas hands them
+over as zeros and wants zeros back: the last CTA to finish sets them so. The interpreter cannot run
 these atomics.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Int32
 from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.ptx import asm, i32
 
-_DRAW = """{
+_NEXT_TILE = """{
     .reg .pred first; .reg .b32 lane, drawn;
     mov.u32 lane, %laneid;
     setp.eq.u32 first, lane, 0;
@@ -25,7 +25,7 @@ _DRAW = """{
     @first atom.add.relaxed.gpu.global.u32 drawn, [$1], 1;
     shfl.sync.idx.b32 $0, drawn, 0, 31, 0xffffffff;
 }"""
-_RETIRE = """{{
+_FINISH = """{{
     .reg .pred last; .reg .u32 done;
     atom.add.acq_rel.gpu.global.u32 done, [$0+4], 1;
     setp.eq.u32 last, done, {others};
@@ -39,8 +39,8 @@ def new_counter():
     return pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
 
 
-def draw(counter_gmem) -> Int32[Array, ""]:
-    """The next ticket, 0, 1, 2, ..., for a single warp.
+def next_tile(counter_gmem) -> Int32[Array, ""]:
+    """The number of a tile that no CTA has taken: 0, 1, 2, ...; called by a single warp.
 
     Args:
         counter_gmem: From `new_counter`.
@@ -50,17 +50,17 @@ def draw(counter_gmem) -> Int32[Array, ""]:
         arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
     )
-    def drawn(_, counter):
-        ticket = llvm.inline_asm(
-            i32(), [mgpu.utils.memref_ptr(counter)], _DRAW, "=r,l", has_side_effects=True
+    def take(_, counter):
+        number = llvm.inline_asm(
+            i32(), [mgpu.utils.memref_ptr(counter)], _NEXT_TILE, "=r,l", has_side_effects=True
         )
-        return mgpu.FragmentedArray.splat(ticket, (), is_signed=True)
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
 
-    return drawn(counter_gmem)
+    return take(counter_gmem)
 
 
-def retire(counter_gmem, num_ctas: int) -> None:
-    """Says that this CTA draws no more; called once by one warp of each CTA.
+def finish(counter_gmem, num_ctas: int) -> None:
+    """Says that this CTA takes no more tiles; called once, by one warp of each CTA.
 
     Args:
         counter_gmem: From `new_counter`.
@@ -68,8 +68,8 @@ def retire(counter_gmem, num_ctas: int) -> None:
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def retired(_, counter):
-        with mgpu.utils.when(warp.one_thread()):
-            asm(_RETIRE.format(others=num_ctas - 1), [mgpu.utils.memref_ptr(counter)], "l")
+    def count(_, counter):
+        with mgpu.utils.when(warp.is_elected_lane()):
+            asm(_FINISH.format(others=num_ctas - 1), [mgpu.utils.memref_ptr(counter)], "l")
 
-    retired(counter_gmem)
+    count(counter_gmem)
