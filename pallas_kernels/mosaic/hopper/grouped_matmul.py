@@ -44,11 +44,11 @@ from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS
 from pallas_kernels.mosaic.hopper.pipeline import Ring, ring_types
 from pallas_kernels.mosaic.hopper.side_job import IdleWork
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
-    MAILBOX_BYTES,
+    QUEUE_BYTES,
     Cut,
-    Mailbox,
+    TileQueue,
     Walk,
-    mailbox_types,
+    queue_types,
 )
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -124,7 +124,7 @@ class MatmulConfig:
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
         """Raises ValueError if the ring and the epilogue do not fit in shared memory."""
         ring = self.num_stages * pipeline.slot_bytes(self.block_m, num_blocks)
-        needed = ring + epilogue_bytes + MAILBOX_BYTES + _BARRIER_BYTES
+        needed = ring + epilogue_bytes + QUEUE_BYTES + _BARRIER_BYTES
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
 
@@ -231,7 +231,7 @@ def grouped_matmul(
     if idle_work and not dynamic:
         raise ValueError(f"idle_work: expected None where no warp idles, got one with {config}")
     side_inputs, side_types = (idle_work.inputs, (idle_work.out_type,)) if idle_work else ((), ())
-    mail = mailbox_types(NUM_CONSUMERS, dynamic)
+    mail = queue_types(NUM_CONSUMERS, dynamic)
     cut = Cut(segments, sms) if segments > 1 and interpret is None else None
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
     partials = (jax.ShapeDtypeStruct(partial_shape, jnp.float32),) if cut else ()
@@ -247,7 +247,7 @@ def grouped_matmul(
         total = num_tiles[0] * num_columns
         parts = split_k.Parts(refs.pop(0), split_k.new_flags(sms), cut, total) if cut else None
         ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
-        mailbox, scratch = Mailbox(*refs[: len(mail)]), refs[len(mail) :]
+        queue, scratch = TileQueue(*refs[: len(mail)]), refs[len(mail) :]
         place = (config.block_m, num_columns, sms, sizes, offsets, tile_expert, total)
         walk = Walk(*place, counter, cut, segments)
         role = lax.axis_index("warpgroup")
@@ -277,15 +277,15 @@ def grouped_matmul(
             fill = _by_width(config, fill_tile)
 
             def fill_drawn():
-                pipeline.drain(ring, walk.fill(mailbox, fill) * segment_steps)
+                pipeline.drain(ring, walk.fill(queue, fill) * segment_steps)
 
             if dynamic:
-                warps = [fill_drawn, lambda: walk.schedule(mailbox)]
+                warps = [fill_drawn, lambda: walk.schedule(queue)]
                 if idle_work:
                     warps.append(lambda: idle_work.run(side_refs, side_result, sms))
                 warp.run(*warps)
             else:
-                done = walk.produce(mailbox, fill, finish)
+                done = walk.produce(queue, fill, finish)
                 pipeline.drain(ring, done * segment_steps)
 
         @pl.when(role < NUM_CONSUMERS)
@@ -313,7 +313,7 @@ def grouped_matmul(
                 def _owner():
                     finish(parts.add_rest(tile, width, sums), tile, width, results, scratch)
 
-            walk.consume(mailbox, _by_width(config, tile_body))
+            walk.consume(queue, _by_width(config, tile_body))
             plgpu.wait_smem_to_gmem(0)
 
     kernel = launch.kernel(

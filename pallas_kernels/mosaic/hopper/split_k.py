@@ -9,9 +9,9 @@
 
 Every segment has a sum of its own and sums are added in the order of the segments, so bits do not
 depend on the cut. Flags are the call's own semaphores (as in `work_counter`), zeros before and
-after: XLA may let two layers share a plan, never these. A CTA waits for the next few only, which hand
-over before they wait for anything, and CTAs start in order: beside another kernel, too, the first
-ones that are on the GPU can end.
+after: XLA may let two layers share a plan, never these. A CTA waits for the next few only, which
+hand over before they wait for anything, and CTAs start in order: beside another kernel, too, the
+first ones that are on the GPU can end.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from HBM once and from L2 after that. The first tile of a CTA is its index, ever
 
     producer warpgroup                    consumer warpgroups
     ------------------                    -------------------
-    wait taken[i % 2]
-    tile i -> record[i % 2], posted[i % 2]  -->  wait posted[i % 2], read the record
-    look the next tile up                 <--    arrive taken[i % 2]
+    wait empty[i % 2]
+    tile i -> slot[i % 2], full[i % 2]    -->    wait full[i % 2], read the slot
+    look the next tile up                 <--    arrive empty[i % 2]
     fill the ring for tile i                     compute tile i
 
 With a counter a CTA takes the next tile that no CTA has instead, so that nobody idles while another
@@ -18,14 +18,14 @@ be done.
 
     producer warp 1                  producer warp 0                  consumer warpgroups
     ---------------                  ---------------                  -------------------
-    wait taken
+    wait empty
     take a tile number, look it up
-    tile -> record, posted      -->  wait posted, read the record     wait posted, read the record
-                                     fill the ring for the tile       arrive taken
-                                <--  arrive taken, a few steps        compute the tile
+    tile -> slot, full          -->  wait full, read the slot         wait full, read the slot
+                                     fill the ring for the tile       arrive empty
+                                <--  arrive empty, a few steps        compute the tile
                                      before the last one
 
-A record with no live rows ends the walk.
+A tile without live rows ends the queue.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper import work_counter
 
-_RECORDS = 2
+_NUM_SLOTS = 2
 _LATE = 8  # steps that are left when the next number is taken: twice what a look-up takes
 _BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
-MAILBOX_BYTES = 1024  # every piece of shared memory takes a multiple of that
+QUEUE_BYTES = 1024  # every piece of shared memory takes a multiple of that
 
 
 class Tile(NamedTuple):
@@ -110,29 +110,29 @@ class Cut(NamedTuple):
         return rounds * self.sms + tile, begin, end
 
 
-class Mailbox(NamedTuple):
-    """Shared memory through which the producer tells the consumers their next tile.
+class TileQueue(NamedTuple):
+    """Shared memory through which the producer hands tiles to the consumers.
 
-    One record with a counter, two without.
+    One slot with a counter, two without.
     """
 
-    records: Any
-    posted: Any
-    taken: Any
+    slots: Any
+    full: Any
+    empty: Any
 
-    def place(self, index):
-        """The record of the `index`-th tile."""
-        count = self.records.shape[0]
+    def slot(self, index):
+        """Where the `index`-th tile lies."""
+        count = self.slots.shape[0]
         return jnp.int32(0) if count == 1 else lax.rem(index, jnp.int32(count))
 
 
-def mailbox_types(num_consumers: int, dynamic: bool) -> list[Any]:
-    """Scratch types of a `Mailbox`."""
-    records, readers = (1, num_consumers + 1) if dynamic else (_RECORDS, num_consumers)
+def queue_types(num_consumers: int, dynamic: bool) -> list[Any]:
+    """Scratch types of a `TileQueue`."""
+    slots, readers = (1, num_consumers + 1) if dynamic else (_NUM_SLOTS, num_consumers)
     return [
-        plgpu.SMEM((records, len(Tile._fields)), jnp.int32),
-        plgpu.Barrier(num_arrivals=1, num_barriers=records),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=records),
+        plgpu.SMEM((slots, len(Tile._fields)), jnp.int32),
+        plgpu.Barrier(num_arrivals=1, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
     ]
 
 
@@ -173,11 +173,11 @@ class Walk(NamedTuple):
         column = lax.div(inside, row_tiles)
         return Tile(expert, offset + first, live, column, jnp.int32(0), jnp.int32(self.segments))
 
-    def produce(self, mailbox: Mailbox, fill, finish) -> Any:
+    def produce(self, queue: TileQueue, fill, finish) -> Any:
         """Posts every tile of this CTA and fills the ring for it; without a counter.
 
         Args:
-            mailbox: Where the tiles are posted.
+            queue: Where the tiles go.
             fill: `fill(done, tile, look_ahead)`, `done` segments after the CTA's first one; it
                 calls `look_ahead()` once, when the ring is ahead of the consumers, since finding
                 the next tile takes longer than a step.
@@ -186,48 +186,48 @@ class Walk(NamedTuple):
         Returns:
             How many segments there were.
         """
-        post(mailbox, jnp.int32(0), self._tile_of(jnp.int32(0)))
+        post(queue, jnp.int32(0), self._tile_of(jnp.int32(0)))
 
         def step(carry):
             index, done = carry
-            tile = self._aligned(self._known(read(mailbox, index)))
-            fill(done, tile, lambda: post(mailbox, index + 1, self._tile_of(index + 1)))
+            tile = self._aligned(self._known(read(queue, index)))
+            fill(done, tile, lambda: post(queue, index + 1, self._tile_of(index + 1)))
             return index + 1, done + (tile.end - tile.begin)
 
         count, done = lax.while_loop(
-            lambda carry: read(mailbox, carry[0]).live > 0, step, (jnp.int32(0), jnp.int32(0))
+            lambda carry: read(queue, carry[0]).live > 0, step, (jnp.int32(0), jnp.int32(0))
         )
         finish(done)
 
         # Every completed phase must be observed before the barriers go away.
-        @pl.loop(lax.max(count - (_RECORDS - 1), 0), count + 1)
-        def _drain(record):
-            plgpu.barrier_wait(mailbox.taken.at[lax.rem(record, jnp.int32(_RECORDS))])
+        @pl.loop(lax.max(count - (_NUM_SLOTS - 1), 0), count + 1)
+        def _drain(index):
+            plgpu.barrier_wait(queue.empty.at[lax.rem(index, jnp.int32(_NUM_SLOTS))])
 
         return done
 
-    def schedule(self, mailbox: Mailbox) -> None:
+    def schedule(self, queue: TileQueue) -> None:
         """A warp: posts every tile of this CTA, taken when `fill` is almost done with the last."""
         first = self.tile(lax.axis_index("sm"), warp.load)
-        _post_by_warp(mailbox, first)
+        _post_by_warp(queue, first)
 
         def step(_):
-            plgpu.barrier_wait(mailbox.taken.at[0])
+            plgpu.barrier_wait(queue.empty.at[0])
             number = work_counter.next_tile(self.counter)
             tile = self.tile(self.sms + number, warp.load)
-            _post_by_warp(mailbox, tile)
+            _post_by_warp(queue, tile)
             return tile.live
 
         warp.while_loop(self.total, lambda live: live > 0, step, first.live)
         work_counter.finish(self.counter, self.sms)
         # Every completed phase must be observed before the barriers go away.
-        plgpu.barrier_wait(mailbox.taken.at[0])
+        plgpu.barrier_wait(queue.empty.at[0])
 
-    def fill(self, mailbox: Mailbox, fill) -> Any:
+    def fill(self, queue: TileQueue, fill) -> Any:
         """Another warp: fills the ring for every tile that `schedule` posts.
 
         Args:
-            mailbox: Where the tiles are posted.
+            queue: Where the tiles go.
             fill: As for `produce`; what it calls lets the next number be taken.
 
         Returns:
@@ -239,12 +239,12 @@ class Walk(NamedTuple):
             tile = self._known(tile)
             # What `_aligned` says, for a warp: TMA wants to know that rows come in whole tiles.
             tile = tile._replace(row=lax.div(tile.row, jnp.int32(self.block_m)) * self.block_m)
-            fill(index * self.segments, tile, lambda: plgpu.barrier_arrive(mailbox.taken.at[0]))
-            return index + 1, _take_by_warp(mailbox)
+            fill(index * self.segments, tile, lambda: plgpu.barrier_arrive(queue.empty.at[0]))
+            return index + 1, _take_by_warp(queue)
 
-        initial = (jnp.int32(0), _take_by_warp(mailbox))
+        initial = (jnp.int32(0), _take_by_warp(queue))
         count, _ = warp.while_loop(self.total, lambda carry: carry[1].live > 0, step, initial)
-        plgpu.barrier_arrive(mailbox.taken.at[0])  # of the record that ended the walk
+        plgpu.barrier_arrive(queue.empty.at[0])  # of the tile that ends the queue
         return count * self.segments
 
     def look_ahead_at(self, groups):
@@ -253,7 +253,7 @@ class Walk(NamedTuple):
             return lax.div(groups, jnp.int32(2))
         return lax.max(groups - _LATE, 0)
 
-    def consume(self, mailbox: Mailbox, body) -> None:
+    def consume(self, queue: TileQueue, body) -> None:
         """Calls `body(done, tile)` for every tile that the producer posts, `done` as in `fill`."""
 
         def step(carry):
@@ -261,9 +261,9 @@ class Walk(NamedTuple):
             tile = self._aligned(self._known(fields))
             # Where tiles are whole, `done` is a multiple of `index`: a register less to carry.
             body(done if self.cut is not None else index * self.segments, tile)
-            return index + 1, done + (tile.end - tile.begin), tuple(take(mailbox, index + 1))
+            return index + 1, done + (tile.end - tile.begin), tuple(take(queue, index + 1))
 
-        initial = (jnp.int32(0), jnp.int32(0), tuple(take(mailbox, jnp.int32(0))))
+        initial = (jnp.int32(0), jnp.int32(0), tuple(take(queue, jnp.int32(0))))
         lax.while_loop(lambda carry: Tile(*carry[2]).live > 0, step, initial)
 
     def _tile_of(self, index) -> Tile:
@@ -297,45 +297,45 @@ class Walk(NamedTuple):
         return tile._replace(row=pl.multiple_of(tile.row, self.block_m))
 
 
-def post(mailbox: Mailbox, index, tile: Tile) -> None:
-    """Producer: makes `tile` the record of `index`."""
-    record = mailbox.place(index)
+def post(queue: TileQueue, index, tile: Tile) -> None:
+    """Producer: puts the `index`-th tile into its slot."""
+    slot = queue.slot(index)
 
-    @pl.when(index >= _RECORDS)
+    @pl.when(index >= _NUM_SLOTS)
     def _reuse():
-        plgpu.barrier_wait(mailbox.taken.at[record])
+        plgpu.barrier_wait(queue.empty.at[slot])
 
     for position, field in enumerate(tile):
-        mailbox.records[record, position] = field
-    # The producer's own warps read it, too, and none may be a record behind when this one goes.
+        queue.slots[slot, position] = field
+    # The producer's own warps read it, too, and none may be a tile behind when this one goes.
     plgpu.commit_smem()
-    plgpu.barrier_arrive(mailbox.posted.at[record])
+    plgpu.barrier_arrive(queue.full.at[slot])
 
 
-def take(mailbox: Mailbox, index) -> Tile:
-    """Consumer: waits for the record of `index` and releases it."""
-    record = mailbox.place(index)
-    plgpu.barrier_wait(mailbox.posted.at[record])
-    tile = read(mailbox, index)
-    plgpu.barrier_arrive(mailbox.taken.at[record])
+def take(queue: TileQueue, index) -> Tile:
+    """Consumer: waits for the `index`-th tile and releases its slot."""
+    slot = queue.slot(index)
+    plgpu.barrier_wait(queue.full.at[slot])
+    tile = read(queue, index)
+    plgpu.barrier_arrive(queue.empty.at[slot])
     return tile
 
 
-def read(mailbox: Mailbox, index, load=operator.getitem) -> Tile:
-    """The record of `index`, which must be posted; `load` as for `Walk.tile`."""
-    record = mailbox.place(index)
-    places = [(record, position) for position in range(len(Tile._fields))]
-    return Tile(*(load(mailbox.records, place) for place in places))
+def read(queue: TileQueue, index, load=operator.getitem) -> Tile:
+    """The `index`-th tile, whose slot must be full; `load` as for `Walk.tile`."""
+    slot = queue.slot(index)
+    places = [(slot, position) for position in range(len(Tile._fields))]
+    return Tile(*(load(queue.slots, place) for place in places))
 
 
-def _post_by_warp(mailbox: Mailbox, tile: Tile) -> None:
-    """Makes `tile` the record, which nobody may need any more."""
+def _post_by_warp(queue: TileQueue, tile: Tile) -> None:
+    """Puts a tile into the only slot, which must be empty."""
     for position, field in enumerate(tile):
-        warp.store(mailbox.records, (0, position), field)
-    plgpu.barrier_arrive(mailbox.posted.at[0])
+        warp.store(queue.slots, (0, position), field)
+    plgpu.barrier_arrive(queue.full.at[0])
 
 
-def _take_by_warp(mailbox: Mailbox) -> Tile:
-    """Waits for the record, without releasing it."""
-    plgpu.barrier_wait(mailbox.posted.at[0])
-    return read(mailbox, 0, warp.load)
+def _take_by_warp(queue: TileQueue) -> Tile:
+    """Waits for the next tile, without releasing the slot."""
+    plgpu.barrier_wait(queue.full.at[0])
+    return read(queue, 0, warp.load)
