@@ -1,10 +1,10 @@
 """The promoted sum of a tile: FP8 products of 128 columns, each scaled and added in f32.
 
     every 128-column step, for each weight block:
-        wait full[slot, block]
+        wait full[stage, block]
         wgmma              64 rows x columns x 128 -> f32 registers
         sum += product * (scale of the token x scale of the weight block)
-    arrive empty[slot]
+    arrive empty[stage]
 
 Source of the maths: DeepSeek-V3 technical report, section 3.3.2. The tensor cores' own sums keep
 about 14 bits, so no product is longer than one step.
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.hopper.pipeline import Ring
+from pallas_kernels.mosaic.hopper.pipeline import Pipeline
 from pallas_kernels.shapes import QUANT_BLOCK
 
 NUM_CONSUMERS = 2
@@ -44,7 +44,7 @@ def _zeros(num_blocks: int, width: int):
 
 
 def accumulate(
-    ring: Ring,
+    pipeline: Pipeline,
     w_scales,
     tile,
     blocks,
@@ -66,18 +66,18 @@ def accumulate(
     shape = _sum_shape(width)
     token_axis = 0 if token_rows else 1
     scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
-    scale_offset = 0 if scales_at_zero else ring.scale_offset(tile.row)
+    scale_offset = 0 if scales_at_zero else pipeline.scale_offset(tile.row)
     my_scales = my_rows if token_rows else pl.ds(scale_offset, width)
     one_segment = isinstance(end, int) and segment_steps == end - begin
 
-    def operands(slot, i):
+    def operands(stage, i):
         if token_rows:
-            return ring.x.at[slot, my_rows], ring.weights.at[slot, i].T
-        return ring.weights.at[slot, i, my_rows], ring.x.at[slot, pl.ds(0, width)].T
+            return pipeline.x.at[stage, my_rows], pipeline.weights.at[stage, i].T
+        return pipeline.weights.at[stage, i, my_rows], pipeline.x.at[stage, pl.ds(0, width)].T
 
-    def promoted_product(slot, i, x_scales, scale):
+    def promoted_product(stage, i, x_scales, scale):
         def multiply(accumulator):
-            plgpu.wgmma(accumulator, *operands(slot, i))
+            plgpu.wgmma(accumulator, *operands(stage, i))
             factor = lax.broadcast_in_dim(x_scales * scale, shape, [token_axis])
             return accumulator[...] * factor
 
@@ -88,16 +88,16 @@ def accumulate(
 
     def step(k, carry):
         total, sums, scales = carry
-        slot = ring.slot(first_step + k)
-        plgpu.barrier_wait(ring.full(slot, 0))
+        stage = pipeline.stage(first_step + k)
+        plgpu.barrier_wait(pipeline.full(stage, 0))
         upcoming = weight_scales(lax.min(k + 1, jnp.int32(end - 1)))
-        x_scales = plgpu.load(ring.x_scales.at[slot, my_scales], layout=scale_layout)
+        x_scales = plgpu.load(pipeline.x_scales.at[stage, my_scales], layout=scale_layout)
         updated = []
         for i, (sum_, scale) in enumerate(zip(sums, scales, strict=True)):
             if i:
-                plgpu.barrier_wait(ring.full(slot, i))
-            updated.append(sum_ + promoted_product(slot, i, x_scales, scale))
-        plgpu.barrier_arrive(ring.empty.at[slot])
+                plgpu.barrier_wait(pipeline.full(stage, i))
+            updated.append(sum_ + promoted_product(stage, i, x_scales, scale))
+        plgpu.barrier_arrive(pipeline.empty.at[stage])
         if one_segment:
             return total, tuple(updated), upcoming
         return *close_segment(k, total, updated), upcoming

@@ -36,7 +36,7 @@ def down_projection(
         rows: Activations `[M, I]` with their plan.
         gemm2_weights: `e4m3[E, H, I]`.
         gemm2_weights_scale: `f32[E, H/128, I/128]`.
-        config: Tile and ring.
+        config: Tile and pipeline.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:

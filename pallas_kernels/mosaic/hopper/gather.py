@@ -1,11 +1,11 @@
-"""Token rows picked by index, copied into ring slots while the tensor cores work.
+"""Token rows picked by index, copied into pipeline stages while the tensor cores work.
 
 Hopper's TMA cannot gather, so the producer's threads copy the rows themselves (`cp.async`), a
 128-column step of a tile at a time, to where TMA would have put them:
 
     thread t     16-byte chunk t % 8 of rows t / 8, t / 8 + 16, ...; the scale of row t
 
-A step is announced `LAG` steps later, when its copies have landed. The interpreter has no
+A step is committed `LAG` steps later, when its copies have landed. The interpreter has no
 `cp.async`; there, callers gather the rows first.
 """
 
@@ -41,7 +41,7 @@ def gather_first(values, scales, row_token):
     return values[token], scales[:, token]
 
 
-def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, transforms) -> None:
+def copy_rows(sources, row_token, row, k, stage_smem, scales_smem, width: int, transforms) -> None:
     """Starts copying one 128-column step of a tile.
 
     Args:
@@ -49,10 +49,10 @@ def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, tr
         row_token: `i32[M]`, the token of each row; -1 (padding) copies token 0.
         row: The tile's first row.
         k: The step.
-        slot_smem: `e4m3[block_m, 128]`, tiled and swizzled by `transforms`.
+        stage_smem: `e4m3[block_m, 128]`, tiled and swizzled by `transforms`.
         scales_smem: `f32[block_m or more]`.
         width: Rows to copy, at most 128.
-        transforms: Of `slot_smem`.
+        transforms: Of `stage_smem`.
     """
     x, x_scales = sources
     num_tokens, num_columns = x.shape
@@ -60,7 +60,7 @@ def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, tr
     splat = plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(arg_types=(*refs, splat, splat, plgpu.RefType(transforms), plgpu.RefType()))
-    def copy(_, x, x_scales, row_token, row, k, slot, scales):
+    def copy(_, x, x_scales, row_token, row, k, stage, scales):
         (row,), (k,) = row.registers.flat, k.registers.flat
         thread = thread_of_warpgroup()
         chunk = arith.remui(thread, constant(_CHUNKS))
@@ -80,7 +80,7 @@ def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, tr
             offset = arith.addi(
                 arith.muli(inside, constant(QUANT_BLOCK)), arith.muli(swizzled, constant(_CHUNK))
             )
-            target = arith.addi(shared_address(slot), offset)
+            target = arith.addi(shared_address(stage), offset)
             asm("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", [target, source], "r,l")
 
         token = token_of(arith.remui(thread, constant(width)))
@@ -90,7 +90,7 @@ def copy_rows(sources, row_token, row, k, slot_smem, scales_smem, width: int, tr
         asm(_COPY_SCALE, [target, source, arith.extui(i32(), inside)], "r,l,r")
         asm("cp.async.commit_group;", [], "")
 
-    copy(x, x_scales, row_token, row, jnp.int32(k), slot_smem, scales_smem)
+    copy(x, x_scales, row_token, row, jnp.int32(k), stage_smem, scales_smem)
 
 
 def wait_landed(pending: int) -> None:

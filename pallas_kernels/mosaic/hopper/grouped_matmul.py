@@ -7,8 +7,8 @@ A tile is `block_m` tokens of one expert times 128 rows of each of one or two we
     wait empty[s]                            for each weight block:
     copy x[block_m, 128], its scales,   -->      wait full[s, block]
         weights[blocks, 128, 128]                wgmma 64 rows x columns x 128
-        -> slot s, full[s, block]                accumulator += product * (x scale * w scale)
-    next slot, into the next tile       <--  arrive empty[s]
+        -> stage s, full[s, block]               accumulator += product * (x scale * w scale)
+    next stage, into the next tile      <--  arrive empty[s]
                                              after the last 128 columns: epilogue of the tile
 
 A full tile of 128 tokens has its tokens on the 64-row side of `wgmma`, consumer w takes tokens
@@ -16,9 +16,9 @@ A full tile of 128 tokens has its tokens on the 64-row side of `wgmma`, consumer
 there (consumer w takes rows 64 w .. 64 w + 63 of every block) and the tokens on the n side, which
 may be as narrow as 16, so that little padding is multiplied. Each 128-column step is promoted to
 f32 registers with its own scales (DeepSeek-V3 technical report, section 3.3.2). CTAs are
-persistent; `tile_walk` has the order of tiles, `matmul_ring` the slots, `row_gather` the copies of
+persistent; `tile_scheduler` has the order of tiles, `pipeline` the stages, `gather` the copies of
 rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut along K,
-`idle_work` what the producer's spare warps may do meanwhile.
+`side_job` what the producer's spare warps may do meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.mosaic import launch, warp
 from pallas_kernels.mosaic.hopper import accumulate, gather, pipeline, split_k, work_counter
 from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
-from pallas_kernels.mosaic.hopper.pipeline import Ring, ring_types
+from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
 from pallas_kernels.mosaic.hopper.side_job import IdleWork
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
     QUEUE_BYTES,
@@ -59,14 +59,14 @@ _BARRIER_BYTES = 512
 
 @dataclasses.dataclass(frozen=True)
 class MatmulConfig:
-    """Shape of a tile and depth of the ring.
+    """Shape of a tile and depth of the pipeline.
 
     Attributes:
         block_m: Tokens of a tile, 16 or a multiple of 32 up to 256; experts are padded to it.
-        num_stages: Slots of the TMA ring, at least 2.
+        num_stages: Stages of the TMA pipeline, at least 2.
         tail_widths: Narrower tiles for an expert's last rows, ascending, multiples of 16.
         sms: CTAs; None takes one for each multiprocessor, of which there may not be more.
-        stages_per_fill: Slots that the producer fills together, a power of two up to `num_stages`:
+        stages_per_fill: Stages that the producer fills together, a power of two up to `num_stages`:
             a weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
             of 128-column steps is not a multiple of it.
         scheduler: "static": a CTA computes every `sms`-th tile; "dynamic": it takes the next tile
@@ -122,9 +122,9 @@ class MatmulConfig:
         return any(tokens_are_rows(width) for width in (*self.tail_widths, self.block_m))
 
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
-        """Raises ValueError if the ring and the epilogue do not fit in shared memory."""
-        ring = self.num_stages * pipeline.slot_bytes(self.block_m, num_blocks)
-        needed = ring + epilogue_bytes + QUEUE_BYTES + _BARRIER_BYTES
+        """Raises ValueError if the pipeline and the epilogue do not fit in shared memory."""
+        stages = self.num_stages * pipeline.stage_bytes(self.block_m, num_blocks)
+        needed = stages + epilogue_bytes + QUEUE_BYTES + _BARRIER_BYTES
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
 
@@ -185,7 +185,7 @@ def grouped_matmul(
         rows: The left side.
         weights: `e4m3[E, N, K]`.
         weights_scale: `f32[E, N/128, K/128]`.
-        config: Tile and ring.
+        config: Tile and pipeline.
         num_columns: Columns of tiles that cover N.
         weight_blocks: Maps a column to the 128-row blocks of N that its tile multiplies.
         epilogue: `epilogue(accumulators, tile, width, results, scratch)`, called by both consumer
@@ -223,7 +223,7 @@ def grouped_matmul(
             f"gathered, got {config.num_stages} with stages_per_fill={config.stages_per_fill}"
         )
     box_rows = QUANT_BLOCK // together
-    ring_scratch = ring_types(
+    stage_types = pipeline_types(
         config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS, gathered
     )
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
@@ -246,7 +246,7 @@ def grouped_matmul(
         side_result = refs.pop(0) if idle_work else None
         total = num_tiles[0] * num_columns
         parts = split_k.Parts(refs.pop(0), split_k.new_flags(sms), cut, total) if cut else None
-        ring, refs = Ring(*refs[: len(ring_scratch)]), refs[len(ring_scratch) :]
+        stages, refs = Pipeline(*refs[: len(stage_types)]), refs[len(stage_types) :]
         queue, scratch = TileQueue(*refs[: len(mail)]), refs[len(mail) :]
         place = (config.block_m, num_columns, sms, sizes, offsets, tile_expert, total)
         walk = Walk(*place, counter, cut, segments)
@@ -268,16 +268,16 @@ def grouped_matmul(
                     pl.when(group == walk.look_ahead_at(groups))(look_ahead)
                     first = tile.begin * segment_steps + group * together
                     ks = [first + i for i in range(together)]
-                    pipeline.fill(ring, sources, tile, width, blocks, first_step, ks, box_rows)
+                    pipeline.produce(stages, sources, tile, width, blocks, first_step, ks, box_rows)
 
             def finish(done):
                 if gathered:
-                    pipeline.announce_rest(ring, done * segment_steps)
+                    pipeline.commit_last(stages, done * segment_steps)
 
             fill = _by_width(config, fill_tile)
 
             def fill_drawn():
-                pipeline.drain(ring, walk.fill(queue, fill) * segment_steps)
+                pipeline.drain(stages, walk.fill(queue, fill) * segment_steps)
 
             if dynamic:
                 warps = [fill_drawn, lambda: walk.schedule(queue)]
@@ -286,7 +286,7 @@ def grouped_matmul(
                 warp.run(*warps)
             else:
                 done = walk.produce(queue, fill, finish)
-                pipeline.drain(ring, done * segment_steps)
+                pipeline.drain(stages, done * segment_steps)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():
@@ -296,7 +296,14 @@ def grouped_matmul(
                 blocks = weight_blocks(tile.column)
                 first_step = (done - tile.begin) * segment_steps
                 sum_steps = functools.partial(
-                    accumulate.accumulate, ring, w_scales, tile, blocks, first_step, width, gathered
+                    accumulate.accumulate,
+                    stages,
+                    w_scales,
+                    tile,
+                    blocks,
+                    first_step,
+                    width,
+                    gathered,
                 )
                 finish = row_epilogue if tokens_are_rows(width) else epilogue
                 at_segment_end = parts and functools.partial(parts.hand_over, tile, width)
@@ -319,7 +326,7 @@ def grouped_matmul(
     kernel = launch.kernel(
         body,
         out_type=(*outputs, *side_types, *partials),
-        scratch_types=[*ring_scratch, *mail, *scratch_types],
+        scratch_types=[*stage_types, *mail, *scratch_types],
         grid=(sms,),
         grid_names=("sm",),
         num_threads=NUM_CONSUMERS + 1,
@@ -338,7 +345,7 @@ def has_idle_warps(config: MatmulConfig, *, gathered: bool, interpret) -> bool:
     """Whether tiles are drawn by a warp of its own, which leaves two without work.
 
     Args:
-        config: Tile and ring.
+        config: Tile and pipeline.
         gathered: Whether the producer gathers the rows, which takes all of its warps.
         interpret: Interpreter parameters, or None for the GPU: the interpreter has neither
             atomics nor semaphores.

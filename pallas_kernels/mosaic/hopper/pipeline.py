@@ -1,6 +1,6 @@
-"""The ring of shared memory slots between the producer and the consumers of a grouped matmul.
+"""The pipeline of shared memory stages between the producer and the consumers of a grouped matmul.
 
-A slot holds one 128-column step of a tile: activations, their scales, and the weight blocks. The
+A stage holds one 128-column step of a tile: activations, their scales, and the weight blocks. The
 first weight block and the activations share a barrier; every further block has its own, so that
 consumers start on the first while the second is under way. That second wait has another merit: it
 keeps ptxas from starting the second product before the first is promoted, which would spill.
@@ -22,8 +22,8 @@ _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 _MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
 
 
-class Ring(NamedTuple):
-    """The slots and their barriers; `first_full` covers block 0, `next_full` the other blocks."""
+class Pipeline(NamedTuple):
+    """The stages and their barriers; `first_full` covers block 0, `next_full` the other blocks."""
 
     x: Any
     x_scales: Any
@@ -34,47 +34,47 @@ class Ring(NamedTuple):
 
     @property
     def num_stages(self) -> int:
-        """Slots."""
+        """Stages."""
         return self.x.shape[0]
 
     @property
     def block_m(self) -> int:
-        """Tokens of a slot."""
+        """Tokens of a stage."""
         return self.x.shape[1]
 
-    def slot(self, step):
+    def stage(self, step):
         """Where a step, counted over all tiles of the CTA, lies."""
         return lax.rem(step, jnp.int32(self.num_stages))
 
-    def full(self, slot, block: int):
+    def full(self, stage, block: int):
         """The barrier of a weight block."""
         if block == 0:
-            return self.first_full.at[slot]
-        return self.next_full.at[slot + (block - 1) * self.num_stages]
+            return self.first_full.at[stage]
+        return self.next_full.at[stage + (block - 1) * self.num_stages]
 
     def first_scale(self, row):
-        """Whose token scale comes first in the slot that TMA fills for a tile."""
+        """Whose token scale comes first in the stage that TMA fills for a tile."""
         return row - self._inside(row)
 
     def scale_offset(self, row):
-        """Where a tile's token scales start in a slot that TMA filled, which may be wider."""
+        """Where a tile's token scales start in a stage that TMA filled, which may be wider."""
         return pl.multiple_of(self._inside(row), self.block_m)
 
     def _inside(self, row):
         return lax.rem(row, jnp.int32(self.x_scales.shape[1]))
 
 
-def scale_slots(block_m: int) -> int:
-    """Token scales of a slot."""
+def scales_per_stage(block_m: int) -> int:
+    """Token scales of a stage."""
     return max(block_m, _MIN_SCALES)
 
 
-def slot_bytes(block_m: int, num_blocks: int) -> int:
-    """Shared memory of a slot without its barriers."""
-    return (block_m + num_blocks * QUANT_BLOCK) * QUANT_BLOCK + 4 * scale_slots(block_m)
+def stage_bytes(block_m: int, num_blocks: int) -> int:
+    """Shared memory of a stage without its barriers."""
+    return (block_m + num_blocks * QUANT_BLOCK) * QUANT_BLOCK + 4 * scales_per_stage(block_m)
 
 
-def ring_types(
+def pipeline_types(
     block_m: int,
     num_stages: int,
     num_blocks: int,
@@ -82,14 +82,14 @@ def ring_types(
     num_consumers: int,
     gathered: bool,
 ) -> list[Any]:
-    """Scratch types of a `Ring`.
+    """Scratch types of a `Pipeline`.
 
     Args:
-        block_m: Tokens of a slot.
-        num_stages: Slots.
-        num_blocks: Weight blocks of a slot.
+        block_m: Tokens of a stage.
+        num_stages: Stages.
+        num_blocks: Weight blocks of a stage.
         box_rows: Weight rows of a copy, a divisor of 128.
-        num_consumers: Warpgroups that release a slot.
+        num_consumers: Warpgroups that release a stage.
         gathered: Whether the producer's threads copy the tokens, instead of TMA.
     """
     token_arrivals = 1 if gathered else 2
@@ -98,7 +98,7 @@ def ring_types(
     weights = (num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK)
     return [
         plgpu.SMEM((num_stages, block_m, QUANT_BLOCK), e4m3, transforms=_F8_TILES),
-        plgpu.SMEM((num_stages, scale_slots(block_m)), jnp.float32),
+        plgpu.SMEM((num_stages, scales_per_stage(block_m)), jnp.float32),
         plgpu.SMEM(weights, e4m3, transforms=_F8_TILES),
         plgpu.Barrier(num_arrivals=token_arrivals + copies, num_barriers=num_stages),
         plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages * max(num_blocks - 1, 1)),
@@ -115,16 +115,16 @@ class Sources(NamedTuple):
     row_token: Any
 
 
-def fill(
-    ring: Ring, sources: Sources, tile, width: int, blocks, first_step, ks, box_rows: int
+def produce(
+    pipeline: Pipeline, sources: Sources, tile, width: int, blocks, first_step, ks, box_rows: int
 ) -> None:
-    """Producer: copies the 128-column steps `ks` of a tile into the next slots.
+    """Producer: copies the 128-column steps `ks` of a tile into the next stages.
 
     Copies of one weight row in several steps follow each other: they lie side by side in memory,
     and HBM reads 256 bytes in a row faster than 128 here and 128 there.
 
     Args:
-        ring: The ring.
+        pipeline: The stages.
         sources: Arrays in global memory.
         tile: The tile.
         width: Its tokens.
@@ -133,65 +133,65 @@ def fill(
         ks: Steps of the tile.
         box_rows: Weight rows of a copy.
     """
-    slots = [ring.slot(first_step + k) for k in ks]
-    for k, slot in zip(ks, slots, strict=True):
+    stages = [pipeline.stage(first_step + k) for k in ks]
+    for k, stage in zip(ks, stages, strict=True):
 
-        @pl.when(first_step + k >= ring.num_stages)
-        def _reuse(slot=slot):
-            plgpu.barrier_wait(ring.empty.at[slot])
+        @pl.when(first_step + k >= pipeline.num_stages)
+        def _reuse(stage=stage):
+            plgpu.barrier_wait(pipeline.empty.at[stage])
 
     # Gathered rows come last: looking their tokens up takes time that weights can travel in.
     gathered = sources.row_token is not None
     if not gathered:
-        _copy_tokens(ring, sources, tile, width, ks, slots)
+        _copy_tokens(pipeline, sources, tile, width, ks, stages)
     for i, block in enumerate(blocks):
         for first in range(0, QUANT_BLOCK, box_rows):
             rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
-            for k, slot in zip(ks, slots, strict=True):
+            for k, stage in zip(ks, stages, strict=True):
                 plgpu.copy_gmem_to_smem(
                     sources.weights.at[tile.expert, rows, pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)],
-                    ring.weights.at[slot, i, pl.ds(first, box_rows)],
-                    ring.full(slot, i),
+                    pipeline.weights.at[stage, i, pl.ds(first, box_rows)],
+                    pipeline.full(stage, i),
                 )
     if gathered:
-        _gather_tokens(ring, sources, tile, width, ks, slots)
+        _gather_tokens(pipeline, sources, tile, width, ks, stages)
         gather.wait_landed(gather.LAG)
         for k in ks:
-            _announce(ring, first_step + k - gather.LAG)
+            _commit(pipeline, first_step + k - gather.LAG)
 
 
-def _copy_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) -> None:
-    for k, slot in zip(ks, slots, strict=True):
-        full = ring.full(slot, 0)
+def _copy_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, stages) -> None:
+    for k, stage in zip(ks, stages, strict=True):
+        full = pipeline.full(stage, 0)
         tokens = sources.x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
-        plgpu.copy_gmem_to_smem(tokens, ring.x.at[slot, pl.ds(0, width)], full)
-        scales = pl.ds(ring.first_scale(tile.row), ring.x_scales.shape[1])
-        plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], ring.x_scales.at[slot], full)
+        plgpu.copy_gmem_to_smem(tokens, pipeline.x.at[stage, pl.ds(0, width)], full)
+        scales = pl.ds(pipeline.first_scale(tile.row), pipeline.x_scales.shape[1])
+        plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], pipeline.x_scales.at[stage], full)
 
 
-def _gather_tokens(ring: Ring, sources: Sources, tile, width: int, ks, slots) -> None:
+def _gather_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, stages) -> None:
     x = sources.x, sources.x_scales
-    for k, slot in zip(ks, slots, strict=True):
-        to = ring.x.at[slot], ring.x_scales.at[slot]
+    for k, stage in zip(ks, stages, strict=True):
+        to = pipeline.x.at[stage], pipeline.x_scales.at[stage]
         gather.copy_rows(x, sources.row_token, tile.row, k, *to, width, transforms=_F8_TILES)
 
 
-def announce_rest(ring: Ring, steps) -> None:
-    """Producer: announces the gathered tokens of the last steps, once all steps are filled."""
+def commit_last(pipeline: Pipeline, steps) -> None:
+    """Producer: commits the gathered tokens of the last steps, once all steps are produced."""
     gather.wait_landed(0)
     for back in range(gather.LAG, 0, -1):
-        _announce(ring, steps - back)
+        _commit(pipeline, steps - back)
 
 
-def _announce(ring: Ring, step) -> None:
+def _commit(pipeline: Pipeline, step) -> None:
     @pl.when(step >= 0)
     def _landed():
-        plgpu.barrier_arrive(ring.full(ring.slot(step), 0))
+        plgpu.barrier_arrive(pipeline.full(pipeline.stage(step), 0))
 
 
-def drain(ring: Ring, steps) -> None:
+def drain(pipeline: Pipeline, steps) -> None:
     """Producer: observes every completed phase, as it must before the barriers go away."""
 
-    @pl.loop(lax.max(steps - ring.num_stages, 0), steps)
+    @pl.loop(lax.max(steps - pipeline.num_stages, 0), steps)
     def _drain(step):
-        plgpu.barrier_wait(ring.empty.at[ring.slot(step)])
+        plgpu.barrier_wait(pipeline.empty.at[pipeline.stage(step)])

@@ -9,19 +9,19 @@ from HBM once and from L2 after that. The first tile of a CTA is its index, ever
     wait empty[i % 2]
     tile i -> slot[i % 2], full[i % 2]    -->    wait full[i % 2], read the slot
     look the next tile up                 <--    arrive empty[i % 2]
-    fill the ring for tile i                     compute tile i
+    fill the pipeline for tile i                 compute tile i
 
 With a counter a CTA takes the next tile that no CTA has instead, so that nobody idles while another
-has two tiles left. Taking a number and looking the tile up takes longer than the ring lasts, so a
-warp of its own does it. It takes the number late: CTAs should do so in the order in which they will
-be done.
+has two tiles left. Taking a number and looking the tile up takes longer than the pipeline lasts, so
+a warp of its own does it. It takes the number late: CTAs should do so in the order in which they
+will be done.
 
     producer warp 1                  producer warp 0                  consumer warpgroups
     ---------------                  ---------------                  -------------------
     wait empty
     take a tile number, look it up
     tile -> slot, full          -->  wait full, read the slot         wait full, read the slot
-                                     fill the ring for the tile       arrive empty
+                                     fill the pipeline for the tile    arrive empty
                                 <--  arrive empty, a few steps        compute the tile
                                      before the last one
 
@@ -174,13 +174,13 @@ class Walk(NamedTuple):
         return Tile(expert, offset + first, live, column, jnp.int32(0), jnp.int32(self.segments))
 
     def produce(self, queue: TileQueue, fill, finish) -> Any:
-        """Posts every tile of this CTA and fills the ring for it; without a counter.
+        """Posts every tile of this CTA and fills the pipeline for it; without a counter.
 
         Args:
             queue: Where the tiles go.
             fill: `fill(done, tile, look_ahead)`, `done` segments after the CTA's first one; it
-                calls `look_ahead()` once, when the ring is ahead of the consumers, since finding
-                the next tile takes longer than a step.
+                calls `look_ahead()` once, when the pipeline is ahead of the consumers, since
+                finding the next tile takes longer than a step.
             finish: `finish(done)`, called once all tiles are filled.
 
         Returns:
@@ -224,7 +224,7 @@ class Walk(NamedTuple):
         plgpu.barrier_wait(queue.empty.at[0])
 
     def fill(self, queue: TileQueue, fill) -> Any:
-        """Another warp: fills the ring for every tile that `schedule` posts.
+        """Another warp: fills the pipeline for every tile that `schedule` posts.
 
         Args:
             queue: Where the tiles go.

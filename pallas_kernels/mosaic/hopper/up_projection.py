@@ -49,7 +49,7 @@ def up_projection(
         rows: Activations `[M, H]`, or `[T, H]` with the token of each row, and their plan.
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
-        config: Tile and ring.
+        config: Tile and pipeline.
         idle_work: As for `grouped_matmul`.
         interpret: Interpreter parameters, or None for the GPU.
 
