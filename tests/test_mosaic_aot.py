@@ -79,7 +79,7 @@ def test_zeros_are_written_in_words_that_divide_a_row(hidden_size):
     def run(pair_row, rows, w, w_scale):
         work = zero_rows.zero_rows(pair_row, hidden_size)
         with jax_moe.assume_device("sm_90"):
-            return up_projection(GroupedRows(*rows), w, w_scale, config=config, idle_work=work)
+            return up_projection(GroupedRows(*rows), w, w_scale, config=config, side_job=work)
 
     rows, _ = grouped_rows([128, 5], 128, columns=512)
     arguments = (np.zeros((131, 8), np.int32), rows[:6], *weights(2, 256, 512))
@@ -95,10 +95,10 @@ def test_work_without_a_warp_for_it_is_refused():
     work = zero_rows.zero_rows(np.zeros((2, 8), np.int32), 512)
     with (
         jax_moe.assume_device("sm_90"),
-        pytest.raises(ValueError, match="idle_work: expected None"),
+        pytest.raises(ValueError, match="side_job: expected None"),
     ):
         up_projection(
-            rows, *weights(2, 256, 512), config=MatmulConfig(128, num_stages=3), idle_work=work
+            rows, *weights(2, 256, 512), config=MatmulConfig(128, num_stages=3), side_job=work
         )
 
 

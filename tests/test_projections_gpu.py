@@ -98,7 +98,7 @@ def test_zeros_are_those_of_the_tokens_without_a_local_pair(num_tokens, hidden_s
     @jax.jit
     def run(pair_row, rows, w, w_scale):
         work = zero_rows.zero_rows(pair_row, hidden_size)
-        return up_projection(GroupedRows(*rows), w, w_scale, config=config, idle_work=work)
+        return up_projection(GroupedRows(*rows), w, w_scale, config=config, side_job=work)
 
     expected = up(
         rows, w, w_scale, block_m=128, num_stages=3, tail_widths=(32,), scheduler="dynamic"

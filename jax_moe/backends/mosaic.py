@@ -21,8 +21,8 @@ from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic import unpermute as unpermute_kernel
 from pallas_kernels.mosaic.hopper import zero_rows
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, has_idle_warps
-from pallas_kernels.mosaic.hopper.side_job import IdleWork
+from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, has_spare_warps
+from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
@@ -166,7 +166,7 @@ def _up(
     weights: Array,
     weights_scale: Array,
     plan: GroupPlan,
-    side_job: IdleWork | None = None,
+    side_job: SideJob | None = None,
 ) -> tuple[Array, ...]:
     """Values and scales, then what `side_job` gives."""
     return up_projection(
@@ -174,7 +174,7 @@ def _up(
         weights,
         weights_scale,
         config=_up_config(weights, plan),
-        idle_work=side_job,
+        side_job=side_job,
         interpret=interpret_params(),
     )
 
@@ -185,12 +185,12 @@ def _up_config(weights: Array, plan: GroupPlan) -> MatmulConfig:
     return _on_this_device(chosen.up_projection)
 
 
-def _zeroing(rows: GroupedRows, weights: Array, plan: GroupPlan) -> IdleWork | None:
+def _zeroing(rows: GroupedRows, weights: Array, plan: GroupPlan) -> SideJob | None:
     """The work of writing the output's zeros, where the up-projection has a warp for it."""
     config = _up_config(weights, plan)
     gathered = rows.row_token is not None
-    idle = has_idle_warps(config, gathered=gathered, interpret=interpret_params())
-    if not idle or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
+    spare = has_spare_warps(config, gathered=gathered, interpret=interpret_params())
+    if not spare or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
         return None
     return zero_rows.zero_rows(plan.pair_row, rows.values.shape[1])
 

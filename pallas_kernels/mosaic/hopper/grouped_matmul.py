@@ -42,7 +42,7 @@ from pallas_kernels.mosaic import launch, warp
 from pallas_kernels.mosaic.hopper import accumulate, gather, pipeline, split_k, work_counter
 from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
-from pallas_kernels.mosaic.hopper.side_job import IdleWork
+from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
     QUEUE_BYTES,
     Cut,
@@ -176,7 +176,7 @@ def grouped_matmul(
     out_type: Any,
     scratch_types: Sequence[Any],
     name: str,
-    idle_work: IdleWork | None = None,
+    side_job: SideJob | None = None,
     interpret=None,
 ):
     """Runs `epilogue` on every tile of `rows @ weights[expert].T`.
@@ -195,14 +195,14 @@ def grouped_matmul(
         out_type: Shapes of the results.
         scratch_types: The epilogue's scratch.
         name: Kernel name.
-        idle_work: What a warp that would idle does besides; only where `has_idle_warps`.
+        side_job: What a spare warp does meanwhile; only where `has_spare_warps`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        Arrays of `out_type`, then that of `idle_work`; rows that no tile covers are unwritten.
+        Arrays of `out_type`, then that of `side_job`; rows that no tile covers are unwritten.
 
     Raises:
-        ValueError: The configuration does not fit the GPU, rows that are gathered or `idle_work`.
+        ValueError: The configuration does not fit the GPU, rows that are gathered or `side_job`.
     """
     if interpret is not None and rows.row_token is not None:
         values, scales = gather.gather_first(rows.values, rows.scales, rows.row_token)
@@ -227,10 +227,10 @@ def grouped_matmul(
         config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS, gathered
     )
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
-    dynamic = has_idle_warps(config, gathered=gathered, interpret=interpret)
-    if idle_work and not dynamic:
-        raise ValueError(f"idle_work: expected None where no warp idles, got one with {config}")
-    side_inputs, side_types = (idle_work.inputs, (idle_work.out_type,)) if idle_work else ((), ())
+    dynamic = has_spare_warps(config, gathered=gathered, interpret=interpret)
+    if side_job and not dynamic:
+        raise ValueError(f"side_job: expected None where no warp is spare, got one with {config}")
+    side_inputs, side_types = (side_job.inputs, (side_job.out_type,)) if side_job else ((), ())
     mail = queue_types(NUM_CONSUMERS, dynamic)
     cut = Cut(segments, sms) if segments > 1 and interpret is None else None
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
@@ -243,7 +243,7 @@ def grouped_matmul(
         side_refs, refs = refs[: len(side_inputs)], refs[len(side_inputs) :]
         counter = work_counter.new_counter() if dynamic else None
         results, refs = refs[: len(outputs)], refs[len(outputs) :]
-        side_result = refs.pop(0) if idle_work else None
+        side_result = refs.pop(0) if side_job else None
         total = num_tiles[0] * num_columns
         parts = split_k.Parts(refs.pop(0), split_k.new_flags(sms), cut, total) if cut else None
         stages, refs = Pipeline(*refs[: len(stage_types)]), refs[len(stage_types) :]
@@ -276,13 +276,13 @@ def grouped_matmul(
 
             fill = _by_width(config, fill_tile)
 
-            def fill_drawn():
+            def fill_tiles():
                 pipeline.drain(stages, walk.fill(queue, fill) * segment_steps)
 
             if dynamic:
-                warps = [fill_drawn, lambda: walk.schedule(queue)]
-                if idle_work:
-                    warps.append(lambda: idle_work.run(side_refs, side_result, sms))
+                warps = [fill_tiles, lambda: walk.schedule(queue)]
+                if side_job:
+                    warps.append(lambda: side_job.run(side_refs, side_result, sms))
                 warp.run(*warps)
             else:
                 done = walk.produce(queue, fill, finish)
@@ -337,12 +337,12 @@ def grouped_matmul(
     )
     given = (array for array in rows if array is not None)
     found = kernel(*given, weights, weights_scale, *side_inputs)
-    several = isinstance(out_type, tuple) or idle_work
+    several = isinstance(out_type, tuple) or side_job
     return tuple(found[: len(outputs) + len(side_types)]) if several else found[0]
 
 
-def has_idle_warps(config: MatmulConfig, *, gathered: bool, interpret) -> bool:
-    """Whether tiles are drawn by a warp of its own, which leaves two without work.
+def has_spare_warps(config: MatmulConfig, *, gathered: bool, interpret) -> bool:
+    """Whether one warp of the producer schedules and one fills, which leaves two without work.
 
     Args:
         config: Tile and pipeline.

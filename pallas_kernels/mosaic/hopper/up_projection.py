@@ -28,7 +28,7 @@ from pallas_kernels.mosaic import layouts
 from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL
 from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS
 from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, grouped_matmul
-from pallas_kernels.mosaic.hopper.side_job import IdleWork
+from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.shapes import QUANT_BLOCK
 
 _STAGED_TOKENS = 64
@@ -40,7 +40,7 @@ def up_projection(
     gemm1_weights_scale: Float[Array, "E 2*I/128 H/128"],
     *,
     config: MatmulConfig,
-    idle_work: IdleWork | None = None,
+    side_job: SideJob | None = None,
     interpret=None,
 ) -> tuple[Array, ...]:
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
@@ -50,14 +50,14 @@ def up_projection(
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
         config: Tile and pipeline.
-        idle_work: As for `grouped_matmul`.
+        side_job: As for `grouped_matmul`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `e4m3[M, I]` and `f32[I/128, M]`, padding rows hold anything; then what `idle_work` gives.
+        `e4m3[M, I]` and `f32[I/128, M]`, padding rows hold anything; then what `side_job` gives.
 
     Raises:
-        ValueError: The configuration needs more shared memory than there is, or no warp idles.
+        ValueError: The configuration needs more shared memory than there is, or no warp is spare.
     """
     num_rows = rows.num_rows
     intermediate_size = gemm1_weights.shape[1] // 2
@@ -93,7 +93,7 @@ def up_projection(
             plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         ],
         name="moe_up_projection",
-        idle_work=idle_work,
+        side_job=side_job,
         interpret=interpret,
     )
 

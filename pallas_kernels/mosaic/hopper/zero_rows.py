@@ -1,4 +1,4 @@
-"""Zeros for the tokens without a local expert, written by a warp that would idle.
+"""Zeros for the tokens without a local expert, written by a spare warp of the up-projection.
 
     producer warp 2 of CTA c, for tokens c, c + sms, ...
         32 lanes     a pair each; if none of the token's is local, zeros to its row
@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from pallas_kernels.mosaic.hopper.side_job import IdleWork
+from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.ptx import asm, constant, flat, global_address
 
 MAX_PAIRS = 32
@@ -49,8 +49,8 @@ _ZERO_IF_IDLE = """{{
 }}"""
 
 
-def zero_rows(pair_row: Int32[Array, "T k"], hidden_size: int) -> IdleWork:
-    """The work of a matmul's idle warps that gives `bf16[T, hidden_size]`.
+def zero_rows(pair_row: Int32[Array, "T k"], hidden_size: int) -> SideJob:
+    """The side job of a matmul that gives `bf16[T, hidden_size]`.
 
     Rows of tokens without a local pair are zeros, the others are unwritten.
 
@@ -64,7 +64,7 @@ def zero_rows(pair_row: Int32[Array, "T k"], hidden_size: int) -> IdleWork:
     num_tokens, top_k = pair_row.shape
     if top_k > MAX_PAIRS:
         raise ValueError(f"pair_row: expected at most {MAX_PAIRS} pairs a token, got {top_k}")
-    return IdleWork(
+    return SideJob(
         inputs=(pair_row,),
         out_type=jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),
         run=_write,
