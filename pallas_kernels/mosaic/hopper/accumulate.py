@@ -24,18 +24,19 @@ NUM_CONSUMERS = 2
 CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
 
 
-def tokens_are_rows(width: int) -> bool:
-    """Whether a tile of that width has its tokens on the 64-row side of `wgmma`.
+def is_token_major(width: int) -> bool:
+    """Whether a tile of that width has its tokens on the 64-row side of `wgmma`, the M side.
 
-    There a thread holds two token scales instead of a quarter of all, so promotion costs half as
-    many instructions; but only tiles of 128 tokens give both consumers 64 rows.
+    Token-major, a thread holds two token scales instead of a quarter of all, so promotion costs
+    half as many instructions; but only tiles of 128 tokens give both consumers 64 rows. All others
+    are weight-major, tokens on the N side.
     """
     return width == NUM_CONSUMERS * CONSUMER_ROWS
 
 
 def _sum_shape(width: int) -> tuple[int, int]:
-    """Tokens x weight rows if tokens are rows, else weight rows x tokens."""
-    return (CONSUMER_ROWS, QUANT_BLOCK if tokens_are_rows(width) else width)
+    """Tokens x weight rows if token-major, else weight rows x tokens."""
+    return (CONSUMER_ROWS, QUANT_BLOCK if is_token_major(width) else width)
 
 
 def _zeros(num_blocks: int, width: int):
@@ -62,16 +63,16 @@ def accumulate(
     handed to `at_segment_end(segment, sums)`.
     """
     my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
-    token_rows = tokens_are_rows(width)
+    token_major = is_token_major(width)
     shape = _sum_shape(width)
-    token_axis = 0 if token_rows else 1
+    token_axis = 0 if token_major else 1
     scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
     scale_offset = 0 if scales_at_zero else pipeline.scale_offset(tile.row)
-    my_scales = my_rows if token_rows else pl.ds(scale_offset, width)
+    my_scales = my_rows if token_major else pl.ds(scale_offset, width)
     one_segment = isinstance(end, int) and segment_steps == end - begin
 
     def operands(stage, i):
-        if token_rows:
+        if token_major:
             return pipeline.x.at[stage, my_rows], pipeline.weights.at[stage, i].T
         return pipeline.weights.at[stage, i, my_rows], pipeline.x.at[stage, pl.ds(0, width)].T
 

@@ -1,8 +1,9 @@
 """Down-projection: block-scaled grouped matmul with a plain bf16 result.
 
-epilogue, per weight block:  f32[64, tokens] -> bf16, transposed on the way to shared memory
-                             (stmatrix.trans) -> TMA store of [tokens, 64]
-of a full tile:              f32[64 tokens, 128] -> bf16 -> two TMA stores of [64, 64]
+epilogue, per weight block:
+    weight-major  f32[64, tokens] -> bf16, transposed on the way to shared memory
+                  (stmatrix.trans) -> TMA store of [tokens, 64]
+    token-major   f32[64 tokens, 128] -> bf16 -> two TMA stores of [64, 64]
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def down_projection(
         config=config,
         num_columns=hidden_size // (blocks * QUANT_BLOCK),
         weight_blocks=lambda column: tuple(column * blocks + i for i in range(blocks)),
-        epilogue=_store_columns,
-        row_epilogue=_store_rows,
+        weight_major_epilogue=_weight_major_epilogue,
+        token_major_epilogue=_token_major_epilogue,
         out_type=jax.ShapeDtypeStruct((rows.num_rows, hidden_size), jnp.bfloat16),
         scratch_types=[plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles)],
         name="moe_down_projection",
@@ -71,7 +72,7 @@ def down_projection(
     )
 
 
-def _store_columns(accumulators, tile, width, outputs, scratch):
+def _weight_major_epilogue(accumulators, tile, width, outputs, scratch):
     """Weights x tokens: consumer w holds 64 columns of H of every block for all tokens."""
     (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
@@ -89,7 +90,7 @@ def _store_columns(accumulators, tile, width, outputs, scratch):
             plgpu.copy_smem_to_gmem(mine, out.at[rows, pl.ds(column, CONSUMER_ROWS)])
 
 
-def _store_rows(accumulators, tile, width, outputs, scratch):
+def _token_major_epilogue(accumulators, tile, width, outputs, scratch):
     """Tokens x weights: consumer w holds 64 tokens, 128 columns of H a block."""
     (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")

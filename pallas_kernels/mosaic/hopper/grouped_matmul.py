@@ -11,12 +11,12 @@ A tile is `block_m` tokens of one expert times 128 rows of each of one or two we
     next stage, into the next tile      <--  arrive empty[s]
                                              after the last 128 columns: epilogue of the tile
 
-A full tile of 128 tokens has its tokens on the 64-row side of `wgmma`, consumer w takes tokens
-64 w .. 64 w + 63. Narrower tiles, those of few tokens and an expert's last one, have the weights
-there (consumer w takes rows 64 w .. 64 w + 63 of every block) and the tokens on the n side, which
-may be as narrow as 16, so that little padding is multiplied. Each 128-column step is promoted to
-f32 registers with its own scales (DeepSeek-V3 technical report, section 3.3.2). CTAs are
-persistent; `tile_scheduler` has the order of tiles, `pipeline` the stages, `gather` the copies of
+A full tile of 128 tokens is token-major: its tokens are on the 64-row side of `wgmma`, consumer w
+takes tokens 64 w .. 64 w + 63. Narrower tiles, those of few tokens and an expert's last one, are
+weight-major ("swap-AB"): the weights are there (consumer w takes rows 64 w .. 64 w + 63 of every
+block) and the tokens on the n side, which may be as narrow as 16, so that little padding is
+multiplied. Each 128-column step is promoted to f32 registers with its own scales (DeepSeek-V3
+technical report, section 3.3.2). CTAs are persistent; `tile_scheduler` has the order of tiles, `pipeline` the stages, `gather` the copies of
 rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut along K,
 `side_job` what the producer's spare warps may do meanwhile.
 """
@@ -40,7 +40,7 @@ from jaxtyping import Array, Float, Float8e4m3fn, Int32
 from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.mosaic import launch, warp
 from pallas_kernels.mosaic.hopper import accumulate, gather, pipeline, split_k, work_counter
-from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS, tokens_are_rows
+from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS, is_token_major
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
@@ -117,9 +117,9 @@ class MatmulConfig:
             )
 
     @property
-    def has_row_tiles(self) -> bool:
+    def has_token_major_tiles(self) -> bool:
         """Whether some tiles have their tokens on the 64-row side of `wgmma`."""
-        return any(tokens_are_rows(width) for width in (*self.tail_widths, self.block_m))
+        return any(is_token_major(width) for width in (*self.tail_widths, self.block_m))
 
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
         """Raises ValueError if the pipeline and the epilogue do not fit in shared memory."""
@@ -171,15 +171,15 @@ def grouped_matmul(
     config: MatmulConfig,
     num_columns: int,
     weight_blocks: Callable[[Any], tuple],
-    epilogue: Callable[..., None],
-    row_epilogue: Callable[..., None],
+    weight_major_epilogue: Callable[..., None],
+    token_major_epilogue: Callable[..., None],
     out_type: Any,
     scratch_types: Sequence[Any],
     name: str,
     side_job: SideJob | None = None,
     interpret=None,
 ):
-    """Runs `epilogue` on every tile of `rows @ weights[expert].T`.
+    """Runs an epilogue on every tile of `rows @ weights[expert].T`.
 
     Args:
         rows: The left side.
@@ -188,9 +188,10 @@ def grouped_matmul(
         config: Tile and pipeline.
         num_columns: Columns of tiles that cover N.
         weight_blocks: Maps a column to the 128-row blocks of N that its tile multiplies.
-        epilogue: `epilogue(accumulators, tile, width, results, scratch)`, called by both consumer
-            warpgroups with one `f32[64, width]` accumulator a weight block, weights x tokens.
-        row_epilogue: The same for a full tile of 128 tokens, with accumulators
+        weight_major_epilogue: `epilogue(accumulators, tile, width, results, scratch)`, called by
+            both consumer warpgroups with one `f32[64, width]` accumulator per weight block,
+            weights x tokens.
+        token_major_epilogue: The same for a full tile of 128 tokens, with accumulators
             `f32[64, 128]`, tokens x weights.
         out_type: Shapes of the results.
         scratch_types: The epilogue's scratch.
@@ -305,7 +306,7 @@ def grouped_matmul(
                     width,
                     gathered,
                 )
-                finish = row_epilogue if tokens_are_rows(width) else epilogue
+                finish = token_major_epilogue if is_token_major(width) else weight_major_epilogue
                 at_segment_end = parts and functools.partial(parts.hand_over, tile, width)
                 begin, end = tile.begin * segment_steps, tile.end * segment_steps
                 if cut is None:

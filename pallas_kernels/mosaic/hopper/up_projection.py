@@ -1,13 +1,13 @@
 """Up-projection: block-scaled grouped matmul with SwiGLU and 1x128 requantization fused in.
 
 a tile multiplies block j of the up half and block j of the gate half of gemm1_weights
-epilogue of weights x tokens, 32 or 64 tokens at a time:
+weight-major epilogue, 32 or 64 tokens at a time:
     consumer w    silu(gate) * up, f32[64, tokens] -> bf16, transposed to shared memory
     both          barrier
     consumer w    half of the tokens, one row a warp: amax over the 128 columns -> scale
                   -> e4m3 -> global memory
     both          barrier
-epilogue of tokens x weights, a full tile:
+token-major epilogue:
     consumer w    silu(gate) * up, f32[64 tokens, 128] -> bf16, amax over the 128 columns
                   -> scale -> e4m3 -> TMA store
 """
@@ -62,13 +62,20 @@ def up_projection(
     num_rows = rows.num_rows
     intermediate_size = gemm1_weights.shape[1] // 2
     num_columns = intermediate_size // QUANT_BLOCK
-    columns_staged = (
+    weight_major_shape = (
         NUM_CONSUMERS,
-        min(config.block_m, _STAGED_TOKENS // 2 if config.has_row_tiles else _STAGED_TOKENS),
+        min(
+            config.block_m, _STAGED_TOKENS // 2 if config.has_token_major_tiles else _STAGED_TOKENS
+        ),
         CONSUMER_ROWS,
     )
-    rows_staged = (NUM_CONSUMERS, 2, CONSUMER_ROWS if config.has_row_tiles else 8, CONSUMER_ROWS)
-    config.check_smem(2, math.prod(columns_staged) * 2 + math.prod(rows_staged))
+    token_major_shape = (
+        NUM_CONSUMERS,
+        2,
+        CONSUMER_ROWS if config.has_token_major_tiles else 8,
+        CONSUMER_ROWS,
+    )
+    config.check_smem(2, math.prod(weight_major_shape) * 2 + math.prod(token_major_shape))
     tiling = plgpu.TilingTransform((8, CONSUMER_ROWS))
     return grouped_matmul(
         rows,
@@ -77,18 +84,20 @@ def up_projection(
         config=config,
         num_columns=num_columns,
         weight_blocks=lambda column: (column, num_columns + column),
-        epilogue=_swiglu_quantize_columns,
-        row_epilogue=_swiglu_quantize_rows,
+        weight_major_epilogue=_weight_major_epilogue,
+        token_major_epilogue=_token_major_epilogue,
         out_type=(
             jax.ShapeDtypeStruct((num_rows, intermediate_size), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((num_columns, num_rows), jnp.float32),
         ),
         scratch_types=[
             plgpu.SMEM(
-                columns_staged, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(128))
+                weight_major_shape, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(128))
             ),
             plgpu.SMEM(
-                rows_staged, jnp.float8_e4m3fn, transforms=(tiling, plgpu.SwizzleTransform(64))
+                token_major_shape,
+                jnp.float8_e4m3fn,
+                transforms=(tiling, plgpu.SwizzleTransform(64)),
             ),
             plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         ],
@@ -98,7 +107,7 @@ def up_projection(
     )
 
 
-def _swiglu_quantize_columns(accumulators, tile, width, outputs, scratch):
+def _weight_major_epilogue(accumulators, tile, width, outputs, scratch):
     """Weights x tokens: a token's 128 columns lie in both consumers, who meet over them."""
     (values, scales), (staging, _, both) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
@@ -109,7 +118,7 @@ def _swiglu_quantize_columns(accumulators, tile, width, outputs, scratch):
     for first in range(0, width, chunk):
         tokens = min(width - first, chunk)
         staging.at[warpgroup, pl.ds(0, tokens)].T[...] = activated[:, first : first + tokens]
-        _meet(both)
+        _sync_consumers(both)
         mine = tokens // NUM_CONSUMERS
         halves = [
             plgpu.load(staging.at[i, pl.ds(warpgroup * mine, mine)], layout=layout)
@@ -124,10 +133,10 @@ def _swiglu_quantize_columns(accumulators, tile, width, outputs, scratch):
             column = tile.column * QUANT_BLOCK + i * CONSUMER_ROWS
             values[row, pl.ds(column, CONSUMER_ROWS)] = _to_e4m3(half * inverse)
         scales[tile.column, row] = scale
-        _meet(both)
+        _sync_consumers(both)
 
 
-def _swiglu_quantize_rows(accumulators, tile, width, outputs, scratch):
+def _token_major_epilogue(accumulators, tile, width, outputs, scratch):
     """Tokens x weights: consumer w holds its 64 tokens' 128 columns, so nobody has to wait."""
     (values, scales), (_, staging, _) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
@@ -158,7 +167,7 @@ def _to_e4m3(scaled):
     return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
 
 
-def _meet(barrier):
+def _sync_consumers(barrier):
     """Both consumer warpgroups wait for each other; shared memory writes become visible."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
