@@ -21,7 +21,9 @@ from jaxtyping import Array, Bool, Int32
 from pallas_kernels.mosaic import layouts
 from pallas_kernels.mosaic.ptx import asm, i32
 
-_REACH = 2**31
+MAX_OFFSET = 2**31
+"""Elements that int32 offsets reach."""
+
 _PTX_STORE = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }"
 
 
@@ -103,7 +105,7 @@ def store_at(
 
 
 def _check_extent(ref) -> None:
-    if math.prod(ref.shape) > _REACH:
+    if math.prod(ref.shape) > MAX_OFFSET:
         raise ValueError(
             f"expected an array of at most 2^31 elements, which int32 offsets reach, "
             f"got {list(ref.shape)}"

@@ -51,8 +51,10 @@ def store(ref, index, value) -> None:
     stored(ref, value, *index)
 
 
-def while_loop(most, alive: Callable[[Any], Any], step: Callable[[Any], Any], carry: Any) -> Any:
-    """`lax.while_loop(alive, step, carry)`, of at most `most` steps: loops of known length.
+def while_loop(
+    max_steps, alive: Callable[[Any], Any], step: Callable[[Any], Any], carry: Any
+) -> Any:
+    """`lax.while_loop(alive, step, carry)` of at most `max_steps` steps: loops of known length.
 
     Each skips what is left once `carry` is not alive, so that the end costs little.
     """
@@ -63,7 +65,7 @@ def while_loop(most, alive: Callable[[Any], Any], step: Callable[[Any], Any], ca
     def block(carry):
         return lax.fori_loop(0, _BLOCK, lambda _, carry: guarded(step, carry), carry)
 
-    blocks = lax.div(most + (_BLOCK - 1), jnp.int32(_BLOCK))
+    blocks = lax.div(max_steps + (_BLOCK - 1), jnp.int32(_BLOCK))
     return lax.fori_loop(0, blocks, lambda _, carry: guarded(block, carry), carry)
 
 

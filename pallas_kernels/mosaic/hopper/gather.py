@@ -5,7 +5,7 @@ Hopper's TMA cannot gather, so the producer's threads copy the rows themselves (
 
     thread t     16-byte chunk t % 8 of rows t / 8, t / 8 + 16, ...; the scale of row t
 
-A step is committed `LAG` steps later, when its copies have landed. The interpreter has no
+A step is committed `GATHER_DELAY` steps later, when its copies have landed. The interpreter has no
 `cp.async`; there, callers gather the rows first.
 """
 
@@ -27,7 +27,7 @@ from pallas_kernels.mosaic.ptx import (
 )
 from pallas_kernels.shapes import QUANT_BLOCK
 
-LAG = 2
+GATHER_DELAY = 2
 """Steps under way before the oldest must have landed."""
 
 _CHUNK = 16

@@ -16,9 +16,11 @@ takes tokens 64 w .. 64 w + 63. Narrower tiles, those of few tokens and an exper
 weight-major ("swap-AB"): the weights are there (consumer w takes rows 64 w .. 64 w + 63 of every
 block) and the tokens on the n side, which may be as narrow as 16, so that little padding is
 multiplied. Each 128-column step is promoted to f32 registers with its own scales (DeepSeek-V3
-technical report, section 3.3.2). CTAs are persistent; `tile_scheduler` has the order of tiles, `pipeline` the stages, `gather` the copies of
-rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut along K,
-`side_job` what the producer's spare warps may do meanwhile.
+technical report, section 3.3.2).
+
+CTAs are persistent; `tile_scheduler` has the order of tiles, `pipeline` the stages, `gather` the
+copies of rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut
+along K, `side_job` what the producer's spare warps may do meanwhile.
 """
 
 from __future__ import annotations
@@ -217,15 +219,14 @@ def grouped_matmul(
         raise ValueError(f"sms: expected at most the {available} of this GPU, got {sms}")
     segments = config.segments(num_steps)
     segment_steps = num_steps // segments
-    together = config.stages_per_fill if segment_steps % config.stages_per_fill == 0 else 1
-    if gathered and config.num_stages < together + gather.LAG:
+    stages_per_fill = config.stages_per_fill if segment_steps % config.stages_per_fill == 0 else 1
+    if gathered and config.num_stages < stages_per_fill + gather.GATHER_DELAY:
         raise ValueError(
-            f"num_stages: expected at least stages_per_fill + {gather.LAG} where rows are "
+            f"num_stages: expected at least stages_per_fill + {gather.GATHER_DELAY} where rows are "
             f"gathered, got {config.num_stages} with stages_per_fill={config.stages_per_fill}"
         )
-    box_rows = QUANT_BLOCK // together
     stage_types = pipeline_types(
-        config.block_m, config.num_stages, num_blocks, box_rows, NUM_CONSUMERS, gathered
+        config.block_m, config.num_stages, num_blocks, stages_per_fill, NUM_CONSUMERS, gathered
     )
     outputs = out_type if isinstance(out_type, tuple) else (out_type,)
     dynamic = has_spare_warps(config, gathered=gathered, interpret=interpret)
@@ -261,15 +262,15 @@ def grouped_matmul(
 
             def fill_tile(done, tile, width, look_ahead):
                 blocks = weight_blocks(tile.column)
-                groups = (tile.end - tile.begin) * (segment_steps // together)
+                groups = (tile.end - tile.begin) * (segment_steps // stages_per_fill)
                 first_step = (done - tile.begin) * segment_steps
 
                 @pl.loop(0, groups)
                 def _steps(group):
                     pl.when(group == walk.look_ahead_at(groups))(look_ahead)
-                    first = tile.begin * segment_steps + group * together
-                    ks = [first + i for i in range(together)]
-                    pipeline.produce(stages, sources, tile, width, blocks, first_step, ks, box_rows)
+                    first = tile.begin * segment_steps + group * stages_per_fill
+                    ks = [first + i for i in range(stages_per_fill)]
+                    pipeline.produce(stages, sources, tile, width, blocks, first_step, ks)
 
             def finish(done):
                 if gathered:

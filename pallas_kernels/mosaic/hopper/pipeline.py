@@ -78,7 +78,7 @@ def pipeline_types(
     block_m: int,
     num_stages: int,
     num_blocks: int,
-    box_rows: int,
+    stages_per_fill: int,
     num_consumers: int,
     gathered: bool,
 ) -> list[Any]:
@@ -88,12 +88,13 @@ def pipeline_types(
         block_m: Tokens of a stage.
         num_stages: Stages.
         num_blocks: Weight blocks of a stage.
-        box_rows: Weight rows of a copy, a divisor of 128.
+        stages_per_fill: Stages that are filled together, a power of two.
         num_consumers: Warpgroups that release a stage.
         gathered: Whether the producer's threads copy the tokens, instead of TMA.
     """
     token_arrivals = 1 if gathered else 2
-    copies = QUANT_BLOCK // box_rows
+    # Each weight block of a stage comes in as many copies as stages are filled together.
+    copies = stages_per_fill
     e4m3 = jnp.float8_e4m3fn
     weights = (num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK)
     return [
@@ -115,9 +116,7 @@ class Sources(NamedTuple):
     row_token: Any
 
 
-def produce(
-    pipeline: Pipeline, sources: Sources, tile, width: int, blocks, first_step, ks, box_rows: int
-) -> None:
+def produce(pipeline: Pipeline, sources: Sources, tile, width: int, blocks, first_step, ks) -> None:
     """Producer: copies the 128-column steps `ks` of a tile into the next stages.
 
     Copies of one weight row in several steps follow each other: they lie side by side in memory,
@@ -131,7 +130,6 @@ def produce(
         blocks: Its weight blocks.
         first_step: The CTA's count of steps before step 0 of this tile.
         ks: Steps of the tile.
-        box_rows: Weight rows of a copy.
     """
     stages = [pipeline.stage(first_step + k) for k in ks]
     for k, stage in zip(ks, stages, strict=True):
@@ -142,6 +140,7 @@ def produce(
 
     # Gathered rows come last: looking their tokens up takes time that weights can travel in.
     gathered = sources.row_token is not None
+    box_rows = QUANT_BLOCK // len(ks)
     if not gathered:
         _copy_tokens(pipeline, sources, tile, width, ks, stages)
     for i, block in enumerate(blocks):
@@ -155,9 +154,9 @@ def produce(
                 )
     if gathered:
         _gather_tokens(pipeline, sources, tile, width, ks, stages)
-        gather.wait_landed(gather.LAG)
+        gather.wait_landed(gather.GATHER_DELAY)
         for k in ks:
-            _commit(pipeline, first_step + k - gather.LAG)
+            _commit(pipeline, first_step + k - gather.GATHER_DELAY)
 
 
 def _copy_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, stages) -> None:
@@ -179,7 +178,7 @@ def _gather_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, s
 def commit_last(pipeline: Pipeline, steps) -> None:
     """Producer: commits the gathered tokens of the last steps, once all steps are produced."""
     gather.wait_landed(0)
-    for back in range(gather.LAG, 0, -1):
+    for back in range(gather.GATHER_DELAY, 0, -1):
         _commit(pipeline, steps - back)
 
 

@@ -42,7 +42,7 @@ from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper import work_counter
 
 _NUM_SLOTS = 2
-_LATE = 8  # steps that are left when the next number is taken: twice what a look-up takes
+LOOKAHEAD_STEPS = 8  # left of a tile when the next number is taken: twice what a look-up takes
 _BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
 QUEUE_BYTES = 1024  # every piece of shared memory takes a multiple of that
 
@@ -251,7 +251,7 @@ class Walk(NamedTuple):
         """Before which of a tile's groups of steps to see about the next tile."""
         if self.counter is None:
             return lax.div(groups, jnp.int32(2))
-        return lax.max(groups - _LATE, 0)
+        return lax.max(groups - LOOKAHEAD_STEPS, 0)
 
     def consume(self, queue: TileQueue, body) -> None:
         """Calls `body(done, tile)` for every tile that the producer posts, `done` as in `fill`."""
