@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 SMEM_BYTES = 232448
-"""Shared memory a block may have on Hopper."""
+"""Shared memory per block on Hopper, at most."""
 
 _H100_SMS = 132
 

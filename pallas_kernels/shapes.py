@@ -19,7 +19,7 @@ def even_rows(num_tokens: int, top_k: int, num_experts: int) -> float:
 
     Args:
         num_tokens: T.
-        top_k: Experts a token picks.
+        top_k: Experts per token.
         num_experts: E.
     """
     return num_tokens * top_k / num_experts
@@ -34,7 +34,7 @@ def max_rows(num_tokens: int, top_k: int, num_local_experts: int, block_m: int) 
 
     Args:
         num_tokens: T, may be 0.
-        top_k: Experts a token picks among all experts.
+        top_k: Experts per token, among all experts.
         num_local_experts: E_local.
         block_m: Rows of a tile.
 

@@ -89,7 +89,7 @@ def test_zeros_are_written_in_words_that_divide_a_row(hidden_size):
 
 
 def test_work_without_a_warp_for_it_is_refused():
-    with pytest.raises(ValueError, match="pair_row: expected at most 32 pairs a token, got 33"):
+    with pytest.raises(ValueError, match="pair_row: expected at most 32 pairs per token, got 33"):
         zero_rows.zero_rows(np.zeros((2, 33), np.int32), 512)
     rows, _ = grouped_rows([128, 5], 128, columns=512)
     work = zero_rows.zero_rows(np.zeros((2, 8), np.int32), 512)

@@ -1,6 +1,6 @@
-"""FP8 quantization of activations in groups of 1 x 128, one row a warp.
+"""FP8 quantization of activations in groups of 1 x 128, one row per warp.
 
-    CTA (one warpgroup)   [16 rows, 128 columns]: 4 rows a warp, 4 columns a lane
+    CTA (one warpgroup)   [16 rows, 128 columns]: 4 rows per warp, 4 columns per lane
                           amax by shuffles -> scale -> clip -> e4m3
 
 The grid overlaps at the last rows instead of masking: the overlap writes the same bits twice.
@@ -74,7 +74,7 @@ def _kernel(x_gmem, values_gmem, scales_gmem, *, rows, interpret):
 
 
 def quantize_rows(x, layout, interpret):
-    """Quantizes `f32[r, c]` registers, one group a row; returns `e4m3[r, c]` and `f32[r]`."""
+    """Quantizes `f32[r, c]` registers, one group per row; returns `e4m3[r, c]` and `f32[r]`."""
     over = functools.partial(divide, interpret=interpret)
     amax = jnp.max(jnp.abs(x), axis=1)
     largest = plgpu.layout_cast(jnp.full(amax.shape, E4M3_MAX, jnp.float32), layout.reduce(1))

@@ -10,7 +10,7 @@ ROWS_PER_WARPGROUP = 4
 
 
 def row_per_warp(columns: int) -> plgpu.Layout:
-    """Layout of `[4 r, columns c]`: one row a warp, `columns / 32` neighbours a lane.
+    """Layout of `[4 r, columns c]`: one row per warp, `columns / 32` neighbours per lane.
 
     Args:
         columns: Width of the base tile, a multiple of 32; wider arrays repeat it.

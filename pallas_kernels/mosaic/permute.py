@@ -1,10 +1,10 @@
 """Copies activation rows and their scales into expert-major order: two kinds of CTA, one launch.
 
-    scales, 2 an SM      a tile of the plan's rows times up to 14 blocks, and on to the next
-    rows, one a token    the token's row, read once, to each of its local pairs' rows
+    scales, 2 per SM     a tile of the plan's rows times up to 14 blocks, and on to the next
+    rows, 1 per token    the token's row, read once, to each of its local pairs' rows
 
-Scales are block-major, so those of a tile's rows are stored side by side, those of a token each in
-a line of its own. Tokens without a local expert cost one look at `pair_row`.
+Scales are block-major: those of a tile's rows are stored side by side, those of a token each in a
+line of its own. Tokens without a local expert cost one look at `pair_row`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pallas_kernels.mosaic import launch
 from pallas_kernels.mosaic.indexed_memory import load_at
 
 _WARPGROUP = 128  # threads
-_SCALE_CTAS = 2  # of an SM
+_SCALE_CTAS = 2  # per SM
 _SCALE_BLOCKS = 14  # on their way together: all are loaded before the first is stored
 
 

@@ -1,7 +1,7 @@
-"""Weighted sum of a token's expert rows, one warpgroup a token or, of few tokens, a part of one.
+"""Weighted sum of a token's expert rows: a warpgroup per token or, of few, per part of a token.
 
-    many tokens   H columns a warpgroup      local rows one after another: memory bound all the same
-    few tokens    1024 columns a warpgroup   local rows loaded together: the latency of one row
+    many tokens   H columns per warpgroup      local rows one by one: memory bound all the same
+    few tokens    1024 columns per warpgroup   local rows loaded together: the latency of one row
 
 The sum runs over the token's choices in their order, in f32, with one cast at the end, so the
 result does not depend on scheduling. Only local pairs are read; a token without one gets zeros,

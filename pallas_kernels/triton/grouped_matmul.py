@@ -80,7 +80,7 @@ class MatmulConfig:
         num_warps: 4 or 8.
         num_stages: Depth of the software pipeline, 1 to 8.
         programs_per_sm: Programs that fit on an SM; each then works through several tiles. 0 makes
-            one program a tile and leaves the rest to the hardware.
+            one program per tile and leaves the rest to the hardware.
         swap_ab: Whether the weights are the first operand of the matrix instruction.
 
     Raises:

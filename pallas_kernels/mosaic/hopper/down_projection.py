@@ -91,7 +91,7 @@ def _weight_major_epilogue(accumulators, tile, width, outputs, scratch):
 
 
 def _token_major_epilogue(accumulators, tile, width, outputs, scratch):
-    """Tokens x weights: consumer w holds 64 tokens, 128 columns of H a block."""
+    """Tokens x weights: consumer w holds 64 tokens, 128 columns of H per block."""
     (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -4,7 +4,7 @@ a tile multiplies block j of the up half and block j of the gate half of gemm1_w
 weight-major epilogue, 32 or 64 tokens at a time:
     consumer w    silu(gate) * up, f32[64, tokens] -> bf16, transposed to shared memory
     both          barrier
-    consumer w    half of the tokens, one row a warp: amax over the 128 columns -> scale
+    consumer w    half of the tokens, one row per warp: amax over the 128 columns -> scale
                   -> e4m3 -> global memory
     both          barrier
 token-major epilogue:

@@ -1,7 +1,7 @@
 """Zeros for the tokens without a local expert, written by a spare warp of the up-projection.
 
     producer warp 2 of CTA c, for tokens c, c + sms, ...
-        32 lanes     a pair each; if none of the token's is local, zeros to its row
+        32 lanes     one pair per lane; if none of the token's is local, zeros to its row
         pause        so that the copies that feed the tensor cores come first
 
 The unpermute kernel then writes the other tokens only. HBM has time for these rows while tiles are
@@ -20,7 +20,7 @@ from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.ptx import asm, constant, flat, global_address
 
 MAX_PAIRS = 32
-"""Pairs of a token, at most: a lane each."""
+"""Pairs per token, at most: one per lane."""
 
 _PAUSE_NS = 500
 _ZERO_IF_IDLE = """{{
@@ -63,7 +63,7 @@ def zero_rows(pair_row: Int32[Array, "T k"], hidden_size: int) -> SideJob:
     """
     num_tokens, top_k = pair_row.shape
     if top_k > MAX_PAIRS:
-        raise ValueError(f"pair_row: expected at most {MAX_PAIRS} pairs a token, got {top_k}")
+        raise ValueError(f"pair_row: expected at most {MAX_PAIRS} pairs per token, got {top_k}")
     return SideJob(
         inputs=(pair_row,),
         out_type=jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),
