@@ -52,7 +52,7 @@ UNSEEN = {
 
 _NO_ATOMICS = "the interpreter has no semaphores or atomics; there, tiles are dealt out whole"
 UNREACHED = {
-    "barrier_arrive in pallas_kernels.mosaic.hopper.pipeline._commit._landed": (
+    "barrier_arrive in pallas_kernels.mosaic.hopper.pipeline.Pipeline._commit._landed": (
         "the interpreter has no cp.async; there, rows are gathered beforehand"
     ),
     "barrier_arrive in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.fill": _NO_ATOMICS,

@@ -41,9 +41,9 @@ from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.mosaic import launch, warp
-from pallas_kernels.mosaic.hopper import accumulate, gather, pipeline, split_k, work_counter
+from pallas_kernels.mosaic.hopper import accumulate, gather, split_k, work_counter
 from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS, is_token_major
-from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
+from pallas_kernels.mosaic.hopper.pipeline import Pipeline, Sources, pipeline_types, stage_bytes
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
     QUEUE_BYTES,
@@ -125,7 +125,7 @@ class MatmulConfig:
 
     def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
         """Raises ValueError if the pipeline and the epilogue do not fit in shared memory."""
-        stages = self.num_stages * pipeline.stage_bytes(self.block_m, num_blocks)
+        stages = self.num_stages * stage_bytes(self.block_m, num_blocks)
         needed = stages + epilogue_bytes + QUEUE_BYTES + _BARRIER_BYTES
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
@@ -248,7 +248,7 @@ def grouped_matmul(
         side_result = refs.pop(0) if side_job else None
         total = num_tiles[0] * num_columns
         parts = split_k.Parts(refs.pop(0), split_k.new_flags(sms), cut, total) if cut else None
-        stages, refs = Pipeline(*refs[: len(stage_types)]), refs[len(stage_types) :]
+        pipeline, refs = Pipeline(*refs[: len(stage_types)]), refs[len(stage_types) :]
         queue, scratch = TileQueue(*refs[: len(mail)]), refs[len(mail) :]
         place = (config.block_m, num_columns, sms, sizes, offsets, tile_expert, total)
         walk = Walk(*place, counter, cut, segments)
@@ -258,7 +258,7 @@ def grouped_matmul(
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
             plgpu.set_max_registers(producer_registers, action="decrease")
-            sources = pipeline.Sources(x, x_scales, w, row_token)
+            sources = Sources(x, x_scales, w, row_token)
 
             def fill_tile(done, tile, width, look_ahead):
                 blocks = weight_blocks(tile.column)
@@ -270,16 +270,16 @@ def grouped_matmul(
                     pl.when(group == walk.look_ahead_at(groups))(look_ahead)
                     first = tile.begin * segment_steps + group * stages_per_fill
                     ks = [first + i for i in range(stages_per_fill)]
-                    pipeline.produce(stages, sources, tile, width, blocks, first_step, ks)
+                    pipeline.produce(sources, tile, width, blocks, first_step, ks)
 
             def finish(done):
                 if gathered:
-                    pipeline.commit_last(stages, done * segment_steps)
+                    pipeline.commit_last(done * segment_steps)
 
             fill = _by_width(config, fill_tile)
 
             def fill_tiles():
-                pipeline.drain(stages, walk.fill(queue, fill) * segment_steps)
+                pipeline.drain(walk.fill(queue, fill) * segment_steps)
 
             if dynamic:
                 warps = [fill_tiles, lambda: walk.schedule(queue)]
@@ -288,7 +288,7 @@ def grouped_matmul(
                 warp.run(*warps)
             else:
                 done = walk.produce(queue, fill, finish)
-                pipeline.drain(stages, done * segment_steps)
+                pipeline.drain(done * segment_steps)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():
@@ -299,7 +299,7 @@ def grouped_matmul(
                 first_step = (done - tile.begin) * segment_steps
                 sum_steps = functools.partial(
                     accumulate.accumulate,
-                    stages,
+                    pipeline,
                     w_scales,
                     tile,
                     blocks,

@@ -22,6 +22,15 @@ _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 _MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
 
 
+class Sources(NamedTuple):
+    """What the producer reads; `row_token` is None where rows are contiguous."""
+
+    x: Any
+    x_scales: Any
+    weights: Any
+    row_token: Any
+
+
 class Pipeline(NamedTuple):
     """The stages and their barriers; `first_full` covers block 0, `next_full` the other blocks."""
 
@@ -63,6 +72,65 @@ class Pipeline(NamedTuple):
     def _inside(self, row):
         return lax.rem(row, jnp.int32(self.x_scales.shape[1]))
 
+    def produce(self, sources: Sources, tile, width: int, blocks, first_step, ks) -> None:
+        """Producer: copies the 128-column steps `ks` of a tile into the next stages.
+
+        Copies of one weight row in several steps follow each other: they lie side by side in
+        memory, and HBM reads 256 bytes in a row faster than 128 here and 128 there.
+
+        Args:
+            sources: Arrays in global memory.
+            tile: The tile.
+            width: Its tokens.
+            blocks: Its weight blocks.
+            first_step: The CTA's count of steps before step 0 of this tile.
+            ks: Steps of the tile.
+        """
+        stages = [self.stage(first_step + k) for k in ks]
+        for k, stage in zip(ks, stages, strict=True):
+
+            @pl.when(first_step + k >= self.num_stages)
+            def _reuse(stage=stage):
+                plgpu.barrier_wait(self.empty.at[stage])
+
+        # Gathered rows come last: looking their tokens up takes time that weights can travel in.
+        gathered = sources.row_token is not None
+        box_rows = QUANT_BLOCK // len(ks)
+        if not gathered:
+            _copy_tokens(self, sources, tile, width, ks, stages)
+        for i, block in enumerate(blocks):
+            for first in range(0, QUANT_BLOCK, box_rows):
+                rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
+                for k, stage in zip(ks, stages, strict=True):
+                    plgpu.copy_gmem_to_smem(
+                        sources.weights.at[tile.expert, rows, pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)],
+                        self.weights.at[stage, i, pl.ds(first, box_rows)],
+                        self.full(stage, i),
+                    )
+        if gathered:
+            _gather_tokens(self, sources, tile, width, ks, stages)
+            gather.wait_landed(gather.GATHER_DELAY)
+            for k in ks:
+                self._commit(first_step + k - gather.GATHER_DELAY)
+
+    def commit_last(self, steps) -> None:
+        """Producer: commits the gathered tokens of the last steps, once all steps are produced."""
+        gather.wait_landed(0)
+        for back in range(gather.GATHER_DELAY, 0, -1):
+            self._commit(steps - back)
+
+    def _commit(self, step) -> None:
+        @pl.when(step >= 0)
+        def _landed():
+            plgpu.barrier_arrive(self.full(self.stage(step), 0))
+
+    def drain(self, steps) -> None:
+        """Producer: observes every completed phase, as it must before the barriers go away."""
+
+        @pl.loop(lax.max(steps - self.num_stages, 0), steps)
+        def _drain(step):
+            plgpu.barrier_wait(self.empty.at[self.stage(step)])
+
 
 def scales_per_stage(block_m: int) -> int:
     """Token scales of a stage."""
@@ -81,8 +149,8 @@ def pipeline_types(
     stages_per_fill: int,
     num_consumers: int,
     gathered: bool,
-) -> list[Any]:
-    """Scratch types of a `Pipeline`.
+) -> Pipeline:
+    """The scratch types of a pipeline.
 
     Args:
         block_m: Tokens of a stage.
@@ -97,66 +165,16 @@ def pipeline_types(
     copies = stages_per_fill
     e4m3 = jnp.float8_e4m3fn
     weights = (num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK)
-    return [
-        plgpu.SMEM((num_stages, block_m, QUANT_BLOCK), e4m3, transforms=_F8_TILES),
-        plgpu.SMEM((num_stages, scales_per_stage(block_m)), jnp.float32),
-        plgpu.SMEM(weights, e4m3, transforms=_F8_TILES),
-        plgpu.Barrier(num_arrivals=token_arrivals + copies, num_barriers=num_stages),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages * max(num_blocks - 1, 1)),
-        plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_stages),
-    ]
-
-
-class Sources(NamedTuple):
-    """What the producer reads; `row_token` is None where rows are contiguous."""
-
-    x: Any
-    x_scales: Any
-    weights: Any
-    row_token: Any
-
-
-def produce(pipeline: Pipeline, sources: Sources, tile, width: int, blocks, first_step, ks) -> None:
-    """Producer: copies the 128-column steps `ks` of a tile into the next stages.
-
-    Copies of one weight row in several steps follow each other: they lie side by side in memory,
-    and HBM reads 256 bytes in a row faster than 128 here and 128 there.
-
-    Args:
-        pipeline: The stages.
-        sources: Arrays in global memory.
-        tile: The tile.
-        width: Its tokens.
-        blocks: Its weight blocks.
-        first_step: The CTA's count of steps before step 0 of this tile.
-        ks: Steps of the tile.
-    """
-    stages = [pipeline.stage(first_step + k) for k in ks]
-    for k, stage in zip(ks, stages, strict=True):
-
-        @pl.when(first_step + k >= pipeline.num_stages)
-        def _reuse(stage=stage):
-            plgpu.barrier_wait(pipeline.empty.at[stage])
-
-    # Gathered rows come last: looking their tokens up takes time that weights can travel in.
-    gathered = sources.row_token is not None
-    box_rows = QUANT_BLOCK // len(ks)
-    if not gathered:
-        _copy_tokens(pipeline, sources, tile, width, ks, stages)
-    for i, block in enumerate(blocks):
-        for first in range(0, QUANT_BLOCK, box_rows):
-            rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
-            for k, stage in zip(ks, stages, strict=True):
-                plgpu.copy_gmem_to_smem(
-                    sources.weights.at[tile.expert, rows, pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)],
-                    pipeline.weights.at[stage, i, pl.ds(first, box_rows)],
-                    pipeline.full(stage, i),
-                )
-    if gathered:
-        _gather_tokens(pipeline, sources, tile, width, ks, stages)
-        gather.wait_landed(gather.GATHER_DELAY)
-        for k in ks:
-            _commit(pipeline, first_step + k - gather.GATHER_DELAY)
+    return Pipeline(
+        x=plgpu.SMEM((num_stages, block_m, QUANT_BLOCK), e4m3, transforms=_F8_TILES),
+        x_scales=plgpu.SMEM((num_stages, scales_per_stage(block_m)), jnp.float32),
+        weights=plgpu.SMEM(weights, e4m3, transforms=_F8_TILES),
+        first_full=plgpu.Barrier(num_arrivals=token_arrivals + copies, num_barriers=num_stages),
+        next_full=plgpu.Barrier(
+            num_arrivals=copies, num_barriers=num_stages * max(num_blocks - 1, 1)
+        ),
+        empty=plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_stages),
+    )
 
 
 def _copy_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, stages) -> None:
@@ -173,24 +191,3 @@ def _gather_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, s
     for k, stage in zip(ks, stages, strict=True):
         to = pipeline.x.at[stage], pipeline.x_scales.at[stage]
         gather.copy_rows(x, sources.row_token, tile.row, k, *to, width, transforms=_F8_TILES)
-
-
-def commit_last(pipeline: Pipeline, steps) -> None:
-    """Producer: commits the gathered tokens of the last steps, once all steps are produced."""
-    gather.wait_landed(0)
-    for back in range(gather.GATHER_DELAY, 0, -1):
-        _commit(pipeline, steps - back)
-
-
-def _commit(pipeline: Pipeline, step) -> None:
-    @pl.when(step >= 0)
-    def _landed():
-        plgpu.barrier_arrive(pipeline.full(pipeline.stage(step), 0))
-
-
-def drain(pipeline: Pipeline, steps) -> None:
-    """Producer: observes every completed phase, as it must before the barriers go away."""
-
-    @pl.loop(lax.max(steps - pipeline.num_stages, 0), steps)
-    def _drain(step):
-        plgpu.barrier_wait(pipeline.empty.at[pipeline.stage(step)])
