@@ -22,19 +22,21 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
         **options: As for `jax.experimental.pallas.mosaic_gpu.kernel`.
 
     Returns:
-        A function of the kernel's inputs.
+        A function of the kernel's inputs, pytrees of arrays or references.
     """
 
     def call(*inputs: Any) -> Any:
         run = plgpu.kernel(body, **options)
         with jax.enable_x64(False):
-            kinds = [jax.typeof(value) for value in inputs]
+            leaves, structure = jax.tree.flatten(inputs)
+            kinds = [jax.typeof(leaf) for leaf in leaves]
             arrays = all(isinstance(kind, jax.core.ShapedArray) for kind in kinds)
             if not arrays or not any(kind.mat.varying for kind in kinds):
                 return run(*inputs)
-            specs = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in inputs]
-            traced, shapes = jax.make_jaxpr(run, return_shape=True)(*specs)
-            found = jaxpr_as_fun(traced)(*inputs)
-            return jax.tree.unflatten(jax.tree.structure(shapes), found)
+            specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+            local_inputs = jax.tree.unflatten(structure, specs)
+            traced, shapes = jax.make_jaxpr(run, return_shape=True)(*local_inputs)
+            results = jaxpr_as_fun(traced)(*leaves)
+            return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return call
