@@ -56,7 +56,7 @@ def down_projection(
     )
     config.check_smem(blocks, math.prod(staged) * 2)
     out_tiles = (plgpu.TilingTransform((8, CONSUMER_ROWS)), plgpu.SwizzleTransform(128))
-    return grouped_matmul(
+    out, _ = grouped_matmul(
         rows,
         gemm2_weights,
         gemm2_weights_scale,
@@ -66,15 +66,15 @@ def down_projection(
         weight_major_epilogue=_weight_major_epilogue,
         token_major_epilogue=_token_major_epilogue,
         out_type=jax.ShapeDtypeStruct((rows.num_rows, hidden_size), jnp.bfloat16),
-        scratch_types=[plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles)],
+        staging_types=plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles),
         name="moe_down_projection",
         interpret=interpret,
     )
+    return out
 
 
-def _weight_major_epilogue(accumulators, tile, width, outputs, scratch):
+def _weight_major_epilogue(accumulators, tile, width, out, staging):
     """Weights x tokens: consumer w holds 64 columns of H of every block for all tokens."""
-    (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     buffers = itertools.count()
@@ -90,9 +90,8 @@ def _weight_major_epilogue(accumulators, tile, width, outputs, scratch):
             plgpu.copy_smem_to_gmem(mine, out.at[rows, pl.ds(column, CONSUMER_ROWS)])
 
 
-def _token_major_epilogue(accumulators, tile, width, outputs, scratch):
+def _token_major_epilogue(accumulators, tile, width, out, staging):
     """Tokens x weights: consumer w holds 64 tokens, 128 columns of H per block."""
-    (out,), (staging,) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)

@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import itertools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -165,6 +165,23 @@ class GroupedRows(NamedTuple):
         return (self.values if self.row_token is None else self.row_token).shape[0]
 
 
+class Operands(NamedTuple):
+    """What the kernel reads; `side_job` holds the inputs of the side job."""
+
+    rows: GroupedRows
+    weights: Any
+    weights_scale: Any
+    side_job: tuple[Any, ...]
+
+
+class Results(NamedTuple):
+    """What the kernel writes; None where there is no side job, or no tile is split along K."""
+
+    outputs: Any
+    side_job: Any
+    partials: Any
+
+
 def grouped_matmul(
     rows: GroupedRows,
     weights: Float8e4m3fn[Array, "E N K"],
@@ -176,11 +193,11 @@ def grouped_matmul(
     weight_major_epilogue: Callable[..., None],
     token_major_epilogue: Callable[..., None],
     out_type: Any,
-    scratch_types: Sequence[Any],
+    staging_types: Any,
     name: str,
     side_job: SideJob | None = None,
     interpret=None,
-):
+) -> tuple[Any, Array | None]:
     """Runs an epilogue on every tile of `rows @ weights[expert].T`.
 
     Args:
@@ -190,19 +207,20 @@ def grouped_matmul(
         config: Tile and pipeline.
         num_columns: Columns of tiles that cover N.
         weight_blocks: Maps a column to the 128-row blocks of N that its tile multiplies.
-        weight_major_epilogue: `epilogue(accumulators, tile, width, results, scratch)`, called by
+        weight_major_epilogue: `epilogue(accumulators, tile, width, outputs, staging)`, called by
             both consumer warpgroups with one `f32[64, width]` accumulator per weight block,
             weights x tokens.
         token_major_epilogue: The same for a full tile of 128 tokens, with accumulators
             `f32[64, 128]`, tokens x weights.
-        out_type: Shapes of the results.
-        scratch_types: The epilogue's scratch.
+        out_type: Shapes of the results, a pytree.
+        staging_types: The epilogue's scratch, a pytree.
         name: Kernel name.
         side_job: What a spare warp does meanwhile; only where `has_spare_warps`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        Arrays of `out_type`, then that of `side_job`; rows that no tile covers are unwritten.
+        Arrays of `out_type`, whose rows that no tile covers are unwritten, and that of `side_job`,
+        None without one.
 
     Raises:
         ValueError: The configuration does not fit the GPU, rows that are gathered or `side_job`.
@@ -225,32 +243,27 @@ def grouped_matmul(
             f"num_stages: expected at least stages_per_fill + {gather.GATHER_DELAY} where rows are "
             f"gathered, got {config.num_stages} with stages_per_fill={config.stages_per_fill}"
         )
-    stage_types = pipeline_types(
+    stages = pipeline_types(
         config.block_m, config.num_stages, num_blocks, stages_per_fill, NUM_CONSUMERS, gathered
     )
-    outputs = out_type if isinstance(out_type, tuple) else (out_type,)
     dynamic = has_spare_warps(config, gathered=gathered, interpret=interpret)
     if side_job and not dynamic:
         raise ValueError(f"side_job: expected None where no warp is spare, got one with {config}")
-    side_inputs, side_types = (side_job.inputs, (side_job.out_type,)) if side_job else ((), ())
-    mail = queue_types(NUM_CONSUMERS, dynamic)
     cut = Cut(segments, sms) if segments > 1 and interpret is None else None
     partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
-    partials = (jax.ShapeDtypeStruct(partial_shape, jnp.float32),) if cut else ()
+    partials = jax.ShapeDtypeStruct(partial_shape, jnp.float32) if cut else None
+    side_type = side_job.out_type if side_job else None
 
-    def body(*all_refs):
-        x, x_scales, sizes, offsets, tile_expert, num_tiles, *refs = all_refs
-        row_token = refs.pop(0) if gathered else None
-        w, w_scales, *refs = refs
-        side_refs, refs = refs[: len(side_inputs)], refs[len(side_inputs) :]
+    def body(operands: Operands, *written, pipeline: Pipeline, queue: TileQueue, staging):
+        results = Results(*written)
+        rows = operands.rows
         counter = work_counter.new_counter() if dynamic else None
-        results, refs = refs[: len(outputs)], refs[len(outputs) :]
-        side_result = refs.pop(0) if side_job else None
-        total = num_tiles[0] * num_columns
-        parts = split_k.Parts(refs.pop(0), split_k.new_flags(sms), cut, total) if cut else None
-        pipeline, refs = Pipeline(*refs[: len(stage_types)]), refs[len(stage_types) :]
-        queue, scratch = TileQueue(*refs[: len(mail)]), refs[len(mail) :]
-        place = (config.block_m, num_columns, sms, sizes, offsets, tile_expert, total)
+        total = rows.num_tiles[0] * num_columns
+        parts = None
+        if cut:
+            parts = split_k.Parts(results.partials, split_k.new_flags(sms), cut, total)
+        groups = (rows.group_sizes, rows.group_offsets, rows.tile_expert)
+        place = (config.block_m, num_columns, sms, *groups, total)
         walk = Walk(*place, counter, cut, segments)
         role = lax.axis_index("warpgroup")
         producer_registers, consumer_registers = _registers(config.block_m, gathered)
@@ -258,7 +271,7 @@ def grouped_matmul(
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
             plgpu.set_max_registers(producer_registers, action="decrease")
-            sources = Sources(x, x_scales, w, row_token)
+            sources = Sources(rows.values, rows.scales, operands.weights, rows.row_token)
 
             def fill_tile(done, tile, width, look_ahead):
                 blocks = weight_blocks(tile.column)
@@ -284,7 +297,7 @@ def grouped_matmul(
             if dynamic:
                 warps = [fill_tiles, lambda: walk.schedule(queue)]
                 if side_job:
-                    warps.append(lambda: side_job.run(side_refs, side_result, sms))
+                    warps.append(lambda: side_job.run(operands.side_job, results.side_job, sms))
                 warp.run(*warps)
             else:
                 done = walk.produce(queue, fill, finish)
@@ -300,7 +313,7 @@ def grouped_matmul(
                 sum_steps = functools.partial(
                     accumulate.accumulate,
                     pipeline,
-                    w_scales,
+                    operands.weights_scale,
                     tile,
                     blocks,
                     first_step,
@@ -314,21 +327,27 @@ def grouped_matmul(
                     begin, end = 0, num_steps
                 sums = sum_steps(begin, end, segment_steps, at_segment_end)
                 if parts is None:
-                    finish(sums, tile, width, results, scratch)
+                    finish(sums, tile, width, results.outputs, staging)
                     return
                 parts.announce(tile)
 
                 @pl.when(tile.begin == 0)
                 def _owner():
-                    finish(parts.add_rest(tile, width, sums), tile, width, results, scratch)
+                    whole = parts.add_rest(tile, width, sums)
+                    finish(whole, tile, width, results.outputs, staging)
 
             walk.consume(queue, _by_width(config, tile_body))
             plgpu.wait_smem_to_gmem(0)
 
     kernel = launch.kernel(
         body,
-        out_type=(*outputs, *side_types, *partials),
-        scratch_types=[*stage_types, *mail, *scratch_types],
+        out_type=tuple(Results(out_type, side_type, partials)),
+        # Pallas lays shared memory out in the alphabetical order of these names.
+        scratch_types={
+            "pipeline": stages,
+            "queue": queue_types(NUM_CONSUMERS, dynamic),
+            "staging": staging_types,
+        },
         grid=(sms,),
         grid_names=("sm",),
         num_threads=NUM_CONSUMERS + 1,
@@ -337,10 +356,9 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    given = (array for array in rows if array is not None)
-    found = kernel(*given, weights, weights_scale, *side_inputs)
-    several = isinstance(out_type, tuple) or side_job
-    return tuple(found[: len(outputs) + len(side_types)]) if several else found[0]
+    side_inputs = side_job.inputs if side_job else ()
+    results = Results(*kernel(Operands(rows, weights, weights_scale, side_inputs)))
+    return results.outputs, results.side_job
 
 
 def has_spare_warps(config: MatmulConfig, *, gathered: bool, interpret) -> bool:

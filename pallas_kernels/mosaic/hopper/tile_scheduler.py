@@ -126,14 +126,14 @@ class TileQueue(NamedTuple):
         return jnp.int32(0) if count == 1 else lax.rem(index, jnp.int32(count))
 
 
-def queue_types(num_consumers: int, dynamic: bool) -> list[Any]:
-    """Scratch types of a `TileQueue`."""
+def queue_types(num_consumers: int, dynamic: bool) -> TileQueue:
+    """The scratch types of a queue."""
     slots, readers = (1, num_consumers + 1) if dynamic else (_NUM_SLOTS, num_consumers)
-    return [
-        plgpu.SMEM((slots, len(Tile._fields)), jnp.int32),
-        plgpu.Barrier(num_arrivals=1, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-    ]
+    return TileQueue(
+        slots=plgpu.SMEM((slots, len(Tile._fields)), jnp.int32),
+        full=plgpu.Barrier(num_arrivals=1, num_barriers=slots),
+        empty=plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+    )
 
 
 class Walk(NamedTuple):

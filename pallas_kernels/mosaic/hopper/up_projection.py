@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,17 @@ from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS
 from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, MatmulConfig, grouped_matmul
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.types import Quantized
 
 _STAGED_TOKENS = 64
+
+
+class _Staging(NamedTuple):
+    """Shared memory of the epilogues, and the barrier at which the consumers meet over it."""
+
+    weight_major: Any
+    token_major: Any
+    consumers: Any
 
 
 def up_projection(
@@ -77,7 +87,7 @@ def up_projection(
     )
     config.check_smem(2, math.prod(weight_major_shape) * 2 + math.prod(token_major_shape))
     tiling = plgpu.TilingTransform((8, CONSUMER_ROWS))
-    return grouped_matmul(
+    activations, side_output = grouped_matmul(
         rows,
         gemm1_weights,
         gemm1_weights_scale,
@@ -86,42 +96,43 @@ def up_projection(
         weight_blocks=lambda column: (column, num_columns + column),
         weight_major_epilogue=_weight_major_epilogue,
         token_major_epilogue=_token_major_epilogue,
-        out_type=(
+        out_type=Quantized(
             jax.ShapeDtypeStruct((num_rows, intermediate_size), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((num_columns, num_rows), jnp.float32),
         ),
-        scratch_types=[
-            plgpu.SMEM(
+        staging_types=_Staging(
+            weight_major=plgpu.SMEM(
                 weight_major_shape, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(128))
             ),
-            plgpu.SMEM(
+            token_major=plgpu.SMEM(
                 token_major_shape,
                 jnp.float8_e4m3fn,
                 transforms=(tiling, plgpu.SwizzleTransform(64)),
             ),
-            plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        ],
+            consumers=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        ),
         name="moe_up_projection",
         side_job=side_job,
         interpret=interpret,
     )
+    return (*activations, side_output) if side_job else tuple(activations)
 
 
-def _weight_major_epilogue(accumulators, tile, width, outputs, scratch):
+def _weight_major_epilogue(accumulators, tile, width, outputs: Quantized, staging: _Staging):
     """Weights x tokens: a token's 128 columns lie in both consumers, who meet over them."""
-    (values, scales), (staging, _, both) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     layout = layouts.row_per_warp(CONSUMER_ROWS)
     up, gate = accumulators
     activated = _swiglu(up, gate)
-    chunk = staging.shape[1]
+    staged = staging.weight_major
+    chunk = staged.shape[1]
     for first in range(0, width, chunk):
         tokens = min(width - first, chunk)
-        staging.at[warpgroup, pl.ds(0, tokens)].T[...] = activated[:, first : first + tokens]
-        _sync_consumers(both)
+        staged.at[warpgroup, pl.ds(0, tokens)].T[...] = activated[:, first : first + tokens]
+        _sync_consumers(staging.consumers)
         mine = tokens // NUM_CONSUMERS
         halves = [
-            plgpu.load(staging.at[i, pl.ds(warpgroup * mine, mine)], layout=layout)
+            plgpu.load(staged.at[i, pl.ds(warpgroup * mine, mine)], layout=layout)
             for i in range(NUM_CONSUMERS)
         ]
         halves = [half.astype(jnp.float32) for half in halves]
@@ -131,14 +142,13 @@ def _weight_major_epilogue(accumulators, tile, width, outputs, scratch):
         row = pl.ds(tile.row + first + warpgroup * mine, mine)
         for i, half in enumerate(halves):
             column = tile.column * QUANT_BLOCK + i * CONSUMER_ROWS
-            values[row, pl.ds(column, CONSUMER_ROWS)] = _to_e4m3(half * inverse)
-        scales[tile.column, row] = scale
-        _sync_consumers(both)
+            outputs.values[row, pl.ds(column, CONSUMER_ROWS)] = _to_e4m3(half * inverse)
+        outputs.scales[tile.column, row] = scale
+        _sync_consumers(staging.consumers)
 
 
-def _token_major_epilogue(accumulators, tile, width, outputs, scratch):
+def _token_major_epilogue(accumulators, tile, width, outputs: Quantized, staging: _Staging):
     """Tokens x weights: consumer w holds its 64 tokens' 128 columns, so nobody has to wait."""
-    (values, scales), (_, staging, _) = outputs, scratch
     warpgroup = lax.axis_index("warpgroup")
     activated = _swiglu(*accumulators).astype(jnp.float32)
     scale = _scale_of(jnp.max(jnp.abs(activated), axis=1))
@@ -147,12 +157,12 @@ def _token_major_epilogue(accumulators, tile, width, outputs, scratch):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for half in range(QUANT_BLOCK // CONSUMER_ROWS):
         first = half * CONSUMER_ROWS
-        mine = staging.at[warpgroup, half]
+        mine = staging.token_major.at[warpgroup, half]
         mine[...] = quantized[:, first : first + CONSUMER_ROWS]
         plgpu.commit_smem()
         columns = pl.ds(tile.column * QUANT_BLOCK + first, CONSUMER_ROWS)
-        plgpu.copy_smem_to_gmem(mine, values.at[rows, columns])
-    scales[tile.column, rows] = scale
+        plgpu.copy_smem_to_gmem(mine, outputs.values.at[rows, columns])
+    outputs.scales[tile.column, rows] = scale
 
 
 def _swiglu(up, gate):
