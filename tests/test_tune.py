@@ -18,7 +18,7 @@ import jax_moe.tune
 from jax_moe.models import MODELS
 from pallas_kernels import device
 from pallas_kernels.mosaic import tilings, tune
-from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
+from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.tuning import cache, command, search, table_format
 from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pallas_kernels import device
 from pallas_kernels.mosaic import hopper, tiling_check
-from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig
+from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.tuning import cache
 from pallas_kernels.tuning.cache import Chosen, Gpu

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mosaic import hopper, tiling_check, tilings
-from pallas_kernels.mosaic.hopper.grouped_matmul import MatmulConfig, Scheduler
+from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, Scheduler
 from pallas_kernels.tuning import command, search
 from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights

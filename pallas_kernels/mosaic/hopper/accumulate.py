@@ -17,21 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.hopper.matmul_config import (
+    CONSUMER_ROWS,
+    is_token_major,
+)
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline
 from pallas_kernels.shapes import QUANT_BLOCK
-
-NUM_CONSUMERS = 2
-CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
-
-
-def is_token_major(width: int) -> bool:
-    """Whether a tile of that width has its tokens on the 64-row side of `wgmma`, the M side.
-
-    Token-major, a thread holds two token scales instead of a quarter of all, so promotion costs
-    half as many instructions; but only tiles of 128 tokens give both consumers 64 rows. All others
-    are weight-major, tokens on the N side.
-    """
-    return width == NUM_CONSUMERS * CONSUMER_ROWS
 
 
 def _sum_shape(width: int) -> tuple[int, int]:

@@ -25,12 +25,9 @@ along K, `side_job` what the producer's spare warps may do meanwhile.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
-import typing
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,109 +36,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
-from pallas_kernels.device import SMEM_BYTES, num_sms
+from pallas_kernels.device import num_sms
 from pallas_kernels.mosaic import launch, warp
 from pallas_kernels.mosaic.hopper import accumulate, gather, split_k, work_counter
-from pallas_kernels.mosaic.hopper.accumulate import CONSUMER_ROWS, NUM_CONSUMERS, is_token_major
-from pallas_kernels.mosaic.hopper.pipeline import Pipeline, Sources, pipeline_types, stage_bytes
+from pallas_kernels.mosaic.hopper.matmul_config import (
+    CONSUMER_ROWS,
+    NUM_CONSUMERS,
+    MatmulConfig,
+    is_token_major,
+)
+from pallas_kernels.mosaic.hopper.pipeline import Pipeline, Sources, pipeline_types
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
-    QUEUE_BYTES,
     Cut,
     TileQueue,
     Walk,
     queue_types,
 )
 from pallas_kernels.shapes import QUANT_BLOCK
-
-Scheduler = Literal["static", "dynamic"]
-
-_BARRIER_BYTES = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulConfig:
-    """Shape of a tile and depth of the pipeline.
-
-    Attributes:
-        block_m: Tokens of a tile, 16 or a multiple of 32 up to 256; experts are padded to it.
-        num_stages: Stages of the TMA pipeline, at least 2.
-        tail_widths: Narrower tiles for an expert's last rows, ascending, multiples of 16.
-        sms: CTAs; None takes one for each multiprocessor, of which there may not be more.
-        stages_per_fill: Stages that the producer fills together, a power of two up to `num_stages`:
-            a weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
-            of 128-column steps is not a multiple of it.
-        scheduler: "static": a CTA computes every `sms`-th tile; "dynamic": it takes the next tile
-            that no CTA has. Worth it where tiles are many and long; the counter costs a launch of
-            its own. Taken as static where rows are gathered: that takes the scheduler's warp.
-        split_k_steps: Cuts the last tiles along K, where they are few, into pieces of that many
-            128-column steps; None, or a number of steps that it does not divide, leaves them
-            whole. The order of additions does not depend on where a tile is cut. Costs a launch
-            too, for the flags.
-    """
-
-    block_m: int
-    num_stages: int
-    tail_widths: tuple[int, ...] = ()
-    sms: int | None = None
-    stages_per_fill: int = 1
-    scheduler: Scheduler = "static"
-    split_k_steps: int | None = None
-
-    def __post_init__(self):
-        if self.block_m != 16 and (self.block_m % 32 or not 32 <= self.block_m <= 256):
-            raise ValueError(
-                f"block_m: expected 16 or a multiple of 32 up to 256, got {self.block_m}"
-            )
-        if self.num_stages < 2:
-            raise ValueError(f"num_stages: expected at least 2, got {self.num_stages}")
-        if self.sms is not None and self.sms < 1:
-            raise ValueError(f"sms: expected None or at least 1, got {self.sms}")
-        if self.stages_per_fill not in (1, 2, 4) or self.stages_per_fill > self.num_stages:
-            raise ValueError(
-                f"stages_per_fill: expected 1, 2 or 4, up to num_stages={self.num_stages}, "
-                f"got {self.stages_per_fill}"
-            )
-        if self.scheduler not in typing.get_args(Scheduler):
-            raise ValueError(f"scheduler: expected 'static' or 'dynamic', got {self.scheduler!r}")
-        if self.split_k_steps is not None and (
-            self.split_k_steps < 1 or self.scheduler == "dynamic"
-        ):
-            raise ValueError(
-                f"split_k_steps: expected None, or at least 1 with scheduler='static', "
-                f"got {self.split_k_steps} with scheduler={self.scheduler!r}"
-            )
-        ascending = (0, *self.tail_widths, self.block_m)
-        if any(a >= b or b % 16 for a, b in itertools.pairwise(ascending)):
-            raise ValueError(
-                f"tail_widths: expected ascending multiples of 16 below block_m={self.block_m}, "
-                f"got {self.tail_widths}"
-            )
-
-    @property
-    def has_token_major_tiles(self) -> bool:
-        """Whether some tiles have their tokens on the 64-row side of `wgmma`."""
-        return any(is_token_major(width) for width in (*self.tail_widths, self.block_m))
-
-    def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
-        """Raises ValueError if the pipeline and the epilogue do not fit in shared memory."""
-        stages = self.num_stages * stage_bytes(self.block_m, num_blocks)
-        needed = stages + epilogue_bytes + QUEUE_BYTES + _BARRIER_BYTES
-        if needed > SMEM_BYTES:
-            raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
-
-    def parts_bytes(self, num_steps: int, num_blocks: int, sms: int) -> int:
-        """Global memory for the sums of tiles that are cut."""
-        segments = self.segments(num_steps)
-        if segments == 1:
-            return 0
-        return 4 * sms * segments * num_blocks * QUANT_BLOCK * self.block_m
-
-    def segments(self, num_steps: int) -> int:
-        """Pieces that a tile of `num_steps` steps may be cut into."""
-        if self.split_k_steps is None or num_steps % self.split_k_steps:
-            return 1
-        return num_steps // self.split_k_steps
 
 
 class GroupedRows(NamedTuple):

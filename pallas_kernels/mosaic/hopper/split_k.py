@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.hopper.accumulate import NUM_CONSUMERS
+from pallas_kernels.mosaic.hopper.matmul_config import NUM_CONSUMERS
 from pallas_kernels.mosaic.hopper.tile_scheduler import Cut
 
 
