@@ -44,7 +44,7 @@ UNSEEN = {
     "commit_smem in pallas_kernels.mosaic.plan._place": (
         "the interpreter lets wgmma see plain writes to shared memory without the fence"
     ),
-    "commit_smem in pallas_kernels.mosaic.hopper.tile_scheduler.post": (
+    "commit_smem in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.put": (
         "the interpreter has one thread for a warpgroup; racecheck reports the removal"
     ),
 }
@@ -55,12 +55,14 @@ UNREACHED = {
     "barrier_arrive in pallas_kernels.mosaic.hopper.pipeline.Pipeline._commit._landed": (
         "the interpreter has no cp.async; there, rows are gathered beforehand"
     ),
-    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.fill": _NO_ATOMICS,
-    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.fill.step": _NO_ATOMICS,
-    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_scheduler._post_by_warp": _NO_ATOMICS,
-    "barrier_wait in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.schedule": _NO_ATOMICS,
-    "barrier_wait in pallas_kernels.mosaic.hopper.tile_scheduler.Walk.schedule.step": _NO_ATOMICS,
-    "barrier_wait in pallas_kernels.mosaic.hopper.tile_scheduler._take_by_warp": _NO_ATOMICS,
+    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.put_by_warp": _NO_ATOMICS,
+    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.release_by_warp": (
+        _NO_ATOMICS
+    ),
+    "barrier_wait in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.read_by_warp": _NO_ATOMICS,
+    "barrier_wait in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.wait_empty_by_warp": (
+        _NO_ATOMICS
+    ),
     "commit_smem in pallas_kernels.mosaic.hopper.split_k.Parts.announce._signal": _NO_ATOMICS,
     "semaphore_signal in pallas_kernels.mosaic.hopper.split_k.Parts.announce._signal": _NO_ATOMICS,
     "semaphore_wait in pallas_kernels.mosaic.hopper.split_k.Parts._sum_of_parts._wait": _NO_ATOMICS,

@@ -47,12 +47,8 @@ from pallas_kernels.mosaic.hopper.matmul_config import (
 )
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline, Sources, pipeline_types
 from pallas_kernels.mosaic.hopper.side_job import SideJob
-from pallas_kernels.mosaic.hopper.tile_scheduler import (
-    Cut,
-    TileQueue,
-    Walk,
-    queue_types,
-)
+from pallas_kernels.mosaic.hopper.tile_queue import TileQueue, queue_types
+from pallas_kernels.mosaic.hopper.tile_scheduler import Cut, Walk
 from pallas_kernels.shapes import QUANT_BLOCK
 
 
@@ -257,7 +253,9 @@ def grouped_matmul(
         # Pallas lays shared memory out in the alphabetical order of these names.
         scratch_types={
             "pipeline": stages,
-            "queue": queue_types(NUM_CONSUMERS, dynamic),
+            "queue": queue_types(1, NUM_CONSUMERS + 1)
+            if dynamic
+            else queue_types(2, NUM_CONSUMERS),
             "staging": staging_types,
         },
         grid=(sms,),

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pallas_kernels.device import SMEM_BYTES
 from pallas_kernels.mosaic.hopper.pipeline import stage_bytes
-from pallas_kernels.mosaic.hopper.tile_scheduler import QUEUE_BYTES
+from pallas_kernels.mosaic.hopper.tile_queue import QUEUE_BYTES
 from pallas_kernels.shapes import QUANT_BLOCK
 
 NUM_CONSUMERS = 2

@@ -36,29 +36,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper import work_counter
+from pallas_kernels.mosaic.hopper.tile_queue import Tile, TileQueue
 
-_NUM_SLOTS = 2
 LOOKAHEAD_STEPS = 8  # left of a tile when the next number is taken: twice what a look-up takes
 _BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
-QUEUE_BYTES = 1024  # every piece of shared memory takes a multiple of that
-
-
-class Tile(NamedTuple):
-    """One unit of work: `live` rows from `row` on times one column of weight blocks.
-
-    Only the segments `begin` to `end` (exclusive) of K; all of them unless the deal cuts tiles.
-    """
-
-    expert: Any
-    row: Any
-    live: Any
-    column: Any
-    begin: Any
-    end: Any
 
 
 class Cut(NamedTuple):
@@ -110,32 +94,6 @@ class Cut(NamedTuple):
         return rounds * self.sms + tile, begin, end
 
 
-class TileQueue(NamedTuple):
-    """Shared memory through which the producer hands tiles to the consumers.
-
-    One slot with a counter, two without.
-    """
-
-    slots: Any
-    full: Any
-    empty: Any
-
-    def slot(self, index):
-        """Where the `index`-th tile lies."""
-        count = self.slots.shape[0]
-        return jnp.int32(0) if count == 1 else lax.rem(index, jnp.int32(count))
-
-
-def queue_types(num_consumers: int, dynamic: bool) -> TileQueue:
-    """The scratch types of a queue."""
-    slots, readers = (1, num_consumers + 1) if dynamic else (_NUM_SLOTS, num_consumers)
-    return TileQueue(
-        slots=plgpu.SMEM((slots, len(Tile._fields)), jnp.int32),
-        full=plgpu.Barrier(num_arrivals=1, num_barriers=slots),
-        empty=plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-    )
-
-
 class Walk(NamedTuple):
     """The order of tiles, and this CTA's place in it.
 
@@ -174,7 +132,7 @@ class Walk(NamedTuple):
         return Tile(expert, offset + first, live, column, jnp.int32(0), jnp.int32(self.segments))
 
     def produce(self, queue: TileQueue, fill, finish) -> Any:
-        """Posts every tile of this CTA and fills the pipeline for it; without a counter.
+        """Queues every tile of this CTA and fills the pipeline for it; without a counter.
 
         Args:
             queue: Where the tiles go.
@@ -186,45 +144,40 @@ class Walk(NamedTuple):
         Returns:
             How many segments there were.
         """
-        post(queue, jnp.int32(0), self._tile_of(jnp.int32(0)))
+        queue.put(jnp.int32(0), self._tile_of(jnp.int32(0)))
 
         def step(carry):
             index, done = carry
-            tile = self._aligned(self._known(read(queue, index)))
-            fill(done, tile, lambda: post(queue, index + 1, self._tile_of(index + 1)))
+            tile = self._aligned(self._known(queue.read(index)))
+            fill(done, tile, lambda: queue.put(index + 1, self._tile_of(index + 1)))
             return index + 1, done + (tile.end - tile.begin)
 
         count, done = lax.while_loop(
-            lambda carry: read(queue, carry[0]).live > 0, step, (jnp.int32(0), jnp.int32(0))
+            lambda carry: queue.read(carry[0]).live > 0, step, (jnp.int32(0), jnp.int32(0))
         )
         finish(done)
-
-        # Every completed phase must be observed before the barriers go away.
-        @pl.loop(lax.max(count - (_NUM_SLOTS - 1), 0), count + 1)
-        def _drain(index):
-            plgpu.barrier_wait(queue.empty.at[lax.rem(index, jnp.int32(_NUM_SLOTS))])
-
+        queue.drain(count)
         return done
 
     def schedule(self, queue: TileQueue) -> None:
-        """A warp: posts every tile of this CTA, taken when `fill` is almost done with the last."""
+        """A warp: queues every tile of this CTA, each when `fill` is almost done with the last."""
         first = self.tile(lax.axis_index("sm"), warp.load)
-        _post_by_warp(queue, first)
+        queue.put_by_warp(first)
 
         def step(_):
-            plgpu.barrier_wait(queue.empty.at[0])
+            queue.wait_empty_by_warp()
             number = work_counter.next_tile(self.counter)
             tile = self.tile(self.sms + number, warp.load)
-            _post_by_warp(queue, tile)
+            queue.put_by_warp(tile)
             return tile.live
 
         warp.while_loop(self.total, lambda live: live > 0, step, first.live)
         work_counter.finish(self.counter, self.sms)
         # Every completed phase must be observed before the barriers go away.
-        plgpu.barrier_wait(queue.empty.at[0])
+        queue.wait_empty_by_warp()
 
     def fill(self, queue: TileQueue, fill) -> Any:
-        """Another warp: fills the pipeline for every tile that `schedule` posts.
+        """Another warp: fills the pipeline for every tile that `schedule` puts.
 
         Args:
             queue: Where the tiles go.
@@ -239,12 +192,12 @@ class Walk(NamedTuple):
             tile = self._known(tile)
             # What `_aligned` says, for a warp: TMA wants to know that rows come in whole tiles.
             tile = tile._replace(row=lax.div(tile.row, jnp.int32(self.block_m)) * self.block_m)
-            fill(index * self.segments, tile, lambda: plgpu.barrier_arrive(queue.empty.at[0]))
-            return index + 1, _take_by_warp(queue)
+            fill(index * self.segments, tile, queue.release_by_warp)
+            return index + 1, queue.read_by_warp()
 
-        initial = (jnp.int32(0), _take_by_warp(queue))
+        initial = (jnp.int32(0), queue.read_by_warp())
         count, _ = warp.while_loop(self.total, lambda carry: carry[1].live > 0, step, initial)
-        plgpu.barrier_arrive(queue.empty.at[0])  # of the tile that ends the queue
+        queue.release_by_warp()  # of the tile that ends the queue
         return count * self.segments
 
     def look_ahead_at(self, groups):
@@ -254,16 +207,16 @@ class Walk(NamedTuple):
         return lax.max(groups - LOOKAHEAD_STEPS, 0)
 
     def consume(self, queue: TileQueue, body) -> None:
-        """Calls `body(done, tile)` for every tile that the producer posts, `done` as in `fill`."""
+        """Calls `body(done, tile)` for every tile from the queue, `done` as in `fill`."""
 
         def step(carry):
             index, done, fields = carry
             tile = self._aligned(self._known(fields))
             # Where tiles are whole, `done` is a multiple of `index`: a register less to carry.
             body(done if self.cut is not None else index * self.segments, tile)
-            return index + 1, done + (tile.end - tile.begin), tuple(take(queue, index + 1))
+            return index + 1, done + (tile.end - tile.begin), tuple(queue.take(index + 1))
 
-        initial = (jnp.int32(0), jnp.int32(0), tuple(take(queue, jnp.int32(0))))
+        initial = (jnp.int32(0), jnp.int32(0), tuple(queue.take(jnp.int32(0))))
         lax.while_loop(lambda carry: Tile(*carry[2]).live > 0, step, initial)
 
     def _tile_of(self, index) -> Tile:
@@ -295,47 +248,3 @@ class Walk(NamedTuple):
 
     def _aligned(self, tile: Tile) -> Tile:
         return tile._replace(row=pl.multiple_of(tile.row, self.block_m))
-
-
-def post(queue: TileQueue, index, tile: Tile) -> None:
-    """Producer: puts the `index`-th tile into its slot."""
-    slot = queue.slot(index)
-
-    @pl.when(index >= _NUM_SLOTS)
-    def _reuse():
-        plgpu.barrier_wait(queue.empty.at[slot])
-
-    for position, field in enumerate(tile):
-        queue.slots[slot, position] = field
-    # The producer's own warps read it, too, and none may be a tile behind when this one goes.
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(queue.full.at[slot])
-
-
-def take(queue: TileQueue, index) -> Tile:
-    """Consumer: waits for the `index`-th tile and releases its slot."""
-    slot = queue.slot(index)
-    plgpu.barrier_wait(queue.full.at[slot])
-    tile = read(queue, index)
-    plgpu.barrier_arrive(queue.empty.at[slot])
-    return tile
-
-
-def read(queue: TileQueue, index, load=operator.getitem) -> Tile:
-    """The `index`-th tile, whose slot must be full; `load` as for `Walk.tile`."""
-    slot = queue.slot(index)
-    places = [(slot, position) for position in range(len(Tile._fields))]
-    return Tile(*(load(queue.slots, place) for place in places))
-
-
-def _post_by_warp(queue: TileQueue, tile: Tile) -> None:
-    """Puts a tile into the only slot, which must be empty."""
-    for position, field in enumerate(tile):
-        warp.store(queue.slots, (0, position), field)
-    plgpu.barrier_arrive(queue.full.at[0])
-
-
-def _take_by_warp(queue: TileQueue) -> Tile:
-    """Waits for the next tile, without releasing the slot."""
-    plgpu.barrier_wait(queue.full.at[0])
-    return read(queue, 0, warp.load)
