@@ -39,33 +39,30 @@ SYNCHRONIZATION = (
     "wait_smem_to_gmem",
     "wgmma_wait",
 )
+_HOPPER = "pallas_kernels.mosaic.hopper"
 UNSEEN = {
     "wgmma_wait": "the interpreter multiplies at once",
     "commit_smem in pallas_kernels.mosaic.plan._place": (
         "the interpreter lets wgmma see plain writes to shared memory without the fence"
     ),
-    "commit_smem in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.put": (
+    f"commit_smem in {_HOPPER}.tile_queue.TileQueue.put": (
         "the interpreter has one thread for a warpgroup; racecheck reports the removal"
     ),
 }
 """Operations, or operations in one function, whose removal the interpreter cannot show, and why."""
 
-_NO_ATOMICS = "the interpreter has no semaphores or atomics; there, tiles are dealt out whole"
+_NO_ATOMICS = "the interpreter has no semaphores or atomics; there, the scheduler is static"
 UNREACHED = {
-    "barrier_arrive in pallas_kernels.mosaic.hopper.pipeline.Pipeline._commit._landed": (
+    f"barrier_arrive in {_HOPPER}.pipeline.Pipeline._commit._landed": (
         "the interpreter has no cp.async; there, rows are gathered beforehand"
     ),
-    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.put_by_warp": _NO_ATOMICS,
-    "barrier_arrive in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.release_by_warp": (
-        _NO_ATOMICS
-    ),
-    "barrier_wait in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.read_by_warp": _NO_ATOMICS,
-    "barrier_wait in pallas_kernels.mosaic.hopper.tile_queue.TileQueue.wait_empty_by_warp": (
-        _NO_ATOMICS
-    ),
-    "commit_smem in pallas_kernels.mosaic.hopper.split_k.Parts.announce._signal": _NO_ATOMICS,
-    "semaphore_signal in pallas_kernels.mosaic.hopper.split_k.Parts.announce._signal": _NO_ATOMICS,
-    "semaphore_wait in pallas_kernels.mosaic.hopper.split_k.Parts._sum_of_parts._wait": _NO_ATOMICS,
+    f"barrier_arrive in {_HOPPER}.tile_queue.TileQueue.put_by_warp": _NO_ATOMICS,
+    f"barrier_arrive in {_HOPPER}.tile_queue.TileQueue.release_by_warp": _NO_ATOMICS,
+    f"barrier_wait in {_HOPPER}.tile_queue.TileQueue.read_by_warp": _NO_ATOMICS,
+    f"barrier_wait in {_HOPPER}.tile_queue.TileQueue.wait_empty_by_warp": _NO_ATOMICS,
+    f"commit_smem in {_HOPPER}.split_k.PartialSums.publish._signal": _NO_ATOMICS,
+    f"semaphore_signal in {_HOPPER}.split_k.PartialSums.publish._signal": _NO_ATOMICS,
+    f"semaphore_wait in {_HOPPER}.split_k.PartialSums._reduce._wait": _NO_ATOMICS,
 }
 """Operations in functions that no interpreted test can reach, and why."""
 

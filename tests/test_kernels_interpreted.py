@@ -23,8 +23,8 @@ from jax_moe.types import GroupPlan
 from pallas_kernels.mosaic import group_quant, permute, routing, unpermute
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
+from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import numpy_oracle
 from tests.test_plan import check_plan, draw_ids

@@ -10,8 +10,8 @@ import pytest
 
 import jax_moe
 from pallas_kernels.mosaic.hopper import zero_rows
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
+from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import h100_target
 from tests.moe_inputs import rank_specs

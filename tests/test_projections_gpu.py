@@ -11,8 +11,8 @@ import pytest
 import jax_moe
 from pallas_kernels.mosaic.hopper import gather, zero_rows
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
+from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests.moe_inputs import SMALL, bits, make_inputs, on_device
 from tests.test_kernels_interpreted import E4M3, grouped_rows, weights

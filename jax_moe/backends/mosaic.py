@@ -21,8 +21,8 @@ from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic import unpermute as unpermute_kernel
 from pallas_kernels.mosaic.hopper import zero_rows
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, has_spare_warps
-from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
+from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, has_spare_warps
+from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows

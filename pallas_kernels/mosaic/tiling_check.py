@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
+from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, round_up
 from pallas_kernels.tuning.table_format import Sizes

@@ -46,8 +46,8 @@ def parts_bytes(hidden_size: int, intermediate_size: int, num_local_experts: int
     sms = device.num_sms()
     pairs = table(hidden_size, intermediate_size, num_local_experts).values()
     return max(
-        pair.up_projection.parts_bytes(hidden_size // QUANT_BLOCK, 2, sms)
-        + pair.down_projection.parts_bytes(intermediate_size // QUANT_BLOCK, 2, sms)
+        pair.up_projection.partials_bytes(hidden_size // QUANT_BLOCK, 2, sms)
+        + pair.down_projection.partials_bytes(intermediate_size // QUANT_BLOCK, 2, sms)
         for pair in pairs
     )
 

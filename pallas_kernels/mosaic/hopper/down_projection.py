@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
 
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, grouped_matmul
+from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
+from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 
 

@@ -29,57 +29,34 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn, Int32
+from jaxtyping import Array, Float, Float8e4m3fn
 
-from pallas_kernels.device import num_sms
-from pallas_kernels.mosaic import launch, warp
+from pallas_kernels.mosaic import launch
 from pallas_kernels.mosaic.hopper import accumulate, gather, split_k, work_counter
 from pallas_kernels.mosaic.hopper.matmul_config import (
     CONSUMER_ROWS,
     NUM_CONSUMERS,
     MatmulConfig,
+    MatmulShape,
     is_token_major,
+    matmul_shape,
 )
-from pallas_kernels.mosaic.hopper.pipeline import Pipeline, Sources, pipeline_types
+from pallas_kernels.mosaic.hopper.operands import GroupedRows, Operands
+from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
+from pallas_kernels.mosaic.hopper.producer import Producer
 from pallas_kernels.mosaic.hopper.side_job import SideJob
-from pallas_kernels.mosaic.hopper.tile_queue import TileQueue, queue_types
-from pallas_kernels.mosaic.hopper.tile_scheduler import Cut, Walk
+from pallas_kernels.mosaic.hopper.stream_k import Partition, StreamK
+from pallas_kernels.mosaic.hopper.tile_queue import TileQueue, at_width
+from pallas_kernels.mosaic.hopper.tile_scheduler import (
+    DynamicScheduler,
+    StaticScheduler,
+    TileOrder,
+    TileScheduler,
+)
 from pallas_kernels.shapes import QUANT_BLOCK
-
-
-class GroupedRows(NamedTuple):
-    """Expert-major rows and where they lie; see docs/architecture.md for the plan's fields.
-
-    With `row_token`, row r of the M rows is `values[row_token[r]]` and R, the rows of `values`, is
-    anything; without, M is R.
-    """
-
-    values: Float8e4m3fn[Array, "R K"]
-    scales: Float[Array, "K/128 R"]
-    group_sizes: Int32[Array, "E"]
-    group_offsets: Int32[Array, "E"]
-    tile_expert: Int32[Array, "M/block_m"]
-    num_tiles: Int32[Array, "1"]
-    row_token: Int32[Array, "M"] | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """M."""
-        return (self.values if self.row_token is None else self.row_token).shape[0]
-
-
-class Operands(NamedTuple):
-    """What the kernel reads; `side_job` holds the inputs of the side job."""
-
-    rows: GroupedRows
-    weights: Any
-    weights_scale: Any
-    side_job: tuple[Any, ...]
 
 
 class Results(NamedTuple):
@@ -136,87 +113,44 @@ def grouped_matmul(
     if interpret is not None and rows.row_token is not None:
         values, scales = gather.gather_first(rows.values, rows.scales, rows.row_token)
         rows = rows._replace(values=values, scales=scales, row_token=None)
-    num_blocks = len(weight_blocks(0))
-    num_steps = rows.values.shape[1] // QUANT_BLOCK
     gathered = rows.row_token is not None
-    available = num_sms()
-    sms = available if config.sms is None else config.sms
-    if sms > available:
-        raise ValueError(f"sms: expected at most the {available} of this GPU, got {sms}")
-    segments = config.segments(num_steps)
-    segment_steps = num_steps // segments
-    stages_per_fill = config.stages_per_fill if segment_steps % config.stages_per_fill == 0 else 1
-    if gathered and config.num_stages < stages_per_fill + gather.GATHER_DELAY:
-        raise ValueError(
-            f"num_stages: expected at least stages_per_fill + {gather.GATHER_DELAY} where rows are "
-            f"gathered, got {config.num_stages} with stages_per_fill={config.stages_per_fill}"
-        )
-    stages = pipeline_types(
-        config.block_m, config.num_stages, num_blocks, stages_per_fill, NUM_CONSUMERS, gathered
+    shape = matmul_shape(
+        config,
+        num_columns=num_columns,
+        weight_blocks=weight_blocks,
+        num_steps=rows.values.shape[1] // QUANT_BLOCK,
+        gathered=gathered,
+        interpret=interpret,
     )
-    dynamic = has_spare_warps(config, gathered=gathered, interpret=interpret)
-    if side_job and not dynamic:
+    if side_job and not shape.is_dynamic:
         raise ValueError(f"side_job: expected None where no warp is spare, got one with {config}")
-    cut = Cut(segments, sms) if segments > 1 and interpret is None else None
-    partial_shape = (sms, segments, NUM_CONSUMERS, num_blocks, CONSUMER_ROWS, config.block_m)
-    partials = jax.ShapeDtypeStruct(partial_shape, jnp.float32) if cut else None
     side_type = side_job.out_type if side_job else None
 
     def body(operands: Operands, *written, pipeline: Pipeline, queue: TileQueue, staging):
         results = Results(*written)
-        rows = operands.rows
-        counter = work_counter.new_counter() if dynamic else None
-        total = rows.num_tiles[0] * num_columns
-        parts = None
-        if cut:
-            parts = split_k.Parts(results.partials, split_k.new_flags(sms), cut, total)
-        groups = (rows.group_sizes, rows.group_offsets, rows.tile_expert)
-        place = (config.block_m, num_columns, sms, *groups, total)
-        walk = Walk(*place, counter, cut, segments)
+        scheduler = _scheduler(shape, operands.rows)
+        partial_sums = None
+        if isinstance(scheduler, StreamK):
+            flags = split_k.new_flags(shape.sms)
+            partial_sums = split_k.PartialSums(results.partials, flags, scheduler.partition)
         role = lax.axis_index("warpgroup")
         producer_registers, consumer_registers = _registers(config.block_m, gathered)
 
         @pl.when(role == NUM_CONSUMERS)
         def _producer():
             plgpu.set_max_registers(producer_registers, action="decrease")
-            sources = Sources(rows.values, rows.scales, operands.weights, rows.row_token)
-
-            def fill_tile(done, tile, width, look_ahead):
-                blocks = weight_blocks(tile.column)
-                groups = (tile.end - tile.begin) * (segment_steps // stages_per_fill)
-                first_step = (done - tile.begin) * segment_steps
-
-                @pl.loop(0, groups)
-                def _steps(group):
-                    pl.when(group == walk.look_ahead_at(groups))(look_ahead)
-                    first = tile.begin * segment_steps + group * stages_per_fill
-                    ks = [first + i for i in range(stages_per_fill)]
-                    pipeline.produce(sources, tile, width, blocks, first_step, ks)
-
-            def finish(done):
-                if gathered:
-                    pipeline.commit_last(done * segment_steps)
-
-            fill = _by_width(config, fill_tile)
-
-            def fill_tiles():
-                pipeline.drain(walk.fill(queue, fill) * segment_steps)
-
-            if dynamic:
-                warps = [fill_tiles, lambda: walk.schedule(queue)]
-                if side_job:
-                    warps.append(lambda: side_job.run(operands.side_job, results.side_job, sms))
-                warp.run(*warps)
-            else:
-                done = walk.produce(queue, fill, finish)
-                pipeline.drain(done * segment_steps)
+            do_side_job = side_job and functools.partial(
+                side_job.run, operands.side_job, results.side_job, shape.sms
+            )
+            scheduler.produce_tiles(queue, Producer(shape, operands, pipeline), do_side_job)
 
         @pl.when(role < NUM_CONSUMERS)
         def _consumer():
             plgpu.set_max_registers(consumer_registers, action="increase")
 
-            def tile_body(done, tile, width):
+            def compute(done, tile, width):
                 blocks = weight_blocks(tile.column)
+                segment_steps = shape.segment_steps
                 first_step = (done - tile.begin) * segment_steps
                 sum_steps = functools.partial(
                     accumulate.accumulate,
@@ -229,36 +163,48 @@ def grouped_matmul(
                     gathered,
                 )
                 finish = token_major_epilogue if is_token_major(width) else weight_major_epilogue
-                at_segment_end = parts and functools.partial(parts.hand_over, tile, width)
+                at_segment_end = partial_sums and functools.partial(
+                    partial_sums.store_partial, tile, width
+                )
                 begin, end = tile.begin * segment_steps, tile.end * segment_steps
-                if cut is None:
-                    begin, end = 0, num_steps
+                if not shape.is_split:
+                    begin, end = 0, shape.num_steps
                 sums = sum_steps(begin, end, segment_steps, at_segment_end)
-                if parts is None:
+                if partial_sums is None:
                     finish(sums, tile, width, results.outputs, staging)
                     return
-                parts.announce(tile)
+                partial_sums.publish(tile)
 
                 @pl.when(tile.begin == 0)
-                def _owner():
-                    whole = parts.add_rest(tile, width, sums)
+                def _finish():
+                    whole = partial_sums.reduce_partials(tile, width, sums)
                     finish(whole, tile, width, results.outputs, staging)
 
-            walk.consume(queue, _by_width(config, tile_body))
+            scheduler.consume_tiles(
+                queue,
+                lambda done, tile: at_width(
+                    tile, shape.widths, functools.partial(compute, done, tile)
+                ),
+            )
             plgpu.wait_smem_to_gmem(0)
 
     kernel = launch.kernel(
         body,
-        out_type=tuple(Results(out_type, side_type, partials)),
+        out_type=tuple(Results(out_type, side_type, split_k.partial_sums_type(shape))),
         # Pallas lays shared memory out in the alphabetical order of these names.
         scratch_types={
-            "pipeline": stages,
-            "queue": queue_types(1, NUM_CONSUMERS + 1)
-            if dynamic
-            else queue_types(2, NUM_CONSUMERS),
+            "pipeline": pipeline_types(
+                config.block_m,
+                config.num_stages,
+                shape.num_blocks,
+                shape.stages_per_fill,
+                NUM_CONSUMERS,
+                gathered,
+            ),
+            "queue": (DynamicScheduler if shape.is_dynamic else StaticScheduler).queue_types(),
             "staging": staging_types,
         },
-        grid=(sms,),
+        grid=(shape.sms,),
         grid_names=("sm",),
         num_threads=NUM_CONSUMERS + 1,
         thread_name="warpgroup",
@@ -271,16 +217,17 @@ def grouped_matmul(
     return results.outputs, results.side_job
 
 
-def has_spare_warps(config: MatmulConfig, *, gathered: bool, interpret) -> bool:
-    """Whether one warp of the producer schedules and one fills, which leaves two without work.
-
-    Args:
-        config: Tile and pipeline.
-        gathered: Whether the producer gathers the rows, which takes all of its warps.
-        interpret: Interpreter parameters, or None for the GPU: the interpreter has neither
-            atomics nor semaphores.
-    """
-    return config.scheduler == "dynamic" and interpret is None and not gathered
+def _scheduler(shape: MatmulShape, rows: GroupedRows) -> TileScheduler:
+    """The scheduler of the kernel that is being traced; `rows` are references."""
+    counter = work_counter.new_counter() if shape.is_dynamic else None
+    total = rows.num_tiles[0] * shape.num_columns
+    groups = (rows.group_sizes, rows.group_offsets, rows.tile_expert)
+    order = TileOrder(shape.block_m, shape.num_columns, shape.segments, *groups, total)
+    if shape.is_dynamic:
+        return DynamicScheduler(order, shape.sms, counter)
+    if shape.is_split:
+        return StreamK(order, shape.sms, Partition(shape.segments, shape.sms, total))
+    return StaticScheduler(order, shape.sms)
 
 
 def _registers(block_m: int, gathered: bool) -> tuple[int, int]:
@@ -291,19 +238,3 @@ def _registers(block_m: int, gathered: bool) -> tuple[int, int]:
     if block_m <= CONSUMER_ROWS:
         return (72, 216) if gathered else (56, 224)
     return (56, 224) if gathered else (24, 240)
-
-
-def _by_width(config: MatmulConfig, tile_body):
-    """`tile_body(index, tile, width, ...)` at the narrowest width that holds the live rows."""
-
-    def body(index, tile, *more):
-        narrower = 0
-        for width in (*config.tail_widths, config.block_m):
-
-            @pl.when((tile.live > narrower) & (tile.live <= width))
-            def _at_width(width=width):
-                tile_body(index, tile, width, *more)
-
-            narrower = width
-
-    return body

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import typing
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-from pallas_kernels.device import SMEM_BYTES
+from pallas_kernels.device import SMEM_BYTES, num_sms
+from pallas_kernels.mosaic.hopper.gather import GATHER_DELAY
 from pallas_kernels.mosaic.hopper.pipeline import stage_bytes
 from pallas_kernels.mosaic.hopper.tile_queue import QUEUE_BYTES
 from pallas_kernels.shapes import QUANT_BLOCK
@@ -44,10 +46,10 @@ class MatmulConfig:
         scheduler: "static": a CTA computes every `sms`-th tile; "dynamic": it takes the next tile
             that no CTA has. Worth it where tiles are many and long; the counter costs a launch of
             its own. Taken as static where rows are gathered: that takes the scheduler's warp.
-        split_k_steps: Cuts the last tiles along K, where they are few, into pieces of that many
-            128-column steps; None, or a number of steps that it does not divide, leaves them
-            whole. The order of additions does not depend on where a tile is cut. Costs a launch
-            too, for the flags.
+        split_k_steps: Splits the last tiles along K, where they are few, into segments of that many
+            128-column steps (`stream_k`); None, or a number of steps that it does not divide,
+            leaves them whole. The order of additions does not depend on where a tile is split.
+            Costs a launch, too, for the flags.
     """
 
     block_m: int
@@ -100,15 +102,127 @@ class MatmulConfig:
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
 
-    def parts_bytes(self, num_steps: int, num_blocks: int, sms: int) -> int:
-        """Global memory for the sums of tiles that are cut."""
+    def partials_bytes(self, num_steps: int, num_blocks: int, sms: int) -> int:
+        """Global memory for the partial sums of tiles that are split."""
         segments = self.segments(num_steps)
         if segments == 1:
             return 0
         return 4 * sms * segments * num_blocks * QUANT_BLOCK * self.block_m
 
     def segments(self, num_steps: int) -> int:
-        """Pieces that a tile of `num_steps` steps may be cut into."""
+        """Pieces that a tile of `num_steps` steps may be split into."""
         if self.split_k_steps is None or num_steps % self.split_k_steps:
             return 1
         return num_steps // self.split_k_steps
+
+
+def has_spare_warps(config: MatmulConfig, *, gathered: bool, interpret: Any) -> bool:
+    """Whether one warp of the producer schedules and one fills, which leaves two without work.
+
+    Args:
+        config: Tile and pipeline.
+        gathered: Whether the producer gathers the rows, which takes all of its warps.
+        interpret: Interpreter parameters, or None for the GPU: the interpreter has neither
+            atomics nor semaphores.
+    """
+    return config.scheduler == "dynamic" and interpret is None and not gathered
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulShape:
+    """What is known of a matmul when its kernel is traced.
+
+    Attributes:
+        config: Tile and pipeline.
+        num_columns: Columns of tiles that cover N.
+        weight_blocks: Maps a column to the 128-row blocks of N that its tiles multiply.
+        num_steps: 128-column steps that cover K.
+        sms: CTAs.
+        is_gathered: Whether the producer gathers the rows, instead of TMA.
+        is_dynamic: Whether a warp of the producer schedules, which leaves two without work.
+        is_split: Whether the last tiles may be split along K.
+    """
+
+    config: MatmulConfig
+    num_columns: int
+    weight_blocks: Callable[[Any], tuple[Any, ...]]
+    num_steps: int
+    sms: int
+    is_gathered: bool
+    is_dynamic: bool
+    is_split: bool
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return self.config.block_m
+
+    @property
+    def num_blocks(self) -> int:
+        """Weight blocks of a tile."""
+        return len(self.weight_blocks(0))
+
+    @property
+    def segments(self) -> int:
+        """Segments of K, which have a sum each."""
+        return self.config.segments(self.num_steps)
+
+    @property
+    def segment_steps(self) -> int:
+        """Steps of a segment."""
+        return self.num_steps // self.segments
+
+    @property
+    def stages_per_fill(self) -> int:
+        """Stages that are filled together."""
+        wanted = self.config.stages_per_fill
+        return 1 if self.segment_steps % wanted else wanted
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that a tile may have, ascending."""
+        return (*self.config.tail_widths, self.config.block_m)
+
+
+def matmul_shape(
+    config: MatmulConfig,
+    *,
+    num_columns: int,
+    weight_blocks: Callable[[Any], tuple[Any, ...]],
+    num_steps: int,
+    gathered: bool,
+    interpret: Any,
+) -> MatmulShape:
+    """The shape of a matmul on the GPU that is compiled for.
+
+    Args:
+        config: Tile and pipeline.
+        num_columns: Columns of tiles.
+        weight_blocks: See `MatmulShape`.
+        num_steps: Steps of K.
+        gathered: Whether the producer gathers the rows.
+        interpret: Interpreter parameters, or None for the GPU.
+
+    Raises:
+        ValueError: The configuration does not fit the GPU, or rows that are gathered.
+    """
+    available = num_sms()
+    sms = available if config.sms is None else config.sms
+    if sms > available:
+        raise ValueError(f"sms: expected at most the {available} of this GPU, got {sms}")
+    shape = MatmulShape(
+        config=config,
+        num_columns=num_columns,
+        weight_blocks=weight_blocks,
+        num_steps=num_steps,
+        sms=sms,
+        is_gathered=gathered,
+        is_dynamic=has_spare_warps(config, gathered=gathered, interpret=interpret),
+        is_split=config.segments(num_steps) > 1 and interpret is None,
+    )
+    if gathered and config.num_stages < shape.stages_per_fill + GATHER_DELAY:
+        raise ValueError(
+            f"num_stages: expected at least stages_per_fill + {GATHER_DELAY} where rows are "
+            f"gathered, got {config.num_stages} with stages_per_fill={config.stages_per_fill}"
+        )
+    return shape

@@ -16,19 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.hopper import gather
+from pallas_kernels.mosaic.hopper.operands import GroupedRows, Operands
 from pallas_kernels.shapes import QUANT_BLOCK
 
 _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 _MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
-
-
-class Sources(NamedTuple):
-    """What the producer reads; `row_token` is None where rows are contiguous."""
-
-    x: Any
-    x_scales: Any
-    weights: Any
-    row_token: Any
 
 
 class Pipeline(NamedTuple):
@@ -72,14 +64,14 @@ class Pipeline(NamedTuple):
     def _inside(self, row):
         return lax.rem(row, jnp.int32(self.x_scales.shape[1]))
 
-    def produce(self, sources: Sources, tile, width: int, blocks, first_step, ks) -> None:
+    def produce(self, operands: Operands, tile, width: int, blocks, first_step, ks) -> None:
         """Producer: copies the 128-column steps `ks` of a tile into the next stages.
 
         Copies of one weight row in several steps follow each other: they lie side by side in
         memory, and HBM reads 256 bytes in a row faster than 128 here and 128 there.
 
         Args:
-            sources: Arrays in global memory.
+            operands: Arrays in global memory.
             tile: The tile.
             width: Its tokens.
             blocks: Its weight blocks.
@@ -94,21 +86,22 @@ class Pipeline(NamedTuple):
                 plgpu.barrier_wait(self.empty.at[stage])
 
         # Gathered rows come last: looking their tokens up takes time that weights can travel in.
-        gathered = sources.row_token is not None
+        gathered = operands.rows.row_token is not None
         box_rows = QUANT_BLOCK // len(ks)
         if not gathered:
-            _copy_tokens(self, sources, tile, width, ks, stages)
+            _copy_tokens(self, operands.rows, tile, width, ks, stages)
         for i, block in enumerate(blocks):
             for first in range(0, QUANT_BLOCK, box_rows):
                 rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
                 for k, stage in zip(ks, stages, strict=True):
+                    columns = pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)
                     plgpu.copy_gmem_to_smem(
-                        sources.weights.at[tile.expert, rows, pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)],
+                        operands.weights.at[tile.expert, rows, columns],
                         self.weights.at[stage, i, pl.ds(first, box_rows)],
                         self.full(stage, i),
                     )
         if gathered:
-            _gather_tokens(self, sources, tile, width, ks, stages)
+            _gather_tokens(self, operands.rows, tile, width, ks, stages)
             gather.wait_landed(gather.GATHER_DELAY)
             for k in ks:
                 self._commit(first_step + k - gather.GATHER_DELAY)
@@ -177,17 +170,17 @@ def pipeline_types(
     )
 
 
-def _copy_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, stages) -> None:
+def _copy_tokens(pipeline: Pipeline, rows: GroupedRows, tile, width: int, ks, stages) -> None:
     for k, stage in zip(ks, stages, strict=True):
         full = pipeline.full(stage, 0)
-        tokens = sources.x.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
+        tokens = rows.values.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
         plgpu.copy_gmem_to_smem(tokens, pipeline.x.at[stage, pl.ds(0, width)], full)
         scales = pl.ds(pipeline.first_scale(tile.row), pipeline.x_scales.shape[1])
-        plgpu.copy_gmem_to_smem(sources.x_scales.at[k, scales], pipeline.x_scales.at[stage], full)
+        plgpu.copy_gmem_to_smem(rows.scales.at[k, scales], pipeline.x_scales.at[stage], full)
 
 
-def _gather_tokens(pipeline: Pipeline, sources: Sources, tile, width: int, ks, stages) -> None:
-    x = sources.x, sources.x_scales
+def _gather_tokens(pipeline: Pipeline, rows: GroupedRows, tile, width: int, ks, stages) -> None:
+    sources = rows.values, rows.scales
     for k, stage in zip(ks, stages, strict=True):
         to = pipeline.x.at[stage], pipeline.x_scales.at[stage]
-        gather.copy_rows(x, sources.row_token, tile.row, k, *to, width, transforms=_F8_TILES)
+        gather.copy_rows(sources, rows.row_token, tile.row, k, *to, width, transforms=_F8_TILES)

@@ -1,16 +1,16 @@
-"""Sums of tiles that several CTAs compute a part of (`tile_walk.Cut`).
+"""Sums of tiles that several CTAs compute a part of (`stream_k`).
 
-    CTA c, owner of the tile                  CTA c + 1, whose run begins inside the tile
-    ------------------------                  -------------------------------------------
+    CTA c, which finishes the tile            CTA c + 1, whose run begins inside the tile
+    ------------------------------            -------------------------------------------
     ... earlier tiles                         ... earlier tiles
-    segments 0, 1                             segments 2, 3 -> parts[c + 1, 2..3], flag[c + 1]
-    wait flag[c + 1], add parts 2, 3          ... tiles that it owns
+    segments 0, 1                             segments 2, 3 -> partials[c + 1, 2..3], flag[c + 1]
+    wait flag[c + 1], add partials 2, 3       ... tiles that it finishes
     epilogue
 
 Every segment has a sum of its own and sums are added in the order of the segments, so bits do not
-depend on the cut. Flags are the call's own semaphores (as in `work_counter`), zeros before and
+depend on the split. Flags are the call's own semaphores (as in `work_counter`), zeros before and
 after: XLA may let two layers share a plan, never these. A CTA waits for the next few only, which
-hand over before they wait for anything, and CTAs start in order: beside another kernel, too, the
+publish before they wait for anything, and CTAs start in order: beside another kernel, too, the
 first ones that are on the GPU can end.
 """
 
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.hopper.matmul_config import NUM_CONSUMERS
-from pallas_kernels.mosaic.hopper.tile_scheduler import Cut
+from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulShape
+from pallas_kernels.mosaic.hopper.stream_k import Partition
 
 
 def new_flags(sms: int):
@@ -32,55 +33,62 @@ def new_flags(sms: int):
     return pl.get_global(plgpu.SemaphoreType.REGULAR((sms * NUM_CONSUMERS,)))
 
 
-class Parts(NamedTuple):
+def partial_sums_type(shape: MatmulShape) -> jax.ShapeDtypeStruct | None:
+    """Where partial sums go, None where no tile is split."""
+    if not shape.is_split:
+        return None
+    sums = (shape.segments, NUM_CONSUMERS, shape.num_blocks, CONSUMER_ROWS, shape.block_m)
+    return jax.ShapeDtypeStruct((shape.sms, *sums), jnp.float32)
+
+
+class PartialSums(NamedTuple):
     """`f32[CTA, segment, warpgroup, block, 64, block_m]` in global memory, and their flags."""
 
     memory: Any
     flags: Any
-    cut: Cut
-    total: Any
+    partition: Partition
 
-    def hand_over(self, tile, width: int, segment, sums) -> None:
-        """Stores the sums of a segment whose tile another CTA owns."""
+    def store_partial(self, tile, width: int, segment, sums) -> None:
+        """Stores the sums of a segment whose tile another CTA finishes."""
         place = lax.axis_index("sm"), segment, lax.axis_index("warpgroup")
 
         @pl.when(tile.begin > 0)
         def _store():
-            for i, part in enumerate(sums):
-                self.memory[(*place, i, slice(None), pl.ds(0, width))] = part
+            for i, sum_ in enumerate(sums):
+                self.memory[(*place, i, slice(None), pl.ds(0, width))] = sum_
 
-    def announce(self, tile) -> None:
-        """Tells the owner that all segments handed over are in memory."""
+    def publish(self, tile) -> None:
+        """Tells the CTA that finishes the tile that all sums stored for it are in memory."""
 
         @pl.when(tile.begin > 0)
         def _signal():
             plgpu.commit_smem()  # all threads have stored
             plgpu.semaphore_signal(self._flag(lax.axis_index("sm")), memory_scope="gpu")
 
-    def add_rest(self, tile, width: int, sums):
-        """The owner's sums plus those of the segments that it did not compute."""
-        is_cut = tile.end < self.cut.segments
-        return lax.cond(is_cut, lambda sums: self._sum_of_parts(tile, width, sums), tuple, sums)
+    def reduce_partials(self, tile, width: int, sums):
+        """The sums of the CTA that finishes a tile plus those of the segments that it lacks."""
+        is_split = tile.end < self.partition.segments
+        return lax.cond(is_split, lambda sums: self._reduce(tile, width, sums), tuple, sums)
 
-    def _sum_of_parts(self, tile, width: int, sums):
+    def _reduce(self, tile, width: int, sums):
         warpgroup = lax.axis_index("warpgroup")
-        # The owner's cut tile is its last piece: its run ends after segment `tile.end - 1`.
-        first = self.cut.first_unit(self.total, lax.axis_index("sm") + 1) - tile.end
-        segments = range(1, self.cut.segments)
+        # The split tile that a CTA finishes is its last piece: its run ends with `tile.end`.
+        first = self.partition.first_segment(lax.axis_index("sm") + 1) - tile.end
+        segments = range(1, self.partition.segments)
         places = []
         for segment in segments:
-            # In place of its own segments the owner loads, and drops, the first one that it lacks.
+            # In place of its own segments it loads, and drops, the first one that it lacks.
             lacking = lax.max(jnp.int32(segment), tile.end)
-            holder = self.cut.holder(self.total, first + lacking)
-            begins = first + segment == self.cut.first_unit(self.total, holder)
+            owner = self.partition.owner_of(first + lacking)
+            begins = first + segment == self.partition.first_segment(owner)
 
             @pl.when((segment >= tile.end) & begins)
-            def _wait(holder=holder):
-                plgpu.semaphore_wait(self._flag(holder), memory_scope="gpu")
+            def _wait(owner=owner):
+                plgpu.semaphore_wait(self._flag(owner), memory_scope="gpu")
 
-            places.append((holder, lacking, warpgroup))
+            places.append((owner, lacking, warpgroup))
 
-        parts = [  # all loads before the first addition: one latency instead of many
+        partials = [  # all loads before the first addition: one latency instead of many
             [
                 plgpu.load(
                     self.memory.at[(*place, i, slice(None), pl.ds(0, width))],
@@ -91,9 +99,9 @@ class Parts(NamedTuple):
             ]
             for place in places
         ]
-        for segment, part in zip(segments, parts, strict=True):
-            missing = jnp.broadcast_to(segment >= tile.end, part[0].shape)
-            sums = tuple(lax.select(missing, a + b, a) for a, b in zip(sums, part, strict=True))
+        for segment, partial in zip(segments, partials, strict=True):
+            missing = jnp.broadcast_to(segment >= tile.end, partial[0].shape)
+            sums = tuple(lax.select(missing, a + b, a) for a, b in zip(sums, partial, strict=True))
         return sums
 
     def _flag(self, cta):

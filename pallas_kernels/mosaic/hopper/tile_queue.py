@@ -14,6 +14,7 @@ tile without live rows ends the queue.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -38,6 +39,24 @@ class Tile(NamedTuple):
     column: Any
     begin: Any
     end: Any
+
+
+def at_width(tile: Tile, widths: Sequence[int], body: Callable[[int], None]) -> None:
+    """Calls `body(width)` with the narrowest of the `widths` that holds the tile's live rows.
+
+    Args:
+        tile: The tile, with at least one live row.
+        widths: Ascending, the last one `block_m`.
+        body: Traced once per width.
+    """
+    narrower = 0
+    for width in widths:
+
+        @pl.when((tile.live > narrower) & (tile.live <= width))
+        def _at_width(width=width):
+            body(width)
+
+        narrower = width
 
 
 class TileQueue(NamedTuple):

@@ -1,37 +1,40 @@
-"""Which CTA computes which tile, and how a CTA's warpgroups agree on it.
+"""Which CTA computes which tile, and how its producer and its consumers go through them.
 
-Tiles are ordered expert by expert; inside one, rows fastest, so that an expert's weights are read
-from HBM once and from L2 after that. The first tile of a CTA is its index, every further one is
-`sms` tiles on. Few long tiles are cut along K: see `Cut`.
+Tiles are numbered expert by expert; inside one, rows fastest, so that an expert's weights are read
+from HBM once and from L2 after that. Schedulers differ in who decides:
+
+`StaticScheduler`: CTA c computes tiles c, c + sms, c + 2 sms, ... The producer queues a tile while
+the one before it is under way.
 
     producer warpgroup                    consumer warpgroups
     ------------------                    -------------------
-    wait empty[i % 2]
-    tile i -> slot[i % 2], full[i % 2]    -->    wait full[i % 2], read the slot
-    look the next tile up                 <--    arrive empty[i % 2]
-    fill the pipeline for tile i                 compute tile i
+    queue tile i + 1, half way       -->  take tile i
+    through tile i
+    fill the pipeline for tile i          compute tile i
 
-With a counter a CTA takes the next tile that no CTA has instead, so that nobody idles while another
+`DynamicScheduler`: a CTA computes the next tile that no CTA has, so that no CTA idles while another
 has two tiles left. Taking a number and looking the tile up takes longer than the pipeline lasts, so
 a warp of its own does it. It takes the number late: CTAs should do so in the order in which they
 will be done.
 
-    producer warp 1                  producer warp 0                  consumer warpgroups
-    ---------------                  ---------------                  -------------------
-    wait empty
-    take a tile number, look it up
-    tile -> slot, full          -->  wait full, read the slot         wait full, read the slot
-                                     fill the pipeline for the tile    arrive empty
-                                <--  arrive empty, a few steps        compute the tile
+    producer warp 1                  producer warp 0                   consumer warpgroups
+    ---------------                  ---------------                   -------------------
+    wait until the slot is empty
+    take a number, look it up
+    queue the tile              -->  read the tile                     take the tile
+                                     fill the pipeline for it          compute it
+                                <--  release the slot, a few steps
                                      before the last one
 
-A tile without live rows ends the queue.
+`stream_k.StreamK` is static and splits the last tiles along K.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -39,212 +42,222 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper import work_counter
-from pallas_kernels.mosaic.hopper.tile_queue import Tile, TileQueue
+from pallas_kernels.mosaic.hopper.matmul_config import NUM_CONSUMERS
+from pallas_kernels.mosaic.hopper.tile_queue import Tile, TileQueue, queue_types
 
 LOOKAHEAD_STEPS = 8  # left of a tile when the next number is taken: twice what a look-up takes
-_BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
 
 
-class Cut(NamedTuple):
-    """Deals out the last tiles in equal numbers of K segments where they are few.
+class TileOrder(NamedTuple):
+    """All tiles by number.
 
-    Tiles go round whole. Those that are left, if so few that their CTAs could not use the whole
-    memory bandwidth, are laid out segment by segment and every CTA takes an equal run of them. It
-    owns the tiles that begin in its run. The segments of a tile that began earlier, always the
-    first of its run, it hands over to the owner.
-    """
-
-    segments: int
-    sms: int
-
-    def rounds(self, total):
-        """Whole tiles of each CTA, the last round aside."""
-        return lax.div(total, jnp.int32(self.sms))
-
-    def cut_tiles(self, total):
-        """How many of the last tiles are cut."""
-        left = lax.rem(total, jnp.int32(self.sms))
-        return lax.select(left * _BUSY_SHARE < self.sms, left, jnp.int32(0))
-
-    def first_unit(self, total, cta):
-        """Where the run of a CTA begins, in segments of cut tiles."""
-        return lax.div(cta * (self.cut_tiles(total) * self.segments), jnp.int32(self.sms))
-
-    def holder(self, total, unit):
-        """The CTA in whose run a segment lies."""
-        units = lax.max(self.cut_tiles(total) * self.segments, 1)
-        return lax.div((unit + 1) * self.sms - 1, units)
-
-    def whole(self, total, cta, index):
-        """The `index`-th tile that goes to a CTA whole, and whether there are so many."""
-        linear = cta + index * self.sms
-        return linear, linear < total - self.cut_tiles(total)
-
-    def part(self, total, cta, index):
-        """The `index`-th piece of a CTA, after its whole tiles: tile, `begin` and `end`.
-
-        After its last one `end <= begin`.
-        """
-        rounds = self.rounds(total)
-        first, last = self.first_unit(total, cta), self.first_unit(total, cta + 1)
-        tile = lax.div(first, jnp.int32(self.segments)) + index - rounds
-        inside = lax.rem(first, jnp.int32(self.segments))
-        begin = lax.select(index == rounds, inside, jnp.int32(0))
-        end = lax.min(last - tile * self.segments, jnp.int32(self.segments))
-        return rounds * self.sms + tile, begin, end
-
-
-class Walk(NamedTuple):
-    """The order of tiles, and this CTA's place in it.
-
-    `counter` is None for a fixed deal, `cut` is None where tiles stay whole.
+    Attributes:
+        block_m: Rows of a tile.
+        num_columns: Columns of tiles.
+        segments: Pieces that K is divided into, see `stream_k`.
+        group_sizes: i32[E], as in a `GroupPlan`.
+        group_offsets: i32[E].
+        tile_expert: i32[M/block_m].
+        total: How many tiles there are.
     """
 
     block_m: int
     num_columns: int
-    sms: int
-    sizes: Any
-    offsets: Any
+    segments: int
+    group_sizes: Any
+    group_offsets: Any
     tile_expert: Any
     total: Any
-    counter: Any
-    cut: Cut | None
-    segments: int
 
-    def tile(self, linear, load=operator.getitem) -> Tile:
-        """The `linear`-th tile, whole; past the last one, a tile without live rows.
+    def tile(self, number, load=operator.getitem) -> Tile:
+        """A tile, whole; past the last one, a tile without live rows.
 
         Args:
-            linear: Its number.
-            load: How to read a number.
+            number: Which one.
+            load: How to read a number from an array.
         """
         # Dead tiles name expert 0, so the look-up need not wait until `total` has been read.
-        row_tile = lax.div(linear, jnp.int32(self.num_columns))
+        row_tile = lax.div(number, jnp.int32(self.num_columns))
         last = jnp.int32(self.tile_expert.shape[0] - 1)
         expert = load(self.tile_expert, lax.min(row_tile, last))
-        size, offset = load(self.sizes, expert), load(self.offsets, expert)
+        size, offset = load(self.group_sizes, expert), load(self.group_offsets, expert)
         row_tiles = lax.max(lax.div(size + (self.block_m - 1), jnp.int32(self.block_m)), 1)
-        inside = linear - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
+        inside = number - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
         first = lax.rem(inside, row_tiles) * self.block_m
         live = lax.min(size - first, jnp.int32(self.block_m))
-        live = lax.select(linear < self.total, live, jnp.int32(0))
+        live = lax.select(number < self.total, live, jnp.int32(0))
         column = lax.div(inside, row_tiles)
         return Tile(expert, offset + first, live, column, jnp.int32(0), jnp.int32(self.segments))
 
-    def produce(self, queue: TileQueue, fill, finish) -> Any:
-        """Queues every tile of this CTA and fills the pipeline for it; without a counter.
+    def aligned(self, tile: Tile) -> Tile:
+        """The tile; TMA wants to know that its rows begin at a multiple of `block_m`."""
+        return tile._replace(row=pl.multiple_of(tile.row, self.block_m))
+
+    def whole(self, tile: Tile) -> Tile:
+        """A tile that is not split: its segments are known without reading them."""
+        return tile._replace(begin=jnp.int32(0), end=jnp.int32(self.segments))
+
+
+class TileProducer(Protocol):
+    """The producer's side of the pipeline, as a scheduler drives it.
+
+    `done` counts the segments of the tiles before, over all tiles of the CTA.
+    """
+
+    def produce(self, done, tile: Tile, look_ahead: Callable[[Any, Any], None]) -> None:
+        """Fills the pipeline for a tile; calls `look_ahead(i, n)` before each i of its n fills."""
+
+    def commit_last(self, done) -> None:
+        """Commits what is still under way; `done` is the total. Not called where one warp fills."""
+
+    def drain(self, done) -> None:
+        """Waits until the consumers have released all stages; `done` is the total."""
+
+
+class TileScheduler(Protocol):
+    """How a CTA goes through its tiles, each queued by the producer before it is computed."""
+
+    @staticmethod
+    def queue_types() -> TileQueue:
+        """Scratch types of the queue that it needs."""
+
+    def produce_tiles(
+        self, queue: TileQueue, producer: TileProducer, side_job: Callable[[], None] | None = None
+    ) -> None:
+        """The producer warpgroup: queues every tile of this CTA and fills the pipeline for it.
 
         Args:
             queue: Where the tiles go.
-            fill: `fill(done, tile, look_ahead)`, `done` segments after the CTA's first one; it
-                calls `look_ahead()` once, when the pipeline is ahead of the consumers, since
-                finding the next tile takes longer than a step.
-            finish: `finish(done)`, called once all tiles are filled.
-
-        Returns:
-            How many segments there were.
+            producer: What to do for a tile.
+            side_job: What a spare warp does meanwhile, where there is one.
         """
-        queue.put(jnp.int32(0), self._tile_of(jnp.int32(0)))
+
+    def consume_tiles(self, queue: TileQueue, compute: Callable[[Any, Tile], None]) -> None:
+        """A consumer warpgroup: `compute(done, tile)` for every tile, `done` as in the producer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticScheduler:
+    """Every `sms`-th tile."""
+
+    order: TileOrder
+    sms: int
+
+    @staticmethod
+    def queue_types() -> TileQueue:
+        """Two slots: the next tile is queued while the consumers may not have taken this one."""
+        return queue_types(num_slots=2, num_readers=NUM_CONSUMERS)
+
+    def produce_tiles(
+        self, queue: TileQueue, producer: TileProducer, side_job: Callable[[], None] | None = None
+    ) -> None:
+        """See `TileScheduler`; no warp is spare, since all of them fill the pipeline."""
+        assert side_job is None
+        queue.put(jnp.int32(0), self.tile_at(jnp.int32(0)))
 
         def step(carry):
             index, done = carry
-            tile = self._aligned(self._known(queue.read(index)))
-            fill(done, tile, lambda: queue.put(index + 1, self._tile_of(index + 1)))
+            tile = self.known(queue.read(index))
+
+            def look_ahead(i, count):
+                @pl.when(i == lax.div(count, jnp.int32(2)))
+                def _next():  # finding the tile takes longer than a step
+                    queue.put(index + 1, self.tile_at(index + 1))
+
+            producer.produce(done, tile, look_ahead)
             return index + 1, done + (tile.end - tile.begin)
 
         count, done = lax.while_loop(
             lambda carry: queue.read(carry[0]).live > 0, step, (jnp.int32(0), jnp.int32(0))
         )
-        finish(done)
+        producer.commit_last(done)
         queue.drain(count)
-        return done
+        producer.drain(done)
 
-    def schedule(self, queue: TileQueue) -> None:
-        """A warp: queues every tile of this CTA, each when `fill` is almost done with the last."""
-        first = self.tile(lax.axis_index("sm"), warp.load)
+    def consume_tiles(self, queue: TileQueue, compute: Callable[[Any, Tile], None]) -> None:
+        """See `TileScheduler`."""
+        _consume_whole_tiles(self.order, queue, compute)
+
+    def tile_at(self, index) -> Tile:
+        """The `index`-th tile of this CTA."""
+        return self.order.tile(lax.axis_index("sm") + index * self.sms)
+
+    def known(self, tile: Tile) -> Tile:
+        """A tile of the queue, with what is known of it without reading."""
+        return self.order.aligned(self.order.whole(tile))
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicScheduler:
+    """The next tile that no CTA has, by a counter in global memory."""
+
+    order: TileOrder
+    sms: int
+    counter: Any
+
+    @staticmethod
+    def queue_types() -> TileQueue:
+        """One slot, which the warp that fills the pipeline reads, too."""
+        return queue_types(num_slots=1, num_readers=NUM_CONSUMERS + 1)
+
+    def produce_tiles(
+        self, queue: TileQueue, producer: TileProducer, side_job: Callable[[], None] | None = None
+    ) -> None:
+        """See `TileScheduler`."""
+        warps = [lambda: self._fill(queue, producer), lambda: self._schedule(queue)]
+        warp.run(*warps, *([side_job] if side_job else []))
+
+    def consume_tiles(self, queue: TileQueue, compute: Callable[[Any, Tile], None]) -> None:
+        """See `TileScheduler`."""
+        _consume_whole_tiles(self.order, queue, compute)
+
+    def _schedule(self, queue: TileQueue) -> None:
+        """A warp: queues every tile, each when `_fill` is almost done with the one before it."""
+        first = self.order.tile(lax.axis_index("sm"), warp.load)
         queue.put_by_warp(first)
 
         def step(_):
             queue.wait_empty_by_warp()
             number = work_counter.next_tile(self.counter)
-            tile = self.tile(self.sms + number, warp.load)
+            tile = self.order.tile(self.sms + number, warp.load)
             queue.put_by_warp(tile)
             return tile.live
 
-        warp.while_loop(self.total, lambda live: live > 0, step, first.live)
+        warp.while_loop(self.order.total, lambda live: live > 0, step, first.live)
         work_counter.finish(self.counter, self.sms)
         # Every completed phase must be observed before the barriers go away.
         queue.wait_empty_by_warp()
 
-    def fill(self, queue: TileQueue, fill) -> Any:
-        """Another warp: fills the pipeline for every tile that `schedule` puts.
+    def _fill(self, queue: TileQueue, producer: TileProducer) -> None:
+        """Another warp: fills the pipeline for every tile that `_schedule` queues."""
+        order = self.order
 
-        Args:
-            queue: Where the tiles go.
-            fill: As for `produce`; what it calls lets the next number be taken.
-
-        Returns:
-            How many segments there were.
-        """
+        def look_ahead(i, count):
+            pl.when(i == lax.max(count - LOOKAHEAD_STEPS, 0))(queue.release_by_warp)
 
         def step(carry):
             index, tile = carry
-            tile = self._known(tile)
-            # What `_aligned` says, for a warp: TMA wants to know that rows come in whole tiles.
-            tile = tile._replace(row=lax.div(tile.row, jnp.int32(self.block_m)) * self.block_m)
-            fill(index * self.segments, tile, queue.release_by_warp)
+            tile = order.whole(tile)
+            # What `aligned` says, for a warp, which cannot say it.
+            tile = tile._replace(row=lax.div(tile.row, jnp.int32(order.block_m)) * order.block_m)
+            producer.produce(index * order.segments, tile, look_ahead)
             return index + 1, queue.read_by_warp()
 
         initial = (jnp.int32(0), queue.read_by_warp())
-        count, _ = warp.while_loop(self.total, lambda carry: carry[1].live > 0, step, initial)
+        count, _ = warp.while_loop(order.total, lambda carry: carry[1].live > 0, step, initial)
         queue.release_by_warp()  # of the tile that ends the queue
-        return count * self.segments
+        producer.drain(count * order.segments)
 
-    def look_ahead_at(self, groups):
-        """Before which of a tile's groups of steps to see about the next tile."""
-        if self.counter is None:
-            return lax.div(groups, jnp.int32(2))
-        return lax.max(groups - LOOKAHEAD_STEPS, 0)
 
-    def consume(self, queue: TileQueue, body) -> None:
-        """Calls `body(done, tile)` for every tile from the queue, `done` as in `fill`."""
+def _consume_whole_tiles(
+    order: TileOrder, queue: TileQueue, compute: Callable[[Any, Tile], None]
+) -> None:
+    """Consumes tiles that are not split, so that the segments done follow from their number."""
 
-        def step(carry):
-            index, done, fields = carry
-            tile = self._aligned(self._known(fields))
-            # Where tiles are whole, `done` is a multiple of `index`: a register less to carry.
-            body(done if self.cut is not None else index * self.segments, tile)
-            return index + 1, done + (tile.end - tile.begin), tuple(queue.take(index + 1))
+    def step(carry):
+        index, tile = carry
+        compute(index * order.segments, order.aligned(order.whole(tile)))
+        return index + 1, queue.take(index + 1)
 
-        initial = (jnp.int32(0), jnp.int32(0), tuple(queue.take(jnp.int32(0))))
-        lax.while_loop(lambda carry: Tile(*carry[2]).live > 0, step, initial)
-
-    def _tile_of(self, index) -> Tile:
-        """The `index`-th tile of this CTA."""
-        cta = lax.axis_index("sm")
-        if self.cut is not None:
-            return self._piece_of(self.cut, index, cta)
-        return self.tile(cta + index * self.sms)
-
-    def _piece_of(self, cut: Cut, index, cta) -> Tile:
-        # Almost all tiles are whole: their look-up does not wait until `total` has been read.
-        linear, is_whole = cut.whole(self.total, cta, index)
-        whole = self.tile(linear)
-
-        def part():
-            linear, begin, end = cut.part(self.total, cta, index)
-            tile = self.tile(linear)
-            live = lax.select(end > begin, tile.live, jnp.int32(0))
-            return tuple(tile._replace(live=live, begin=begin, end=end))
-
-        return Tile(*lax.cond(is_whole, lambda: tuple(whole), part))
-
-    def _known(self, fields) -> Tile:
-        """The tile with what is known without reading it."""
-        tile = Tile(*fields)
-        if self.cut is None:
-            tile = tile._replace(begin=jnp.int32(0), end=jnp.int32(self.segments))
-        return tile
-
-    def _aligned(self, tile: Tile) -> Tile:
-        return tile._replace(row=pl.multiple_of(tile.row, self.block_m))
+    initial = (jnp.int32(0), queue.take(jnp.int32(0)))
+    lax.while_loop(lambda carry: carry[1].live > 0, step, initial)

@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.mosaic import layouts
 from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL
-from pallas_kernels.mosaic.hopper.grouped_matmul import GroupedRows, grouped_matmul
+from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
+from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import Quantized
