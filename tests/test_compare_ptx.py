@@ -110,23 +110,29 @@ def test_commits_are_compiled_once(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-q", "-m", "all")
     monkeypatch.setattr(compare_ptx, "_COMPILE", _WRITE)
-    options = {"backend": "mosaic", "tokens": [1, 80]}
-    cache = tmp_path / "cache"
-    runs = [compare_ptx.compile_checkout(checkout, options, cache) for _ in range(2)]
-    assert runs[0] == runs[1] == {"T=1": [Kernel("T=1 00_k", "ptx 1")]}
+
+    def kernels(*programs):
+        compiled = compare_ptx.compile_checkout(
+            checkout, programs, {"backend": "mosaic"}, tmp_path / "cache"
+        )
+        return {program: kernel.ptx for program, (kernel,) in compiled.items()}
+
+    first = {"T=1": "compilation 1"}
+    assert kernels("T=1") == kernels("T=1") == first
+    assert kernels("T=1", "T=80") == first | {"T=80": "compilation 2"}
     (checkout / "tests/more.py").touch()
-    assert compare_ptx.compile_checkout(checkout, options, cache)["T=1"] == [
-        Kernel("T=1 00_k", "ptx 2")
-    ], "files that were changed are compiled each time"
+    for number in (3, 4):  # files that were changed are compiled each time
+        assert kernels("T=1") == {"T=1": f"compilation {number}"}
 
 
 _WRITE = """
 import pathlib, sys
 count = pathlib.Path("../count")
 count.write_text(count.read_text() + "." if count.exists() else ".")
-folder = pathlib.Path(sys.argv[2], "T=1")
-folder.mkdir()
-(folder / "00_k.ptx").write_text(f"ptx {len(count.read_text())}")
+for program in sys.argv[3:]:
+    folder = pathlib.Path(sys.argv[2], program)
+    folder.mkdir()
+    (folder / "00_kernel.ptx").write_text(f"compilation {len(count.read_text())}")
 """
 
 

@@ -54,15 +54,18 @@ def specs(t):
         shape((), jnp.int32), shape((), jnp.float32),
     )
 
-programs = {f"T={t}": (layer, *specs(t)) for t in options["tokens"]}
-programs["quantize"] = quantize, shape((901, h), jnp.bfloat16)
-for program, (fn, *given) in programs.items():
+for program in sys.argv[3:]:
+    if program == "quantize":
+        fn, given = quantize, [shape((901, h), jnp.bfloat16)]
+    else:
+        fn, given = layer, specs(int(program.removeprefix("T=")))
     (folder / program).mkdir()
     for number, (name, ptx) in enumerate(h100_target.ptx_for_h100(fn, *given).items()):
         (folder / program / f"{number:02}_{name}.ptx").write_text(ptx)
-    print(program, end=" ", file=sys.stderr, flush=True)
+    print(f"  {program} done", file=sys.stderr, flush=True)
 """
 
+_VERSIONS = [f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
 _IGNORED = re.compile(r"\s*(?:\.file|\.loc)\b")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 
@@ -113,46 +116,61 @@ def compare(before: Sequence[Kernel], after: Sequence[Kernel]) -> list[tuple[str
     return result
 
 
-def read(folder: pathlib.Path) -> dict[str, list[Kernel]]:
-    """The kernels of each program that `compile_checkout` left in a folder."""
-    return {
-        program.name: [
-            Kernel(f"{program.name} {path.stem}", path.read_text())
-            for path in sorted(program.glob("*.ptx"))
-        ]
-        for program in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name))
-    }
-
-
 def compile_checkout(
-    checkout: pathlib.Path, options: Mapping[str, Any], cache: pathlib.Path | None
+    checkout: pathlib.Path,
+    programs: Sequence[str],
+    options: Mapping[str, Any],
+    cache: pathlib.Path | None,
 ) -> dict[str, list[Kernel]]:
     """The kernels of each program: compiled in `checkout` or, of a commit, found in `cache`.
+
+    Args:
+      checkout: Its folder.
+      programs: "T=..." for the layer of so many tokens, or "quantize".
+      options: The backend and the sizes of the layer.
+      cache: Where the kernels of commits are kept, or None.
 
     Raises:
       SystemExit: The checkout does not compile.
     """
-    key = None if cache is None else _key(checkout, options)
-    if key is not None and cache is not None and (cache / key).is_dir():
-        print(f"{checkout}: from {cache / key}", file=sys.stderr)
-        return read(cache / key)
     with tempfile.TemporaryDirectory(dir=_made(cache)) as scratch:
-        folder = pathlib.Path(scratch, "ptx")
-        folder.mkdir()
-        print(f"{checkout}: compiling", end=" ", file=sys.stderr, flush=True)
-        done = subprocess.run(
-            [sys.executable, "-c", _COMPILE, json.dumps(options), str(folder)],
-            cwd=checkout,
-            env=os.environ | {"PYTHONPATH": str(checkout), "JAX_MOE_TUNING": "off"},
-            check=False,
-        )
-        print(file=sys.stderr)
-        if done.returncode:
-            raise SystemExit(f"{checkout}: does not compile (exit code {done.returncode})")
-        kernels = read(folder)
-        if key is not None and cache is not None:
-            folder.rename(cache / key)
-    return kernels
+        folder = pathlib.Path(scratch)
+        if cache is not None and (commit := _commit(checkout)):
+            folder = cache / "-".join([commit, *_VERSIONS, *map(str, options.values())])
+        missing = [program for program in programs if not (folder / program).is_dir()]
+        found = "" if len(missing) == len(programs) else f" (the others are in {folder})"
+        print(f"{checkout}: compiles {', '.join(missing) or 'nothing'}{found}", file=sys.stderr)
+        if missing:
+            _compile(checkout, missing, options, folder, pathlib.Path(scratch, "new"))
+        return {program: _read(folder / program) for program in programs}
+
+
+def _compile(
+    checkout: pathlib.Path,
+    programs: Sequence[str],
+    options: Mapping[str, Any],
+    folder: pathlib.Path,
+    scratch: pathlib.Path,
+) -> None:
+    """Writes the kernels of each program into a folder of its own, whole or not at all."""
+    scratch.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE, json.dumps(options), str(scratch), *programs],
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": str(checkout), "JAX_MOE_TUNING": "off"},
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{checkout}: does not compile (exit code {done.returncode})")
+    folder.mkdir(parents=True, exist_ok=True)
+    for program in programs:
+        (scratch / program).rename(folder / program)
+
+
+def _read(folder: pathlib.Path) -> list[Kernel]:
+    """The kernels of a program, in the order of their compilation."""
+    files = sorted(folder.glob("*.ptx"))
+    return [Kernel(f"{folder.name} {path.stem}", path.read_text()) for path in files]
 
 
 def _made(folder: pathlib.Path | None) -> pathlib.Path | None:
@@ -161,18 +179,14 @@ def _made(folder: pathlib.Path | None) -> pathlib.Path | None:
     return folder
 
 
-def _key(checkout: pathlib.Path, options: Mapping[str, Any]) -> str | None:
-    """A folder name for the code of a commit; None where files were changed since."""
+def _commit(checkout: pathlib.Path) -> str | None:
+    """The commit that is checked out; None where files were changed since."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    if git("status", "--porcelain"):
-        return None
-    versions = [f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
-    values = ["+".join(map(str, v)) if isinstance(v, list) else str(v) for v in options.values()]
-    return "-".join([git("rev-parse", "HEAD")[:12], *versions, *values])
+    return None if git("status", "--porcelain") else git("rev-parse", "HEAD")[:12]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -190,15 +204,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names = ("backend", "experts", "local_experts", "hidden", "intermediate")
     options = {name: getattr(args, name) for name in names}
-    options["tokens"] = [int(tokens) for tokens in args.tokens.split(",")]
+    programs = [*(f"T={int(tokens)}" for tokens in args.tokens.split(",")), "quantize"]
     cache = args.cache and args.cache.resolve()
     before, after = (
-        compile_checkout(checkout.resolve(), options, cache)
+        compile_checkout(checkout.resolve(), programs, options, cache)
         for checkout in (args.before, args.after)
     )
     differ = 0
-    for program in dict.fromkeys([*before, *after]):
-        for label, what in compare(before.get(program, []), after.get(program, [])):
+    for program in programs:
+        for label, what in compare(before[program], after[program]):
             print(f"{label}: {'equal' if what is None else what}")
             differ += what is not None
     print(f"{differ} kernels differ" if differ else "all kernels are equal")
