@@ -12,6 +12,9 @@ about 14 bits, so no product is longer than one step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -22,67 +25,74 @@ from pallas_kernels.mosaic.hopper.matmul_config import (
     is_token_major,
 )
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline
+from pallas_kernels.mosaic.hopper.tile_queue import Tile
 from pallas_kernels.shapes import QUANT_BLOCK
-
-
-def _sum_shape(width: int) -> tuple[int, int]:
-    """Tokens x weight rows if token-major, else weight rows x tokens."""
-    return (CONSUMER_ROWS, QUANT_BLOCK if is_token_major(width) else width)
-
-
-def _zeros(num_blocks: int, width: int):
-    zero = jnp.zeros(_sum_shape(width), jnp.float32)
-    return (plgpu.layout_cast(zero, plgpu.Layout.WGMMA),) * num_blocks
 
 
 def accumulate(
     pipeline: Pipeline,
-    w_scales,
-    tile,
-    blocks,
-    first_step,
+    weights_scale,
+    shape: MatmulShape,
+    tile: Tile,
     width: int,
-    scales_at_zero: bool,
-    begin,
-    end,
-    segment_steps: int,
-    at_segment_end,
+    *,
+    first_step,
+    store_segment: Callable[[Any, Sequence[Any]], None] | None,
 ):
-    """A weight block's promoted sum over the 128-column steps `begin` to `end`.
+    """Each weight block's promoted sum over the segments of a tile.
 
-    It is the sum, in order, of the sums of its segments of `segment_steps`; each of these is also
-    handed to `at_segment_end(segment, sums)`.
+    It is the sum, in order, of the sums of the segments.
+
+    Args:
+        pipeline: Where the steps arrive.
+        weights_scale: `f32[E, N/128, K/128]` in global memory.
+        shape: The matmul.
+        tile: The tile.
+        width: Its width.
+        first_step: The CTA's count of steps before step 0 of this tile.
+        store_segment: `store_segment(segment, sums)`, called with the sums of each segment.
+
+    Returns:
+        A tuple of `f32[64, 128]`, tokens x weights, if the tile is token-major, else of
+        `f32[64, width]`, weights x tokens.
     """
+    blocks = shape.weight_blocks(tile.column)
+    begin, end = 0, shape.num_steps
+    if shape.is_split:
+        begin, end = tile.begin * shape.segment_steps, tile.end * shape.segment_steps
+    one_segment = shape.segments == 1
     my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
     token_major = is_token_major(width)
-    shape = _sum_shape(width)
+    sum_shape = (CONSUMER_ROWS, QUANT_BLOCK if token_major else width)
     token_axis = 0 if token_major else 1
     scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
-    scale_offset = 0 if scales_at_zero else pipeline.scale_offset(tile.row)
+    # Gathered scales begin at the start of a stage, those of a TMA copy where it is aligned.
+    scale_offset = 0 if shape.is_gathered else pipeline.scale_offset(tile.row)
     my_scales = my_rows if token_major else pl.ds(scale_offset, width)
-    one_segment = isinstance(end, int) and segment_steps == end - begin
+    zero = plgpu.layout_cast(jnp.zeros(sum_shape, jnp.float32), plgpu.Layout.WGMMA)
+    zeros = (zero,) * len(blocks)
 
-    def operands(stage, i):
+    def factors(stage, i):
         if token_major:
             return pipeline.x.at[stage, my_rows], pipeline.weights.at[stage, i].T
         return pipeline.weights.at[stage, i, my_rows], pipeline.x.at[stage, pl.ds(0, width)].T
 
-    def promoted_product(stage, i, x_scales, scale):
+    def promoted_product(stage, i, x_scales, weight_scale):
         def multiply(accumulator):
-            plgpu.wgmma(accumulator, *operands(stage, i))
-            factor = lax.broadcast_in_dim(x_scales * scale, shape, [token_axis])
-            return accumulator[...] * factor
+            plgpu.wgmma(accumulator, *factors(stage, i))
+            scale = lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
+            return accumulator[...] * scale
 
-        return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        return pl.run_scoped(multiply, plgpu.ACC(sum_shape, jnp.float32))
 
     def weight_scales(k):
-        return tuple(w_scales[tile.expert, block, k] for block in blocks)
+        return tuple(weights_scale[tile.expert, block, k] for block in blocks)
 
     def step(k, carry):
         total, sums, scales = carry
         stage = pipeline.stage(first_step + k)
         plgpu.barrier_wait(pipeline.full(stage, 0))
-        upcoming = weight_scales(lax.min(k + 1, jnp.int32(end - 1)))
+        next_scales = weight_scales(lax.min(k + 1, jnp.int32(end - 1)))
         x_scales = plgpu.load(pipeline.x_scales.at[stage, my_scales], layout=scale_layout)
         updated = []
         for i, (sum_, scale) in enumerate(zip(sums, scales, strict=True)):
@@ -91,19 +101,18 @@ def accumulate(
             updated.append(sum_ + promoted_product(stage, i, x_scales, scale))
         plgpu.barrier_arrive(pipeline.empty.at[stage])
         if one_segment:
-            return total, tuple(updated), upcoming
-        return *close_segment(k, total, updated), upcoming
+            return total, tuple(updated), next_scales
+        return *close_segment(k, total, updated), next_scales
 
     def close_segment(k, total, sums):
-        closes = lax.rem(k + 1, jnp.int32(segment_steps)) == 0
-        if at_segment_end is not None:
-            segment = lax.div(k, jnp.int32(segment_steps))
-            pl.when(closes)(lambda: at_segment_end(segment, sums))
-        closes = jnp.broadcast_to(closes, shape)
+        closes = lax.rem(k + 1, jnp.int32(shape.segment_steps)) == 0
+        if store_segment is not None:
+            segment = lax.div(k, jnp.int32(shape.segment_steps))
+            pl.when(closes)(lambda: store_segment(segment, sums))
+        closes = jnp.broadcast_to(closes, sum_shape)
         total = tuple(lax.select(closes, a + b, a) for a, b in zip(total, sums, strict=True))
         return total, tuple(lax.select(closes, z, a) for z, a in zip(zeros, sums, strict=True))
 
-    zeros = _zeros(len(blocks), width)
     initial = (() if one_segment else zeros, zeros, weight_scales(jnp.int32(begin)))
     total, sums, _ = lax.fori_loop(begin, end, step, initial)
     return sums if one_segment else total

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
 
+from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
 from pallas_kernels.mosaic.hopper.operands import GroupedRows
@@ -64,10 +65,12 @@ def down_projection(
         config=config,
         num_columns=hidden_size // (blocks * QUANT_BLOCK),
         weight_blocks=lambda column: tuple(column * blocks + i for i in range(blocks)),
-        weight_major_epilogue=_weight_major_epilogue,
-        token_major_epilogue=_token_major_epilogue,
-        out_type=jax.ShapeDtypeStruct((rows.num_rows, hidden_size), jnp.bfloat16),
-        staging_types=plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles),
+        epilogue=Epilogue(
+            weight_major=_weight_major_epilogue,
+            token_major=_token_major_epilogue,
+            out_type=jax.ShapeDtypeStruct((rows.num_rows, hidden_size), jnp.bfloat16),
+            staging_types=plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles),
+        ),
         name="moe_down_projection",
         interpret=interpret,
     )

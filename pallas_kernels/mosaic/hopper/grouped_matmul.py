@@ -35,13 +35,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.mosaic import launch
-from pallas_kernels.mosaic.hopper import accumulate, gather, split_k, work_counter
+from pallas_kernels.mosaic.hopper import gather, split_k, work_counter
+from pallas_kernels.mosaic.hopper.consumer import Consumer, Epilogue
 from pallas_kernels.mosaic.hopper.matmul_config import (
     CONSUMER_ROWS,
     NUM_CONSUMERS,
     MatmulConfig,
     MatmulShape,
-    is_token_major,
     matmul_shape,
 )
 from pallas_kernels.mosaic.hopper.operands import GroupedRows, Operands
@@ -49,7 +49,7 @@ from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
 from pallas_kernels.mosaic.hopper.producer import Producer
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.stream_k import Partition, StreamK
-from pallas_kernels.mosaic.hopper.tile_queue import TileQueue, at_width
+from pallas_kernels.mosaic.hopper.tile_queue import TileQueue
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
     DynamicScheduler,
     StaticScheduler,
@@ -64,7 +64,7 @@ class Results(NamedTuple):
 
     outputs: Any
     side_job: Any
-    partials: Any
+    partial_sums: Any
 
 
 def grouped_matmul(
@@ -75,10 +75,7 @@ def grouped_matmul(
     config: MatmulConfig,
     num_columns: int,
     weight_blocks: Callable[[Any], tuple],
-    weight_major_epilogue: Callable[..., None],
-    token_major_epilogue: Callable[..., None],
-    out_type: Any,
-    staging_types: Any,
+    epilogue: Epilogue,
     name: str,
     side_job: SideJob | None = None,
     interpret=None,
@@ -91,20 +88,14 @@ def grouped_matmul(
         weights_scale: `f32[E, N/128, K/128]`.
         config: Tile and pipeline.
         num_columns: Columns of tiles that cover N.
-        weight_blocks: Maps a column to the 128-row blocks of N that its tile multiplies.
-        weight_major_epilogue: `epilogue(accumulators, tile, width, outputs, staging)`, called by
-            both consumer warpgroups with one `f32[64, width]` accumulator per weight block,
-            weights x tokens.
-        token_major_epilogue: The same for a full tile of 128 tokens, with accumulators
-            `f32[64, 128]`, tokens x weights.
-        out_type: Shapes of the results, a pytree.
-        staging_types: The epilogue's scratch, a pytree.
+        weight_blocks: Maps a column to the 128-row blocks of N that its tiles multiply.
+        epilogue: What becomes of a tile's sums.
         name: Kernel name.
         side_job: What a spare warp does meanwhile; only where `has_spare_warps`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        Arrays of `out_type`, whose rows that no tile covers are unwritten, and that of `side_job`,
+        The epilogue's outputs, whose rows that no tile covers are unwritten, and the side job's,
         None without one.
 
     Raises:
@@ -113,96 +104,29 @@ def grouped_matmul(
     if interpret is not None and rows.row_token is not None:
         values, scales = gather.gather_first(rows.values, rows.scales, rows.row_token)
         rows = rows._replace(values=values, scales=scales, row_token=None)
-    gathered = rows.row_token is not None
     shape = matmul_shape(
         config,
         num_columns=num_columns,
         weight_blocks=weight_blocks,
         num_steps=rows.values.shape[1] // QUANT_BLOCK,
-        gathered=gathered,
+        gathered=rows.row_token is not None,
         interpret=interpret,
     )
     if side_job and not shape.is_dynamic:
         raise ValueError(f"side_job: expected None where no warp is spare, got one with {config}")
-    side_type = side_job.out_type if side_job else None
-
-    def body(operands: Operands, *written, pipeline: Pipeline, queue: TileQueue, staging):
-        results = Results(*written)
-        scheduler = _scheduler(shape, operands.rows)
-        partial_sums = None
-        if isinstance(scheduler, StreamK):
-            flags = split_k.new_flags(shape.sms)
-            partial_sums = split_k.PartialSums(results.partials, flags, scheduler.partition)
-        role = lax.axis_index("warpgroup")
-        producer_registers, consumer_registers = _registers(config.block_m, gathered)
-
-        @pl.when(role == NUM_CONSUMERS)
-        def _producer():
-            plgpu.set_max_registers(producer_registers, action="decrease")
-            do_side_job = side_job and functools.partial(
-                side_job.run, operands.side_job, results.side_job, shape.sms
-            )
-            scheduler.produce_tiles(queue, Producer(shape, operands, pipeline), do_side_job)
-
-        @pl.when(role < NUM_CONSUMERS)
-        def _consumer():
-            plgpu.set_max_registers(consumer_registers, action="increase")
-
-            def compute(done, tile, width):
-                blocks = weight_blocks(tile.column)
-                segment_steps = shape.segment_steps
-                first_step = (done - tile.begin) * segment_steps
-                sum_steps = functools.partial(
-                    accumulate.accumulate,
-                    pipeline,
-                    operands.weights_scale,
-                    tile,
-                    blocks,
-                    first_step,
-                    width,
-                    gathered,
-                )
-                finish = token_major_epilogue if is_token_major(width) else weight_major_epilogue
-                at_segment_end = partial_sums and functools.partial(
-                    partial_sums.store_partial, tile, width
-                )
-                begin, end = tile.begin * segment_steps, tile.end * segment_steps
-                if not shape.is_split:
-                    begin, end = 0, shape.num_steps
-                sums = sum_steps(begin, end, segment_steps, at_segment_end)
-                if partial_sums is None:
-                    finish(sums, tile, width, results.outputs, staging)
-                    return
-                partial_sums.publish(tile)
-
-                @pl.when(tile.begin == 0)
-                def _finish():
-                    whole = partial_sums.reduce_partials(tile, width, sums)
-                    finish(whole, tile, width, results.outputs, staging)
-
-            scheduler.consume_tiles(
-                queue,
-                lambda done, tile: at_width(
-                    tile, shape.widths, functools.partial(compute, done, tile)
-                ),
-            )
-            plgpu.wait_smem_to_gmem(0)
-
+    results = Results(
+        outputs=epilogue.out_type,
+        side_job=side_job.out_type if side_job else None,
+        partial_sums=split_k.partial_sums_type(shape),
+    )
     kernel = launch.kernel(
-        body,
-        out_type=tuple(Results(out_type, side_type, split_k.partial_sums_type(shape))),
+        functools.partial(_kernel, shape=shape, epilogue=epilogue, side_job=side_job),
+        out_type=tuple(results),
         # Pallas lays shared memory out in the alphabetical order of these names.
         scratch_types={
-            "pipeline": pipeline_types(
-                config.block_m,
-                config.num_stages,
-                shape.num_blocks,
-                shape.stages_per_fill,
-                NUM_CONSUMERS,
-                gathered,
-            ),
+            "pipeline": pipeline_types(shape),
             "queue": (DynamicScheduler if shape.is_dynamic else StaticScheduler).queue_types(),
-            "staging": staging_types,
+            "staging": epilogue.staging_types,
         },
         grid=(shape.sms,),
         grid_names=("sm",),
@@ -215,6 +139,44 @@ def grouped_matmul(
     side_inputs = side_job.inputs if side_job else ()
     results = Results(*kernel(Operands(rows, weights, weights_scale, side_inputs)))
     return results.outputs, results.side_job
+
+
+def _kernel(
+    operands: Operands,
+    outputs,
+    side_output,
+    partials,
+    *,
+    pipeline: Pipeline,
+    queue: TileQueue,
+    staging,
+    shape: MatmulShape,
+    epilogue: Epilogue,
+    side_job: SideJob | None,
+) -> None:
+    """The kernel's body: the producer's and the consumers' warpgroups part ways here."""
+    scheduler = _scheduler(shape, operands.rows)
+    partial_sums = None
+    if isinstance(scheduler, StreamK):
+        flags = split_k.new_flags(shape.sms)
+        partial_sums = split_k.PartialSums(partials, flags, scheduler.partition)
+    role = lax.axis_index("warpgroup")
+    producer_registers, consumer_registers = _registers(shape)
+
+    @pl.when(role == NUM_CONSUMERS)
+    def _producer():
+        plgpu.set_max_registers(producer_registers, action="decrease")
+        run_side_job = side_job and functools.partial(
+            side_job.run, operands.side_job, side_output, shape.sms
+        )
+        scheduler.produce_tiles(queue, Producer(shape, operands, pipeline), run_side_job)
+
+    @pl.when(role < NUM_CONSUMERS)
+    def _consumer():
+        plgpu.set_max_registers(consumer_registers, action="increase")
+        consumer = Consumer(shape, operands, pipeline, partial_sums, epilogue, outputs, staging)
+        scheduler.consume_tiles(queue, consumer.compute)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _scheduler(shape: MatmulShape, rows: GroupedRows) -> TileScheduler:
@@ -230,11 +192,11 @@ def _scheduler(shape: MatmulShape, rows: GroupedRows) -> TileScheduler:
     return StaticScheduler(order, shape.sms)
 
 
-def _registers(block_m: int, gathered: bool) -> tuple[int, int]:
+def _registers(shape: MatmulShape) -> tuple[int, int]:
     """Of a producer's and a consumer's thread, in all at most 504, the threads' share at the start.
 
     Copies that are issued together, or by threads, take registers that big tiles need themselves.
     """
-    if block_m <= CONSUMER_ROWS:
-        return (72, 216) if gathered else (56, 224)
-    return (56, 224) if gathered else (24, 240)
+    if shape.block_m <= CONSUMER_ROWS:
+        return (72, 216) if shape.is_gathered else (56, 224)
+    return (56, 224) if shape.is_gathered else (24, 240)

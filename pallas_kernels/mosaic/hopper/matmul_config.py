@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from pallas_kernels.device import SMEM_BYTES, num_sms
 from pallas_kernels.mosaic.hopper.gather import GATHER_DELAY
-from pallas_kernels.mosaic.hopper.pipeline import stage_bytes
 from pallas_kernels.mosaic.hopper.tile_queue import QUEUE_BYTES
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -19,6 +18,7 @@ CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
 Scheduler = Literal["static", "dynamic"]
 
 _BARRIER_BYTES = 512
+_MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
 
 
 def is_token_major(width: int) -> bool:
@@ -29,6 +29,16 @@ def is_token_major(width: int) -> bool:
     are weight-major, tokens on the N side.
     """
     return width == NUM_CONSUMERS * CONSUMER_ROWS
+
+
+def scales_per_stage(block_m: int) -> int:
+    """Token scales of a stage."""
+    return max(block_m, _MIN_SCALES)
+
+
+def stage_bytes(block_m: int, num_blocks: int) -> int:
+    """Shared memory of a stage without its barriers."""
+    return (block_m + num_blocks * QUANT_BLOCK) * QUANT_BLOCK + 4 * scales_per_stage(block_m)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.hopper import gather
+from pallas_kernels.mosaic.hopper.matmul_config import (
+    NUM_CONSUMERS,
+    MatmulShape,
+    scales_per_stage,
+)
 from pallas_kernels.mosaic.hopper.operands import GroupedRows, Operands
 from pallas_kernels.shapes import QUANT_BLOCK
 
 _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-_MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
 
 
 class Pipeline(NamedTuple):
@@ -125,37 +129,13 @@ class Pipeline(NamedTuple):
             plgpu.barrier_wait(self.empty.at[self.stage(step)])
 
 
-def scales_per_stage(block_m: int) -> int:
-    """Token scales of a stage."""
-    return max(block_m, _MIN_SCALES)
-
-
-def stage_bytes(block_m: int, num_blocks: int) -> int:
-    """Shared memory of a stage without its barriers."""
-    return (block_m + num_blocks * QUANT_BLOCK) * QUANT_BLOCK + 4 * scales_per_stage(block_m)
-
-
-def pipeline_types(
-    block_m: int,
-    num_stages: int,
-    num_blocks: int,
-    stages_per_fill: int,
-    num_consumers: int,
-    gathered: bool,
-) -> Pipeline:
-    """The scratch types of a pipeline.
-
-    Args:
-        block_m: Tokens of a stage.
-        num_stages: Stages.
-        num_blocks: Weight blocks of a stage.
-        stages_per_fill: Stages that are filled together, a power of two.
-        num_consumers: Warpgroups that release a stage.
-        gathered: Whether the producer's threads copy the tokens, instead of TMA.
-    """
-    token_arrivals = 1 if gathered else 2
-    # Each weight block of a stage comes in as many copies as stages are filled together.
-    copies = stages_per_fill
+def pipeline_types(shape: MatmulShape) -> Pipeline:
+    """The scratch types of a matmul's pipeline."""
+    num_stages, block_m, num_blocks = shape.config.num_stages, shape.block_m, shape.num_blocks
+    # A weight block of a stage comes in as many copies as stages are filled together.
+    copies = shape.stages_per_fill
+    # Tokens and their scales are a TMA copy each; of gathered ones the producer says both are in.
+    token_arrivals = 1 if shape.is_gathered else 2
     e4m3 = jnp.float8_e4m3fn
     weights = (num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK)
     return Pipeline(
@@ -166,7 +146,7 @@ def pipeline_types(
         next_full=plgpu.Barrier(
             num_arrivals=copies, num_barriers=num_stages * max(num_blocks - 1, 1)
         ),
-        empty=plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_stages),
+        empty=plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=num_stages),
     )
 
 

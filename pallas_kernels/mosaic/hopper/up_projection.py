@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.mosaic import layouts
 from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL
+from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
 from pallas_kernels.mosaic.hopper.operands import GroupedRows
@@ -73,21 +74,6 @@ def up_projection(
     num_rows = rows.num_rows
     intermediate_size = gemm1_weights.shape[1] // 2
     num_columns = intermediate_size // QUANT_BLOCK
-    weight_major_shape = (
-        NUM_CONSUMERS,
-        min(
-            config.block_m, _STAGED_TOKENS // 2 if config.has_token_major_tiles else _STAGED_TOKENS
-        ),
-        CONSUMER_ROWS,
-    )
-    token_major_shape = (
-        NUM_CONSUMERS,
-        2,
-        CONSUMER_ROWS if config.has_token_major_tiles else 8,
-        CONSUMER_ROWS,
-    )
-    config.check_smem(2, math.prod(weight_major_shape) * 2 + math.prod(token_major_shape))
-    tiling = plgpu.TilingTransform((8, CONSUMER_ROWS))
     activations, side_output = grouped_matmul(
         rows,
         gemm1_weights,
@@ -95,28 +81,38 @@ def up_projection(
         config=config,
         num_columns=num_columns,
         weight_blocks=lambda column: (column, num_columns + column),
-        weight_major_epilogue=_weight_major_epilogue,
-        token_major_epilogue=_token_major_epilogue,
-        out_type=Quantized(
-            jax.ShapeDtypeStruct((num_rows, intermediate_size), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((num_columns, num_rows), jnp.float32),
-        ),
-        staging_types=_Staging(
-            weight_major=plgpu.SMEM(
-                weight_major_shape, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(128))
+        epilogue=Epilogue(
+            weight_major=_weight_major_epilogue,
+            token_major=_token_major_epilogue,
+            out_type=Quantized(
+                jax.ShapeDtypeStruct((num_rows, intermediate_size), jnp.float8_e4m3fn),
+                jax.ShapeDtypeStruct((num_columns, num_rows), jnp.float32),
             ),
-            token_major=plgpu.SMEM(
-                token_major_shape,
-                jnp.float8_e4m3fn,
-                transforms=(tiling, plgpu.SwizzleTransform(64)),
-            ),
-            consumers=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+            staging_types=_staging_types(config),
         ),
         name="moe_up_projection",
         side_job=side_job,
         interpret=interpret,
     )
     return (*activations, side_output) if side_job else tuple(activations)
+
+
+def _staging_types(config: MatmulConfig) -> _Staging:
+    both = config.has_token_major_tiles  # room for either epilogue, so less for one of them
+    staged_tokens = min(config.block_m, _STAGED_TOKENS // 2 if both else _STAGED_TOKENS)
+    weight_major = (NUM_CONSUMERS, staged_tokens, CONSUMER_ROWS)
+    token_major = (NUM_CONSUMERS, 2, CONSUMER_ROWS if both else 8, CONSUMER_ROWS)
+    config.check_smem(2, math.prod(weight_major) * 2 + math.prod(token_major))
+    tiling = plgpu.TilingTransform((8, CONSUMER_ROWS))
+    return _Staging(
+        weight_major=plgpu.SMEM(
+            weight_major, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(128))
+        ),
+        token_major=plgpu.SMEM(
+            token_major, jnp.float8_e4m3fn, transforms=(tiling, plgpu.SwizzleTransform(64))
+        ),
+        consumers=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+    )
 
 
 def _weight_major_epilogue(accumulators, tile, width, outputs: Quantized, staging: _Staging):
