@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import pathlib
+import re
 
 import pytest
 
@@ -43,6 +44,32 @@ def test_imports_run_down_only(floor):
     for path, names in found.items():
         assert not names & (above | {"tests"}), f"{path.name} imports from a floor above"
         assert not names & FRAMEWORKS.get(floor, set()), f"{path.name} imports a framework"
+
+
+def test_kernels_are_cut_into_pieces_that_can_be_read():
+    for path in files("pallas_kernels"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 400, path.name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                limit = 120 if isinstance(node, ast.ClassDef) else 110
+                assert lines <= limit, f"{path.name}: {node.name} has {lines} lines"
+
+
+PRIVATE_WORDS = re.compile(
+    r"""\b(?:_?mailbox\w*|tickets?|retire|ring|rings|idle_work\w*|has_idle_warps|one_thread|k_blocks
+    |box_rows|tokens_are_rows|row_epilogue|walk|tile_walk|matmul_ring|row_gather|single_warp|cut_tiles
+    |holder|hand_over|add_rest|_reach|_late|lag|_meet|announce\w*)\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""What used to stand for tile queues, work counters, pipelines, side jobs, stream-K and swap-AB."""
+
+
+def test_kernels_use_the_words_of_the_field():
+    for path in files("pallas_kernels"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not PRIVATE_WORDS.search(line), f"{path.name}:{number}: {line.strip()}"
 
 
 def test_every_public_name_is_documented():

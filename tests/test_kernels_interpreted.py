@@ -115,7 +115,7 @@ def test_down_projection_is_exact(block_m, tail_widths, sizes, hidden_size):
 
 
 def test_sums_of_segments_are_exact():
-    """Four steps of K in two segments, as where tiles may be cut; the interpreter does not cut."""
+    """Four steps of K in two segments, as where tiles may be split; the interpreter splits none."""
     rows, live = grouped_rows([5, 0, 17], 16, columns=512)
     w, w_scale = weights(3, 256, 512, empty=[1])
     config = MatmulConfig(16, num_stages=2, sms=2, split_k_steps=2)

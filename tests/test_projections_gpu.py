@@ -1,4 +1,4 @@
-"""The Mosaic matmuls on a GPU: rows gathered by threads, tiles cut along K, against plain ones."""
+"""The Mosaic matmuls on a GPU: gathered rows and tiles split along K, against plain ones."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_gathered_rows_are_those_that_tma_copies(block_m, tail_widths):
 
 
 @pytest.mark.parametrize("split_k_steps", [7, 14])
-def test_bits_do_not_depend_on_the_cut(split_k_steps):
-    """5 tiles are cut for 33 CTAs and more, each time elsewhere; for 5, 7 and 8 they are not."""
+def test_bits_do_not_depend_on_the_split(split_k_steps):
+    """5 tiles are split for 33 CTAs and more, each time elsewhere; for 5, 7 and 8 they are not."""
     _, tokens, live, w, w_scale = cases(16)
     config = {"block_m": 16, "num_stages": 5, "stages_per_fill": 1, "split_k_steps": split_k_steps}
     expected = up(tokens, w, w_scale, sms=5, **config)

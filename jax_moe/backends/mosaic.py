@@ -239,8 +239,8 @@ def workspace_bytes(
     gathered = rows * hidden_size * bytes_of_quantized
     outputs = rows * hidden_size * 2
     plan = 4 * (2 * rows + 4 * num_tokens * top_k)
-    parts = tilings.parts_bytes(hidden_size, intermediate_size, num_local_experts)
-    return int(activations + max(gathered, outputs)) + plan + parts + 2**20
+    partials = tilings.partials_bytes(hidden_size, intermediate_size, num_local_experts)
+    return int(activations + max(gathered, outputs)) + plan + partials + 2**20
 
 
 def tiling_table(hidden_size: int, intermediate_size: int, num_local_experts: int) -> object:

@@ -37,7 +37,7 @@ def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callab
 
     Args:
         role: "up_projection" or "down_projection".
-        config: Tile and ring.
+        config: Tile and pipeline.
         interpret: Interpreter parameters, or None for the GPU.
     """
 
@@ -51,11 +51,11 @@ def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callab
 
 
 def check(role: str, config: MatmulConfig, sizes: Sizes) -> None:
-    """Raises what building the kernel would raise, such as ValueError for too large a ring.
+    """Raises what building the kernel would raise, such as ValueError for too many stages.
 
     Args:
         role: "up_projection" or "down_projection".
-        config: Tile and ring.
+        config: Tile and pipeline.
         sizes: Of a rank.
     """
     hidden, intermediate, experts = sizes

@@ -30,7 +30,7 @@ def block_m(expected_rows: float) -> int:
 def choose(
     block_m: int, hidden_size: int, intermediate_size: int, num_local_experts: int
 ) -> Pair[MatmulConfig]:
-    """Tiles and rings of both projections.
+    """Tiles and pipelines of both projections.
 
     Args:
         block_m: Of the plan, one that the function of that name returns.
@@ -41,8 +41,8 @@ def choose(
     return table(hidden_size, intermediate_size, num_local_experts)[block_m]
 
 
-def parts_bytes(hidden_size: int, intermediate_size: int, num_local_experts: int) -> int:
-    """Most global memory for sums of tiles that are cut along K, of both projections."""
+def partials_bytes(hidden_size: int, intermediate_size: int, num_local_experts: int) -> int:
+    """Most global memory for the partial sums of tiles that are split, of both projections."""
     sms = device.num_sms()
     pairs = table(hidden_size, intermediate_size, num_local_experts).values()
     return max(

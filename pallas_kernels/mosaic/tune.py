@@ -22,7 +22,7 @@ from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
 
 def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
-    """What to try: depths of the ring, slots filled together, tails, cuts, schedulers."""
+    """What to try: depths of the pipeline, stages per fill, tails, splits of K, schedulers."""
     half, sixteenth = config.block_m // 2, range(16, config.block_m, 16)
     quarters = range(config.block_m // 4, config.block_m, config.block_m // 4)
     tails = {(), tuple(sixteenth), (half,), tuple(quarters)}

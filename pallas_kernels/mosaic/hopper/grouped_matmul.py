@@ -19,7 +19,7 @@ multiplied. Each 128-column step is promoted to f32 registers with its own scale
 technical report, section 3.3.2).
 
 CTAs are persistent; `tile_scheduler` has the order of tiles, `pipeline` the stages, `gather` the
-copies of rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are cut
+copies of rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are split
 along K, `side_job` what the producer's spare warps may do meanwhile.
 """
 

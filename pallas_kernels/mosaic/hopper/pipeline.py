@@ -91,17 +91,17 @@ class Pipeline(NamedTuple):
 
         # Gathered rows come last: looking their tokens up takes time that weights can travel in.
         gathered = operands.rows.row_token is not None
-        box_rows = QUANT_BLOCK // len(ks)
+        rows_per_copy = QUANT_BLOCK // len(ks)
         if not gathered:
             _copy_tokens(self, operands.rows, tile, width, ks, stages)
         for i, block in enumerate(blocks):
-            for first in range(0, QUANT_BLOCK, box_rows):
-                rows = pl.ds(block * QUANT_BLOCK + first, box_rows)
+            for first in range(0, QUANT_BLOCK, rows_per_copy):
+                rows = pl.ds(block * QUANT_BLOCK + first, rows_per_copy)
                 for k, stage in zip(ks, stages, strict=True):
                     columns = pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)
                     plgpu.copy_gmem_to_smem(
                         operands.weights.at[tile.expert, rows, columns],
-                        self.weights.at[stage, i, pl.ds(first, box_rows)],
+                        self.weights.at[stage, i, pl.ds(first, rows_per_copy)],
                         self.full(stage, i),
                     )
         if gathered:
