@@ -5,7 +5,6 @@ flashinfer-bench definition `moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -353,23 +352,16 @@ def workspace_bytes(
         ValueError: There is no such backend, or a count is out of range.
         NotImplementedError: The backend does not run on the default device.
     """
-    if not isinstance(config, MoEConfig):
-        raise TypeError(f"config: expected a jax_moe.MoEConfig, got {type(config).__name__}")
-    num_tokens = _count("num_tokens", num_tokens, minimum=0)
-    top_k = config.top_k if top_k is None else _count("top_k", top_k, minimum=1)
-    num_local_experts = _count("num_local_experts", num_local_experts, minimum=1)
-    hidden_size = _count("hidden_size", hidden_size, minimum=QUANT_BLOCK, step=QUANT_BLOCK)
-    intermediate_size = _count(
-        "intermediate_size", intermediate_size, minimum=QUANT_BLOCK, step=QUANT_BLOCK
-    )
+    validate.moe_config(config)
+    count = functools.partial(validate.static_integer, high=2**30)
+    num_tokens = count("num_tokens", num_tokens, 0)
+    top_k = config.top_k if top_k is None else count("top_k", top_k, 1)
+    num_local_experts = count("num_local_experts", num_local_experts, 1)
+    hidden_size = count("hidden_size", hidden_size, QUANT_BLOCK, step=QUANT_BLOCK)
+    intermediate_size = count("intermediate_size", intermediate_size, QUANT_BLOCK, step=QUANT_BLOCK)
     stages = backends.load(backends.select(backend, device_of()))
+    if not num_tokens:
+        return 0
     return stages.workspace_bytes(
         num_tokens, top_k, num_local_experts, hidden_size, intermediate_size
     )
-
-
-def _count(name: str, value: Any, minimum: int, step: int = 1) -> int:
-    number = int(validate.integer(name, value, minimum, 2**30))
-    if number % step:
-        raise ValueError(f"{name}: expected a multiple of {step}, got {number}")
-    return number

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
+from jax_moe.scalars import printed
 from pallas_kernels.shapes import QUANT_BLOCK
 
 type Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
@@ -17,6 +18,7 @@ type ScaleFormat = Literal["f32", "ue8m0"]
 
 SCORINGS: tuple[str, ...] = get_args(Scoring.__value__)
 SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat.__value__)
+_LARGEST = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +158,7 @@ def checked_swiglu_limit(value: object) -> float | None:
     with contextlib.suppress(OverflowError):  # a Python integer with many digits
         if 0 < float(value) <= float(np.finfo(np.float32).max):
             return float(value)
-    if isinstance(value, int) and value.bit_length() > 64:  # Python may refuse to print it
-        found = f"an integer of {value.bit_length()} bits"
-    else:
-        found = repr(value)
+    found = printed(value) if isinstance(value, int) else repr(value)
     raise ValueError(f"swiglu_limit: expected a positive finite float32 or None, got {found}")
 
 
@@ -167,11 +166,14 @@ def _integer(name: str, value: object) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
             f"{name}: expected an integer, got {value!r} ({type(value).__name__})"
         ) from None
+    if abs(number) > _LARGEST:
+        raise ValueError(f"{name}: expected at most {_LARGEST}, got {printed(number)}")
+    return number
 
 
 DEEPSEEK_V3 = MoEConfig(top_k=8, n_group=8, topk_group=4)

@@ -153,8 +153,8 @@ def plan_groups(
     validate.array("topk_ids", topk_ids, "T k", validate.I32, sizes)
     num_tokens, top_k = topk_ids.shape
     num_experts = validate.num_experts(num_experts)
-    num_local_experts = int(
-        validate.integer("num_local_experts", num_local_experts, 1, num_experts)
+    num_local_experts = validate.static_integer(
+        "num_local_experts", num_local_experts, 1, num_experts
     )
     validate.pair_count("topk_ids", num_tokens, top_k)
     offset = validate.integer(

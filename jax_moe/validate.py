@@ -8,15 +8,19 @@ square as a `[H/128, T]` one. It is taken for `[H/128, T]`, always.
 """
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 
 from jax_moe.config import MoEConfig
+from jax_moe.scalars import got
+from jax_moe.scalars import integer as integer
+from jax_moe.scalars import real as real
+from jax_moe.scalars import static_integer as static_integer
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, Quantized, RoutedInputs
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -50,14 +54,14 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
         ValueError: Of another rank or shape.
     """
     axes = _axes(dims)
-    if not isinstance(value, jax.Array | np.ndarray):
+    if not isinstance(value, jax.Array | np.ndarray) or isinstance(value, np.ma.MaskedArray):
         wanted = _wanted(dims, dtypes)
-        raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, got {_kind(value)}")
+        raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, got {got(value)}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {_wanted(dims, dtypes)}, got {_format(value)}")
+        raise TypeError(f"{name}: expected {_wanted(dims, dtypes)}, got {got(value)}")
     if value.ndim != len(axes):
         rank = f"rank {len(axes)}, {_wanted(dims, dtypes)}"
-        raise ValueError(f"{name}: expected {rank}, got {_format(value)}")
+        raise ValueError(f"{name}: expected {rank}, got {got(value)}")
     for position, (axis, found) in enumerate(zip(axes, value.shape, strict=True)):
         if not _matches(axis, found, name, sizes):
             expected = [_size(axis, sizes) for axis in axes]
@@ -66,8 +70,27 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
             shape = ", ".join(text if size is None else str(size) for size, text in known)
             raise ValueError(
                 f"{name}: expected {_wanted(dims, dtypes)} = [{shape}]{_source(axis, sizes)}, "
-                f"got {_format(value)}{hint}: axis {position} differs"
+                f"got {got(value)}{hint}: axis {position} differs"
             )
+    if not isinstance(value, np.ndarray):
+        _whole(name, value)
+
+
+def _whole(name: str, value: Array) -> None:
+    """Refuses an array that is split over Explicit axes: the stages do not say how to split them.
+
+    Inside of `jax.shard_map` these axes are Manual; over Auto axes XLA splits the work.
+    """
+    is_traced = isinstance(value, jax.core.Tracer)
+    if not is_traced and isinstance(value.sharding, SingleDeviceSharding):
+        return  # the usual case, and it is quick
+    spec = jax.typeof(value).sharding.spec
+    if any(axes is not None for axes in spec) or spec.unreduced:
+        raise ValueError(
+            f"{name}: expected an array that is whole on every device, got {got(value)} split as "
+            f"{spec} over Explicit mesh axes; call jax_moe inside of jax.shard_map, which gives "
+            "each device its part"
+        )
 
 
 class _Axis(NamedTuple):
@@ -115,16 +138,6 @@ def _wanted(dims: str, dtypes: tuple[np.dtype, ...]) -> str:
     return f"{' or '.join(dtype.name for dtype in dtypes)} [{dims.replace(' ', ', ')}]"
 
 
-def _format(value: Any) -> str:
-    return f"{value.dtype.name} {list(value.shape)}"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "None"
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
 def blocked(symbol: str, sizes: Sizes) -> None:
     """Checks that a size is a positive multiple of the quantization block.
 
@@ -138,76 +151,15 @@ def blocked(symbol: str, sizes: Sizes) -> None:
         )
 
 
-def integer(name: str, value: Any, low: int, high: int) -> Array | np.int32:
-    """An integer scalar as int32; its range is checked where its value is known.
-
-    Args:
-        name: The argument's.
-        value: A Python integer, or a NumPy or JAX array of rank 0.
-        low: Least concrete value allowed.
-        high: Greatest concrete value allowed.
-
-    Returns:
-        The int32 scalar. A traced one of a wider type is clipped, so that the cast cannot wrap.
-
-    Raises:
-        TypeError: Not an integer.
-        ValueError: Not a scalar, or out of range.
-    """
-    _scalar(name, value, "an integer", (int, np.integer), jnp.integer)
-    if isinstance(value, jax.core.Tracer):
-        if not np.can_cast(value.dtype, np.int32):  # clipping would cost the others a launch
-            least = 0 if jnp.issubdtype(value.dtype, jnp.unsignedinteger) else -(2**30)
-            value = jnp.clip(value, least, 2**30)
-        return value.astype(jnp.int32)
-    number = operator.index(value)
-    if not low <= number <= high:
-        raise ValueError(f"{name}: expected {low}..{high}, got {number}")
-    return np.int32(number)
-
-
-def real(name: str, value: Any) -> Array | np.float32:
-    """A real scalar as float32.
-
-    Args:
-        name: The argument's.
-        value: A Python number, or a NumPy or JAX array of rank 0.
-
-    Returns:
-        The float32 scalar.
-
-    Raises:
-        TypeError: Not a real number.
-        ValueError: Not a scalar, or known and not finite in float32.
-    """
-    _scalar(name, value, "a real number", (int, float, np.integer, np.floating), jnp.number)
-    if isinstance(value, jax.core.Tracer):
-        return value.astype(jnp.float32)
-    try:
-        number = float(value)
-    except OverflowError:  # a Python integer, perhaps of more digits than Python would print
-        found = f"an integer of {value.bit_length()} bits"
-        raise ValueError(f"{name}: expected a finite float32, got {found}") from None
-    if not abs(number) <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{name}: expected a finite float32, got {number}")
-    return np.float32(number)
-
-
-def _scalar(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: Any) -> None:
-    if isinstance(value, jax.Array | np.ndarray):
-        is_kind = jnp.issubdtype(value.dtype, kind)
-        if not is_kind or jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise TypeError(f"{name}: expected {wanted}, got {_format(value)}")
-        if value.ndim:
-            raise ValueError(f"{name}: expected a scalar, got {_format(value)}")
-    elif isinstance(value, bool) or not isinstance(value, types):
-        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({_kind(value)})")
+def moe_config(value: Any) -> None:
+    """Checks that the configuration is one: it checked itself when it was made."""
+    if not isinstance(value, MoEConfig):
+        raise TypeError(f"config: expected a jax_moe.MoEConfig, got {got(value)}")
 
 
 def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -> None:
     """Checks the arguments of the routing stage; sets T and E."""
-    if not isinstance(config, MoEConfig):
-        raise TypeError(f"config: expected a jax_moe.MoEConfig, got {_kind(config)}")
+    moe_config(config)
     array("routing_logits", routing_logits, "T E", LOGITS, sizes)
     if routing_bias is not None:
         array("routing_bias", routing_bias, "E", BIAS, sizes)
@@ -245,8 +197,8 @@ def hidden(hidden_states: Any, hidden_states_scale: Any, sizes: Sizes) -> None:
         array("hidden_states_scale", hidden_states_scale, f"H/{QUANT_BLOCK} T", F32, sizes)
     elif hidden_states_scale is not None:
         raise ValueError(
-            f"hidden_states_scale: expected None, as hidden_states is {_format(hidden_states)}, "
-            f"got {_kind(hidden_states_scale)}"
+            f"hidden_states_scale: expected None, as hidden_states is {got(hidden_states)}, "
+            f"got {got(hidden_states_scale)}"
         )
 
 
@@ -283,14 +235,14 @@ def topk(topk_ids: Any, topk_weights: Any, sizes: Sizes) -> None:
     array("topk_ids", topk_ids, "T k", I32, sizes)
     num_tokens, top_k = sizes["T"][0], sizes["k"][0]
     if top_k < 1:
-        raise ValueError(f"topk_ids: expected k of at least 1, got {_format(topk_ids)}")
+        raise ValueError(f"topk_ids: expected k of at least 1, got {got(topk_ids)}")
     pair_count("topk_ids", num_tokens, top_k)
     array("topk_weights", topk_weights, "T k", F32, sizes)
 
 
 def num_experts(value: Any) -> int:
     """Checks the number of all experts, which is static."""
-    return int(integer("num_experts", value, 1, _MAX_PAIRS))
+    return static_integer("num_experts", value, 1, _MAX_PAIRS)
 
 
 def expected_rows(value: Any) -> float | None:
@@ -338,7 +290,7 @@ def experts(num_local_experts: int, num_experts: int) -> None:
 def plan(value: Any, sizes: Sizes) -> None:
     """Checks a group plan; sets E_local, M, T and k where nothing did."""
     if not isinstance(value, GroupPlan):
-        raise TypeError(f"plan: expected a jax_moe.GroupPlan, got {_kind(value)}")
+        raise TypeError(f"plan: expected a jax_moe.GroupPlan, got {got(value)}")
     axes = ("E_local", "E_local", "M", "T k", "tiles", "1")
     for field, dims, leaf in zip(value._fields, axes, value, strict=True):
         array(f"plan.{field}", leaf, dims, I32, sizes)
@@ -353,7 +305,7 @@ def plan(value: Any, sizes: Sizes) -> None:
 def quantized(name: str, value: Any, dims: str, sizes: Sizes) -> None:
     """Checks a `Quantized` of the given rows and columns."""
     if not isinstance(value, Quantized):
-        raise TypeError(f"{name}: expected a jax_moe.Quantized, got {_kind(value)}")
+        raise TypeError(f"{name}: expected a jax_moe.Quantized, got {got(value)}")
     rows, columns = dims.split()
     array(f"{name}.values", value.values, dims, E4M3, sizes)
     array(f"{name}.scales", value.scales, f"{columns}/{QUANT_BLOCK} {rows}", F32, sizes)

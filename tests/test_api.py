@@ -15,7 +15,7 @@ import jax_moe
 from jax_moe import backends, buckets, entry
 from tests import numpy_oracle
 from tests.backend_cases import EVERYWHERE, running
-from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
+from tests.moe_inputs import SMALL, bits, make_inputs, on_device, rank_specs, relative_error
 
 apply = functools.partial(jax_moe.apply, config=SMALL, backend="xla")
 # JAX promises nothing about how long jax-triton's calls can be read.
@@ -232,6 +232,19 @@ def test_temporary_memory_stays_below_the_stated_bound(case, num_tokens):
     assert 0 < compiled.memory_analysis().temp_size_in_bytes <= bound
 
 
+def test_the_stated_bound_covers_the_copies_of_many_experts():
+    """They are more than the rest of the workspace, so a bound without them is too low."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("XLA makes these copies on a CPU only")
+    specs = rank_specs(1, num_experts=32, num_local=32, hidden=512, intermediate=256)
+    temporary = jax.jit(apply).lower(*specs).compile().memory_analysis().temp_size_in_bytes
+    copies = 32 * 3 * 512 * 256
+    bound = jax_moe.workspace_bytes(
+        1, num_local_experts=32, hidden_size=512, intermediate_size=256, config=SMALL, backend="xla"
+    )
+    assert bound - copies < temporary <= bound
+
+
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_workspace_bound_at_full_size(backend):
     with jax_moe.assume_device("sm_90"):
@@ -249,15 +262,23 @@ def test_workspace_bound_at_full_size(backend):
         ("num_tokens", -5, ValueError, r"num_tokens: expected 0\.\..*, got -5"),
         ("num_tokens", 1.5, TypeError, "num_tokens: expected an integer"),
         ("num_local_experts", 0, ValueError, r"num_local_experts: expected 1\.\."),
-        ("hidden_size", 100, ValueError, r"hidden_size: expected 128\.\."),
+        ("hidden_size", 100, ValueError, "hidden_size: expected a multiple of 128 in 128.."),
         ("intermediate_size", 200, ValueError, "intermediate_size: expected a multiple of 128"),
-        ("config", None, TypeError, r"config: expected a jax_moe\.MoEConfig, got NoneType"),
+        pytest.param("num_tokens", 10**5000, ValueError, "num_tokens: .* 16610 bits", id="huge"),
+        ("config", None, TypeError, r"config: expected a jax_moe\.MoEConfig, got None"),
     ],
 )
 def test_a_bound_for_what_cannot_be_is_refused(field, value, error, message):
     sizes = {"num_local_experts": 8, "hidden_size": 512, "intermediate_size": 256}
     with pytest.raises(error, match=message):
         jax_moe.workspace_bytes(**({"num_tokens": 4, **sizes, "config": SMALL} | {field: value}))
+
+
+@pytest.mark.parametrize("backend", ["xla", "auto"])
+def test_no_token_takes_no_memory(backend):
+    sizes = {"num_local_experts": 32, "hidden_size": 7168, "intermediate_size": 2048}
+    assert jax_moe.workspace_bytes(0, **sizes, backend=backend) == 0
+    assert jax_moe.workspace_bytes(1, **sizes, backend=backend) > 0
 
 
 def test_the_oracle_of_no_token():

@@ -146,6 +146,7 @@ def test_scale_and_dtype_of_the_activations_must_agree():
     refuses(
         ValueError,
         "hidden_states_scale: expected None, as hidden_states is bfloat16 [5, 384]",
+        "got float32 [3, 5]",
         hidden_states=INPUTS.hidden_states.astype(ml_dtypes.bfloat16),
     )
 
@@ -160,6 +161,31 @@ def test_offsets_that_are_no_integers(offset):
     refuses(TypeError, "local_expert_offset: expected an integer", local_expert_offset=offset)
 
 
+@pytest.mark.parametrize("name", ["routing_logits", "gemm1_weights_scale"])
+def test_foreign_byte_order(name):
+    value = INPUTS.arrays[name]
+    said = f"got big-endian float32 {list(value.shape)}"
+    refuses(TypeError, f"{name}: expected float32 [", said, **{name: value.astype(">f4")})
+    assert call(local_expert_offset=np.array(8, ">i4")).shape == (5, 384)  # a scalar has a value
+
+
+def test_masked_arrays():
+    """NumPy would drop the mask."""
+    said = "a masked array, whose mask would be lost; pass float32 [5, 32] from filled()"
+    masked = np.ma.masked_invalid(INPUTS.routing_logits)
+    refuses(TypeError, "routing_logits: expected", said, routing_logits=masked)
+    for scalar in (np.ma.masked, np.ma.array(1.0)):
+        refuses(TypeError, "routed_scaling_factor", "mask", routed_scaling_factor=scalar)
+
+
+@pytest.mark.parametrize("name", ["routing_bias", "gemm2_weights"])
+def test_torch_tensors(name):
+    torch = pytest.importorskip("torch")
+    said = "got torch.Tensor (interop.torch_moe takes torch tensors, interop.to_jax converts them)"
+    refuses(TypeError, f"{name}: expected a JAX", said, **{name: torch.zeros(32)})
+    refuses(TypeError, "local_expert_offset", "torch_moe", local_expert_offset=torch.tensor(8))
+
+
 def test_offsets_that_are_no_scalars():
     refuses(
         ValueError,
@@ -171,6 +197,25 @@ def test_offsets_that_are_no_scalars():
 @pytest.mark.parametrize("factor", ["2.5", None, True, 1j, np.complex64(1), np.array(True)])
 def test_factors_that_are_no_numbers(factor):
     refuses(TypeError, "routed_scaling_factor: expected a real", routed_scaling_factor=factor)
+
+
+@pytest.mark.parametrize("name", ["local_expert_offset", "num_tokens", "num_experts"])
+def test_integers_of_more_digits_than_python_prints(name):
+    counts = {"local_expert_offset": 0, "num_local_experts": 8, "num_experts": 32}
+    if name == "num_tokens":
+        call = functools.partial(jax_moe.apply, *INPUTS, config=SMALL, num_tokens=10**5000)
+    else:
+        counts[name] = 10**5000
+        call = functools.partial(jax_moe.plan_groups, np.zeros((1, 2), np.int32), **counts)
+    with pytest.raises(ValueError, match=f"{name}: expected .* got an integer of 16610 bits"):
+        call()
+
+
+def test_a_static_count_that_is_traced():
+    ids = np.zeros((1, 2), np.int32)
+    plan = functools.partial(jax_moe.plan_groups, ids, 0, num_local_experts=2)
+    with pytest.raises(TypeError, match="num_experts: expected a static integer, got a traced int"):
+        jax.jit(lambda count: plan(num_experts=count))(8)
 
 
 HUGE = [pytest.param(-(10**400), id="401 digits"), pytest.param(10**5000, id="5001 digits")]
@@ -190,6 +235,9 @@ def test_factors_out_of_range(factor):
         ({"n_group": 0}, ValueError, "n_group: expected at least 1, got 0"),
         ({"topk_group": 0}, ValueError, "topk_group: expected 1..n_group (= 1), got 0"),
         ({"n_group": 8, "topk_group": 9}, ValueError, "expected 1..n_group (= 8), got 9"),
+        pytest.param(
+            {"top_k": 10**5000}, ValueError, "top_k: expected at most 1073741824", id="huge"
+        ),
         ({"block_size": 64}, ValueError, "block_size: only 128 is supported, got 64"),
         ({"scoring": "relu"}, ValueError, "scoring: expected one of ('sigmoid', 'softmax', "),
         ({"scoring": None}, ValueError, "got None"),
@@ -235,6 +283,18 @@ def test_more_pairs_than_int32_counts():
             many,
             jax.ShapeDtypeStruct((32,), jnp.float32),
         )
+
+
+def test_as_many_logits_as_int32_offsets_reach():
+    """T * E of 2^31 is the last that fits: its last logit has the offset 2^31 - 1."""
+    bias = jax.ShapeDtypeStruct((128,), jnp.float32)
+    route = functools.partial(
+        jax_moe.route, routed_scaling_factor=1.0, config=MoEConfig(1, 1, 1), backend="xla"
+    )
+    largest = jax.ShapeDtypeStruct((2**24, 128), jnp.float32)
+    assert jax.eval_shape(route, largest, bias).topk_ids.shape == (2**24, 1)
+    with pytest.raises(ValueError, match=r"T \* E of at most 2\^31, got 16777217 \* 128"):
+        jax.eval_shape(route, jax.ShapeDtypeStruct((2**24 + 1, 128), jnp.float32), bias)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "", None, "XLA"])

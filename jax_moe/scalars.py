@@ -1,0 +1,140 @@
+"""Scalar arguments: a number of Python, NumPy or JAX, checked, as 32 bits.
+
+The bridge to PyTorch checks its scalars here as well, so both refuse the same ones. Errors name the
+argument, what was expected and what came.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+_MAX_F32 = float(np.finfo(np.float32).max)
+_PRINTED_BITS = 128  # Python refuses to print an integer of more than 4300 digits
+
+
+def integer(name: str, value: Any, low: int, high: int, step: int = 1) -> Array | np.int32:
+    """An integer scalar as int32; its range is checked where its value is known.
+
+    A concrete JAX array is read back, for which the host waits.
+
+    Args:
+        name: The argument's.
+        value: A Python integer, or a NumPy or JAX array of rank 0.
+        low: Least concrete value allowed.
+        high: Greatest concrete value allowed.
+        step: Concrete values are multiples of it.
+
+    Returns:
+        The int32 scalar. A traced one of a wider type is clipped, so that the cast cannot wrap.
+
+    Raises:
+        TypeError: Not an integer.
+        ValueError: Not a scalar, or out of range.
+    """
+    if type(value) is not int:  # the usual case, and it is quick
+        _check(name, value, "an integer", (int, np.integer), jnp.integer)
+        if isinstance(value, jax.core.Tracer):
+            return _traced_integer(value)
+        value = operator.index(_on_host(value))
+    if not low <= value <= high or value % step:
+        wanted = f"{low}..{high}" if step == 1 else f"a multiple of {step} in {low}..{high}"
+        raise ValueError(f"{name}: expected {wanted}, got {printed(value)}")
+    return np.int32(value)
+
+
+def static_integer(name: str, value: Any, low: int, high: int, step: int = 1) -> int:
+    """An integer that is known when the program is made, as `integer` checks it.
+
+    Raises:
+        TypeError: Not an integer, or traced.
+        ValueError: Not a scalar, or out of range.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name}: expected a static integer, got a traced {got(value)}")
+    return int(integer(name, value, low, high, step))
+
+
+def real(name: str, value: Any) -> Array | np.float32:
+    """A real scalar as float32.
+
+    A concrete JAX array is read back, for which the host waits.
+
+    Args:
+        name: The argument's.
+        value: A Python number, or a NumPy or JAX array of rank 0.
+
+    Returns:
+        The float32 scalar.
+
+    Raises:
+        TypeError: Not a real number.
+        ValueError: Not a scalar, or known and not finite in float32.
+    """
+    if type(value) is not float:  # the usual case, and it is quick
+        _check(name, value, "a real number", (int, float, np.integer, np.floating), jnp.number)
+        if isinstance(value, jax.core.Tracer):
+            return value.astype(jnp.float32)
+        try:
+            value = float(_on_host(value))
+        except OverflowError:
+            raise ValueError(
+                f"{name}: expected a finite float32, got {printed(operator.index(value))}"
+            ) from None
+    if not abs(value) <= _MAX_F32:
+        raise ValueError(f"{name}: expected a finite float32, got {value}")
+    return np.float32(value)
+
+
+def got(value: Any) -> str:
+    """What came, for a message: dtype and shape of an array, the type of anything else."""
+    if value is None:
+        return "None"
+    if isinstance(value, np.ma.MaskedArray):
+        return f"a masked array, whose mask would be lost; pass {_array(value)} from filled()"
+    if isinstance(value, jax.Array | np.ndarray):
+        return _array(value)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if kind.startswith("torch."):
+        kind += " (interop.torch_moe takes torch tensors, interop.to_jax converts them)"
+    return kind
+
+
+def printed(number: int) -> str:
+    """An integer for a message, of however many digits."""
+    if number.bit_length() <= _PRINTED_BITS:
+        return str(number)
+    return f"an integer of {number.bit_length()} bits"
+
+
+def _array(value: Any) -> str:
+    order = {">": "big-endian ", "<": "little-endian "}.get(value.dtype.byteorder, "")
+    return f"{order}{value.dtype.name} {list(value.shape)}"
+
+
+def _check(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: Any) -> None:
+    if isinstance(value, np.ma.MaskedArray):  # numpy.ma.masked is one as well
+        raise TypeError(f"{name}: expected {wanted}, got {got(value)}")
+    if isinstance(value, jax.Array | np.ndarray):
+        is_kind = jnp.issubdtype(value.dtype, kind)
+        if not is_kind or jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise TypeError(f"{name}: expected {wanted}, got {got(value)}")
+        if value.ndim:
+            raise ValueError(f"{name}: expected a scalar, got {got(value)}")
+    elif isinstance(value, bool) or not isinstance(value, types):
+        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({got(value)})")
+
+
+def _on_host(value: Any) -> Any:
+    """The value without an implicit transfer, which `jax.transfer_guard` may forbid."""
+    return jax.device_get(value) if isinstance(value, jax.Array) else value
+
+
+def _traced_integer(value: Array) -> Array:
+    if not np.can_cast(value.dtype, np.int32):  # clipping would cost the others a launch
+        least = 0 if jnp.issubdtype(value.dtype, jnp.unsignedinteger) else -(2**30)
+        value = jnp.clip(value, least, 2**30)
+    return value.astype(jnp.int32)
