@@ -5,13 +5,13 @@ flashinfer-bench definition `moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7
 """
 
 import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, entry, oracle, validate
+from jax_moe import backends, entry, oracle, transfers, validate
 from jax_moe.config import (
     DEEPSEEK_V3,
     MoEConfig,
@@ -256,7 +256,8 @@ def reference(
     )
     _, limit = config.merged(scale_format, swiglu_limit)
     if not inputs.tokens:
-        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
+        return transfers.zeros(hidden_states.shape, inputs)
+    inputs = transfers.upload_numbers(inputs)
     return _jitted_reference(inputs, config=config, swiglu_limit=limit)
 
 
@@ -312,7 +313,8 @@ def reference_routed(
     checked_scale_format(scale_format)
     limit = checked_swiglu_limit(swiglu_limit)
     if not inputs.tokens:
-        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
+        return transfers.zeros(hidden_states.shape, inputs)
+    inputs = transfers.upload_numbers(inputs)
     return _jitted_reference_routed(inputs, num_experts=num_experts, swiglu_limit=limit)
 
 

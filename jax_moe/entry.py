@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import BFloat16
 
-from jax_moe import backends, buckets, lowering_cache, memory, validate
+from jax_moe import backends, buckets, lowering_cache, memory, transfers, validate
 from jax_moe.config import MoEConfig, ScaleFormat
 from jax_moe.device import device_of, jax_device_of
 from jax_moe.transforms import forward_only
@@ -80,12 +80,13 @@ def run(
     live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, rows)
     chosen = backends.select(backend, device_of(inputs))
     if rows == 0:
-        return jnp.zeros((0, hidden_size), jnp.bfloat16)
+        return transfers.zeros((0, hidden_size), inputs)
     if buckets.is_eager(inputs):
         live = np.int32(rows) if live is None else live
         padded = buckets.bucket(rows)
         memory.require(jax_device_of(inputs), _bytes_of(inputs, padded, options, chosen), name)
         inputs = _pad_tokens(inputs, padded)
+    inputs, live = transfers.upload_numbers((inputs, live))
     out = _jitted(inputs, live, options=options, backend=chosen)
     return buckets.take_rows(out, rows) if out.shape[0] != rows else out
 

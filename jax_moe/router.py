@@ -35,7 +35,7 @@ def route(
     if routing_bias is None:
         selection_scores, ranks = scored, _rank(logits)
     else:
-        selection_scores = scored + routing_bias.astype(jnp.float32)
+        selection_scores = scored + routing_bias.astype(jnp.float32)[None]
         ranks = _rank(selection_scores)
     if config.topk_group < config.n_group:
         ranks = _of_best_groups(selection_scores, ranks, config)
@@ -52,7 +52,8 @@ def _of_best_groups(selection_scores: Array, ranks: Array, config: MoEConfig) ->
     in_groups = ranks.reshape(grouped)
     best_two = jnp.take_along_axis(selection_scores.reshape(grouped), _best(in_groups, 2), axis=2)
     kept = _best(_rank(best_two[..., 0] + best_two[..., 1]), config.topk_group)
-    is_kept = (kept[:, None, :] == jnp.arange(config.n_group, dtype=jnp.int32)[:, None]).any(axis=2)
+    groups = jnp.arange(config.n_group, dtype=jnp.int32)[None, :, None]
+    is_kept = (kept[:, None, :] == groups).any(axis=2)
     return jnp.where(is_kept[:, :, None], in_groups, _LOWEST).reshape(ranks.shape)
 
 

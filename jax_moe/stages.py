@@ -13,7 +13,7 @@ import jax
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import backends, debug, validate
+from jax_moe import backends, debug, transfers, validate
 from jax_moe.config import (
     DEEPSEEK_V3,
     MoEConfig,
@@ -80,6 +80,7 @@ def route(
         NotImplementedError: The backend does not run on this device, or has no such router.
     """
     validate.routing(routing_logits, routing_bias, config, {})
+    validate.whole(routing_logits=routing_logits, routing_bias=routing_bias)
     factor = validate.real("routed_scaling_factor", routed_scaling_factor)
     return _run("route", backend, routing_logits, routing_bias, factor, config=config)
 
@@ -116,6 +117,7 @@ def quantize(
     sizes: validate.Sizes = {}
     validate.array("x", x, "R C", validate.UNQUANTIZED, sizes)
     validate.blocked("C", sizes)
+    validate.whole(x=x)
     form = checked_scale_format(scale_format)
     return _run("quantize", backend, x, scale_format=form)
 
@@ -157,6 +159,7 @@ def plan_groups(
         "num_local_experts", num_local_experts, 1, num_experts
     )
     validate.pair_count("topk_ids", num_tokens, top_k)
+    validate.whole(topk_ids=topk_ids)
     offset = validate.integer(
         "local_expert_offset", local_expert_offset, 0, num_experts - num_local_experts
     )
@@ -209,6 +212,13 @@ def up_project(
     validate.hidden(hidden_states, hidden_states_scale, sizes)
     validate.gemm1(gemm1_weights, gemm1_weights_scale, sizes)
     validate.plan(plan, sizes)
+    validate.whole(
+        hidden_states=hidden_states,
+        hidden_states_scale=hidden_states_scale,
+        gemm1_weights=gemm1_weights,
+        gemm1_weights_scale=gemm1_weights_scale,
+        plan=plan,
+    )
     debug.check_plan(plan)
     arrays = (hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale)
     epilogue = {
@@ -247,6 +257,12 @@ def down_project(
     validate.plan(plan, sizes)
     validate.quantized("activations", activations, "M I", sizes)
     validate.gemm2(gemm2_weights, gemm2_weights_scale, sizes)
+    validate.whole(
+        activations=activations,
+        gemm2_weights=gemm2_weights,
+        gemm2_weights_scale=gemm2_weights_scale,
+        plan=plan,
+    )
     debug.check_plan(plan)
     return _run("down_project", backend, activations, gemm2_weights, gemm2_weights_scale, plan)
 
@@ -281,12 +297,14 @@ def unpermute(
     validate.plan(plan, sizes)
     validate.array("expert_outputs", expert_outputs, "M H", validate.BF16, sizes)
     validate.blocked("H", sizes)
+    validate.whole(expert_outputs=expert_outputs, topk_weights=topk_weights, plan=plan)
     debug.check_plan(plan)
     return _run("unpermute", backend, expert_outputs, topk_weights, plan)
 
 
 def _run(stage: str, backend: str, *arrays: Any, **static: Any) -> Any:
     chosen = backends.select(backend, device_of(arrays))
+    arrays = transfers.upload_numbers(arrays)
     return _jitted(*arrays, stage=stage, backend=chosen, static=tuple(static.items()))
 
 

@@ -1,17 +1,20 @@
-"""How the layer behaves under JAX's transformations: grad, vmap and shard_map."""
+"""How the layer behaves under JAX's transformations and meshes: grad, vmap, shard_map, Explicit."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 
 def forward_only[R](function: Callable[..., R]) -> Callable[..., R]:
     """A function of arrays that vmap runs one by one and that refuses to be differentiated.
 
     Inside `shard_map` the arguments are brought to the same set of mesh axes, so that loops and
-    kernels need not care which of them differ between devices.
+    kernels need not care which of them differ between devices. Explicit mesh axes become Auto
+    ones, over which loops and kernels need not say how they are split; the arguments are whole on
+    every device (`jax_moe.validate`), and so is the result.
 
     Args:
         function: Takes positional pytrees of arrays.
@@ -22,7 +25,7 @@ def forward_only[R](function: Callable[..., R]) -> Callable[..., R]:
 
     @jax.custom_jvp
     def primal(*args: Any) -> R:
-        return as_varying(function(*as_varying(args, args)), args)
+        return as_varying(_over_auto_axes(function, *as_varying(args, args)), args)
 
     @primal.defjvp
     def _refuse(primals: Any, tangents: Any) -> Any:
@@ -32,6 +35,24 @@ def forward_only[R](function: Callable[..., R]) -> Callable[..., R]:
         )
 
     return jax.custom_batching.sequential_vmap(primal)
+
+
+def _over_auto_axes[R](function: Callable[..., R], *args: Any) -> R:
+    mesh = _mesh_of(args)
+    if not mesh.explicit_axes:
+        return function(*args)
+    whole = NamedSharding(mesh, PartitionSpec())
+    inside = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=whole)
+    return inside(*args)
+
+
+def _mesh_of(args: Any) -> AbstractMesh:
+    """The mesh of the context, else that of an array, else an empty one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args))
+        mesh = next((found for found in meshes if not found.empty), mesh)
+    return mesh
 
 
 def as_varying[T](tree: T, like: Any) -> T:

@@ -72,15 +72,28 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
                 f"{name}: expected {_wanted(dims, dtypes)} = [{shape}]{_source(axis, sizes)}, "
                 f"got {got(value)}{hint}: axis {position} differs"
             )
-    if not isinstance(value, np.ndarray):
-        _whole(name, value)
+
+
+def whole(**values: Any) -> None:
+    """Refuses arrays that are split over Explicit axes: the stages do not say how to split them.
+
+    Inside of `jax.shard_map` these axes are Manual; over Auto axes XLA splits the work.
+
+    Args:
+        **values: Checked arrays, NamedTuples of them, or None, by name.
+
+    Raises:
+        ValueError: An array is split; names it and `jax.shard_map`.
+    """
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            fields = value._asdict()  # type: ignore[attr-defined]
+            whole(**{f"{name}.{field}": leaf for field, leaf in fields.items()})
+        elif value is not None and not isinstance(value, np.ndarray):
+            _whole(name, value)
 
 
 def _whole(name: str, value: Array) -> None:
-    """Refuses an array that is split over Explicit axes: the stages do not say how to split them.
-
-    Inside of `jax.shard_map` these axes are Manual; over Auto axes XLA splits the work.
-    """
     is_traced = isinstance(value, jax.core.Tracer)
     if not is_traced and isinstance(value.sharding, SingleDeviceSharding):
         return  # the usual case, and it is quick
@@ -208,6 +221,13 @@ def layer_inputs(inputs: LayerInputs, config: Any) -> LayerInputs:
     routing(inputs.routing_logits, inputs.routing_bias, config, sizes)
     hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
     weights(inputs.weights, sizes)
+    whole(
+        routing_logits=inputs.routing_logits,
+        routing_bias=inputs.routing_bias,
+        hidden_states=inputs.hidden_states,
+        hidden_states_scale=inputs.hidden_states_scale,
+        **inputs.weights._asdict(),
+    )
     return inputs._replace(
         local_expert_offset=_offset(inputs.local_expert_offset, sizes["E"][0], sizes),
         routed_scaling_factor=real("routed_scaling_factor", inputs.routed_scaling_factor),
@@ -220,6 +240,12 @@ def routed_inputs(inputs: RoutedInputs, num_experts: int) -> RoutedInputs:
     hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
     weights(inputs.weights, sizes)
     topk(inputs.routing.topk_ids, inputs.routing.topk_weights, sizes)
+    whole(
+        hidden_states=inputs.hidden_states,
+        hidden_states_scale=inputs.hidden_states_scale,
+        **inputs.weights._asdict(),
+        **inputs.routing._asdict(),
+    )
     offset = _offset(inputs.local_expert_offset, num_experts, sizes)
     return inputs._replace(local_expert_offset=offset)
 

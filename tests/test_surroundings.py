@@ -1,4 +1,7 @@
-"""The layer in processes of their own: several devices, 64-bit mode; other versions of torch."""
+"""The layer in other surroundings: meshes, several devices, 64-bit mode; other versions of torch.
+
+What surrounds a call in one process is a table in `test_ambient_state.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from interop.solutions import SOLUTIONS
 
 SHARD_MAP = """
     import functools, jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import AxisType, PartitionSpec as P
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     import jax_moe
     from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
 
@@ -31,6 +34,10 @@ SHARD_MAP = """
         part = jax_moe.apply(*arrays, offset, 2.5, config=SMALL, backend="xla")
         return jax.lax.psum(part.astype(jnp.float32), "expert")
 
+    def placed(mesh, specs):
+        pairs = zip(inputs[:8], specs, strict=True)
+        return [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in pairs]
+
     mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
     specs = (P(), P(), P(), P(), *[P("expert")] * 4)
     for check_vma in (True, False):
@@ -38,6 +45,28 @@ SHARD_MAP = """
             rank, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma
         )
         assert relative_error(jax.jit(layer)(*inputs[:8]), whole) < 5e-3
+
+    # The axes of `jax.make_mesh` are Explicit unless it is told otherwise.
+    explicit = jax.make_mesh((4,), ("expert",))
+    assert explicit.axis_types == (AxisType.Explicit,)
+    layer = jax.shard_map(rank, mesh=explicit, in_specs=specs, out_specs=P())
+    assert relative_error(jax.jit(layer)(*placed(explicit, specs)), whole) < 5e-3
+    everywhere = placed(explicit, [P()] * 8)
+    out = jax_moe.apply(*everywhere, 0, 2.5, config=SMALL, backend="xla")
+    assert out.sharding.is_fully_replicated and len(out.devices()) == 4
+    np.testing.assert_array_equal(bits(out), bits(whole))
+    for mesh_of_split, bad in ((explicit, True), (mesh, False)):
+        split = [*everywhere[:4], *placed(mesh_of_split, specs)[4:]]
+        if not bad:
+            split[:4] = placed(mesh, specs)[:4]
+        try:
+            out = jax_moe.apply(*split, 0, 2.5, config=SMALL, backend="xla")
+        except ValueError as error:
+            assert bad and "gemm1_weights: expected" in str(error), error
+            assert "jax.shard_map" in str(error), error
+        else:
+            assert not bad
+            np.testing.assert_array_equal(bits(out), bits(whole))
 
     # Tokens split over the devices instead: no communication, the same bits.
     inputs = on_device(make_inputs(64))

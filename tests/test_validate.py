@@ -165,7 +165,7 @@ def test_offsets_that_are_no_integers(offset):
 def test_foreign_byte_order(name):
     value = INPUTS.arrays[name]
     said = f"got big-endian float32 {list(value.shape)}"
-    refuses(TypeError, f"{name}: expected float32 [", said, **{name: value.astype(">f4")})
+    refuses(TypeError, f"{name}: expected float32", said, **{name: value.astype(">f4")})
     assert call(local_expert_offset=np.array(8, ">i4")).shape == (5, 384)  # a scalar has a value
 
 

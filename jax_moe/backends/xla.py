@@ -76,7 +76,7 @@ def plan_groups(
     local_ids = topk_ids - local_expert_offset
     is_local = (local_ids >= 0) & (local_ids < num_local_experts)
     is_local &= (topk_ids >= 0) & (topk_ids < num_experts)
-    experts = jnp.arange(num_local_experts, dtype=jnp.int32)
+    experts = jnp.arange(num_local_experts, dtype=jnp.int32)[None, None]
     hits = jnp.where(is_local, local_ids, -1)[:, :, None] == experts
     hits = hits.any(axis=1).astype(jnp.int32)  # [T, E_local]
     ranks = jnp.cumsum(hits, axis=0, dtype=jnp.int32) - hits
@@ -93,7 +93,7 @@ def plan_groups(
     row_token = row_token.at[jnp.where(is_local, pair_row, rows)].set(tokens, mode="drop")
 
     tile_ids = jnp.arange(rows // block_m, dtype=jnp.int32)
-    tile_expert = (tile_ids[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
+    tile_expert = (tile_ids[:, None] >= tile_ends[None]).sum(axis=1, dtype=jnp.int32)
     return GroupPlan(
         group_sizes=group_sizes,
         group_offsets=group_offsets,
