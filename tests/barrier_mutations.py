@@ -42,9 +42,6 @@ SYNCHRONIZATION = (
 _HOPPER = "pallas_kernels.mosaic.hopper"
 UNSEEN = {
     "wgmma_wait": "the interpreter multiplies at once",
-    "commit_smem in pallas_kernels.mosaic.plan._place": (
-        "the interpreter lets wgmma see plain writes to shared memory without the fence"
-    ),
     f"commit_smem in {_HOPPER}.tile_queue.TileQueue.put": (
         "the interpreter has one thread for a warpgroup; racecheck reports the removal"
     ),

@@ -49,11 +49,13 @@ _D = Model(MoEConfig(1, 1, 1), 8, 3, 128, 128, BF16, np.float32)
 _E = Model(MoEConfig(6, 3, 2), 24, 24, 1024, 384)
 _F = Model(MoEConfig(8, 4, 2), 16, 5, 256, 512, np.float32)  # all that the kept groups hold
 _G = Model(MoEConfig(3, 3, 2), 72, 70, 256, 256, np.float16, np.float32)
-_H = Model(SMALL, 32, 8, 3584, 256)  # a K that mosaic splits
+_H = Model(SMALL, 32, 8, 3584, 256)  # a K that mosaic cuts
+_I = Model(MoEConfig(10), 600, 512, 128, 128)  # many experts on one device
 
 SLOTS = (
     (_A, 16), (_H, 16), (_B, 256), (_C, 64), (_D, 1024), (_F, 256), (_E, 1024), (_A, 1), (_G, 64),
     (_B, 1024), (_A, 256), (_C, 1024), (_D, 16), (_A, 1024), (_E, 64), (_B, 16), (_G, 1024),
+    (_I, 64),
 )  # fmt: skip
 """Model and padded token count: one program each on every backend."""
 

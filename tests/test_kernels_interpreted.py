@@ -19,7 +19,6 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
-from jax_moe.types import GroupPlan
 from pallas_kernels.mosaic import group_quant, permute, routing, unpermute
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
@@ -182,6 +181,9 @@ def test_group_quant_bits(rows, dtype):
         (6, 40, 3, 1, 1),
         (5, 256, 8, 4, 2),  # groups of two registers
         (3, 72, 3, 3, 2),  # groups that share a register
+        (5, 384, 8, 1, 1),  # from here on too many experts, groups or choices for registers
+        (4, 301, 10, 7, 3),
+        (3, 1024, 16, 2, 1),  # groups that are read in steps
         (3, 128, 33, 1, 1),  # more choices than lanes
         (3, 70, 5, 35, 34),  # more groups than lanes
     ],
@@ -202,14 +204,24 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_local_experts", "offset", "block_m"),
-    [(5, 8, 8, 16), (70, 8, 24, 32), (130, 80, 100, 16)],
+    ("num_tokens", "num_experts", "num_local_experts", "top_k", "offset", "block_m"),
+    [
+        (5, 32, 8, 4, 8, 16),
+        (70, 32, 8, 4, 24, 32),
+        (3, 600, 300, 3, 250, 16),  # more experts than threads
+        (290, 8, 5, 1, 0, 1),  # more words of tokens than are unrolled
+    ],
 )
-@pytest.mark.parametrize("counted_by_all", [1, 9])
-def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, monkeypatch):
+@pytest.mark.parametrize(("counted_by_all", "max_blocks"), [(10**6, 64), (0, 2)])
+def test_plan(
+    num_tokens, num_experts, num_local_experts, top_k, offset, block_m, counted_by_all, max_blocks,
+    monkeypatch,
+):  # fmt: skip
     monkeypatch.setattr(plan_kernels, "_COUNTED_BY_ALL", counted_by_all)
-    num_experts = 256 if num_local_experts == 80 else 32
-    ids = draw_ids(num_tokens, num_experts, 4)
+    monkeypatch.setattr(plan_kernels, "_MAX_BLOCKS", max_blocks)
+    ids = draw_ids(num_tokens, num_experts, top_k)
+    ids[num_tokens // 2, -1] = ids[num_tokens // 2, 0]
+    ids[1] = -1
     plan = run(
         plan_kernels.plan_groups,
         ids,
@@ -218,7 +230,7 @@ def test_plan(num_tokens, num_local_experts, offset, block_m, counted_by_all, mo
         num_experts=num_experts,
         block_m=block_m,
     )
-    check_plan(GroupPlan(*plan), ids, offset, num_local_experts, num_experts)
+    check_plan(plan, ids, offset, num_local_experts, num_experts)
 
 
 @pytest.mark.parametrize("num_blocks", [3, 28, 29])

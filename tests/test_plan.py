@@ -77,6 +77,28 @@ def test_plan(case, num_tokens, num_experts, num_local_experts, top_k, offset):
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("num_tokens", [1, 600])
+@pytest.mark.parametrize(
+    ("num_experts", "num_local_experts", "top_k", "offset"),
+    [(384, 48, 8, 336), (512, 300, 10, 200), (512, 512, 16, 0)],
+)
+def test_many_experts(case, num_tokens, num_experts, num_local_experts, top_k, offset):
+    ids = draw_ids(num_tokens, num_experts, top_k)
+    plan = make_plan(case, ids, offset, num_local_experts, num_experts)
+    check_plan(plan, ids, offset, num_local_experts, num_experts)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("num_tokens", [9, 700])
+def test_pairs_of_a_token_with_one_id_share_a_row(case, num_tokens):
+    ids = np.random.default_rng(0).integers(-1, 12, (num_tokens, 8)).astype(np.int32)
+    ids[1] = 5  # all eight
+    plan = make_plan(case, ids, 4, 6, 12)
+    check_plan(plan, ids, 4, 6, 12)
+    assert plan.pair_row[1].min() == plan.pair_row[1].max() >= 0
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
 @pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 300])
 def test_all_tokens_to_one_expert(case, num_tokens):
     ids = np.full((num_tokens, 1), 3, np.int32)
@@ -105,6 +127,20 @@ def test_traced_offset_out_of_range_skips_what_is_no_expert(case, offset):
             )
         )(jnp.int32(offset))
     check_plan(jax.tree.map(np.asarray, plan), ids, offset, 8, 16)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_ids_from_num_experts_on_are_skipped_where_the_local_range_covers_them(case):
+    ids = np.array([[14, 17], [16, 15]], np.int32)
+    with running(case) as backend:
+        plan = jax.jit(
+            lambda offset: jax_moe.plan_groups(
+                ids, offset, num_local_experts=8, num_experts=16, backend=backend
+            )
+        )(jnp.int32(13))
+    check_plan(jax.tree.map(np.asarray, plan), ids, 13, 8, 16)
+    np.testing.assert_array_equal(plan.pair_row[:, 1] >= 0, [False, True])
+    np.testing.assert_array_equal(plan.pair_row[:, 0] >= 0, [True, False])
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)

@@ -78,12 +78,15 @@ def test_quantizer(data):
 @MANY
 @hypothesis.given(st.data())
 def test_plan(data):
-    num_tokens, num_experts, top_k = 24, 12, 3
-    row = st.lists(st.integers(-1, num_experts), min_size=top_k, max_size=top_k, unique=True)
+    num_tokens, num_experts, num_local_experts, top_k = data.draw(
+        st.sampled_from([(24, 12, 4, 3), (24, 12, 4, 3), (7, 1024, 512, 16)])
+    )
+    row = st.lists(st.integers(-1, num_experts), min_size=top_k, max_size=top_k)
     rows = data.draw(st.lists(row, min_size=1, max_size=num_tokens))
     ids = np.resize(np.array(rows, np.int32), (num_tokens, top_k))
-    offset = data.draw(st.integers(0, 8))
-    check_plan(make_plan("xla", ids, offset, 4, num_experts), ids, offset, 4, num_experts)
+    offset = data.draw(st.integers(0, num_experts - num_local_experts))
+    plan = make_plan("xla", ids, offset, num_local_experts, num_experts)
+    check_plan(plan, ids, offset, num_local_experts, num_experts)
 
 
 @MANY

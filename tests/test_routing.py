@@ -20,6 +20,9 @@ CONFIGS = [
     (72, MoEConfig(top_k=3, n_group=3, topk_group=2)),
     (128, MoEConfig(top_k=1, n_group=8, topk_group=1)),
     (16, MoEConfig(top_k=8, n_group=4, topk_group=2)),  # all that the kept groups hold
+    (384, MoEConfig(top_k=8, n_group=1, topk_group=1)),
+    (300, MoEConfig(top_k=10, n_group=6, topk_group=2)),
+    (1024, MoEConfig(top_k=16, n_group=1, topk_group=1)),
 ]
 
 
@@ -60,6 +63,16 @@ def test_against_float64(case, num_experts, config, num_tokens):
         for w, i in ((weights, ids), (expected_weights, expected_ids))
     )
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", [*EVERYWHERE, "interpreted_mosaic"])
+@pytest.mark.parametrize("num_experts", [40, 300])
+def test_lanes_past_the_last_expert_are_never_chosen(case, num_experts):
+    logits, _ = draw(4, num_experts)
+    logits[:, -1] = 6  # the last expert is what such lanes read
+    config = MoEConfig(top_k=3, n_group=1, topk_group=1)
+    ids, _ = route(case, logits, np.zeros(num_experts, np.float32), config=config)
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1)[:, :3])
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)

@@ -79,7 +79,7 @@ def test_jax_and_torch_launch_the_same_bits(num_tokens):
     block_m = tilings.block_m(num_tokens * SMALL.top_k / 32, capability())
     offset = jnp.int32(inputs.local_expert_offset)
     arrays = [ids, offset]
-    if not plan_kernels.is_one_block(num_tokens, 16):
+    if not plan_kernels.is_counted_by_all(*ids.shape):
         arrays += launched_by_both(plan_kernels.count_launch, ids, offset, **sizes)
 
     def plan_launch(ids, offset, counts=None, **sizes):

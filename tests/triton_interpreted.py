@@ -136,7 +136,7 @@ def plan_of(topk_ids, offset, num_local_experts, num_experts, block_m):
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     arrays = (to_torch(topk_ids), torch.tensor(offset, dtype=torch.int32))
     counts = None
-    if not plan_kernels.is_one_block(len(topk_ids), num_local_experts):
+    if not plan_kernels.is_counted_by_all(*topk_ids.shape):
         (counts,) = launch_torch(plan_kernels.count_launch(*arrays, **sizes))
     return GroupPlan(*run(plan_kernels.plan_launch(*arrays, counts, block_m=block_m, **sizes)))
 
@@ -147,9 +147,10 @@ def expected_plan(topk_ids, offset, num_local_experts, block_m, rows):
     pair_row = np.full(topk_ids.shape, -1, np.int32)
     sizes, offsets, tile_expert, row = [], [], np.zeros(rows // block_m, np.int32), 0
     for expert in range(num_local_experts):
-        tokens, choices = np.nonzero(topk_ids == offset + expert)
-        rows_here = row + np.arange(len(tokens))
-        row_token[rows_here], pair_row[tokens, choices] = tokens, rows_here
+        chosen = topk_ids == offset + expert
+        tokens = np.flatnonzero(chosen.any(axis=1))
+        for place, token in enumerate(tokens, row):
+            row_token[place], pair_row[token, chosen[token]] = token, place
         sizes.append(len(tokens))
         offsets.append(row)
         tiles = -(-len(tokens) // block_m)
@@ -170,18 +171,31 @@ def draw_ids(rng, num_tokens, top_k, num_experts):
         (300, 8, 32, 64, 32, 64),
         (301, 3, 5, 5, 0, 16),
         (33, 8, 256, 256, 0, 16),
+        (90, 16, 300, 512, 150, 16),
+        (3, 130, 200, 200, 0, 16),  # more choices than pairs are read at a time
     ],
 )
 def test_plan_equals_its_definition(num_tokens, top_k, num_local, num_experts, offset, block_m):
     topk_ids = draw_ids(np.random.default_rng(num_tokens), num_tokens, top_k, num_experts)
     topk_ids[num_tokens // 2 :: 5, 0] = -1
+    topk_ids[::3, -1] = topk_ids[::3, 1]
     found = plan_of(topk_ids, offset, num_local, num_experts, block_m)
     expected = expected_plan(topk_ids, offset, num_local, block_m, len(found.row_token))
     for name, a, b in zip(GroupPlan._fields, found, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-@pytest.mark.parametrize("num_tokens", [20, 300])
+@pytest.mark.parametrize("num_tokens", [20, 60])
+@pytest.mark.parametrize("top_k", [4, 8])
+def test_pairs_of_a_token_with_one_id_share_a_row(num_tokens, top_k):
+    topk_ids = np.random.default_rng(0).integers(-1, 6, (num_tokens, top_k)).astype(np.int32)
+    found = plan_of(topk_ids, 1, 4, 6, 16)
+    expected = expected_plan(topk_ids, 1, 4, 16, len(found.row_token))
+    for name, a, b in zip(GroupPlan._fields, found, expected, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("num_tokens", [20, 600])
 @pytest.mark.parametrize("expert", [0, 31])
 def test_plan_of_one_expert_that_takes_all_and_of_none(num_tokens, expert):
     topk_ids = np.full((num_tokens, 1), expert, np.int32)

@@ -73,7 +73,7 @@ def plan_groups(
     num_tokens = topk_ids.shape[0]
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     counts = None
-    if not plan_kernels.is_one_block(num_tokens, num_local_experts):
+    if not plan_kernels.is_counted_by_all(num_tokens, topk_ids.shape[1]):
         (counts,) = _run(plan_kernels.count_launch(topk_ids, local_expert_offset, **sizes))
     block_m = tilings.block_m(expected_rows, _capability())
     return GroupPlan(

@@ -1,14 +1,16 @@
-"""Per-lane indexed loads and stores of global memory, which Pallas does not offer on a GPU.
+"""Per-lane indexed memory accesses, which Pallas does not offer on a GPU.
 
-`load_at` and `store_at` take a vector of flat element offsets. On a GPU each lane computes its own
-address (a few lines of inline Mosaic GPU); in the interpreter, which cannot run those, the same
-meaning is spelled with ordinary indexing.
+`load_at` and `store_at` take a vector of flat element offsets into global or shared memory, `or_at`
+and `add_at` one into shared memory. On a GPU each lane computes its own address (a few lines of
+inline Mosaic GPU); in the interpreter, which cannot run those, the same meaning is spelled with
+ordinary indexing.
 """
 
 from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
@@ -24,7 +26,8 @@ from pallas_kernels.mosaic.ptx import asm, i32
 MAX_OFFSET = 2**31
 """Elements that int32 offsets reach."""
 
-_PTX_STORE = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }"
+_PTX = "{instruction} [$0], $1;"
+_PTX_IF = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p {instruction} [$0], $1; }}"
 
 
 def load_at(
@@ -33,7 +36,7 @@ def load_at(
     """`ref.ravel()[offsets + shift]`; every element must be in range.
 
     Args:
-        ref: Contiguous array in global memory.
+        ref: Contiguous array in global or shared memory.
         offsets: `i32[...]` flat element offsets, held in `layout`.
         layout: Register layout of `offsets` and of the result.
         interpret: The kernel's `interpret` argument.
@@ -55,7 +58,7 @@ def load_at(
     )
     def gather(_, memory, index):
         element = mgpu.utils.dtype_to_ir_type(ref.dtype)
-        loaded = _map_lanes(
+        loaded = map_lanes(
             index, lambda i: llvm.load(element, _address(memory, i, element, shift)), element
         )
         signed = jnp.issubdtype(ref.dtype, jnp.signedinteger) or None
@@ -68,7 +71,7 @@ def store_at(
     ref,
     offsets: Int32[Array, "*n"],
     values: Array,
-    mask: Bool[Array, "*n"],
+    mask: Bool[Array, "*n"] | None = None,
     *,
     layout: plgpu.Layout,
     interpret,
@@ -76,10 +79,10 @@ def store_at(
     """`ref.ravel()[offsets[mask]] = values[mask]`; live offsets must be in range and distinct.
 
     Args:
-        ref: Contiguous array in global memory, 4-byte elements.
+        ref: Contiguous array in global or shared memory, 4-byte elements.
         offsets: `i32[...]` flat element offsets, held in `layout`.
         values: `[...]`, the dtype of `ref`, held in `layout`.
-        mask: `bool[...]`, which elements to store.
+        mask: `bool[...]`, which elements to store, or None for all.
         layout: Register layout of the three.
         interpret: The kernel's `interpret` argument.
 
@@ -88,20 +91,88 @@ def store_at(
     """
     _check_extent(ref)
     if interpret:
-        _store_one_by_one(ref, offsets, values, mask)
+        mask = jnp.ones_like(offsets, bool) if mask is None else mask
+        if jax.typeof(ref).memory_space == plgpu.SMEM:
+            end = math.prod(ref.shape)
+            flat = ref[...].reshape(-1).at[jnp.where(mask, offsets, end)].set(values, mode="drop")
+            ref[...] = flat.reshape(ref.shape)
+        else:  # not the whole array: other blocks may write to it meanwhile
+            _store_one_by_one(ref, offsets, values, mask)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout, layout))
-    def scatter(_, memory, index, value, live):
-        element = mgpu.utils.dtype_to_ir_type(ref.dtype)
-        triples = zip(index.registers.flat, value.registers.flat, live.registers.flat, strict=True)
-        for i_reg, v_reg, m_reg in triples:
-            for lane in range(ir.VectorType(i_reg.type).shape[0]):
-                address = _address(memory, _extract(i_reg, lane), element)
-                word = mgpu.utils.bitcast(_extract(v_reg, lane), i32())
-                asm(_PTX_STORE, [address, word, _extract(m_reg, lane)], "l,r,r")
+    _for_each(ref, offsets, values, mask, layout, {False: "st.global.b32", True: "st.shared.b32"})
 
-    scatter(ref, offsets, values, layouts.as_int(mask))
+
+def or_at(
+    ref,
+    offsets: Int32[Array, "*n"],
+    values: Int32[Array, "*n"],
+    mask: Bool[Array, "*n"],
+    *,
+    layout: plgpu.Layout,
+    interpret,
+) -> None:
+    """`ref.ravel()[offsets[mask]] |= values[mask]`, atomically: offsets may be equal.
+
+    Args:
+        ref: Contiguous i32 array in shared memory.
+        offsets: `i32[...]` flat element offsets, held in `layout`; live ones must be in range.
+        values: `i32[...]`, held in `layout`.
+        mask: `bool[...]`, which elements take part.
+        layout: Register layout of the three.
+        interpret: The kernel's `interpret` argument.
+    """
+    if interpret:
+        offsets, values = offsets.ravel(), jnp.where(mask, values, 0).ravel()
+
+        def step(i, flat):
+            at = jnp.where(values[i] != 0, offsets[i], 0)
+            return flat.at[at].set(flat[at] | values[i])
+
+        flat = lax.fori_loop(0, offsets.shape[0], step, ref[...].reshape(-1))
+        ref[...] = flat.reshape(ref.shape)
+        return
+    _for_each(ref, offsets, values, mask, layout, {True: "red.shared.or.b32"})
+
+
+def add_at(
+    ref, offsets: Int32[Array, "*n"], values: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret
+) -> None:
+    """`ref.ravel()[offsets] += values`, atomically: offsets may be equal.
+
+    Args:
+        ref: Contiguous i32 array in shared memory.
+        offsets: `i32[...]` flat element offsets in range, held in `layout`.
+        values: `i32[...]`, held in `layout`.
+        layout: Register layout of the two.
+        interpret: The kernel's `interpret` argument.
+    """
+    if interpret:
+        flat = ref[...].reshape(-1).at[offsets.ravel()].add(values.ravel())
+        ref[...] = flat.reshape(ref.shape)
+        return
+    _for_each(ref, offsets, values, None, layout, {True: "red.shared.add.u32"})
+
+
+def _for_each(ref, offsets, values, mask, layout, instructions):
+    """An instruction per element whose mask is set: `instructions[whether ref is shared]`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(layout,) * (2 if mask is None else 3)))
+    def scatter(_, memory, *vectors):
+        element = mgpu.utils.dtype_to_ir_type(ref.dtype)
+        shared = mgpu.utils.is_smem_ref(memory)
+        code = (_PTX if mask is None else _PTX_IF).format(instruction=instructions[shared])
+        constraints = ",".join(["r" if shared else "l", *"r" * (len(vectors) - 1)])
+        for registers in zip(*(array.registers.flat for array in vectors), strict=True):
+            for lane in range(ir.VectorType(registers[0].type).shape[0]):
+                index, value, *live = (_extract(register, lane) for register in registers)
+                address = _address(memory, index, element)
+                if shared:
+                    address = llvm.ptrtoint(i32(), address)
+                asm(code, [address, mgpu.utils.bitcast(value, i32()), *live], constraints)
+
+    vectors = [] if mask is None else [layouts.as_int(mask)]
+    scatter(ref, offsets, values, *vectors)
 
 
 def _check_extent(ref) -> None:
@@ -127,7 +198,8 @@ def _store_one_by_one(ref, offsets, values, mask):
             ref[tuple(position)] = lax.dynamic_index_in_dim(values, i, keepdims=False)
 
 
-def _map_lanes(array: mgpu.FragmentedArray, fn, element):
+def map_lanes(array: mgpu.FragmentedArray, fn, element):
+    """The registers of `fn(x)`, of the MLIR type `element`, for every element x of `array`."""
     registers = array.registers.copy()
     for position, register in enumerate(array.registers.flat):
         lanes = ir.VectorType(register.type).shape[0]

@@ -1,12 +1,14 @@
-"""Group-limited sigmoid top-k routing (DeepSeek-V3), one warp a token.
+"""Group-limited sigmoid top-k routing (DeepSeek-V3), one warp per token.
 
     CTA (one warpgroup)     warp 0: token 4 c      warp 1: token 4 c + 1      ...
-    each warp               logits row, E / 32 experts a lane
-                            score = sigmoid + bias -> order-preserving i32 key
-                            per group: two best keys (redux)  -> keep topk_group groups
-                            every lane sorts its keys of the kept groups
-                            top_k times: best first key, its lowest id (redux), pop it
-                            weights = s / (sum + 1e-20) * factor, a choice a lane
+    each warp               score = sigmoid(logit), an expert per lane and register
+                            score + bias -> order-preserving i32 key
+                            keys of the kept groups -> ids of the top_k, one per lane
+                            weights = s / (sum + 1e-20) * factor
+
+Up to 256 experts are held in registers at once (`_choose_unrolled`). Of more, or for many groups or
+choices, 128 at a time are merged into what each lane has found best (`routing_loop`), so that code
+and registers stay bounded.
 
 Source of the maths: DeepSeek-V3 technical report, section 2.1.2 ("noaux_tc" gating).
 """
@@ -20,15 +22,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.mosaic import launch, layouts
+from pallas_kernels.mosaic import launch, layouts, routing_loop
 from pallas_kernels.mosaic.indexed_memory import load_at, store_at
 from pallas_kernels.mosaic.rounding import reciprocals
+from pallas_kernels.mosaic.topk import TAKEN, across, from_key, to_key, to_lanes, top
 from pallas_kernels.shapes import cdiv
 
-# Keys below those of all numbers, -inf included, lowest first.
-_TAKEN = -(2**31)
-_NOT_A_NUMBER = _TAKEN + 1
-_WIDTH = 32  # an expert a lane, so a group of 32 is one register
+_WIDTH = 32  # an expert per lane, so a group of 32 is one register
+_MAX_UNROLLED = {"num_experts": 256, "n_group": 16, "top_k": 16}
 
 
 def route(
@@ -41,7 +42,7 @@ def route(
     topk_group: int,
     interpret=None,
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
-    """Chooses `top_k` experts a token from its `topk_group` best groups.
+    """Chooses `top_k` experts per token from its `topk_group` best groups.
 
     A group's score is the sum of its two best `sigmoid(logit) + bias`; the bias takes part in
     selection only. Ties go to the lowest id, a NaN score ranks below every number, ids are
@@ -51,7 +52,7 @@ def route(
         routing_logits: `f32[T, E]`.
         routing_bias: `[E]`, any float dtype.
         routed_scaling_factor: `f32[]`.
-        top_k: Experts a token.
+        top_k: Experts per token.
         n_group: Groups of `E / n_group` neighbouring experts.
         topk_group: Groups that may be chosen from.
         interpret: Interpreter parameters, or None for the GPU.
@@ -80,6 +81,17 @@ def route(
     )
 
 
+def _sigmoid(logits, *, layout, interpret):
+    """Scores of registers of logits, rounded as `1 / (1 + exp(-x))` is."""
+    decays = [1.0 + jnp.exp(-x) for x in logits]
+    return reciprocals(decays, layout=layout, interpret=interpret)
+
+
+def _biased_keys(scores, bias):
+    """What experts are chosen by."""
+    return [to_key(s + b.astype(jnp.float32)) for s, b in zip(scores, bias, strict=True)]
+
+
 def _kernel(
     logits_gmem, bias_gmem, factor_gmem, ids_gmem, weights_gmem,
     *, n_group, topk_group, top_k, interpret,
@@ -92,45 +104,58 @@ def _kernel(
     row = lax.min(token, jnp.int32(num_tokens - 1)) * num_experts
     load = functools.partial(load_at, layout=layout, interpret=interpret)
     store = functools.partial(store_at, layout=layout, interpret=interpret)
+    score = functools.partial(_sigmoid, layout=layout, interpret=interpret)
 
-    def sigmoid(registers):
-        decays = [1.0 + jnp.exp(-x) for x in registers]
-        return reciprocals(decays, layout=layout, interpret=interpret)
+    def read(columns, starts):
+        """Bias and logits of the experts `column + start`, a register each."""
+        places = list(zip(columns, starts, strict=True))
+        bias = [load(bias_gmem, column, shift=start) for column, start in places]
+        return bias, [load(logits_gmem, row + column, shift=start) for column, start in places]
 
+    def keys_of(loaded):
+        bias, logits = loaded
+        return _biased_keys(score(logits), bias)
+
+    sizes = {"num_experts": num_experts, "n_group": n_group, "top_k": top_k}
+    slots = [lane + start for start in range(0, top_k, _WIDTH)]
+    if all(size <= _MAX_UNROLLED[name] for name, size in sizes.items()):
+        chosen = _choose_unrolled(read, keys_of, lane, **sizes, topk_group=topk_group)
+        ids = [-to_lanes(chosen, slot, 0) for slot in slots]
+    else:
+        ids = routing_loop.choose(read, keys_of, lane, **sizes, topk_group=topk_group, slots=slots)
+
+    # The choices have a lane each; their scores are computed again, which is less work than to
+    # carry all scores along.
+    scores = score([load(logits_gmem, row + i) for i in ids])
+    chosen_scores = []
+    for k in range(top_k):
+        bits = lax.bitcast_convert_type(scores[k // _WIDTH], jnp.int32)
+        bits = jnp.max(jnp.where(lane == k % _WIDTH, bits, TAKEN), axis=1)
+        chosen_scores.append(lax.bitcast_convert_type(bits, jnp.float32))
+    total = sum(chosen_scores[1:], chosen_scores[0])  # in their order: the last bit depends on it
+    scale = across(factor_gmem[0] / (total + 1e-20), shape)
+    for slot, expert, weight in zip(slots, ids, scores, strict=True):
+        live = (slot < top_k) & (token < num_tokens)
+        store(ids_gmem, token * top_k + slot, expert, live)
+        store(weights_gmem, token * top_k + slot, weight * scale, live)
+
+
+def _choose_unrolled(read, keys_of, lane, *, num_experts, n_group, topk_group, top_k):
+    """The negated ids of the `top_k` best experts, `[4]` each, best first."""
     starts = range(0, num_experts, _WIDTH)
     columns = [lane] * len(starts)
     ragged = num_experts % _WIDTH
     if ragged:
         columns[-1] = lax.min(lane, jnp.int32(ragged - 1))
-    places = list(zip(columns, starts, strict=True))
-    bias = [load(bias_gmem, column, shift=start) for column, start in places]
-    scores = sigmoid([load(logits_gmem, row + column, shift=start) for column, start in places])
-    keys = [_to_key(s + b.astype(jnp.float32)) for s, b in zip(scores, bias, strict=True)]
+    keys = keys_of(read(columns, starts))
     if ragged:
-        keys[-1] = jnp.where(lane < ragged, keys[-1], _TAKEN)
+        keys[-1] = jnp.where(lane < ragged, keys[-1], TAKEN)
     negated = [-(lane + start) for start in starts]
     if topk_group < n_group:
         group_size = num_experts // n_group
         groups = _best_groups(keys, negated, lane, group_size, n_group, topk_group)
         keys, negated = _keep(groups, keys, negated, lane, group_size, n_group)
-    chosen = [negated_id for _, negated_id in _top(keys, negated, top_k)]
-
-    # The choices go to a lane each; their scores are computed again, which is less work than to
-    # carry all scores along.
-    slots = [lane + start for start in range(0, top_k, _WIDTH)]
-    ids = [-_to_lanes(chosen, slot, 0) for slot in slots]
-    scores = sigmoid([load(logits_gmem, row + i) for i in ids])
-    chosen_scores = []
-    for k in range(top_k):
-        bits = lax.bitcast_convert_type(scores[k // _WIDTH], jnp.int32)
-        bits = jnp.max(jnp.where(lane == k % _WIDTH, bits, _TAKEN), axis=1)
-        chosen_scores.append(lax.bitcast_convert_type(bits, jnp.float32))
-    total = sum(chosen_scores[1:], chosen_scores[0])  # in their order: the last bit depends on it
-    scale = _across(factor_gmem[0] / (total + 1e-20), shape)
-    for slot, expert, score in zip(slots, ids, scores, strict=True):
-        live = (slot < top_k) & (token < num_tokens)
-        store(ids_gmem, token * top_k + slot, expert, live)
-        store(weights_gmem, token * top_k + slot, score * scale, live)
+    return [negated_id for _, negated_id in top(keys, negated, top_k)]
 
 
 def _best_groups(keys, negated, lane, group_size, n_group, topk_group):
@@ -142,18 +167,14 @@ def _best_groups(keys, negated, lane, group_size, n_group, topk_group):
         ids = [negated[r] for r in registers]
         if group_size % _WIDTH:
             inside = [(i <= -g * group_size) & (i > -(g + 1) * group_size) for i in ids]
-            members = [jnp.where(i, m, _TAKEN) for i, m in zip(inside, members, strict=True)]
-        (first_key, _), (second_key, _) = _top(members, ids, 2)
+            members = [jnp.where(i, m, TAKEN) for i, m in zip(inside, members, strict=True)]
+        (first_key, _), (second_key, _) = top(members, ids, 2)
         best.append(first_key)
         second.append(second_key)
     # A group to a lane: the sums and the choice among them take one register.
-    group_keys, groups = [], []
-    for start in range(0, n_group, _WIDTH):
-        group = lane + start
-        pair = [_from_key(_to_lanes(values, group, _TAKEN)) for values in (best, second)]
-        group_keys.append(jnp.where(group < n_group, _to_key(pair[0] + pair[1]), _TAKEN))
-        groups.append(-group)
-    kept = [-negated_id for _, negated_id in _top(group_keys, groups, topk_group)]
+    pair = [from_key(to_lanes(values, lane, TAKEN)) for values in (best, second)]
+    group_key = jnp.where(lane < n_group, to_key(pair[0] + pair[1]), TAKEN)
+    kept = [-negated_id for _, negated_id in top([group_key], [-lane], topk_group)]
     for end in range(topk_group - 1, 0, -1):
         for i in range(end):
             low, high = lax.min(kept[i], kept[i + 1]), lax.max(kept[i], kept[i + 1])
@@ -163,12 +184,12 @@ def _best_groups(keys, negated, lane, group_size, n_group, topk_group):
 
 def _keep(groups, keys, negated, lane, group_size, n_group):
     """The keys and negated ids of the experts of `groups` (ascending) only."""
-    groups = [_across(group, lane.shape) for group in groups]
+    groups = [across(group, lane.shape) for group in groups]
     if group_size % _WIDTH:
         for r, key in enumerate(keys):
             group = lax.div(-negated[r], jnp.int32(group_size))
             kept = functools.reduce(lax.bitwise_or, [group == g for g in groups])
-            keys[r] = jnp.where(kept, key, _TAKEN)
+            keys[r] = jnp.where(kept, key, TAKEN)
         return keys, negated
     per_group = group_size // _WIDTH
     kept_keys, kept_negated = [], []
@@ -181,70 +202,3 @@ def _keep(groups, keys, negated, lane, group_size, n_group):
             kept_keys.append(key)
             kept_negated.append(-(group * group_size + lane + r * _WIDTH))
     return kept_keys, kept_negated
-
-
-def _top(keys, negated, count):
-    """The `count` best keys of each row and their negated ids, `[4]` each, best first.
-
-    Ties go to the lowest id. Ids are negated because a warp finds a maximum in one instruction
-    and Mosaic GPU does not know the one for a minimum.
-
-    Args:
-        keys: Registers `i32[4, 32]`.
-        negated: Registers `i32[4, 32]`, distinct in a row and descending in a lane.
-        count: How many; at least so many keys of a row are above `_TAKEN`.
-    """
-    keys, negated = _sort_lanes(keys, negated, count)
-    found = []
-    for remaining in range(count - 1, -1, -1):
-        best = jnp.max(keys[0], axis=1)
-        holds = keys[0] == _across(best, keys[0].shape)
-        candidates = jnp.where(holds, negated[0], _TAKEN)
-        first = jnp.max(candidates, axis=1)
-        found.append((best, first))
-        won = candidates == _across(first, keys[0].shape)
-        keys = [jnp.where(won, b, a) for a, b in zip(keys, [*keys[1:], _TAKEN], strict=True)]
-        negated = [jnp.where(won, b, a) for a, b in zip(negated, [*negated[1:], 0], strict=True)]
-        keys, negated = keys[:remaining], negated[:remaining]
-    return found
-
-
-def _sort_lanes(keys, negated, count):
-    """The `count` best of each lane, best first, by insertion: equal keys stay in their order."""
-    keys, negated = list(keys), list(negated)
-    for end in range(1, len(keys)):
-        for i in range(end - 1, -1, -1):
-            swap = keys[i + 1] > keys[i]
-            for values in (keys, negated):
-                a, b = values[i], values[i + 1]
-                values[i], values[i + 1] = jnp.where(swap, b, a), jnp.where(swap, a, b)
-    return keys[:count], negated[:count]
-
-
-def _to_lanes(per_row, slot, otherwise):
-    """`[4, 32]` with `per_row[i]` where `slot` is i."""
-    packed = jnp.full_like(slot, otherwise)
-    for i, value in enumerate(per_row):
-        packed = jnp.where(slot == i, _across(value, slot.shape), packed)
-    return packed
-
-
-def _across(per_row, shape):
-    return lax.broadcast_in_dim(per_row, shape, [0])
-
-
-def _to_key(value):
-    """Maps f32, which is not -0, to i32 that compare as the floats do; NaN comes below all."""
-    key = _flip_negative(lax.bitcast_convert_type(value, jnp.int32))
-    return jnp.where(value != value, _NOT_A_NUMBER, key)
-
-
-def _from_key(key):
-    """The float of a key; -inf for what is not a number."""
-    value = lax.bitcast_convert_type(_flip_negative(key), jnp.float32)
-    return jnp.where(key <= _NOT_A_NUMBER, -jnp.inf, value)
-
-
-def _flip_negative(bits):
-    """Turns the order of the negative numbers around; its own inverse."""
-    return bits ^ (lax.shift_right_arithmetic(bits, jnp.int32(31)) & 0x7FFFFFFF)
