@@ -15,6 +15,7 @@ import pytest
 import jax_moe
 from jax_moe import DEEPSEEK_V3, MoEConfig, backends
 from pallas_kernels.mosaic import permute
+from pallas_kernels.types import GroupPlan, Quantized
 from tests import h100_target
 from tests.moe_inputs import E4M3, Inputs, rank_specs, relative_error
 
@@ -89,14 +90,22 @@ def test_rows_are_found_in_64_bits(backend):
 def test_offsets_that_int32_does_not_reach_are_refused():
     """Scales are found by flat offsets: [H/128, T] must have at most 2^31 elements."""
     tokens, hidden = 2**26, 7168
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
     with pytest.raises(ValueError, match=r"at most 2\^31 elements.* got \[56, 67108864\]"):
         jax.eval_shape(
-            functools.partial(permute.permute_rows, block_m=128),
-            jax.ShapeDtypeStruct((tokens, hidden), E4M3),
-            jax.ShapeDtypeStruct((hidden // 128, tokens), jnp.float32),
-            jax.ShapeDtypeStruct((tokens, 8), jnp.int32),
-            jax.ShapeDtypeStruct((128,), jnp.int32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
+            permute.permute_rows,
+            Quantized(
+                jax.ShapeDtypeStruct((tokens, hidden), E4M3),
+                jax.ShapeDtypeStruct((hidden // 128, tokens), jnp.float32),
+            ),
+            GroupPlan(
+                group_sizes=one,
+                group_offsets=one,
+                row_token=jax.ShapeDtypeStruct((128,), jnp.int32),
+                pair_row=jax.ShapeDtypeStruct((tokens, 8), jnp.int32),
+                tile_expert=one,
+                num_tiles=one,
+            ),
         )
 
 

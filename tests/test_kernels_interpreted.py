@@ -19,11 +19,11 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
+from jax_moe.types import GroupPlan, Quantized
 from pallas_kernels.mosaic import group_quant, permute, routing, unpermute
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
-from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import numpy_oracle
 from tests.test_plan import check_plan, draw_ids
@@ -52,7 +52,10 @@ def run(kernel, *args, known_races=frozenset(), **options):
 
 
 def grouped_rows(sizes, block_m, columns, seed=0):
-    """Integers times powers of two, a scale of its own for each (row, block); NaN as padding."""
+    """Integers times powers of two, a scale of its own for each (row, block); NaN as padding.
+
+    Returns the rows, their plan, whose tokens are in the order of the rows, and the live rows.
+    """
     rng = np.random.default_rng(seed)
     sizes = np.array(sizes, np.int32)
     tiles = -(-sizes // block_m)
@@ -67,8 +70,11 @@ def grouped_rows(sizes, block_m, columns, seed=0):
     values[live] = rng.integers(-3, 4, (live.sum(), columns))
     scales = np.full((columns // 128, num_rows), np.nan, np.float32)
     scales[:, live] = 2.0 ** rng.integers(-3, 4, (columns // 128, live.sum()))
+    row_token = np.where(live, np.arange(num_rows), -1).astype(np.int32)
     num_tiles = np.array([tiles.sum()], np.int32)
-    return GroupedRows(values.astype(E4M3), scales, sizes, offsets, tile_expert, num_tiles), live
+    pair_row = np.zeros((1, 1), np.int32)  # matmuls do not read it
+    plan = GroupPlan(sizes, offsets, row_token, pair_row, tile_expert, num_tiles)
+    return Quantized(values.astype(E4M3), scales), plan, live
 
 
 def weights(experts, rows, columns, empty=(), seed=1):
@@ -79,7 +85,7 @@ def weights(experts, rows, columns, empty=(), seed=1):
     return values.astype(E4M3), scales.astype(np.float32)
 
 
-def exact_product(rows, values, scales):
+def exact_product(rows, plan, values, scales):
     """`f64[M, N]`, every live row times its expert's weights."""
     x = rows.values.astype(np.float64).reshape(len(rows.values), -1, 128)
     x = (x * rows.scales.T[:, :, None]).reshape(rows.values.shape)
@@ -87,7 +93,7 @@ def exact_product(rows, values, scales):
     w = values.astype(np.float64).reshape(experts, n // 128, 128, k // 128, 128)
     w = (w * scales[:, :, None, :, None]).reshape(values.shape)
     out = np.full((len(x), n), np.nan)
-    for expert, (offset, size) in enumerate(zip(rows.group_offsets, rows.group_sizes, strict=True)):
+    for expert, (offset, size) in enumerate(zip(plan.group_offsets, plan.group_sizes, strict=True)):
         out[offset : offset + size] = x[offset : offset + size] @ w[expert].T
     return out
 
@@ -104,35 +110,39 @@ SIZES = [
 @pytest.mark.parametrize("hidden_size", [256, 384])
 def test_down_projection_is_exact(block_m, tail_widths, sizes, hidden_size):
     """Representable values and distinct scales: the bf16 result must be right to the bit."""
-    rows, live = grouped_rows(sizes, block_m, columns=256)
+    rows, plan, live = grouped_rows(sizes, block_m, columns=256)
     empty = [expert for expert, size in enumerate(sizes) if size == 0]
     w, w_scale = weights(len(sizes), hidden_size, 256, empty)
     config = MatmulConfig(block_m, num_stages=2, tail_widths=tail_widths, sms=2)
-    out = run(down_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT)
-    expected = exact_product(rows, w, w_scale)[live].astype(ml_dtypes.bfloat16)
+    out = run(
+        down_projection, rows, plan, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT
+    )
+    expected = exact_product(rows, plan, w, w_scale)[live].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(out[live], expected)
 
 
 def test_sums_of_segments_are_exact():
     """Four steps of K in two segments, as where tiles may be split; the interpreter splits none."""
-    rows, live = grouped_rows([5, 0, 17], 16, columns=512)
+    rows, plan, live = grouped_rows([5, 0, 17], 16, columns=512)
     w, w_scale = weights(3, 256, 512, empty=[1])
     config = MatmulConfig(16, num_stages=2, sms=2, split_k_steps=2)
-    out = run(down_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT)
-    expected = exact_product(rows, w, w_scale)[live].astype(ml_dtypes.bfloat16)
+    out = run(
+        down_projection, rows, plan, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT
+    )
+    expected = exact_product(rows, plan, w, w_scale)[live].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(out[live], expected)
 
 
 @pytest.mark.parametrize(("block_m", "tail_widths", "sizes"), SIZES)
 def test_up_projection(block_m, tail_widths, sizes):
-    rows, live = grouped_rows(sizes, block_m, columns=256)
+    rows, plan, live = grouped_rows(sizes, block_m, columns=256)
     empty = [expert for expert, size in enumerate(sizes) if size == 0]
     w, w_scale = weights(len(sizes), 512, 256, empty)
     config = MatmulConfig(block_m, num_stages=3, tail_widths=tail_widths, sms=2)
-    values, scales = run(
-        up_projection, rows, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT
+    (values, scales), _ = run(
+        up_projection, rows, plan, w, w_scale, config=config, known_races=SCALES_OF_A_REUSED_SLOT
     )
-    up, gate = np.split(exact_product(rows, w, w_scale)[live], 2, axis=1)
+    up, gate = np.split(exact_product(rows, plan, w, w_scale)[live], 2, axis=1)
     expected = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
     blocks = expected.reshape(len(expected), 2, 128)
     amax = np.abs(blocks).max(axis=2)
@@ -153,10 +163,12 @@ def test_matmul_config_rejects_what_does_not_fit():
         MatmulConfig(block_m=16, num_stages=4, scheduler="fair")
     with pytest.raises(ValueError, match="tail_widths: expected ascending multiples of 16"):
         MatmulConfig(block_m=64, num_stages=4, tail_widths=(32, 16))
-    rows, _ = grouped_rows([1], 128, columns=256)
+    rows, plan, _ = grouped_rows([1], 128, columns=256)
     w, w_scale = weights(1, 256, 256)
     with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory of 232448"):
-        down_projection(rows, w, w_scale, config=MatmulConfig(block_m=128, num_stages=6))
+        down_projection(rows, plan, w, w_scale, config=MatmulConfig(block_m=128, num_stages=6))
+    with pytest.raises(ValueError, match="expected the plan's block_m=128, got block_m=64"):
+        down_projection(rows, plan, w, w_scale, config=MatmulConfig(block_m=64, num_stages=2))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 21])
@@ -248,8 +260,15 @@ def test_permute(num_blocks):
     row_token[live:] = rng.choice([2**30, 133, -(2**30), 0], 2 * block_m)  # unwritten memory
     x = rng.standard_normal((133, num_blocks * 128)).astype(E4M3)
     x_scale = rng.random((num_blocks, 133)).astype(np.float32)
-    plan = pair_row, row_token, np.array([3], np.int32)
-    rows, row_scales = run(permute.permute_rows, x, x_scale, *plan, block_m=block_m)
+    plan = GroupPlan(
+        np.array([130, 0, 3], np.int32),
+        np.array([0, 256, 256], np.int32),
+        row_token,
+        pair_row,
+        np.array([0, 0, 2, 0, 0], np.int32),
+        np.array([3], np.int32),
+    )
+    rows, row_scales = run(permute.permute_rows, Quantized(x, x_scale), plan)
     np.testing.assert_array_equal(rows[taken].view(np.uint8), x[token].view(np.uint8))
     np.testing.assert_array_equal(row_scales[:, taken], x_scale[:, token])
     padding = np.setdiff1d(np.arange(live), taken)
@@ -259,19 +278,21 @@ def test_permute(num_blocks):
 
 
 @pytest.mark.parametrize(
-    ("block_m", "num_rows", "message"),
+    ("num_tiles", "num_rows", "message"),
     [
-        (64, 128, "block_m: expected a multiple of 128, got 64"),
-        (0, 128, "block_m: expected a multiple of 128, got 0"),
-        (256, 384, "row_token: expected whole tiles of 256 rows, got 384 rows"),
+        (2, 128, "plan: expected block_m a multiple of 128, got 64"),
+        (1, 0, "plan: expected block_m a multiple of 128, got 0"),
+        (2, 257, "plan: expected whole tiles of 128 rows, got 257 rows"),
     ],
 )
-def test_permute_refuses_tiles_that_do_not_fit(block_m, num_rows, message):
-    plan = np.zeros((1, 1), np.int32), np.zeros(num_rows, np.int32), np.ones(1, np.int32)
+def test_permute_refuses_tiles_that_do_not_fit(num_tiles, num_rows, message):
+    one = np.ones(1, np.int32)
+    plan = GroupPlan(
+        one, one, np.zeros(num_rows, np.int32), one[None], np.zeros(num_tiles, np.int32), one
+    )
+    tokens = Quantized(np.zeros((1, 128), E4M3), np.ones((1, 1), np.float32))
     with pytest.raises(ValueError, match=message):
-        permute.permute_rows(
-            np.zeros((1, 128), E4M3), np.ones((1, 1), np.float32), *plan, block_m=block_m
-        )
+        permute.permute_rows(tokens, plan)
 
 
 @pytest.mark.parametrize("few_tokens", [0, 256])

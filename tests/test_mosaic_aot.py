@@ -11,7 +11,6 @@ import pytest
 import jax_moe
 from pallas_kernels.mosaic.hopper import zero_rows
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
-from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import h100_target
 from tests.moe_inputs import rank_specs
@@ -77,13 +76,13 @@ def test_kernels_share_nothing_that_they_write(num_tokens):
 def test_zeros_are_written_in_words_that_divide_a_row(hidden_size):
     config = MatmulConfig(128, num_stages=3, scheduler="dynamic")
 
-    def run(pair_row, rows, w, w_scale):
+    def run(pair_row, *arrays):
         work = zero_rows.zero_rows(pair_row, hidden_size)
         with jax_moe.assume_device("sm_90"):
-            return up_projection(GroupedRows(*rows), w, w_scale, config=config, side_job=work)
+            return up_projection(*arrays, config=config, side_job=work)
 
-    rows, _ = grouped_rows([128, 5], 128, columns=512)
-    arguments = (np.zeros((131, 8), np.int32), rows[:6], *weights(2, 256, 512))
+    rows, plan, _ = grouped_rows([128, 5], 128, columns=512)
+    arguments = (np.zeros((131, 8), np.int32), rows, plan, *weights(2, 256, 512))
     specs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arguments)
     (kernel,) = h100_target.compile_for_h100(run, *specs).kernels
     assert kernel.spill_bytes == 0
@@ -92,15 +91,14 @@ def test_zeros_are_written_in_words_that_divide_a_row(hidden_size):
 def test_work_without_a_warp_for_it_is_refused():
     with pytest.raises(ValueError, match="pair_row: expected at most 32 pairs per token, got 33"):
         zero_rows.zero_rows(np.zeros((2, 33), np.int32), 512)
-    rows, _ = grouped_rows([128, 5], 128, columns=512)
+    rows, plan, _ = grouped_rows([128, 5], 128, columns=512)
     work = zero_rows.zero_rows(np.zeros((2, 8), np.int32), 512)
+    config = MatmulConfig(128, num_stages=3)
     with (
         jax_moe.assume_device("sm_90"),
         pytest.raises(ValueError, match="side_job: expected None"),
     ):
-        up_projection(
-            rows, *weights(2, 256, 512), config=MatmulConfig(128, num_stages=3), side_job=work
-        )
+        up_projection(rows, plan, *weights(2, 256, 512), config=config, side_job=work)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,8 +13,8 @@ import jax_moe
 from pallas_kernels.mosaic.hopper import gather, zero_rows
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
-from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
+from pallas_kernels.types import Quantized
 from tests.moe_inputs import SMALL, bits, make_inputs, on_device
 from tests.test_kernels_interpreted import E4M3, grouped_rows, weights
 from tests.test_repeatability import NAN, poison
@@ -26,62 +27,60 @@ HIDDEN = 28 * 128
 @functools.cache
 def cases(block_m):
     """Rows of the up-projection, tokens in any order; weights that differ everywhere."""
-    rows, live = grouped_rows([3, 0, block_m, 2 * block_m - 3, 1], block_m, columns=HIDDEN)
-    w, w_scale = weights(5, 256, HIDDEN)
+    rows, plan, live = grouped_rows([3, 0, block_m, 2 * block_m - 3, 1], block_m, columns=HIDDEN)
     order = np.random.default_rng(2).permutation(len(live))
     row_token = np.where(live, np.argsort(order), -1).astype(np.int32)
     values, scales = rows.values[order], rows.scales[:, order]
     values = np.where(live[order][:, None], values.astype(np.float32), 0).astype(E4M3)
     scales = np.where(live[order], scales, 0).astype(np.float32)
-    tokens = rows._replace(values=values, scales=scales, row_token=row_token)
-    return rows, tokens, live, w, w_scale
+    tokens = Quantized(values, scales)
+    by_plan = weights(5, 256, HIDDEN)
+    return (rows, plan, *by_plan), (tokens, plan._replace(row_token=row_token), *by_plan), live
 
 
-def up(rows, w, w_scale, **config):
-    @jax.jit
-    def run(rows, w, w_scale):
-        return up_projection(GroupedRows(*rows), w, w_scale, config=MatmulConfig(**config))
-
-    return tuple(np.asarray(part).view(np.uint8) for part in run(rows, w, w_scale))
+def up(arrays, *, gather_rows=False, **config):
+    run = functools.partial(up_projection, config=MatmulConfig(**config), gather_rows=gather_rows)
+    return tuple(np.asarray(part).view(np.uint8) for part in jax.jit(run)(*arrays)[0])
 
 
 @pytest.mark.parametrize(
     ("block_m", "tail_widths"), [(16, ()), (64, (16, 32, 48)), (128, (32, 64, 96))]
 )
 def test_gathered_rows_are_those_that_tma_copies(block_m, tail_widths):
-    contiguous, tokens, live, w, w_scale = cases(block_m)
+    contiguous, gathered, live = cases(block_m)
     config = {"block_m": block_m, "num_stages": 4, "tail_widths": tail_widths}
-    expected = up(contiguous, w, w_scale, **config)
-    found = up(tokens, w, w_scale, **config)
+    expected = up(contiguous, **config)
+    found = up(gathered, gather_rows=True, **config)
     np.testing.assert_array_equal(found[0][live], expected[0][live])
     in_bytes = np.repeat(live, 4)
     np.testing.assert_array_equal(found[1][:, in_bytes], expected[1][:, in_bytes])
-    by_xla = gather.gather_first(tokens.values, tokens.scales, tokens.row_token)
+    tokens, plan = gathered[:2]
+    by_xla = gather.gather_first(tokens, plan.row_token)
     np.testing.assert_array_equal(
-        np.asarray(by_xla[0]).view(np.uint8)[live], contiguous.values.view(np.uint8)[live]
+        np.asarray(by_xla.values).view(np.uint8)[live], contiguous[0].values.view(np.uint8)[live]
     )
 
 
 @pytest.mark.parametrize("split_k_steps", [7, 14])
 def test_bits_do_not_depend_on_the_split(split_k_steps):
     """5 tiles are split for 33 CTAs and more, each time elsewhere; for 5, 7 and 8 they are not."""
-    _, tokens, live, w, w_scale = cases(16)
+    _, gathered, live = cases(16)
     config = {"block_m": 16, "num_stages": 5, "stages_per_fill": 1, "split_k_steps": split_k_steps}
-    expected = up(tokens, w, w_scale, sms=5, **config)
+    expected = up(gathered, gather_rows=True, sms=5, **config)
     for sms in (7, 8, 33, 40, 77, 132):
         for _ in range(3):
-            found = up(tokens, w, w_scale, sms=sms, **config)
+            found = up(gathered, gather_rows=True, sms=sms, **config)
             np.testing.assert_array_equal(found[0][live], expected[0][live], err_msg=f"{sms=}")
 
 
-def test_a_cut_down_projection_is_exact():
-    rows, live = grouped_rows([2, 0, 16, 20], 16, columns=2048)
-    w, w_scale = weights(4, 384, 2048)
+def test_a_split_down_projection_is_exact():
+    rows, plan, live = grouped_rows([2, 0, 16, 20], 16, columns=2048)
+    by_plan = weights(4, 384, 2048)
     results = []
     for sms in (3, 50, 132):
         config = MatmulConfig(16, num_stages=6, stages_per_fill=2, split_k_steps=8, sms=sms)
         run = jax.jit(functools.partial(down_projection, config=config))
-        results.append(np.asarray(run(rows, w, w_scale))[live].view(np.uint16))
+        results.append(np.asarray(run(rows, plan, *by_plan))[live].view(np.uint16))
     for found in results[1:]:
         np.testing.assert_array_equal(found, results[0])
 
@@ -90,24 +89,23 @@ def test_a_cut_down_projection_is_exact():
 @pytest.mark.parametrize("num_tokens", [1, 131, 1000])
 def test_zeros_are_those_of_the_tokens_without_a_local_pair(num_tokens, hidden_size):
     """Rows of other tokens still hold what was in memory before: NaN where the poison was."""
-    rows, live = grouped_rows([128, 5], 128, columns=512)
-    w, w_scale = weights(2, 256, 512)
+    rows, plan, live = grouped_rows([128, 5], 128, columns=512)
+    arrays = rows, plan, *weights(2, 256, 512)
     rng = np.random.default_rng(num_tokens)
     pair_row = np.where(rng.random((num_tokens, 8)) < 0.1, 3, -1).astype(np.int32)
     config = MatmulConfig(128, num_stages=3, tail_widths=(32,), scheduler="dynamic")
 
     @jax.jit
-    def run(pair_row, rows, w, w_scale):
+    def run(pair_row, *arrays):
         work = zero_rows.zero_rows(pair_row, hidden_size)
-        return up_projection(GroupedRows(*rows), w, w_scale, config=config, side_job=work)
+        return up_projection(*arrays, config=config, side_job=work)
 
-    expected = up(
-        rows, w, w_scale, block_m=128, num_stages=3, tail_widths=(32,), scheduler="dynamic"
-    )
-    run(pair_row, rows, w, w_scale)
+    expected = up(arrays, **dataclasses.asdict(config))
+    run(pair_row, *arrays)
     poison(NAN)
-    values, _, zeroed = run(pair_row, rows, w, w_scale)
-    np.testing.assert_array_equal(np.asarray(values).view(np.uint8)[live], expected[0][live])
+    activations, zeroed = run(pair_row, *arrays)
+    values = np.asarray(activations.values).view(np.uint8)
+    np.testing.assert_array_equal(values[live], expected[0][live])
     idle = (pair_row < 0).all(axis=1)
     assert (bits(zeroed)[idle] == 0).all()
     assert num_tokens == 1 or not idle.all()

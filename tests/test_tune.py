@@ -98,8 +98,12 @@ def test_the_plan_is_that_of_the_layer(num_tokens, block_m):
     np.testing.assert_array_equal(plan.tile_expert[: len(live)], live)
     assert len(plan.row_token) % 32 == 0
     assert len(plan.tile_expert) * block_m == len(plan.row_token)
+    tokens, choices = np.nonzero(plan.pair_row >= 0)
+    assert len(tokens) == plan.group_sizes.sum()
+    np.testing.assert_array_equal(plan.row_token[plan.pair_row[tokens, choices]], tokens)
     if block_m == expected.block_m:
         np.testing.assert_array_equal(plan.group_offsets, expected.group_offsets)
+        np.testing.assert_array_equal(plan.pair_row, expected.pair_row)
 
 
 def test_both_matmuls_are_measured_and_the_fastest_tiling_kept():

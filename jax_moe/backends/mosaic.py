@@ -22,7 +22,6 @@ from pallas_kernels.mosaic import unpermute as unpermute_kernel
 from pallas_kernels.mosaic.hopper import zero_rows
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, has_spare_warps
-from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
@@ -75,7 +74,7 @@ def route(
 def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
     require_defaults(NAME, scale_format=(scale_format, "f32"))
-    return Quantized(*group_quant.quantize(x, interpret=interpret_params()))
+    return group_quant.quantize(x, interpret=interpret_params())
 
 
 def plan_groups(
@@ -111,8 +110,9 @@ def up_project(
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     _require_plain_epilogue(swiglu_limit, scale_format)
-    rows = _rows_of(Quantized(hidden_states, hidden_states_scale), plan)
-    return Quantized(*_up(rows, gemm1_weights, gemm1_weights_scale, plan))
+    tokens = Quantized(hidden_states, hidden_states_scale)
+    activations, _ = _up(tokens, gemm1_weights, gemm1_weights_scale, plan)
+    return activations
 
 
 def _require_plain_epilogue(swiglu_limit: float | None, scale_format: ScaleFormat) -> None:
@@ -133,48 +133,41 @@ def layer(
     """
     _require_plain_epilogue(swiglu_limit, scale_format)
     weights = inputs.weights
-    rows = _rows_of(inputs.rows, plan)
-    values, scales, *zeroed = _up(
-        rows,
+    activations, zeroed = _up(
+        inputs.rows,
         weights.gemm1_weights,
         weights.gemm1_weights_scale,
         plan,
-        side_job=_zeroing(rows, weights.gemm1_weights, plan),
+        side_job=_zeroing(weights.gemm1_weights, plan),
     )
     expert_outputs = down_project(
-        Quantized(values, scales), weights.gemm2_weights, weights.gemm2_weights_scale, plan
+        activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan
     )
-    return unpermute(expert_outputs, inputs.routing.topk_weights, plan, *zeroed)
-
-
-def _rows_of(tokens: Quantized, plan: GroupPlan) -> GroupedRows:
-    """The left side of the up-projection: gathered by it if rows are few, else permuted first."""
-    if tilings.gathers(plan.block_m):
-        return _grouped(tokens, plan)._replace(row_token=plan.row_token)
-    permuted = permute.permute_rows(
-        *tokens,
-        plan.pair_row,
-        plan.row_token,
-        plan.num_tiles,
-        block_m=plan.block_m,
-        interpret=interpret_params(),
-    )
-    return _grouped(Quantized(*permuted), plan)
+    return unpermute(expert_outputs, inputs.routing.topk_weights, plan, zeroed)
 
 
 def _up(
-    rows: GroupedRows,
+    tokens: Quantized,
     weights: Array,
     weights_scale: Array,
     plan: GroupPlan,
     side_job: SideJob | None = None,
-) -> tuple[Array, ...]:
-    """Values and scales, then what `side_job` gives."""
+) -> tuple[Quantized, Array | None]:
+    """The activations, and what `side_job` gives; rows are gathered on the way, or permuted before.
+
+    The up-projection gathers rows itself where they are few.
+    """
+    gathers = tilings.gathers(plan.block_m)
+    rows = tokens
+    if not gathers:
+        rows = permute.permute_rows(tokens, plan, interpret=interpret_params())
     return up_projection(
         rows,
+        plan,
         weights,
         weights_scale,
         config=_up_config(weights, plan),
+        gather_rows=gathers,
         side_job=side_job,
         interpret=interpret_params(),
     )
@@ -186,14 +179,14 @@ def _up_config(weights: Array, plan: GroupPlan) -> MatmulConfig:
     return _on_this_device(chosen.up_projection)
 
 
-def _zeroing(rows: GroupedRows, weights: Array, plan: GroupPlan) -> SideJob | None:
+def _zeroing(weights: Array, plan: GroupPlan) -> SideJob | None:
     """The work of writing the output's zeros, where the up-projection has a warp for it."""
     config = _up_config(weights, plan)
-    gathered = rows.row_token is not None
-    spare = has_spare_warps(config, gathered=gathered, interpret=interpret_params())
+    gathers = tilings.gathers(plan.block_m)
+    spare = has_spare_warps(config, gathered=gathers, interpret=interpret_params())
     if not spare or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
         return None
-    return zero_rows.zero_rows(plan.pair_row, rows.values.shape[1])
+    return zero_rows.zero_rows(plan.pair_row, weights.shape[2])
 
 
 def down_project(
@@ -206,7 +199,8 @@ def down_project(
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
     chosen = tilings.choose(plan.block_m, hidden_size, intermediate_size, num_local_experts)
     return down_projection(
-        _grouped(activations, plan),
+        activations,
+        plan,
         gemm2_weights,
         gemm2_weights_scale,
         config=_on_this_device(chosen.down_projection),
@@ -246,17 +240,6 @@ def workspace_bytes(
 def tiling_table(hidden_size: int, intermediate_size: int, num_local_experts: int) -> object:
     """The tilings in use for these sizes."""
     return tilings.table(hidden_size, intermediate_size, num_local_experts)
-
-
-def _grouped(rows: Quantized, plan: GroupPlan) -> GroupedRows:
-    return GroupedRows(
-        rows.values,
-        rows.scales,
-        plan.group_sizes,
-        plan.group_offsets,
-        plan.tile_expert,
-        plan.num_tiles,
-    )
 
 
 def _on_this_device(config: MatmulConfig) -> MatmulConfig:

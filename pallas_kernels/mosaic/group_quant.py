@@ -15,20 +15,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import launch, layouts
 from pallas_kernels.mosaic.rounding import divide
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
+from pallas_kernels.types import Quantized
 
 E4M3_MAX = 448.0
 SMALLEST_NORMAL = 2.0**-126
 _ROWS = 16
 
 
-def quantize(
-    x: Float[Array, "R C"], *, interpret=None
-) -> tuple[Float8e4m3fn[Array, "R C"], Float[Array, "C/128 R"]]:
+def quantize(x: Float[Array, "R C"], *, interpret=None) -> Quantized:
     """Quantizes each (row, 128 columns) to e4m3 with one f32 scale.
 
     `scale = max(amax, 448 * 2^-126) / 448`, `values = e4m3(clip(x / scale, -448, 448))`, with
@@ -45,7 +44,7 @@ def quantize(
     if num_rows < layouts.ROWS_PER_WARPGROUP:
         padded = jnp.pad(x, ((0, layouts.ROWS_PER_WARPGROUP - num_rows), (0, 0)))
         values, scales = quantize(padded, interpret=interpret)
-        return values[:num_rows], scales[:, :num_rows]
+        return Quantized(values[:num_rows], scales[:, :num_rows])
     rows = _ROWS if num_rows >= _ROWS else layouts.ROWS_PER_WARPGROUP
     kernel = launch.kernel(
         functools.partial(_kernel, rows=rows, interpret=interpret),
@@ -58,7 +57,7 @@ def quantize(
         kernel_name="moe_group_quant",
         interpret=interpret,
     )
-    return kernel(x)
+    return Quantized(*kernel(x))
 
 
 def _kernel(x_gmem, values_gmem, scales_gmem, *, rows, interpret):

@@ -16,36 +16,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels import device
 from pallas_kernels.mosaic import launch
 from pallas_kernels.mosaic.indexed_memory import load_at
+from pallas_kernels.types import GroupPlan, Quantized
 
 _WARPGROUP = 128  # threads
 _SCALE_CTAS = 2  # per SM
 _SCALE_BLOCKS = 14  # on their way together: all are loaded before the first is stored
 
 
-def permute_rows(
-    hidden_states: Float8e4m3fn[Array, "T H"],
-    hidden_states_scale: Float[Array, "H/128 T"],
-    pair_row: Int32[Array, "T k"],
-    row_token: Int32[Array, "M"],
-    num_tiles: Int32[Array, "1"],
-    *,
-    block_m: int,
-    interpret=None,
-) -> tuple[Float8e4m3fn[Array, "M H"], Float[Array, "H/128 M"]]:
+def permute_rows(tokens: Quantized, plan: GroupPlan, *, interpret=None) -> Quantized:
     """Rows and scales in the order of a group plan.
 
     Args:
-        hidden_states: `e4m3[T, H]`, H a multiple of 128.
-        hidden_states_scale: `f32[H/128, T]`.
-        pair_row: `i32[T, k]`, row of each pair, -1 for none; rows are distinct.
-        row_token: `i32[M]`, token of each row, -1 in padding; anything past the live tiles.
-        num_tiles: `i32[1]`, live tiles; all rows that pairs name are in them.
-        block_m: Rows of a tile, a multiple of 128.
+        tokens: `e4m3[T, H]`, H a multiple of 128, and `f32[H/128, T]`.
+        plan: Where they go; its `block_m` is a multiple of 128.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -53,28 +40,28 @@ def permute_rows(
         token; past the live tiles nothing is written.
 
     Raises:
-        ValueError: `block_m` is no multiple of 128, M none of `block_m`, or `hidden_states_scale`
-            has more elements than int32 offsets reach.
+        ValueError: The plan's `block_m` is no multiple of 128, M none of `block_m`, or the scales
+            are more than int32 offsets reach.
     """
-    num_tokens, hidden_size = hidden_states.shape
-    num_rows = row_token.shape[0]
+    num_tokens, hidden_size = tokens.values.shape
+    num_rows, block_m = plan.row_token.shape[0], plan.block_m
     if block_m < 1 or block_m % _WARPGROUP:
-        raise ValueError(f"block_m: expected a multiple of {_WARPGROUP}, got {block_m}")
+        raise ValueError(f"plan: expected block_m a multiple of {_WARPGROUP}, got {block_m}")
     if num_rows % block_m:
-        raise ValueError(f"row_token: expected whole tiles of {block_m} rows, got {num_rows} rows")
+        raise ValueError(f"plan: expected whole tiles of {block_m} rows, got {num_rows} rows")
     scale_ctas = _SCALE_CTAS * (device.num_sms() if interpret is None else 1)
     kernel = launch.kernel(
         functools.partial(_kernel, scale_ctas=scale_ctas, block_m=block_m, interpret=interpret),
         out_type=(
-            jax.ShapeDtypeStruct((num_rows, hidden_size), hidden_states.dtype),
-            jax.ShapeDtypeStruct((hidden_states_scale.shape[0], num_rows), jnp.float32),
+            jax.ShapeDtypeStruct((num_rows, hidden_size), tokens.values.dtype),
+            jax.ShapeDtypeStruct((tokens.scales.shape[0], num_rows), jnp.float32),
         ),
         grid=(scale_ctas + num_tokens,),
         grid_names=("cta",),
         kernel_name="moe_permute_rows",
         interpret=interpret,
     )
-    return kernel(hidden_states, hidden_states_scale, pair_row, row_token, num_tiles)
+    return Quantized(*kernel(*tokens, plan.pair_row, plan.row_token, plan.num_tiles))
 
 
 def _kernel(

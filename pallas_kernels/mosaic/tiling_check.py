@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
-from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.shapes import QUANT_BLOCK, round_up
 from pallas_kernels.tuning.table_format import Sizes
+from pallas_kernels.types import GroupPlan, Quantized
 
-_KERNELS: dict[str, Callable[..., Any]] = {
-    "up_projection": up_projection,
-    "down_projection": down_projection,
-}
 MAX_BLOCK_M = 128
 """Tokens of the largest tile."""
 
@@ -33,21 +30,20 @@ def gathers(block_m: int) -> bool:
 
 
 def projection(role: str, config: MatmulConfig, interpret: Any = None) -> Callable[..., Any]:
-    """A matmul as a function of the fields of `GroupedRows`, the weights and their scales.
+    """A matmul as a function of rows (tokens, if it gathers), their plan, weights and scales.
 
     Args:
         role: "up_projection" or "down_projection".
         config: Tile and pipeline.
         interpret: Interpreter parameters, or None for the GPU.
     """
+    if role == "down_projection":
+        return functools.partial(down_projection, config=config, interpret=interpret)
 
-    def run(*arrays: Any) -> Any:
-        *rows, weights, scales = arrays
-        return _KERNELS[role](
-            GroupedRows(*rows), weights, scales, config=config, interpret=interpret
-        )
-
-    return run
+    up = functools.partial(
+        up_projection, config=config, gather_rows=gathers(config.block_m), interpret=interpret
+    )
+    return lambda *arrays: up(*arrays)[0]
 
 
 def check(role: str, config: MatmulConfig, sizes: Sizes) -> None:
@@ -59,20 +55,25 @@ def check(role: str, config: MatmulConfig, sizes: Sizes) -> None:
         sizes: Of a rank.
     """
     hidden, intermediate, experts = sizes
-    gathered = role == "up_projection" and gathers(config.block_m)
-    rows, shape = round_up(config.block_m, 32), jax.ShapeDtypeStruct
+    rows = round_up(config.block_m, 32)
+    shape: Any = jax.ShapeDtypeStruct
     n, k = {
         "up_projection": (2 * intermediate, hidden),
         "down_projection": (hidden, intermediate),
     }[role]
+    plan = GroupPlan(
+        group_sizes=shape((experts,), jnp.int32),
+        group_offsets=shape((experts,), jnp.int32),
+        row_token=shape((rows,), jnp.int32),
+        pair_row=shape((1, 1), jnp.int32),
+        tile_expert=shape((rows // config.block_m,), jnp.int32),
+        num_tiles=shape((1,), jnp.int32),
+    )
     arrays = (
-        shape((rows, k), jnp.float8_e4m3fn),
-        shape((k // QUANT_BLOCK, rows), jnp.float32),
-        shape((experts,), jnp.int32),
-        shape((experts,), jnp.int32),
-        shape((rows // config.block_m,), jnp.int32),
-        shape((1,), jnp.int32),
-        *([shape((rows,), jnp.int32)] if gathered else []),
+        Quantized(
+            shape((rows, k), jnp.float8_e4m3fn), shape((k // QUANT_BLOCK, rows), jnp.float32)
+        ),
+        plan,
         shape((experts, n, k), jnp.float8_e4m3fn),
         shape((experts, n // QUANT_BLOCK, k // QUANT_BLOCK), jnp.float32),
     )

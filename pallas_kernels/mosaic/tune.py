@@ -53,17 +53,14 @@ def prepare(case: Case, weights: Weights, sizes: Sizes, interpret: Any = None) -
     gathers = is_up and tilings.gathers(case.block_m)
     num_rows = case.num_tokens if gathers else len(plan.row_token)
     rows = search.unit_rows(3, num_rows, columns)
-    placed = [plan.group_sizes, plan.group_offsets, plan.tile_expert, plan.num_tiles]
-    placed += [plan.row_token] if gathers else []
 
     def live_rows(result: Any) -> jax.Array:
         if not is_up:
             return result[live]
-        values, scales = result
-        return search.dequantized(values, scales, live)
+        return search.dequantized(result.values, result.scales, live)
 
     return Prepared(
-        arrays=(*rows, *map(jnp.asarray, placed), *getattr(weights, case.role)),
+        arrays=(rows, jax.tree.map(jnp.asarray, plan), *getattr(weights, case.role)),
         build=lambda config: tiling_check.projection(case.role, config, interpret),
         rows=live_rows,
     )

@@ -21,6 +21,7 @@ from pallas_kernels.shapes import QUANT_BLOCK, cdiv, even_rows, max_rows, round_
 from pallas_kernels.tuning import table_format
 from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.table_format import Kernels, Pair, Table
+from pallas_kernels.types import GroupPlan, Quantized
 
 _TOKENS = (80, 901, 14107, 400, 200, 32, 1, 3000, 60000)
 _MAX_TOKENS = 2**20
@@ -51,16 +52,6 @@ class Weights(NamedTuple):
 
     up_projection: tuple[jax.Array, jax.Array]
     down_projection: tuple[jax.Array, jax.Array]
-
-
-class Plan(NamedTuple):
-    """The fields of a group plan that the matmuls read."""
-
-    group_sizes: np.ndarray
-    group_offsets: np.ndarray
-    row_token: np.ndarray
-    tile_expert: np.ndarray
-    num_tiles: np.ndarray
 
 
 class Case(NamedTuple):
@@ -129,12 +120,13 @@ def random_weights(sizes: Sizes) -> Weights:
     )
 
 
-def unit_rows(seed: int, rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+def unit_rows(seed: int, rows: int, columns: int) -> Quantized:
     """Random quantized rows: e4m3[rows, columns] and scales of one, f32[columns/128, rows]."""
-    return random_e4m3(seed, (rows, columns)), jnp.ones((columns // QUANT_BLOCK, rows))
+    scales = jnp.ones((columns // QUANT_BLOCK, rows))
+    return Quantized(random_e4m3(seed, (rows, columns)), scales)
 
 
-def draw_plan(num_tokens: int, block_m: int, sizes: Sizes) -> Plan:
+def draw_plan(num_tokens: int, block_m: int, sizes: Sizes) -> GroupPlan:
     """Each token goes to each local expert with the odds of uniform routing, but to top_k at most.
 
     As everywhere the arrays have the length of the worst case, all pairs local.
@@ -147,11 +139,17 @@ def draw_plan(num_tokens: int, block_m: int, sizes: Sizes) -> Plan:
     group_offsets = (np.cumsum(tiles) - tiles).astype(np.int32) * block_m
     rows = round_up(max_rows(num_tokens, sizes.top_k, sizes.num_local_experts, block_m), 32)
     row_token = np.full(rows, -1, np.int32)
+    pair_row = np.full((num_tokens, sizes.top_k), -1, np.int32)
+    choice = np.cumsum(chosen, axis=1) - 1
     for expert, (offset, size) in enumerate(zip(group_offsets, group_sizes, strict=True)):
-        row_token[offset : offset + size] = np.flatnonzero(chosen[:, expert])
+        tokens = np.flatnonzero(chosen[:, expert])
+        row_token[offset : offset + size] = tokens
+        pair_row[tokens, choice[tokens, expert]] = np.arange(offset, offset + size)
     tile_expert = np.zeros(cdiv(rows, block_m), np.int32)
     tile_expert[: tiles.sum()] = np.repeat(np.arange(len(tiles)), tiles)
-    return Plan(group_sizes, group_offsets, row_token, tile_expert, tiles.sum(keepdims=True))
+    num_tiles = tiles.sum(dtype=np.int32, keepdims=True)
+    plan: tuple[Any, ...] = group_sizes, group_offsets, row_token, pair_row, tile_expert, num_tiles
+    return GroupPlan(*plan)
 
 
 def dequantized(values: jax.Array, scales: jax.Array, rows: np.ndarray) -> jax.Array:

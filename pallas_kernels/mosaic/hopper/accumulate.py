@@ -20,10 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.hopper.matmul_config import (
-    CONSUMER_ROWS,
-    is_token_major,
-)
+from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, MatmulShape, is_token_major
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline
 from pallas_kernels.mosaic.hopper.tile_queue import Tile
 from pallas_kernels.shapes import QUANT_BLOCK
@@ -88,6 +85,15 @@ def accumulate(
     def weight_scales(k):
         return tuple(weights_scale[tile.expert, block, k] for block in blocks)
 
+    def close_segment(k, total, sums):
+        closes = lax.rem(k + 1, jnp.int32(shape.segment_steps)) == 0
+        if store_segment is not None:
+            segment = lax.div(k, jnp.int32(shape.segment_steps))
+            pl.when(closes)(lambda: store_segment(segment, sums))
+        closes = jnp.broadcast_to(closes, sum_shape)
+        total = tuple(lax.select(closes, a + b, a) for a, b in zip(total, sums, strict=True))
+        return total, tuple(lax.select(closes, z, a) for z, a in zip(zeros, sums, strict=True))
+
     def step(k, carry):
         total, sums, scales = carry
         stage = pipeline.stage(first_step + k)
@@ -103,15 +109,6 @@ def accumulate(
         if one_segment:
             return total, tuple(updated), next_scales
         return *close_segment(k, total, updated), next_scales
-
-    def close_segment(k, total, sums):
-        closes = lax.rem(k + 1, jnp.int32(shape.segment_steps)) == 0
-        if store_segment is not None:
-            segment = lax.div(k, jnp.int32(shape.segment_steps))
-            pl.when(closes)(lambda: store_segment(segment, sums))
-        closes = jnp.broadcast_to(closes, sum_shape)
-        total = tuple(lax.select(closes, a + b, a) for a, b in zip(total, sums, strict=True))
-        return total, tuple(lax.select(closes, z, a) for z, a in zip(zeros, sums, strict=True))
 
     initial = (() if one_segment else zeros, zeros, weight_scales(jnp.int32(begin)))
     total, sums, _ = lax.fori_loop(begin, end, step, initial)

@@ -21,12 +21,13 @@ from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
 from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
-from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
+from pallas_kernels.types import GroupPlan, Quantized
 
 
 def down_projection(
-    rows: GroupedRows,
+    rows: Quantized,
+    plan: GroupPlan,
     gemm2_weights: Float8e4m3fn[Array, "E H I"],
     gemm2_weights_scale: Float[Array, "E H/128 I/128"],
     *,
@@ -36,17 +37,18 @@ def down_projection(
     """`rows @ gemm2_weights[expert].T`, f32 sums, one cast to bf16.
 
     Args:
-        rows: Activations `[M, I]` with their plan.
+        rows: Activations `[M, I]`, in the order of the plan.
+        plan: Where the rows of each expert lie.
         gemm2_weights: `e4m3[E, H, I]`.
         gemm2_weights_scale: `f32[E, H/128, I/128]`.
-        config: Tile and pipeline.
+        config: Tile and pipeline; its `block_m` is that of the plan.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
         `bf16[M, H]`; padding rows hold anything.
 
     Raises:
-        ValueError: The configuration needs more shared memory than there is.
+        ValueError: The configuration does not fit the GPU or the plan.
     """
     hidden_size = gemm2_weights.shape[1]
     blocks = 1 if hidden_size // QUANT_BLOCK % 2 else 2
@@ -60,6 +62,7 @@ def down_projection(
     out_tiles = (plgpu.TilingTransform((8, CONSUMER_ROWS)), plgpu.SwizzleTransform(128))
     out, _ = grouped_matmul(
         rows,
+        plan,
         gemm2_weights,
         gemm2_weights_scale,
         config=config,
@@ -68,7 +71,7 @@ def down_projection(
         epilogue=Epilogue(
             weight_major=_weight_major_epilogue,
             token_major=_token_major_epilogue,
-            out_type=jax.ShapeDtypeStruct((rows.num_rows, hidden_size), jnp.bfloat16),
+            out_type=jax.ShapeDtypeStruct((plan.row_token.shape[0], hidden_size), jnp.bfloat16),
             staging_types=plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles),
         ),
         name="moe_down_projection",

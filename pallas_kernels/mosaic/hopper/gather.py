@@ -14,6 +14,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax._src.lib.mlir.dialects import arith
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int32
 
 from pallas_kernels.mosaic.ptx import (
     asm,
@@ -26,6 +27,7 @@ from pallas_kernels.mosaic.ptx import (
     thread_of_warpgroup,
 )
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.types import Quantized
 
 GATHER_DELAY = 2
 """Steps under way before the oldest must have landed."""
@@ -35,17 +37,19 @@ _CHUNKS = QUANT_BLOCK // _CHUNK
 _COPY_SCALE = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.ca.shared.global [$0], [$1], 4; }"
 
 
-def gather_first(values, scales, row_token):
-    """`values[row_token]` and its scales, `e4m3[M, K]` and `f32[K/128, M]`, by XLA."""
+def gather_first(tokens: Quantized, row_token: Int32[Array, " M"]) -> Quantized:
+    """The token of each row, by XLA; rows of padding are those of token 0."""
     token = jnp.maximum(row_token, 0)
-    return values[token], scales[:, token]
+    return Quantized(tokens.values[token], tokens.scales[:, token])
 
 
-def copy_rows(sources, row_token, row, k, stage_smem, scales_smem, width: int, transforms) -> None:
+def copy_rows(
+    tokens: Quantized, row_token, row, k, stage_smem, scales_smem, width: int, transforms
+) -> None:
     """Starts copying one 128-column step of a tile.
 
     Args:
-        sources: `e4m3[T, K]` and `f32[K/128, T]` in global memory.
+        tokens: `e4m3[T, K]` and `f32[K/128, T]` in global memory.
         row_token: `i32[M]`, the token of each row; -1 (padding) copies token 0.
         row: The tile's first row.
         k: The step.
@@ -54,7 +58,7 @@ def copy_rows(sources, row_token, row, k, stage_smem, scales_smem, width: int, t
         width: Rows to copy, at most 128.
         transforms: Of `stage_smem`.
     """
-    x, x_scales = sources
+    x, x_scales = tokens
     num_tokens, num_columns = x.shape
     refs = (plgpu.RefType(),) * 3
     splat = plgpu.Layout.WG_SPLAT

@@ -44,7 +44,7 @@ from pallas_kernels.mosaic.hopper.matmul_config import (
     MatmulShape,
     matmul_shape,
 )
-from pallas_kernels.mosaic.hopper.operands import GroupedRows, Operands
+from pallas_kernels.mosaic.hopper.operands import Operands, operands
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
 from pallas_kernels.mosaic.hopper.producer import Producer
 from pallas_kernels.mosaic.hopper.side_job import SideJob
@@ -57,6 +57,7 @@ from pallas_kernels.mosaic.hopper.tile_scheduler import (
     TileScheduler,
 )
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.types import GroupPlan, Quantized
 
 
 class Results(NamedTuple):
@@ -68,7 +69,8 @@ class Results(NamedTuple):
 
 
 def grouped_matmul(
-    rows: GroupedRows,
+    rows: Quantized,
+    plan: GroupPlan,
     weights: Float8e4m3fn[Array, "E N K"],
     weights_scale: Float[Array, "E N/128 K/128"],
     *,
@@ -77,13 +79,15 @@ def grouped_matmul(
     weight_blocks: Callable[[Any], tuple],
     epilogue: Epilogue,
     name: str,
+    gather_rows: bool = False,
     side_job: SideJob | None = None,
     interpret=None,
 ) -> tuple[Any, Array | None]:
     """Runs an epilogue on every tile of `rows @ weights[expert].T`.
 
     Args:
-        rows: The left side.
+        rows: The left side, `[M, K]` in the order of the plan, or tokens `[T, K]` to gather.
+        plan: Where the rows of each expert lie.
         weights: `e4m3[E, N, K]`.
         weights_scale: `f32[E, N/128, K/128]`.
         config: Tile and pipeline.
@@ -91,6 +95,7 @@ def grouped_matmul(
         weight_blocks: Maps a column to the 128-row blocks of N that its tiles multiply.
         epilogue: What becomes of a tile's sums.
         name: Kernel name.
+        gather_rows: Whether row r is `rows[plan.row_token[r]]`.
         side_job: What a spare warp does meanwhile; only where `has_spare_warps`.
         interpret: Interpreter parameters, or None for the GPU.
 
@@ -99,17 +104,20 @@ def grouped_matmul(
         None without one.
 
     Raises:
-        ValueError: The configuration does not fit the GPU, rows that are gathered or `side_job`.
+        ValueError: The configuration does not fit the GPU, the plan, rows to gather or `side_job`.
     """
-    if interpret is not None and rows.row_token is not None:
-        values, scales = gather.gather_first(rows.values, rows.scales, rows.row_token)
-        rows = rows._replace(values=values, scales=scales, row_token=None)
+    if plan.tile_expert.shape[0] * config.block_m != plan.row_token.shape[0]:
+        raise ValueError(
+            f"config: expected the plan's block_m={plan.block_m}, got block_m={config.block_m}"
+        )
+    if interpret is not None and gather_rows:
+        rows, gather_rows = gather.gather_first(rows, plan.row_token), False
     shape = matmul_shape(
         config,
         num_columns=num_columns,
         weight_blocks=weight_blocks,
         num_steps=rows.values.shape[1] // QUANT_BLOCK,
-        gathered=rows.row_token is not None,
+        gathered=gather_rows,
         interpret=interpret,
     )
     if side_job and not shape.is_dynamic:
@@ -136,13 +144,13 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    side_inputs = side_job.inputs if side_job else ()
-    results = Results(*kernel(Operands(rows, weights, weights_scale, side_inputs)))
+    given = operands(rows, plan, weights, weights_scale, gather_rows=gather_rows, side_job=side_job)
+    results = Results(*kernel(given))
     return results.outputs, results.side_job
 
 
 def _kernel(
-    operands: Operands,
+    inputs: Operands,
     outputs,
     side_output,
     partials,
@@ -155,7 +163,7 @@ def _kernel(
     side_job: SideJob | None,
 ) -> None:
     """The kernel's body: the producer's and the consumers' warpgroups part ways here."""
-    scheduler = _scheduler(shape, operands.rows)
+    scheduler = _scheduler(shape, inputs.plan)
     partial_sums = None
     if isinstance(scheduler, StreamK):
         flags = split_k.new_flags(shape.sms)
@@ -167,24 +175,23 @@ def _kernel(
     def _producer():
         plgpu.set_max_registers(producer_registers, action="decrease")
         run_side_job = side_job and functools.partial(
-            side_job.run, operands.side_job, side_output, shape.sms
+            side_job.run, inputs.side_job, side_output, shape.sms
         )
-        scheduler.produce_tiles(queue, Producer(shape, operands, pipeline), run_side_job)
+        scheduler.produce_tiles(queue, Producer(shape, inputs, pipeline), run_side_job)
 
     @pl.when(role < NUM_CONSUMERS)
     def _consumer():
         plgpu.set_max_registers(consumer_registers, action="increase")
-        consumer = Consumer(shape, operands, pipeline, partial_sums, epilogue, outputs, staging)
+        consumer = Consumer(shape, inputs, pipeline, partial_sums, epilogue, outputs, staging)
         scheduler.consume_tiles(queue, consumer.compute)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _scheduler(shape: MatmulShape, rows: GroupedRows) -> TileScheduler:
-    """The scheduler of the kernel that is being traced; `rows` are references."""
+def _scheduler(shape: MatmulShape, plan: GroupPlan) -> TileScheduler:
+    """The scheduler of the kernel that is being traced; the plan's fields are references."""
     counter = work_counter.new_counter() if shape.is_dynamic else None
-    total = rows.num_tiles[0] * shape.num_columns
-    groups = (rows.group_sizes, rows.group_offsets, rows.tile_expert)
-    order = TileOrder(shape.block_m, shape.num_columns, shape.segments, *groups, total)
+    total = plan.num_tiles[0] * shape.num_columns
+    order = TileOrder(shape.block_m, shape.num_columns, shape.segments, plan, total)
     if shape.is_dynamic:
         return DynamicScheduler(order, shape.sms, counter)
     if shape.is_split:

@@ -4,34 +4,47 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Float8e4m3fn, Int32
+from jax import Array
 
-
-class GroupedRows(NamedTuple):
-    """Expert-major rows and where they lie; see docs/architecture.md for the plan's fields.
-
-    With `row_token`, row r of the M rows is `values[row_token[r]]` and R, the rows of `values`, is
-    anything; without, M is R.
-    """
-
-    values: Float8e4m3fn[Array, "R K"]
-    scales: Float[Array, "K/128 R"]
-    group_sizes: Int32[Array, "E"]
-    group_offsets: Int32[Array, "E"]
-    tile_expert: Int32[Array, "M/block_m"]
-    num_tiles: Int32[Array, "1"]
-    row_token: Int32[Array, "M"] | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """M."""
-        return (self.values if self.row_token is None else self.row_token).shape[0]
+from pallas_kernels.mosaic.hopper.side_job import SideJob
+from pallas_kernels.types import GroupPlan, Quantized
 
 
 class Operands(NamedTuple):
-    """The kernel's references to global memory; `side_job` holds the inputs of the side job."""
+    """Arrays in global memory; references to them inside of the kernel.
 
-    rows: GroupedRows
+    Attributes:
+        rows: In the order of the plan; the tokens, if they are gathered.
+        plan: Without the fields that no matmul reads, which are None.
+        row_token: Of the plan, if the rows are gathered; else None.
+        weights: e4m3[E,N,K].
+        weights_scale: f32[E,N/128,K/128].
+        side_job: Inputs of the side job.
+    """
+
+    rows: Quantized
+    plan: GroupPlan
+    row_token: Any
     weights: Any
     weights_scale: Any
     side_job: tuple[Any, ...]
+
+
+def operands(
+    rows: Quantized,
+    plan: GroupPlan,
+    weights: Array,
+    weights_scale: Array,
+    *,
+    gather_rows: bool,
+    side_job: SideJob | None,
+) -> Operands:
+    """The operands of `grouped_matmul`, whose arguments these are."""
+    return Operands(
+        rows=rows,
+        plan=plan._replace(row_token=None, pair_row=None),  # type: ignore[arg-type]
+        row_token=plan.row_token if gather_rows else None,
+        weights=weights,
+        weights_scale=weights_scale,
+        side_job=side_job.inputs if side_job else (),
+    )

@@ -21,8 +21,9 @@ from pallas_kernels.mosaic.hopper.matmul_config import (
     MatmulShape,
     scales_per_stage,
 )
-from pallas_kernels.mosaic.hopper.operands import GroupedRows, Operands
+from pallas_kernels.mosaic.hopper.operands import Operands
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.types import Quantized
 
 _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 
@@ -90,7 +91,7 @@ class Pipeline(NamedTuple):
                 plgpu.barrier_wait(self.empty.at[stage])
 
         # Gathered rows come last: looking their tokens up takes time that weights can travel in.
-        gathered = operands.rows.row_token is not None
+        gathered = operands.row_token is not None
         rows_per_copy = QUANT_BLOCK // len(ks)
         if not gathered:
             _copy_tokens(self, operands.rows, tile, width, ks, stages)
@@ -105,7 +106,7 @@ class Pipeline(NamedTuple):
                         self.full(stage, i),
                     )
         if gathered:
-            _gather_tokens(self, operands.rows, tile, width, ks, stages)
+            _gather_tokens(self, operands, tile, width, ks, stages)
             gather.wait_landed(gather.GATHER_DELAY)
             for k in ks:
                 self._commit(first_step + k - gather.GATHER_DELAY)
@@ -150,7 +151,7 @@ def pipeline_types(shape: MatmulShape) -> Pipeline:
     )
 
 
-def _copy_tokens(pipeline: Pipeline, rows: GroupedRows, tile, width: int, ks, stages) -> None:
+def _copy_tokens(pipeline: Pipeline, rows: Quantized, tile, width: int, ks, stages) -> None:
     for k, stage in zip(ks, stages, strict=True):
         full = pipeline.full(stage, 0)
         tokens = rows.values.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
@@ -159,8 +160,9 @@ def _copy_tokens(pipeline: Pipeline, rows: GroupedRows, tile, width: int, ks, st
         plgpu.copy_gmem_to_smem(rows.scales.at[k, scales], pipeline.x_scales.at[stage], full)
 
 
-def _gather_tokens(pipeline: Pipeline, rows: GroupedRows, tile, width: int, ks, stages) -> None:
-    sources = rows.values, rows.scales
+def _gather_tokens(pipeline: Pipeline, operands: Operands, tile, width: int, ks, stages) -> None:
     for k, stage in zip(ks, stages, strict=True):
         to = pipeline.x.at[stage], pipeline.x_scales.at[stage]
-        gather.copy_rows(sources, rows.row_token, tile.row, k, *to, width, transforms=_F8_TILES)
+        gather.copy_rows(
+            operands.rows, operands.row_token, tile.row, k, *to, width, transforms=_F8_TILES
+        )

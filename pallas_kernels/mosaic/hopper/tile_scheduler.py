@@ -44,6 +44,7 @@ from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper import work_counter
 from pallas_kernels.mosaic.hopper.matmul_config import NUM_CONSUMERS
 from pallas_kernels.mosaic.hopper.tile_queue import Tile, TileQueue, queue_types
+from pallas_kernels.types import GroupPlan
 
 LOOKAHEAD_STEPS = 8  # left of a tile when the next number is taken: twice what a look-up takes
 
@@ -55,18 +56,14 @@ class TileOrder(NamedTuple):
         block_m: Rows of a tile.
         num_columns: Columns of tiles.
         segments: Pieces that K is divided into, see `stream_k`.
-        group_sizes: i32[E], as in a `GroupPlan`.
-        group_offsets: i32[E].
-        tile_expert: i32[M/block_m].
+        plan: References to the plan's fields.
         total: How many tiles there are.
     """
 
     block_m: int
     num_columns: int
     segments: int
-    group_sizes: Any
-    group_offsets: Any
-    tile_expert: Any
+    plan: GroupPlan
     total: Any
 
     def tile(self, number, load=operator.getitem) -> Tile:
@@ -78,9 +75,9 @@ class TileOrder(NamedTuple):
         """
         # Dead tiles name expert 0, so the look-up need not wait until `total` has been read.
         row_tile = lax.div(number, jnp.int32(self.num_columns))
-        last = jnp.int32(self.tile_expert.shape[0] - 1)
-        expert = load(self.tile_expert, lax.min(row_tile, last))
-        size, offset = load(self.group_sizes, expert), load(self.group_offsets, expert)
+        last = jnp.int32(self.plan.tile_expert.shape[0] - 1)
+        expert = load(self.plan.tile_expert, lax.min(row_tile, last))
+        size, offset = load(self.plan.group_sizes, expert), load(self.plan.group_offsets, expert)
         row_tiles = lax.max(lax.div(size + (self.block_m - 1), jnp.int32(self.block_m)), 1)
         inside = number - lax.div(offset, jnp.int32(self.block_m)) * self.num_columns
         first = lax.rem(inside, row_tiles) * self.block_m

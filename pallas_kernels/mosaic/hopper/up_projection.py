@@ -30,10 +30,9 @@ from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL
 from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
-from pallas_kernels.mosaic.hopper.operands import GroupedRows
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.shapes import QUANT_BLOCK
-from pallas_kernels.types import Quantized
+from pallas_kernels.types import GroupPlan, Quantized
 
 _STAGED_TOKENS = 64
 
@@ -47,35 +46,42 @@ class _Staging(NamedTuple):
 
 
 def up_projection(
-    rows: GroupedRows,
+    rows: Quantized,
+    plan: GroupPlan,
     gemm1_weights: Float8e4m3fn[Array, "E 2*I H"],
     gemm1_weights_scale: Float[Array, "E 2*I/128 H/128"],
     *,
     config: MatmulConfig,
+    gather_rows: bool = False,
     side_job: SideJob | None = None,
     interpret=None,
-) -> tuple[Array, ...]:
+) -> tuple[Quantized, Array | None]:
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
 
     Args:
-        rows: Activations `[M, H]`, or `[T, H]` with the token of each row, and their plan.
+        rows: Activations `[M, H]` in the order of the plan, or of tokens `[T, H]`.
+        plan: Where the rows of each expert lie.
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
-        config: Tile and pipeline.
+        config: Tile and pipeline; its `block_m` is that of the plan.
+        gather_rows: Whether `rows` are tokens.
         side_job: As for `grouped_matmul`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `e4m3[M, I]` and `f32[I/128, M]`, padding rows hold anything; then what `side_job` gives.
+        `e4m3[M, I]` and `f32[I/128, M]`, padding rows hold anything; and what `side_job` gives,
+        None without one.
 
     Raises:
-        ValueError: The configuration needs more shared memory than there is, or no warp is spare.
+        ValueError: The configuration does not fit the GPU, the plan or `side_job`.
     """
-    num_rows = rows.num_rows
+    num_rows = plan.row_token.shape[0]
     intermediate_size = gemm1_weights.shape[1] // 2
     num_columns = intermediate_size // QUANT_BLOCK
-    activations, side_output = grouped_matmul(
+    shape: Any = jax.ShapeDtypeStruct
+    return grouped_matmul(
         rows,
+        plan,
         gemm1_weights,
         gemm1_weights_scale,
         config=config,
@@ -85,16 +91,16 @@ def up_projection(
             weight_major=_weight_major_epilogue,
             token_major=_token_major_epilogue,
             out_type=Quantized(
-                jax.ShapeDtypeStruct((num_rows, intermediate_size), jnp.float8_e4m3fn),
-                jax.ShapeDtypeStruct((num_columns, num_rows), jnp.float32),
+                shape((num_rows, intermediate_size), jnp.float8_e4m3fn),
+                shape((num_columns, num_rows), jnp.float32),
             ),
             staging_types=_staging_types(config),
         ),
         name="moe_up_projection",
+        gather_rows=gather_rows,
         side_job=side_job,
         interpret=interpret,
     )
-    return (*activations, side_output) if side_job else tuple(activations)
 
 
 def _staging_types(config: MatmulConfig) -> _Staging:
