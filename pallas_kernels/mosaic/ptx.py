@@ -49,7 +49,7 @@ def global_address(ref, element, size: int):
 
 
 def load_i32(ref, index):
-    """The 32 bits at an i32 index of global memory that nobody writes meanwhile."""
+    """The 32 bits at an i32 index of global memory that no thread writes meanwhile."""
     address = global_address(ref, arith.extsi(ir.IntegerType.get_signless(64), index), 4)
     return llvm.inline_asm(i32(), [address], "ld.global.nc.b32 $0, [$1];", "=r,l")
 

@@ -38,7 +38,7 @@ def load(ref, index) -> Int32[Array, ""]:
 
 
 def store(ref, index, value) -> None:
-    """`ref[index] = value`, index as for `load`; seen by who waits for the warp's next arrival."""
+    """`ref[index] = value`, index as for `load`; seen after a wait for its next arrival."""
     index = _tuple(index)
 
     @plgpu.inline_mgpu(

@@ -1,7 +1,7 @@
 """Which CTA computes which tile, and how its producer and its consumers go through them.
 
 Tiles are numbered expert by expert; inside one, rows fastest, so that an expert's weights are read
-from HBM once and from L2 after that. Schedulers differ in who decides:
+from HBM once and from L2 after that. Schedulers differ in how a CTA gets its tiles:
 
 `StaticScheduler`: CTA c computes tiles c, c + sms, c + 2 sms, ... The producer queues a tile while
 the one before it is under way.

@@ -122,7 +122,7 @@ def _staging_types(config: MatmulConfig) -> _Staging:
 
 
 def _weight_major_epilogue(accumulators, tile, width, outputs: Quantized, staging: _Staging):
-    """Weights x tokens: a token's 128 columns lie in both consumers, who meet over them."""
+    """Weights x tokens: a token's 128 columns lie in both consumers, which synchronize for it."""
     warpgroup = lax.axis_index("warpgroup")
     layout = layouts.row_per_warp(CONSUMER_ROWS)
     up, gate = accumulators
@@ -151,7 +151,7 @@ def _weight_major_epilogue(accumulators, tile, width, outputs: Quantized, stagin
 
 
 def _token_major_epilogue(accumulators, tile, width, outputs: Quantized, staging: _Staging):
-    """Tokens x weights: consumer w holds its 64 tokens' 128 columns, so nobody has to wait."""
+    """Tokens x weights: consumer w holds its 64 tokens' 128 columns and waits for no other."""
     warpgroup = lax.axis_index("warpgroup")
     activated = _swiglu(*accumulators).astype(jnp.float32)
     scale = _scale_of(jnp.max(jnp.abs(activated), axis=1))
