@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import statistics
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +84,8 @@ def test_plan(backend, num_experts, num_local_experts, top_k, offset, num_tokens
     check_plan(plan, ids, offset, num_local_experts, num_experts)
 
 
-@pytest.mark.timing
-@pytest.mark.parametrize("num_experts", MODELS)
-@pytest.mark.parametrize("num_tokens", [64, 4096])
-def test_plan_and_routing_are_short(num_experts, num_tokens):
-    if reason := backends.unsupported_reason("mosaic"):
-        pytest.skip(reason)
+def plan_and_routing_us(num_experts, num_tokens):
+    """Their kernels together; the plan is checked."""
     config = MODELS[num_experts][2]
 
     @jax.jit
@@ -100,4 +98,20 @@ def test_plan_and_routing_are_short(num_experts, num_tokens):
     (routing, plan), times = profiler.measure(route_and_plan, iterations=20)(*inputs)
     ids = np.asarray(routing.topk_ids)
     check_plan(jax.tree.map(np.asarray, plan), ids, 0, num_experts, num_experts)
-    assert statistics.median(times) * 1e3 <= MOST_PLAN_AND_ROUTING_US
+    return statistics.median(times) * 1e3
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("num_experts", MODELS)
+@pytest.mark.parametrize("num_tokens", [64, 4096])
+def test_plan_and_routing_are_short(num_experts, num_tokens):
+    if reason := backends.unsupported_reason("mosaic"):
+        pytest.skip(reason)
+    # A process of its own: CUPTI takes one subscriber, and other tests here are others.
+    code = (
+        "from tests.test_many_experts_gpu import plan_and_routing_us\n"
+        f"print('us', plan_and_routing_us({num_experts}, {num_tokens}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("us ")[-1]) <= MOST_PLAN_AND_ROUTING_US, done.stdout
