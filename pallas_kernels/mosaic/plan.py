@@ -188,7 +188,7 @@ def _place(
     loaded = membership.load_first(topk_ids, first_word, sizes.words)
     lanes.sync(interpret)
     if histogram:
-        _sum_histogram(*histogram, counts, earlier, block, sizes, interpret)
+        _sum_histogram(histogram[0], counts, earlier, block, sizes, interpret)
     membership.mark(members, topk_ids, loaded, first_word, sizes.words, sizes.width)
     lanes.sync(interpret)
 

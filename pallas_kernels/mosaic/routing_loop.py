@@ -52,8 +52,8 @@ def choose(read, keys_of, lane, *, num_experts, n_group, topk_group, top_k, slot
         is_kept = lax.shift_right_logical(word, group & (_WIDTH - 1)) & 1
         return jnp.where(is_kept == 1, key, topk.TAKEN)
 
-    best = _scan(read, keys_of, lane, lane * 0, num_experts, top_k, mask)
-    return topk.pop_to_lanes(*best, top_k, slots)
+    best, negated = _scan(read, keys_of, lane, lane * 0, num_experts, top_k, mask)
+    return topk.pop_to_lanes(best, negated, top_k, slots)
 
 
 def _scan(read, keys_of, lane, first, num_experts, count, mask=lambda _, key: key):
@@ -85,8 +85,9 @@ def _group_keys(read, keys_of, lane, group_size, n_group):
     slots = [lane + start for start in range(0, n_group, _WIDTH)]
 
     def add(group, keys):
-        best = _scan(read, keys_of, lane, lane * 0 + group * group_size, group_size, 2)
-        first, second = (topk.across(key, lane.shape) for key, _ in topk.pop(*best, 2))
+        start = lane * 0 + group * group_size
+        best, negated = _scan(read, keys_of, lane, start, group_size, 2)
+        first, second = (topk.across(key, lane.shape) for key, _ in topk.pop(best, negated, 2))
         key = topk.to_key(topk.from_key(first) + topk.from_key(second))
         return [jnp.where(s == group, key, k) for s, k in zip(slots, keys, strict=True)]
 

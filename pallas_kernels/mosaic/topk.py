@@ -38,7 +38,8 @@ def top(keys, negated, count):
         negated: Registers, distinct in a row and descending in a lane.
         count: How many; at least so many keys of a row are above `TAKEN`.
     """
-    return pop(*_sort_lanes(keys, negated, count), count)
+    keys, negated = _sort_lanes(keys, negated, count)
+    return pop(keys, negated, count)
 
 
 def pop(keys, negated, count):
