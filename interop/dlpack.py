@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from jaxlib import _jax
 
+from interop import lending
+
 # Types whose bits are the same in both frameworks. int64 needs JAX_ENABLE_X64; without it JAX would
 # keep 32 bits.
 DTYPES: dict[torch.dtype, Any] = {
@@ -284,7 +286,9 @@ class Bridge:
         kind = _KDL_CPU if self._on_cpu else _KDL_CUDA
         # A capsule holds its tensor, whose storage can be exchanged: only an alias keeps this one.
         # `detach` costs twice as much and has no memory inside of torch.func's transforms.
-        return _to_buffer(_to_capsule(tensor.data), self.target, address, None, kind)
+        alias = tensor.data
+        lending.note(alias)
+        return _to_buffer(_to_capsule(alias), self.target, address, None, kind)
 
 
 def _check_memory(tensor: torch.Tensor, name: str) -> None:

@@ -1,0 +1,65 @@
+"""Tensors whose memory JAX holds, and how a program ends with such memory out.
+
+XLA gives an imported buffer back on a thread of its own, some time after the program that read it.
+If that drops the last reference to a tensor with a Python object but the object's own, torch takes
+the GIL (`c10/util/intrusive_ptr.h`, "PyObject preservation"), and CPython ends a thread that asks
+for it once the interpreter finalizes, in the middle of a destructor: "terminate called without an
+active exception", exit code 134. JAX and torch do that without us as well.
+"""
+
+import atexit
+import collections
+import contextlib
+import ctypes
+import sys
+import time
+import weakref
+
+import torch
+
+_LAST_WAIT_S = 10.0
+_LOOKED_THROUGH = 256
+
+_lent: collections.deque["weakref.ref[torch.Tensor]"] = collections.deque()
+_look_through_at = _LOOKED_THROUGH
+
+
+def note(alias: torch.Tensor) -> None:
+    """Notes a tensor that a capsule for JAX is made of and that nothing else refers to.
+
+    Torch keeps its Python object, and so the weak reference, until JAX gives the memory back. What
+    came back is forgotten now and then: a callback for each would cost every call of the layer.
+    """
+    _lent.append(weakref.ref(alias))
+    if len(_lent) > _look_through_at:
+        _forget_what_came_back()
+
+
+def _forget_what_came_back() -> None:
+    """Other threads may note something meanwhile."""
+    global _look_through_at
+    for _ in range(len(_lent)):
+        with contextlib.suppress(IndexError):  # another thread looks through them, too
+            reference = _lent.popleft()
+            if reference() is not None:
+                _lent.append(reference)
+    _look_through_at = _LOOKED_THROUGH + 2 * len(_lent)
+
+
+@atexit.register
+def keep_what_is_lent() -> None:
+    """From here on JAX may give memory back at any time: no reference that it drops is the last.
+
+    One more reference to each tensor is never given back; the process ends soon.
+    """
+    kept = [alias for alias in (reference() for reference in list(_lent)) if alias is not None]
+    for alias in kept:
+        capsule = torch.utils.dlpack.to_dlpack(alias)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(capsule))
+    # A thread that dropped its reference before that one came still waits for the GIL, to drop the
+    # one of torch to the Python object, which then counts one more than: torch's new one, the
+    # list's, the loop's, the argument's.
+    give_up = time.monotonic() + _LAST_WAIT_S
+    for alias in kept:
+        while sys.getrefcount(alias) > 4 and time.monotonic() < give_up:
+            time.sleep(1e-4)
