@@ -24,7 +24,9 @@ from pallas_kernels.types import Routing as Routing
 class ExpertWeights(NamedTuple):
     """The expert weights of one rank: JAX, NumPy or torch arrays, or anything shaped like them.
 
-    Scales multiply, one per block of 128x128: `value * scale` dequantizes.
+    Scales multiply, one per block of 128x128: `value * scale` dequantizes. Shapes are all that can
+    be checked: where 2*I equals H, transposed `gemm1_weights` pass for right ones, and the order of
+    the halves never shows.
 
     Attributes:
         gemm1_weights: e4m3[E_local,2*I,H]; rows 0..I-1 make the up half, rows I..2*I-1 the gate.
@@ -157,16 +159,42 @@ class LayerInputs(NamedTuple):
     routed_scaling_factor: Any  # float, or f32[]
 
     @classmethod
-    def of(cls, *arguments: Any) -> Self:
+    def of(
+        cls,
+        routing_logits: Any,
+        routing_bias: Any,
+        hidden_states: Any,
+        hidden_states_scale: Any,
+        gemm1_weights: Any,
+        gemm1_weights_scale: Any,
+        gemm2_weights: Any,
+        gemm2_weights_scale: Any,
+        local_expert_offset: Any,
+        routed_scaling_factor: Any,
+    ) -> Self:
         """From the ten arguments in the definition's order."""
-        head, weights, tail = arguments[:4], arguments[4:8], arguments[8:]
-        given: tuple[Any, ...] = (*head, ExpertWeights(*weights), *tail)
-        return cls(*given)
+        return cls(
+            routing_logits,
+            routing_bias,
+            hidden_states,
+            hidden_states_scale,
+            ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale),
+            local_expert_offset,
+            routed_scaling_factor,
+        )
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The ten arguments in the definition's order: `jax_moe.apply(*inputs.arguments)`."""
-        return (*self[:4], *self.weights, *self[5:])
+        return (
+            self.routing_logits,
+            self.routing_bias,
+            self.hidden_states,
+            self.hidden_states_scale,
+            *self.weights,
+            self.local_expert_offset,
+            self.routed_scaling_factor,
+        )
 
     @property
     def tokens(self) -> int:
@@ -200,6 +228,39 @@ class RoutedInputs(NamedTuple):
     weights: ExpertWeights
     routing: Routing
     local_expert_offset: Any  # int, or i32[]
+
+    @classmethod
+    def of(
+        cls,
+        hidden_states: Any,
+        hidden_states_scale: Any,
+        gemm1_weights: Any,
+        gemm1_weights_scale: Any,
+        gemm2_weights: Any,
+        gemm2_weights_scale: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        local_expert_offset: Any,
+    ) -> Self:
+        """From the arguments of `jax_moe.apply_routed`, in their order."""
+        return cls(
+            hidden_states,
+            hidden_states_scale,
+            ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale),
+            Routing(topk_ids, topk_weights),
+            local_expert_offset,
+        )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of `jax_moe.apply_routed`: `apply_routed(*arguments, num_experts=E)`."""
+        return (
+            self.hidden_states,
+            self.hidden_states_scale,
+            *self.weights,
+            *self.routing,
+            self.local_expert_offset,
+        )
 
     @property
     def tokens(self) -> int:
