@@ -6,7 +6,15 @@ Importing this package imports neither torch nor jax; its members do, on first u
 import importlib
 import importlib.metadata
 import importlib.util
-from typing import Any
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interop.dlpack import to_jax as to_jax
+    from interop.dlpack import to_torch as to_torch
+    from interop.torch_api import TorchMoE as TorchMoE
+    from interop.torch_api import torch_moe as torch_moe
+    from interop.torch_api import torch_moe_routed as torch_moe_routed
 
 TORCH = "2.11"
 """The PyTorch that the bridge is written for: it calls two functions that are not public."""
@@ -15,11 +23,14 @@ _HOMES = {
     "to_jax": "interop.dlpack",
     "to_torch": "interop.dlpack",
     "torch_moe": "interop.torch_api",
+    "torch_moe_routed": "interop.torch_api",
     "TorchMoE": "interop.torch_api",
-    "TorchMoEWeights": "interop.torch_api",
 }
 
 __all__ = sorted(_HOMES)
+
+_RENAMED = {"TorchMoEWeights": "jax_moe.ExpertWeights"}
+"""Public names of version 0.1 and what they are called now; they go with the next release."""
 
 
 def torch_problem() -> str | None:
@@ -35,8 +46,21 @@ def torch_problem() -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = _HOMES.get(name, "jax_moe" if name in _RENAMED else None)
+    if home is None:
         raise AttributeError(f"module 'interop' has no attribute {name!r}")
     if problem := torch_problem():
         raise ImportError(f"interop.{name}: {problem}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _RENAMED:
+        warnings.warn(
+            f"interop.{name} is now called {_RENAMED[name]}; the old name goes with the next "
+            "release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+    module = importlib.import_module(home)
+    return getattr(module, _RENAMED.get(name, name).rpartition(".")[2])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -21,7 +21,7 @@ Ownership and order, the whole contract:
 import collections
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -82,13 +82,13 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
     Raises:
         TypeError: not a `torch.Tensor`.
         ValueError: unsupported dtype, layout (sparse, ...) or device (meta, pinned host memory,
-            other accelerators, a CUDA device that JAX does not see), a tensor that requires grad,
-            or one whose storage lacks its elements (freed, shrunk, fake, wrapped by torch.func).
+            other accelerators, a CUDA device that JAX does not see), a tensor that requires grad
+            where grad mode is on, or one whose storage lacks its elements (freed, shrunk, fake,
+            wrapped by torch.func).
         RuntimeError: torch captures a CUDA graph.
     """
     bridge = bridge_of(tensor, name)
-    (array,) = bridge.import_all((name,), (tensor,), bridge.current_stream())
-    return array
+    return bridge.import_all({name: tensor}, bridge.current_stream())[name]
 
 
 def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
@@ -180,39 +180,46 @@ class Bridge:
 
     def import_all(
         self,
-        names: Sequence[str],
-        tensors: Sequence[torch.Tensor | None],
+        tensors: Mapping[str, torch.Tensor | None],
         stream: Stream,
-        optional: str | None = None,
+        optional: Collection[str] = (),
         leader: str | None = None,
-    ) -> list[Any]:
+    ) -> dict[str, Any]:
         """Imports tensors as `to_jax` does, after one hand-over.
 
         Args:
-            names: what to call each tensor in errors.
-            tensors: on this bridge's device.
-            stream: torch's current stream.
-            optional: the name of the only tensor that may be None, and then stays None.
-            leader: the only tensor whose array carries an event to wait for, each of which costs
+            tensors: On this bridge's device, by the names that errors call them.
+            stream: Torch's current stream.
+            optional: The names of those that may be None, and then stay None.
+            leader: The only tensor whose array carries an event to wait for, each of which costs
                 the host an event, a wait and a callback. For arrays that nothing but one compiled
                 program reads, the leader among them: a program starts when all of its arguments
                 are there. None: all arrays carry one.
+
+        Returns:
+            The arrays by name.
         """
-        ready = [
-            tensor
-            if self._crosses(tensor) or (tensor is None and name == optional)
-            else self._made_ready(tensor, name)
-            for name, tensor in zip(names, tensors, strict=True)
-        ]
+        ready = self.ready(tensors, optional)
         address = self.order_after_torch(stream)
-        if leader is None or jax.config.jax_disable_jit:  # then many programs read them
-            leaders: Sequence[str] = names
-        else:
-            leaders = (leader,)
-        return [
-            None if tensor is None else self._imported(tensor, address if name in leaders else None)
-            for name, tensor in zip(names, ready, strict=True)
-        ]
+        if jax.config.jax_disable_jit:  # then many programs read them
+            leader = None
+        return {
+            name: None
+            if tensor is None
+            else self._imported(tensor, address if leader in (None, name) else None)
+            for name, tensor in ready.items()
+        }
+
+    def ready(
+        self, tensors: Mapping[str, torch.Tensor | None], optional: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """The tensors, checked as `to_jax` promises; copies of those that cannot be shared."""
+        return {
+            name: tensor
+            if self._crosses(tensor) or (tensor is None and name in optional)
+            else self._made_ready(tensor, name)
+            for name, tensor in tensors.items()
+        }
 
     def _crosses(self, tensor: Any) -> bool:
         """Whether the tensor crosses as it is, in one quick look; others are copied or refused."""
@@ -223,7 +230,7 @@ class Bridge:
                 and tensor.layout is torch.strided
                 and tensor.dtype in _NARROW_DTYPES
                 and not tensor.is_nested
-                and not tensor.requires_grad
+                and not (tensor.requires_grad and torch.is_grad_enabled())
                 and not tensor.is_neg()
                 and tensor.is_contiguous()
                 and (address := tensor.data_ptr()) != 0
@@ -251,10 +258,7 @@ class Bridge:
             raise ValueError(
                 f"{name}: int64 needs JAX_ENABLE_X64 (JAX would keep 32 bits); pass int32"
             )
-        if tensor.requires_grad:
-            raise ValueError(
-                f"{name}: requires grad, which does not cross the bridge; pass {name}.detach()"
-            )
+        refuse_grad(name, tensor)
         _check_memory(tensor, name)
         if tensor.is_cpu and tensor.is_pinned():
             raise ValueError(
@@ -289,6 +293,15 @@ class Bridge:
         alias = tensor.data
         lending.note(alias)
         return _to_buffer(_to_capsule(alias), self.target, address, None, kind)
+
+
+def refuse_grad(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor whose gradient would be lost; where grad mode is off there is none."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: requires grad, which does not cross the bridge; pass {name}.detach(), or "
+            "call under torch.no_grad()"
+        )
 
 
 def _check_memory(tensor: torch.Tensor, name: str) -> None:

@@ -12,7 +12,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 
 import jax_moe
 from interop import torch_problem
+from jax_moe import LayerInputs
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class Cost(NamedTuple):
 def measure(device: str, sizes: Sizes = SMALL) -> dict[str, Cost]:
     """Costs of each piece with one token, on "cpu" or "cuda"; without torch on JAX's device."""
     if torch_problem() is not None:
-        calls = _jax_calls(_jax_arrays(sizes), (sizes.E_local, 2.5))
+        calls = _jax_calls(_jax_inputs(sizes))
         return {name: _median(c, lambda: None, jax.block_until_ready) for name, c in calls.items()}
     import torch
 
@@ -67,14 +68,16 @@ def measure(device: str, sizes: Sizes = SMALL) -> dict[str, Cost]:
         else:
             idle()
 
-    arguments = _torch_arguments(device, sizes)
-    arrays = [dlpack.to_jax(tensor) for tensor in arguments[:8]]
-    pieces = _bridge_pieces(arguments[2]) | _torch_calls(arguments)
-    pieces |= _jax_calls(arrays, arguments[8:]) | _waiting_in_torch(arrays, arguments[8:])
+    inputs = _torch_inputs(device, sizes)
+    imported = jax.tree.map(
+        lambda leaf: dlpack.to_jax(leaf) if isinstance(leaf, torch.Tensor) else leaf, inputs
+    )
+    pieces = _bridge_pieces(inputs.hidden_states) | _torch_calls(inputs)
+    pieces |= _jax_calls(imported) | _waiting_in_torch(imported)
     return {name: _median(piece, idle, wait) for name, piece in pieces.items()}
 
 
-def _bridge_pieces(tensor: torch.Tensor) -> dict[str, Call]:
+def _bridge_pieces(tensor: Any) -> dict[str, Call]:
     import torch
 
     from interop import dlpack
@@ -90,51 +93,66 @@ def _bridge_pieces(tensor: torch.Tensor) -> dict[str, Call]:
     }
 
 
-def _torch_calls(arguments: list[Any]) -> dict[str, Call]:
-    from interop import TorchMoE, TorchMoEWeights, torch_moe
+def _torch_calls(inputs: LayerInputs) -> dict[str, Call]:
+    from interop import TorchMoE, torch_moe
 
-    handle = TorchMoE(TorchMoEWeights(*arguments[4:8]))
-    result = torch_moe(*arguments)
-    changing = [*arguments[:4], *arguments[8:]]
+    handle = TorchMoE(inputs.weights)
+    result = torch_moe(*inputs.arguments)
+    changing = inputs._asdict()
+    del changing["weights"]
     return {
-        "TorchMoE": lambda: handle(*changing),
-        "TorchMoE, out=": lambda: handle(*changing, out=result),
-        "TorchMoE, num_tokens=": lambda: handle(*changing, num_tokens=1),
-        "torch_moe": lambda: torch_moe(*arguments),
+        "TorchMoE": lambda: handle(**changing),
+        "TorchMoE, out=": lambda: handle(**changing, out=result),
+        "TorchMoE, num_tokens=": lambda: handle(**changing, num_tokens=1),
+        "torch_moe": lambda: torch_moe(*inputs.arguments),
     }
 
 
-def _on_device(arrays: Sequence[jax.Array], numbers: Sequence[Any]) -> list[jax.Array]:
-    (where,) = arrays[0].devices()
-    return jax.device_put([np.int32(numbers[0]), np.float32(numbers[1])], where)
+def _with_numbers(inputs: LayerInputs, put: Callable[[Any], Any]) -> LayerInputs:
+    """The inputs with the two numbers as `put` makes them of NumPy's."""
+    return inputs._replace(
+        local_expert_offset=put(np.int32(inputs.local_expert_offset)),
+        routed_scaling_factor=put(np.float32(inputs.routed_scaling_factor)),
+    )
 
 
-def _apply(arrays: Sequence[jax.Array]) -> Callable[..., jax.Array]:
-    (where,) = arrays[0].devices()
-    return functools.partial(jax_moe.apply, backend="xla" if where.platform == "cpu" else "auto")
+def _on_device(inputs: LayerInputs) -> LayerInputs:
+    (where,) = inputs.hidden_states.devices()
+    return _with_numbers(inputs, functools.partial(jax.device_put, device=where))
 
 
-def _jax_calls(arrays: Sequence[jax.Array], numbers: Sequence[Any]) -> dict[str, Call]:
+def _apply(inputs: LayerInputs) -> Callable[[LayerInputs], jax.Array]:
+    (where,) = inputs.hidden_states.devices()
+    backend = "xla" if where.platform == "cpu" else "auto"
+    return lambda inputs: jax_moe.apply(*inputs.arguments, backend=backend)
+
+
+def _jax_calls(inputs: LayerInputs) -> dict[str, Call]:
     """`jax_moe.apply`: what its two numbers may be, and how to wait for the result."""
-    apply, on_device = _apply(arrays), _on_device(arrays, numbers)
-    on_host = [np.int32(numbers[0]), np.float32(numbers[1])]
-    jitted, closed = jax.jit(apply), jax.jit(lambda *eight: apply(*eight, *numbers))
-    dispatch = jax.jit(lambda *ten: ten[2].astype(jnp.bfloat16))
-    kept = [jitted(*arrays, *on_device)]
+    apply, on_device = _apply(inputs), _on_device(inputs)
+    on_host = _with_numbers(inputs, lambda number: number)
+    names = ("local_expert_offset", "routed_scaling_factor")
+    numbers = {name: getattr(inputs, name) for name in names}
+    left_out: dict[str, Any] = dict.fromkeys(names)
+    arrays = inputs._replace(**left_out)
+    jitted = jax.jit(apply)
+    closed = jax.jit(lambda arrays: apply(arrays._replace(**numbers)))
+    dispatch = jax.jit(lambda inputs: inputs.hidden_states.astype(jnp.bfloat16))
+    kept = [jitted(on_device)]
 
     def keep_last() -> jax.Array:
-        kept[0] = jitted(*arrays, *on_device)
+        kept[0] = jitted(on_device)
         return kept[0]
 
     return {
-        "jit of ten arrays, one small kernel": lambda: dispatch(*arrays, *on_device),
-        "jit(apply), numbers on the device": lambda: jitted(*arrays, *on_device),
-        "jit(apply), numbers closed over": lambda: closed(*arrays),
-        "jit(apply), NumPy numbers": lambda: jitted(*arrays, *on_host),
-        "jit(apply), Python numbers": lambda: jitted(*arrays, *numbers),
+        "jit of ten arrays, one small kernel": lambda: dispatch(on_device),
+        "jit(apply), numbers on the device": lambda: jitted(on_device),
+        "jit(apply), numbers closed over": lambda: closed(arrays),
+        "jit(apply), NumPy numbers": lambda: jitted(on_host),
+        "jit(apply), Python numbers": lambda: jitted(inputs),
         "jit(apply), the last result alive": keep_last,
-        "jit(apply), then poll is_ready": lambda: _poll(jitted(*arrays, *on_device)),
-        "apply, eager": lambda: apply(*arrays, *numbers),
+        "jit(apply), then poll is_ready": lambda: _poll(jitted(on_device)),
+        "apply, eager": lambda: apply(inputs),
     }
 
 
@@ -144,15 +162,15 @@ def _poll(array: Any) -> jax.Array:
     return array
 
 
-def _waiting_in_torch(arrays: Sequence[jax.Array], numbers: Sequence[Any]) -> dict[str, Call]:
+def _waiting_in_torch(inputs: LayerInputs) -> dict[str, Call]:
     import torch
 
     from interop import dlpack
 
-    jitted, on_device = jax.jit(_apply(arrays)), _on_device(arrays, numbers)
+    jitted, on_device = jax.jit(_apply(inputs)), _on_device(inputs)
 
     def call() -> torch.Tensor:
-        tensor = dlpack.to_torch(jitted(*arrays, *on_device))
+        tensor = dlpack.to_torch(jitted(on_device))
         if tensor.is_cuda:
             torch.cuda.current_stream(tensor.device).synchronize()
         return tensor
@@ -190,11 +208,13 @@ def _shapes(sizes: Sizes) -> list[tuple[tuple[int, ...], str]]:
     ]
 
 
-def _jax_arrays(sizes: Sizes) -> list[jax.Array]:
-    return [jnp.ones(shape, dtype) for shape, dtype in _shapes(sizes)]
+def _jax_inputs(sizes: Sizes) -> LayerInputs:
+    arrays = [jnp.ones(shape, dtype) for shape, dtype in _shapes(sizes)]
+    arguments: list[Any] = [*arrays, sizes.E_local, 2.5]
+    return LayerInputs.of(*arguments)
 
 
-def _torch_arguments(device: str, sizes: Sizes) -> list[Any]:
+def _torch_inputs(device: str, sizes: Sizes) -> LayerInputs:
     import torch
 
     e4m3 = torch.float8_e4m3fn
@@ -205,7 +225,8 @@ def _torch_arguments(device: str, sizes: Sizes) -> list[Any]:
         else torch.ones(shape, dtype=getattr(torch, dtype), device=device)
         for shape, dtype in _shapes(sizes)
     ]
-    return [*tensors, sizes.E_local, 2.5]
+    arguments: list[Any] = [*tensors, sizes.E_local, 2.5]
+    return LayerInputs.of(*arguments)
 
 
 def main(argv: list[str]) -> None:

@@ -1,302 +1,371 @@
 """The layer for PyTorch users: torch tensors in, a torch tensor out, our JAX kernels in between.
 
-`torch_moe` is a plain function of the definition's ten arguments. `TorchMoE` is the same for a
-server that calls it often: the weights are imported once, a call then costs three or four imports
-and one jit dispatch on the host.
+`torch_moe` and `torch_moe_routed` are plain functions. `TorchMoE` is the same for a server that
+calls it often: the weights are imported once, a call then costs three or four imports and one jit
+dispatch on the host.
 
 Calls behave like any torch operation on the current stream: they start after what was enqueued
 there, later work on that stream sees the result, and the host does not wait. Nothing is looked up
-by address and no result is kept.
+by address and no result is kept. Under `torch.compile`, `torch.export` and fake tensors they are
+the custom operators of `interop.torch_ops`.
 """
 
 import functools
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-import torch
+from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
+from torch import Tensor
 
-import jax_moe
-from interop import dlpack
-from jax_moe import memory
+from interop import dlpack, torch_call, torch_ops
+from interop.torch_call import LEADER, OPTIONAL, Inputs, Options
+from jax_moe import DEEPSEEK_V3, ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, validate
+from jax_moe.config import ScaleFormat
+from jax_moe.types import Routing
 
-_ACTIVATIONS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
-_OPTIONAL, _LEADER = "hidden_states_scale", "hidden_states"  # no program of ours drops the latter
-_KEPT_SCALARS = _KEPT_SHAPES = 1024
-_MAX_FACTOR = float(np.finfo(np.float32).max)
-
-
-class TorchMoEWeights(NamedTuple):
-    """The expert weights of one layer, as torch tensors on one device.
-
-    Attributes:
-        gemm1_weights: e4m3[E_local, 2*I, H], up projection first, then gate.
-        gemm1_weights_scale: f32[E_local, 2*I/128, H/128], multiplies the weights.
-        gemm2_weights: e4m3[E_local, H, I].
-        gemm2_weights_scale: f32[E_local, H/128, I/128].
-    """
-
-    gemm1_weights: torch.Tensor
-    gemm1_weights_scale: torch.Tensor
-    gemm2_weights: torch.Tensor
-    gemm2_weights_scale: torch.Tensor
+_KEPT_NUMBERS = 1024
 
 
 def torch_moe(
-    routing_logits: torch.Tensor,
-    routing_bias: torch.Tensor,
-    hidden_states: torch.Tensor,
-    hidden_states_scale: torch.Tensor | None,
-    gemm1_weights: torch.Tensor,
-    gemm1_weights_scale: torch.Tensor,
-    gemm2_weights: torch.Tensor,
-    gemm2_weights_scale: torch.Tensor,
+    routing_logits: Float[Tensor, "T E"],
+    routing_bias: Float[Tensor, " E"] | None,
+    hidden_states: Float[Tensor, "T H"],
+    hidden_states_scale: Float32[Tensor, "H//128 T"] | None,
+    gemm1_weights: Float8e4m3fn[Tensor, "E_local 2*I H"],
+    gemm1_weights_scale: Float32[Tensor, "E_local 2*I//128 H//128"],
+    gemm2_weights: Float8e4m3fn[Tensor, "E_local H I"],
+    gemm2_weights_scale: Float32[Tensor, "E_local H//128 I//128"],
     local_expert_offset: int,
     routed_scaling_factor: float,
     *,
-    num_tokens: int | None = None,
-    out: torch.Tensor | None = None,
-    config: jax_moe.MoEConfig = jax_moe.DEEPSEEK_V3,
+    config: MoEConfig = DEEPSEEK_V3,
     backend: str = "auto",
-) -> torch.Tensor:
+    num_tokens: int | None = None,
+    expected_rows: float | None = None,
+    scale_format: ScaleFormat | None = None,
+    swiglu_limit: float | None = None,
+    out: BFloat16[Tensor, "T H"] | None = None,
+) -> BFloat16[Tensor, "T H"]:
     """`jax_moe.apply` on torch tensors; see there for the mathematics and its source.
 
+    Forward only. A tensor that requires grad is refused where grad mode is on.
+
     Args:
-        routing_logits: f32[T, E].
-        routing_bias: bf16[E].
-        hidden_states: e4m3[T, H], or bf16/f16/f32[T, H] with `hidden_states_scale=None`.
-        hidden_states_scale: f32[H/128, T] or None.
-        gemm1_weights: e4m3[E_local, 2*I, H].
-        gemm1_weights_scale: f32[E_local, 2*I/128, H/128].
-        gemm2_weights: e4m3[E_local, H, I].
-        gemm2_weights_scale: f32[E_local, H/128, I/128].
-        local_expert_offset: global id of the first local expert; an int or a 0-d integer tensor on
+        routing_logits: f32, bf16 or f16[T,E].
+        routing_bias: bf16[E] or f32[E], added for the selection only; or None.
+        hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H], which is then quantized here.
+        hidden_states_scale: f32[H/128,T]; None exactly if `hidden_states` is not e4m3.
+        gemm1_weights: e4m3[E_local,2*I,H]; rows 0..I-1 make the up half, rows I..2*I-1 the gate.
+        gemm1_weights_scale: f32[E_local,2*I/128,H/128].
+        gemm2_weights: e4m3[E_local,H,I].
+        gemm2_weights_scale: f32[E_local,H/128,I/128].
+        local_expert_offset: Global id of the first local expert; an int or a 0-d integer tensor on
             the CPU.
-        routed_scaling_factor: factor of all weights; a float or a 0-d tensor on the CPU.
-        num_tokens: live rows of the T; the rest costs no matrix work and comes out as zeros. A
+        routed_scaling_factor: Factor of all weights; a float or a 0-d tensor on the CPU.
+        config: How experts are picked.
+        backend: As in `jax_moe.apply`; "auto" is the best for the tensors' device.
+        num_tokens: Live rows of the T; the rest costs no matrix work and comes out as zeros. A
             server pads T to few sizes with it, since each new T compiles. None means all.
-        out: bf16[T, H] on the same device to write to (destination passing), of any strides; it
+        expected_rows: As in `jax_moe.apply`.
+        scale_format: As in `jax_moe.apply`.
+        swiglu_limit: As in `jax_moe.apply`.
+        out: bf16[T,H] on the same device to write to (destination passing), of any strides; it
             costs one copy.
-        config: routing configuration.
-        backend: as for `jax_moe.apply`.
 
     Returns:
-        bf16[T, H]: `out` if given, else a tensor that shares the memory of a JAX array
+        bf16[T,H]: `out` if given, else a tensor that shares the memory of a JAX array
         (`interop.dlpack.to_torch`).
 
     Raises:
-        TypeError: an argument that should be a tensor or a number is not.
-        ValueError: a tensor on another device than `hidden_states`, one that the bridge refuses, a
+        TypeError: An argument that should be a tensor or a number is not, or is of another dtype.
+        ValueError: A tensor on another device than `hidden_states`, one that the bridge refuses, a
             scalar out of range; also whatever `jax_moe.apply` refuses.
-        MemoryError: the device has less memory than the call may need, where that is 256 MiB or
+        NotImplementedError: The backend does not run on the tensors' device.
+        MemoryError: The device has less memory than the call may need, where that is 256 MiB or
             more; nothing has been launched.
-        RuntimeError: called while torch captures a CUDA graph.
+        RuntimeError: Called while torch captures a CUDA graph.
     """
-    bridge = dlpack.bridge_of(hidden_states, "hidden_states")
-    weights = TorchMoEWeights(
-        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale
+    validate.moe_config(config)
+    inputs = LayerInputs.of(
+        routing_logits,
+        routing_bias,
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        local_expert_offset,
+        routed_scaling_factor,
     )
-    stream = bridge.current_stream()
-    activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
-    names = _ACTIVATIONS + TorchMoEWeights._fields
-    arrays = bridge.import_all(names, (*activations, *weights), stream, _OPTIONAL, _LEADER)
-    scalars = _scalars(arrays, local_expert_offset, routed_scaling_factor, num_tokens, _on_host)
-    layer = _compiled(config, backend, bridge.device.type)
-    return _run(layer, arrays, scalars, out, bridge, stream)
+    options = Options(
+        backend=backend,
+        expected_rows=expected_rows,
+        config=config,
+        scale_format=scale_format,
+        swiglu_limit=swiglu_limit,
+    )
+    return _call(inputs, options, num_tokens, out)
+
+
+def torch_moe_routed(
+    hidden_states: Float[Tensor, "T H"],
+    hidden_states_scale: Float32[Tensor, "H//128 T"] | None,
+    gemm1_weights: Float8e4m3fn[Tensor, "E_local 2*I H"],
+    gemm1_weights_scale: Float32[Tensor, "E_local 2*I//128 H//128"],
+    gemm2_weights: Float8e4m3fn[Tensor, "E_local H I"],
+    gemm2_weights_scale: Float32[Tensor, "E_local H//128 I//128"],
+    topk_ids: Int32[Tensor, "T k"],
+    topk_weights: Float32[Tensor, "T k"],
+    local_expert_offset: int,
+    *,
+    num_experts: int,
+    backend: str = "auto",
+    num_tokens: int | None = None,
+    expected_rows: float | None = None,
+    scale_format: ScaleFormat = "f32",
+    swiglu_limit: float | None = None,
+    out: BFloat16[Tensor, "T H"] | None = None,
+) -> BFloat16[Tensor, "T H"]:
+    """`jax_moe.apply_routed` on torch tensors: the caller says which experts each token goes to.
+
+    Example:
+        >>> weights, ids = torch.topk(logits.softmax(dim=1), 8)   # any router
+        >>> out = torch_moe_routed(x, scale, *experts, ids.int(), weights, 0, num_experts=128)
+
+    Args:
+        hidden_states: e4m3[T,H], or bf16, f16 or f32[T,H], which is then quantized here.
+        hidden_states_scale: f32[H/128,T]; None exactly if `hidden_states` is not e4m3.
+        gemm1_weights: e4m3[E_local,2*I,H]; rows 0..I-1 make the up half, rows I..2*I-1 the gate.
+        gemm1_weights_scale: f32[E_local,2*I/128,H/128].
+        gemm2_weights: e4m3[E_local,H,I].
+        gemm2_weights_scale: f32[E_local,H/128,I/128].
+        topk_ids: i32[T,k], global expert ids. Any value that names no local expert is skipped;
+            -1 means "no expert". If an id occurs twice in a row, both weights count.
+        topk_weights: f32[T,k], every factor included.
+        local_expert_offset: As in `torch_moe`.
+        num_experts: E, static.
+        backend: As in `torch_moe`.
+        num_tokens: As in `torch_moe`.
+        expected_rows: As in `jax_moe.apply`.
+        scale_format: As in `jax_moe.apply_routed`.
+        swiglu_limit: As in `jax_moe.apply_routed`.
+        out: As in `torch_moe`.
+
+    Returns:
+        bf16[T,H], as `torch_moe`.
+
+    Raises:
+        TypeError: As `torch_moe`.
+        ValueError: As `torch_moe`.
+        NotImplementedError: As `torch_moe`.
+        MemoryError: As `torch_moe`.
+        RuntimeError: As `torch_moe`.
+    """
+    inputs = RoutedInputs.of(
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        topk_ids,
+        topk_weights,
+        local_expert_offset,
+    )
+    options = Options(
+        backend=backend,
+        expected_rows=expected_rows,
+        num_experts=num_experts,
+        scale_format=scale_format,
+        swiglu_limit=swiglu_limit,
+    )
+    return _call(inputs, options, num_tokens, out)
+
+
+def _call(inputs: Inputs, options: Options, num_tokens: Any, out: Any) -> Tensor:
+    is_traced = torch_ops.is_traced(inputs.hidden_states)
+    return (torch_ops if is_traced else torch_call).call(inputs, options, num_tokens, out)
 
 
 class TorchMoE:
-    """`torch_moe` with the weights imported once.
+    """`torch_moe` and `torch_moe_routed` with the weights imported once.
 
     The handle keeps the weights' memory alive. They are shared, not copied, if row-major and
     aligned (else copied once, here): writing to them in place changes what later calls on the
-    writing stream compute. Of a call it keeps no more than the scalars' values, on the device.
+    writing stream compute. Of a call it keeps no more than the numbers' values, on the device.
+
+    It is a plain object, no `torch.nn.Module`. A module that holds one can be copied
+    (`copy.deepcopy`), pickled and saved whole: the weights go along, and a copy shares their memory
+    with what was copied beside them. `state_dict`, `.to()` and dtype conversions of that module do
+    not see it: register the weights as buffers if they are to be there as well.
+
+    Example:
+        >>> layer = TorchMoE(ExpertWeights(w13, w13_scale, w2, w2_scale))
+        >>> out = layer(logits, bias, x, x_scale, 0, 2.5)
+        >>> out = layer.routed(x, x_scale, ids, weights, 0, num_experts=256)
     """
 
     def __init__(
         self,
-        weights: TorchMoEWeights,
+        weights: ExpertWeights,
         *,
-        config: jax_moe.MoEConfig = jax_moe.DEEPSEEK_V3,
+        config: MoEConfig = DEEPSEEK_V3,
         backend: str = "auto",
+        expected_rows: float | None = None,
+        scale_format: ScaleFormat | None = None,
+        swiglu_limit: float | None = None,
     ) -> None:
-        """Imports the weights.
+        """Imports and checks the weights.
 
         Args:
-            weights: the layer's weights, all on one device.
-            config: routing configuration.
-            backend: as for `jax_moe.apply`.
+            weights: The layer's weights: torch tensors, all on one device.
+            config: How experts are picked; `routed` takes its arithmetic only.
+            backend: As in `torch_moe`.
+            expected_rows: As in `jax_moe.apply`.
+            scale_format: As in `jax_moe.apply`.
+            swiglu_limit: As in `jax_moe.apply`.
 
         Raises:
-            TypeError, ValueError: a weight that the bridge refuses or on another device than the
-                first.
+            TypeError: A weight that is no tensor or of another dtype, or something else than
+                `ExpertWeights` and `MoEConfig`.
+            ValueError: A weight that the bridge refuses, of another shape, or on another device
+                than the first.
+            NotImplementedError: The backend does not run on the weights' device.
         """
-        weights = TorchMoEWeights(*weights)
-        self._bridge = dlpack.bridge_of(weights[0], weights._fields[0])
+        given: Any = weights
+        if not isinstance(given, ExpertWeights):
+            kind = "None" if given is None else type(given).__name__
+            raise TypeError(
+                f"weights: expected a jax_moe.ExpertWeights of torch tensors, got {kind}"
+            )
+        tensors = weights._asdict()
+        self._bridge = dlpack.bridge_of(weights.gemm1_weights, "gemm1_weights")
         stream = self._bridge.current_stream()
-        self._weights = self._bridge.import_all(weights._fields, weights, stream)
-        self._layer = _compiled(config, backend, self._bridge.device.type)
-        # An upload is a transfer of its own: once a value is enough.
-        upload = functools.partial(_upload, self._bridge.target)
-        self._on_device = functools.lru_cache(_KEPT_SCALARS)(upload)
+        shared = self._bridge.ready(tensors)
+        self._arrays = ExpertWeights(**self._bridge.import_all(shared, stream)).check()
+        # Aliases keep the storages that JAX reads, whatever becomes of the caller's tensors.
+        self._tensors = ExpertWeights(**{name: t.data for name, t in shared.items()})
+        validate.moe_config(config)
+        form, limit = config.merged(scale_format, swiglu_limit)
+        self._options = Options(
+            backend=backend,
+            expected_rows=expected_rows,
+            config=config,
+            scale_format=form,
+            swiglu_limit=limit,
+        )
+        self._layer = torch_call.layer_for(self._options, self._arrays.gemm1_weights)
+        # An upload is a transfer of its own: once a value is enough. Types tell 8 from 8.0.
+        upload = functools.partial(jax.device_put, device=self._bridge.target)
+        self._upload = functools.lru_cache(_KEPT_NUMBERS, typed=True)(upload)
 
     def __call__(
         self,
-        routing_logits: torch.Tensor,
-        routing_bias: torch.Tensor,
-        hidden_states: torch.Tensor,
-        hidden_states_scale: torch.Tensor | None,
+        routing_logits: Float[Tensor, "T E"],
+        routing_bias: Float[Tensor, " E"] | None,
+        hidden_states: Float[Tensor, "T H"],
+        hidden_states_scale: Float32[Tensor, "H//128 T"] | None,
         local_expert_offset: int,
         routed_scaling_factor: float,
         *,
         num_tokens: int | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        out: BFloat16[Tensor, "T H"] | None = None,
+    ) -> BFloat16[Tensor, "T H"]:
         """Runs the layer; arguments, result and errors as for `torch_moe`."""
+        tensors: dict[str, Any] = {
+            "routing_logits": routing_logits,
+            "routing_bias": routing_bias,
+            "hidden_states": hidden_states,
+            "hidden_states_scale": hidden_states_scale,
+        }
+        if torch_ops.is_traced(hidden_states):
+            traced = LayerInputs(
+                **tensors,
+                weights=self._tensors,
+                local_expert_offset=local_expert_offset,
+                routed_scaling_factor=routed_scaling_factor,
+            )
+            return torch_ops.call(traced, self._options, num_tokens, out)
         stream = self._bridge.current_stream()
-        activations = (routing_logits, routing_bias, hidden_states, hidden_states_scale)
-        arrays = self._bridge.import_all(_ACTIVATIONS, activations, stream, _OPTIONAL, _LEADER)
-        arrays += self._weights
-        scalars = _scalars(
-            arrays, local_expert_offset, routed_scaling_factor, num_tokens, self._on_device
+        arrays = self._bridge.import_all(tensors, stream, OPTIONAL, LEADER)
+        num_experts = torch_call.num_experts_of(arrays["routing_logits"])
+        inputs = LayerInputs(
+            **arrays,
+            weights=self._arrays,
+            local_expert_offset=self._offset(local_expert_offset, num_experts),
+            routed_scaling_factor=self._upload(torch_call.factor(routed_scaling_factor)),
         )
-        return _run(self._layer, arrays, scalars, out, self._bridge, stream)
+        return self._run(self._layer, inputs, num_tokens, out, stream)
 
+    def routed(
+        self,
+        hidden_states: Float[Tensor, "T H"],
+        hidden_states_scale: Float32[Tensor, "H//128 T"] | None,
+        topk_ids: Int32[Tensor, "T k"],
+        topk_weights: Float32[Tensor, "T k"],
+        local_expert_offset: int,
+        *,
+        num_experts: int,
+        num_tokens: int | None = None,
+        out: BFloat16[Tensor, "T H"] | None = None,
+    ) -> BFloat16[Tensor, "T H"]:
+        """Runs the layer after a router; arguments, result and errors as for `torch_moe_routed`."""
+        options = self._options._replace(config=None, num_experts=num_experts)
+        if torch_ops.is_traced(hidden_states):
+            traced = RoutedInputs.of(
+                hidden_states,
+                hidden_states_scale,
+                *self._tensors,
+                topk_ids,
+                topk_weights,
+                local_expert_offset,
+            )
+            return torch_ops.call(traced, options, num_tokens, out)
+        stream = self._bridge.current_stream()
+        tensors = {
+            "hidden_states": hidden_states,
+            "hidden_states_scale": hidden_states_scale,
+            "topk_ids": topk_ids,
+            "topk_weights": topk_weights,
+        }
+        arrays = self._bridge.import_all(tensors, stream, OPTIONAL, LEADER)
+        layer = torch_call.layer_for(options, self._arrays.gemm1_weights)
+        inputs = RoutedInputs(
+            routing=Routing(arrays.pop("topk_ids"), arrays.pop("topk_weights")),
+            **arrays,
+            weights=self._arrays,
+            local_expert_offset=self._offset(local_expert_offset, num_experts),
+        )
+        return self._run(layer, inputs, num_tokens, out, stream)
 
-def _upload(target: jax.Device, kind: Any, value: float) -> jax.Array:
-    return jax.device_put(kind(value), target)
+    def _offset(self, value: Any, num_experts: int) -> jax.Array:
+        return self._upload(torch_call.offset(value, num_experts, self._arrays))
 
+    def _run(
+        self,
+        layer: torch_call.Layer,
+        inputs: Inputs,
+        num_tokens: Any,
+        out: Tensor | None,
+        stream: dlpack.Stream,
+    ) -> Tensor:
+        if num_tokens is not None:
+            num_tokens = self._upload(torch_call.live_tokens(num_tokens, inputs.hidden_states))
+        return torch_call.run(layer, inputs, num_tokens, out, self._bridge, stream)
 
-def _on_host(kind: Any, value: float) -> np.generic:
-    return kind(value)
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of; what was imported stays behind."""
+        return {"weights": self._tensors, "options": self._options}
 
-
-class _Layer(NamedTuple):
-    """`jax_moe.apply`, jitted, with what is fixed in it."""
-
-    apply: Callable[..., jax.Array]
-    config: jax_moe.MoEConfig
-    backend: str
-
-
-@functools.cache
-def _compiled(config: jax_moe.MoEConfig, backend: str, device_type: str) -> _Layer:
-    if backend == "auto" and device_type == "cpu":
-        backend = "xla"  # "auto" looks at JAX's default device, which may be a GPU
-
-    def layer(*arguments: Any) -> jax.Array:
-        live = arguments[10] if len(arguments) > 10 else None
-        return jax_moe.apply(*arguments[:10], num_tokens=live, config=config, backend=backend)
-
-    return _Layer(jax.jit(layer), config, backend)
-
-
-def _require_memory(layer: _Layer, arrays: Sequence[Any], device: jax.Device) -> None:
-    """Raises MemoryError if a large call cannot fit, as an eager `jax_moe.apply` does."""
-    needed = _bytes_of(layer, arrays[2].shape, arrays[4].shape)
-    if needed is not None:
-        memory.require(device, needed, "torch_moe")
-
-
-@functools.lru_cache(_KEPT_SHAPES)
-def _bytes_of(layer: _Layer, tokens: tuple[int, ...], gemm1: tuple[int, ...]) -> int | None:
-    """Workspace and result of a call; None for shapes that `apply` refuses by name."""
-    if len(tokens) != 2 or len(gemm1) != 3 or tokens[1] % 128 or gemm1[1] % 256 or not all(gemm1):
-        return None
-    workspace = jax_moe.workspace_bytes(
-        tokens[0],
-        num_local_experts=gemm1[0],
-        hidden_size=tokens[1],
-        intermediate_size=gemm1[1] // 2,
-        config=layer.config,
-        backend=layer.backend,
-    )
-    return workspace + 2 * tokens[0] * tokens[1]
-
-
-def _run(
-    layer: _Layer,
-    arrays: list[Any],
-    scalars: list[Any],
-    out: torch.Tensor | None,
-    bridge: dlpack.Bridge,
-    stream: dlpack.Stream,
-) -> torch.Tensor:
-    if out is not None:
-        _check_out(out, arrays[2].shape, bridge.device)  # hidden_states
-    _require_memory(layer, arrays, bridge.target)
-    result = layer.apply(*arrays, *scalars)
-    if not result.size:
-        return dlpack.to_torch(result) if out is None else out
-    exported = dlpack.export_buffer(result, stream)
-    if out is None:
-        return exported
-    out.copy_(exported)
-    dlpack.keep_while_read(result, stream)
-    return out
-
-
-def _scalars(
-    arrays: Sequence[Any],
-    offset: Any,
-    factor: Any,
-    num_tokens: Any,
-    make: Callable[[Any, float], Any],
-) -> list[Any]:
-    """The two or three numbers, checked; an offset must leave room for the local experts."""
-    logits, hidden_states, gemm1_weights = arrays[0], arrays[2], arrays[4]
-    last = (logits.shape or (0,))[-1] - (gemm1_weights.shape or (0,))[0]
-    scalars = [
-        make(np.int32, _integer("local_expert_offset", offset, last)),
-        make(np.float32, _number("routed_scaling_factor", factor)),
-    ]
-    if num_tokens is not None:
-        rows = (hidden_states.shape or (0,))[0]
-        scalars.append(make(np.int32, _integer("num_tokens", num_tokens, rows)))
-    return scalars
-
-
-def _integer(name: str, value: Any, last: int) -> int:
-    if type(value) is not int:
-        _check_on_host(name, value)
-        try:
-            value = operator.index(value)
-        except (TypeError, RuntimeError):
-            raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-    if not 0 <= value <= last:
-        raise ValueError(f"{name}: expected 0..{last}, got {value}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if type(value) is not float:
-        _check_on_host(name, value)
-        try:
-            value = float(value)
-        except OverflowError:  # a Python integer, perhaps of more digits than Python would print
-            raise ValueError(
-                f"{name}: expected a finite float32, got a number beyond float64"
-            ) from None
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    if not abs(value) <= _MAX_FACTOR:
-        raise ValueError(f"{name}: expected a finite float32, got {value}")
-    return value
-
-
-def _check_on_host(name: str, value: Any) -> None:
-    """Reading a scalar from the device would make the host wait for it."""
-    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-        raise ValueError(f"{name}: expected a number, got a tensor on {value.device}")
-
-
-def _check_out(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
-    if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
-        raise ValueError(
-            f"out: expected bfloat16 {list(shape)} on {device}, got "
-            f"{str(out.dtype).removeprefix('torch.')} {list(out.shape)} on {out.device}"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Imports the weights again."""
+        options = state["options"]
+        self.__init__(  # type: ignore[misc]
+            state["weights"],
+            config=options.config,
+            backend=options.backend,
+            expected_rows=options.expected_rows,
+            scale_format=options.scale_format,
+            swiglu_limit=options.swiglu_limit,
         )

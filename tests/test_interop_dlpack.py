@@ -67,6 +67,7 @@ COPIED = {
     "expanded": lambda: sample(torch.float32, 1, 64).expand(8, 64),
     "misaligned": misaligned,
     "negative bit": lambda: torch.complex(misaligned(), misaligned()).conj().imag,
+    "negative bit, else as it should be": lambda: torch._neg_view(torch.arange(64.0)),
 }
 
 
@@ -156,30 +157,46 @@ def test_inside_torch_func_wrapped_tensors_are_named_and_others_cross(transform)
     transform(function)(torch.ones(2, 64))
 
 
-def test_only_the_optional_tensor_may_be_none():
+def test_only_optional_tensors_may_be_none():
     bridge = dlpack.bridge_of(torch.ones(2), "x")
-    first, second = bridge.import_all(("x", "y"), (torch.ones(2), None), None, "y")
-    assert first.shape == (2,)
-    assert second is None
+    arrays = bridge.import_all({"x": torch.ones(2), "y": None}, None, ("y",))
+    assert arrays["x"].shape == (2,)
+    assert arrays["y"] is None
     with pytest.raises(TypeError, match=r"^x: expected a torch\.Tensor, got NoneType"):
-        bridge.import_all(("x", "y"), (None, None), None, "y")
+        bridge.import_all({"x": None, "y": None}, None, ("y",))
 
 
 def test_a_tensor_elsewhere_is_named():
     bridge = dlpack.bridge_of(torch.ones(2), "x")
     with pytest.raises(ValueError, match=r"^y: expected a tensor on cpu, got meta"):
-        bridge.import_all(("x", "y"), (torch.ones(2), torch.ones(2, device="meta")), None)
+        bridge.import_all({"x": torch.ones(2), "y": torch.ones(2, device="meta")}, None)
 
 
 def test_one_event_serves_the_arrays_of_a_program(monkeypatch):
     bridge = dlpack.Bridge(torch.device("cpu"), "x")
     monkeypatch.setattr(bridge, "order_after_torch", lambda stream: 0xABC)
     monkeypatch.setattr(dlpack, "_to_buffer", lambda capsule, target, address, copy, kind: address)
-    names, tensors = ("x", "y", "z"), (torch.ones(2), torch.ones(2), None)
-    assert bridge.import_all(names, tensors, None, "z") == [0xABC, 0xABC, None]
-    assert bridge.import_all(names, tensors, None, "z", "y") == [None, 0xABC, None]
+    tensors = {"x": torch.ones(2), "y": torch.ones(2), "z": None}
+    each = {"x": 0xABC, "y": 0xABC, "z": None}
+    assert bridge.import_all(tensors, None, ("z",)) == each
+    assert bridge.import_all(tensors, None, ("z",), "y") == each | {"x": None}
     with jax.disable_jit():  # then every operation is a program
-        assert bridge.import_all(names, tensors, None, "z", "y") == [0xABC, 0xABC, None]
+        assert bridge.import_all(tensors, None, ("z",), "y") == each
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_grad_mode_is_off_there_is_no_gradient_to_lose(mode):
+    parameter = torch.nn.Parameter(torch.arange(64.0))
+    with pytest.raises(ValueError, match=r"^w: requires grad.*w\.detach\(\).*torch\.no_grad\(\)"):
+        to_jax(parameter, "w")
+    with mode():
+        array = to_jax(parameter, "w")
+        assert array.unsafe_buffer_pointer() == parameter.data_ptr()
+        assert to_jax(parameter.view(8, 8).t(), "w").shape == (8, 8)
+        assert to_jax(torch.ones(64) * 2).tolist() == [2.0] * 64  # an inference tensor
+    with torch.no_grad():
+        parameter.mul_(2)
+    assert array.tolist() == (2 * torch.arange(64.0)).tolist()
 
 
 class OneEvent:

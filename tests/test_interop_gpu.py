@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 
@@ -12,8 +13,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop import TorchMoE, TorchMoEWeights, dlpack, to_jax, to_torch, torch_moe  # noqa: E402
-from tests.torch_inputs import bits, torch_inputs  # noqa: E402
+from interop import TorchMoE, dlpack, to_jax, to_torch, torch_moe  # noqa: E402
+from jax_moe import ExpertWeights  # noqa: E402
+from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -74,7 +76,7 @@ def test_wrong_devices_are_named(inputs):
     tensors[4] = tensors[4].cpu()
     with pytest.raises(ValueError, match="gemm1_weights: expected a tensor on cuda:0, got cpu"):
         torch_moe(*tensors)
-    handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
+    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
     with pytest.raises(ValueError, match="hidden_states: expected a tensor on cuda:0, got cpu"):
         handle(*inputs[:2], inputs[2].cpu(), inputs[3], *inputs[8:])
     with pytest.raises(ValueError, match="x: pinned host memory"):
@@ -125,7 +127,7 @@ def test_any_torch_stream(inputs, expected):
 
 def test_freed_and_overwritten_inputs(inputs, expected):
     """Inputs die and their memory is written again at once: later calls and results stay right."""
-    handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
+    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
     for _ in range(20):
         fresh = [tensor.clone() for tensor in inputs[:4]]
         result = handle(*fresh, *inputs[8:])
@@ -173,6 +175,35 @@ def test_a_torch_graph_capture_is_refused(inputs):
             to_jax(side)
 
 
+def test_compiled_beside_cuda_graphs_of_torch(inputs, expected):
+    """`reduce-overhead` makes graphs of what is around the layer, and leaves the layer out."""
+
+    def model(*tensors):
+        return torch_moe(*tensors, *inputs[8:]).float() * 2
+
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm-up, capture, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        found = compiled(*inputs[:8]).clone()
+        np.testing.assert_array_equal(bits(found), bits(expected.float() * 2))
+
+
+def test_a_copied_handle_computes_the_same(inputs, expected):
+    handle = copy.deepcopy(TorchMoE(ExpertWeights(*inputs[4:8])))
+    np.testing.assert_array_equal(bits(handle(*inputs[:4], *inputs[8:])), bits(expected))
+
+
+def test_the_backend_is_that_of_the_tensors(inputs, expected):
+    """JAX's default device is the GPU, also for tensors on the CPU."""
+    assert TorchMoE(ExpertWeights(*inputs[4:8]))._layer.options.backend != "xla"
+    on_cpu = [tensor.cpu() for tensor in inputs[:8]]
+    handle = TorchMoE(ExpertWeights(*on_cpu[4:]))
+    assert handle._layer.options.backend == "xla"
+    result = handle(*on_cpu[:4], *inputs[8:])
+    assert not result.is_cuda
+    assert relative_error(result, expected) < 0.01
+
+
 def test_a_thousand_round_trips_leave_memory_flat(inputs):
     device = dlpack.jax_device(torch.device("cuda", 0))
 
@@ -184,7 +215,7 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
         array = to_jax(torch.zeros(1 << 20, dtype=torch.uint8, device="cuda"))
         to_torch(array + 1).sum()
 
-    handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
+    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
     out = torch.empty(20, 256, dtype=torch.bfloat16, device="cuda")
     for _ in range(20):
         round_trip()
@@ -202,7 +233,7 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
 def test_host_time_of_a_handle_call(record_property):
     """What a call costs the host, the GPU idle before each so that launches do not queue up."""
     inputs = torch_inputs(1, "cuda")
-    handle = TorchMoE(TorchMoEWeights(*inputs[4:8]))
+    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
     for _ in range(50):
         handle(*inputs[:4], *inputs[8:])
     torch.cuda.synchronize()

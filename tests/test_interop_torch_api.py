@@ -12,10 +12,11 @@ torch = pytest.importorskip("torch")
 import numpy as np  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
+import interop  # noqa: E402
 import jax_moe  # noqa: E402
-from interop import TorchMoE, TorchMoEWeights, host_time, to_jax, to_torch, torch_moe  # noqa: E402
-from interop.torch_api import _compiled  # noqa: E402
-from jax_moe import memory  # noqa: E402
+from interop import TorchMoE, host_time, to_jax, to_torch, torch_moe  # noqa: E402
+from interop.torch_call import _compiled  # noqa: E402
+from jax_moe import ExpertWeights, memory  # noqa: E402
 from tests import moe_inputs  # noqa: E402
 from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
@@ -33,7 +34,7 @@ def expected(inputs):
 
 @pytest.fixture(scope="module")
 def handle(inputs):
-    return TorchMoE(TorchMoEWeights(*inputs[4:8]))
+    return TorchMoE(ExpertWeights(*inputs[4:8]))
 
 
 def test_value_returning(inputs, expected):
@@ -122,16 +123,6 @@ def test_inputs_are_released(inputs):
     assert result.isfinite().all()
 
 
-def test_a_handle_keeps_the_storages_of_its_weights(inputs, expected):
-    """A weight that is given other data leaves the handle as it was made."""
-    weights = TorchMoEWeights(*[tensor.clone() for tensor in inputs[4:8]])
-    handle = TorchMoE(weights)
-    for weight in weights:
-        size, weight.data = weight.nbytes, torch.empty(0, dtype=weight.dtype)
-        torch.full((size,), 0xFF, dtype=torch.uint8)  # NaNs, where freed memory would be taken
-    np.testing.assert_array_equal(bits(handle(*inputs[:4], *inputs[8:])), bits(expected))
-
-
 def test_a_freed_weight_is_named(inputs):
     """FSDP frees a shard's storage and keeps its tensor."""
     tensors = [tensor.clone() for tensor in inputs[:8]]
@@ -140,10 +131,10 @@ def test_a_freed_weight_is_named(inputs):
         torch_moe(*tensors, *inputs[8:])
 
 
-ALL_BUT_SCALE = [index for index in range(8) if index != 3]
+REQUIRED = [index for index in range(8) if index not in (1, 3)]
 
 
-@pytest.mark.parametrize("index", ALL_BUT_SCALE)
+@pytest.mark.parametrize("index", REQUIRED)
 def test_none_is_named(inputs, handle, index):
     tensors = list(inputs)
     name, tensors[index] = inputs._fields[index], None
@@ -152,7 +143,7 @@ def test_none_is_named(inputs, handle, index):
         torch_moe(*tensors)
 
     def with_handle() -> None:
-        used = handle if index < 4 else TorchMoE(TorchMoEWeights(*tensors[4:8]))
+        used = handle if index < 4 else TorchMoE(ExpertWeights(*tensors[4:8]))
         used(*tensors[:4], *tensors[8:])
 
     with pytest.raises(TypeError, match=message):
@@ -214,15 +205,21 @@ SCALARS = [
     (8, -1, ValueError, r"local_expert_offset: expected 0\.\.56, got -1"),
     (8, 57, ValueError, r"local_expert_offset: expected 0\.\.56, got 57"),
     (8, 1.5, TypeError, "local_expert_offset: expected an integer"),
-    (8, torch.tensor([8, 8]), TypeError, "local_expert_offset: expected an integer"),
-    (9, "high", TypeError, "routed_scaling_factor: expected a number"),
-    (9, torch.ones(2), TypeError, "routed_scaling_factor: expected a number"),
+    (8, torch.tensor([8, 8]), ValueError, r"local_expert_offset: .* scalar, got int64 \[2\]"),
+    (9, "high", TypeError, "routed_scaling_factor: expected a real number"),
+    (9, torch.ones(2), ValueError, r"routed_scaling_factor: .* scalar, got float32 \[2\]"),
+    (9, torch.tensor(2.5, requires_grad=True), ValueError, "routed_scaling_factor: requires grad"),
+    (8, torch.tensor(8.0), TypeError, "local_expert_offset: expected an integer, got 8.0"),
     (9, float("nan"), ValueError, "routed_scaling_factor: expected a finite float32, got nan"),
     (9, 1e39, ValueError, r"routed_scaling_factor: expected a finite float32, got 1e\+39"),
     pytest.param(
-        9, 10**5000, ValueError, "routed_scaling_factor: .* got a number beyond float64", id="huge"
+        9, 10**5000, ValueError, "routed_scaling_factor: .* integer of 16610 bits", id="huge factor"
+    ),
+    pytest.param(
+        8, 10**5000, ValueError, "local_expert_offset: .* integer of 16610 bits", id="huge offset"
     ),
 ]
+BOOLS = [True, np.True_, np.array(True), torch.tensor(True)]
 
 
 @pytest.mark.parametrize(("index", "value", "error", "message"), SCALARS)
@@ -231,6 +228,25 @@ def test_bad_scalars_are_named(inputs, index, value, error, message):
     arguments[index] = value
     with pytest.raises(error, match=message):
         torch_moe(*arguments)
+
+
+@pytest.mark.parametrize("value", BOOLS, ids=["python", "numpy", "array", "torch"])
+def test_bools_are_no_numbers(inputs, handle, value):
+    """`num_tokens=True` left one live row."""
+    changing = (*inputs[:4], *inputs[8:])
+    with pytest.raises(TypeError, match="num_tokens: expected an integer, got"):
+        torch_moe(*inputs, num_tokens=value)
+    with pytest.raises(TypeError, match="num_tokens: expected an integer, got"):
+        handle(*changing, num_tokens=value)
+    with pytest.raises(TypeError, match="local_expert_offset: expected an integer, got"):
+        torch_moe(*inputs[:8], value, 2.5)
+    with pytest.raises(TypeError, match="routed_scaling_factor: expected a real number, got"):
+        handle(*inputs[:4], 8, value)
+
+
+def test_integers_of_any_number_of_digits_are_named(inputs):
+    with pytest.raises(ValueError, match=r"num_tokens: expected 0\.\.20, got an integer of 16610"):
+        torch_moe(*inputs, num_tokens=10**5000)
 
 
 def test_torch_scalars_count_as_numbers(inputs, expected):
@@ -250,6 +266,28 @@ def test_torch_scalars_count_as_numbers(inputs, expected):
 def test_bad_destinations_are_named(inputs, out):
     with pytest.raises(ValueError, match=r"out: expected bfloat16 \[20, 256\] on cpu, got"):
         torch_moe(*inputs, out=out)
+
+
+def test_the_same_is_refused_without_a_handle(inputs):
+    with pytest.raises(NotImplementedError, match="backend='mosaic'"):
+        torch_moe(*inputs, backend="mosaic")
+    with pytest.raises(TypeError, match=r"config: expected a jax_moe\.MoEConfig, got dict"):
+        torch_moe(*inputs, config={})
+
+
+def test_the_old_name_of_the_weights():
+    with pytest.warns(DeprecationWarning, match=r"TorchMoEWeights is now called jax_moe\.Expert"):
+        assert interop.TorchMoEWeights is ExpertWeights
+    assert {"torch_moe", "torch_moe_routed", "TorchMoE", "to_jax"} <= set(dir(interop))
+    assert "TorchMoEWeights" not in interop.__all__
+
+
+def test_a_destination_that_requires_grad_is_named(inputs):
+    out = torch.zeros(20, 256, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(ValueError, match="out: requires grad"):
+        torch_moe(*inputs, out=out)
+    with torch.no_grad():
+        assert torch_moe(*inputs, out=out) is out
 
 
 def test_host_times_are_measured(monkeypatch):

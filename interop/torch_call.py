@@ -1,0 +1,222 @@
+"""One eager call of the layer on torch tensors: import, check, run, export."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import torch
+from torch import Tensor
+
+import jax_moe
+from interop import dlpack
+from jax_moe import ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, backends, memory, validate
+from jax_moe.config import ScaleFormat, checked_scale_format, checked_swiglu_limit
+from jax_moe.device import device_of
+from jax_moe.types import Routing
+
+OPTIONAL = ("routing_bias", "hidden_states_scale")
+LEADER = "hidden_states"  # no program of ours drops it
+
+_KEPT_SHAPES = 1024
+_ANY = 2**31 - 1
+
+type Inputs = LayerInputs | RoutedInputs
+
+
+class Options(NamedTuple):
+    """What is static in a call.
+
+    Attributes:
+        backend: As in `jax_moe.apply`.
+        expected_rows: As in `jax_moe.apply`.
+        config: How experts are picked; None where the caller has picked them.
+        num_experts: E; None where `routing_logits` tell it.
+        scale_format: As in `jax_moe.apply`.
+        swiglu_limit: As in `jax_moe.apply`.
+    """
+
+    backend: str = "auto"
+    expected_rows: float | None = None
+    config: MoEConfig | None = None
+    num_experts: int | None = None
+    scale_format: ScaleFormat | None = None
+    swiglu_limit: float | None = None
+
+
+class Layer(NamedTuple):
+    """`jax_moe.apply` or `apply_routed`, jitted, with its options; the backend is a chosen one."""
+
+    apply: Callable[..., jax.Array]
+    options: Options
+
+
+def layer_for(options: Options, array: jax.Array) -> Layer:
+    """The layer on the device of an array; checks the options as `jax_moe.apply` does."""
+    if options.config is None:
+        options = options._replace(num_experts=validate.num_experts(options.num_experts))
+    if options.scale_format is not None:
+        checked_scale_format(options.scale_format)
+    options = options._replace(
+        backend=backends.select(options.backend, device_of(array)),
+        expected_rows=validate.expected_rows(options.expected_rows),
+        swiglu_limit=checked_swiglu_limit(options.swiglu_limit),
+    )
+    return _compiled(options)
+
+
+@functools.cache
+def _compiled(options: Options) -> Layer:
+    static = {name: value for name, value in options._asdict().items() if value is not None}
+
+    def layer(inputs: Inputs, num_tokens: Any) -> jax.Array:
+        function = jax_moe.apply if isinstance(inputs, LayerInputs) else jax_moe.apply_routed
+        return function(*inputs.arguments, num_tokens=num_tokens, **static)
+
+    return Layer(jax.jit(layer), options)
+
+
+def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None = None) -> Tensor:
+    """`torch_moe` or `torch_moe_routed` on inputs by name."""
+    bridge = dlpack.bridge_of(inputs.hidden_states, "hidden_states")
+    stream = bridge.current_stream()
+    arrays = bridge.import_all(tensors_of(inputs), stream, OPTIONAL, LEADER)
+    weights = ExpertWeights(**{name: arrays.pop(name) for name in ExpertWeights._fields})
+    layer = layer_for(options, arrays["hidden_states"])
+    if isinstance(inputs, LayerInputs):
+        num_experts = num_experts_of(arrays["routing_logits"])
+        arrays["routed_scaling_factor"] = factor(inputs.routed_scaling_factor)
+    else:
+        num_experts = layer.options.num_experts or 0
+        arrays["routing"] = Routing(**{name: arrays.pop(name) for name in Routing._fields})
+    arrays["local_expert_offset"] = offset(inputs.local_expert_offset, num_experts, weights)
+    imported = type(inputs)(weights=weights, **arrays)
+    live = None if num_tokens is None else live_tokens(num_tokens, imported.hidden_states)
+    return run(layer, imported, live, out, bridge, stream)
+
+
+def tensors_of(inputs: Inputs) -> dict[str, Any]:
+    """All tensors of a call by name."""
+    tensors: dict[str, Any] = {}
+    if isinstance(inputs, LayerInputs):
+        tensors["routing_logits"] = inputs.routing_logits
+        tensors["routing_bias"] = inputs.routing_bias
+    tensors["hidden_states"] = inputs.hidden_states
+    tensors["hidden_states_scale"] = inputs.hidden_states_scale
+    if isinstance(inputs, RoutedInputs):
+        tensors |= inputs.routing._asdict()
+    return tensors | inputs.weights._asdict()
+
+
+def num_experts_of(routing_logits: jax.Array) -> int:
+    """E; of logits that are no matrix anything, as `jax_moe.apply` refuses them by name."""
+    return (routing_logits.shape or (0,))[-1]
+
+
+def offset(value: Any, num_experts: int, weights: ExpertWeights) -> Any:
+    """The offset, checked: it leaves room for the local experts.
+
+    Where shapes leave no room at all, `jax_moe.apply` refuses them by name.
+    """
+    last = num_experts - (weights.gemm1_weights.shape or (0,))[0]
+    return _integer("local_expert_offset", value, _ANY if last < 0 else last)
+
+
+def factor(value: Any) -> Any:
+    """The routed scaling factor, checked."""
+    return validate.real("routed_scaling_factor", _host_number("routed_scaling_factor", value))
+
+
+def live_tokens(value: Any, hidden_states: jax.Array) -> Any:
+    """The number of live rows, checked."""
+    return _integer("num_tokens", value, hidden_states.shape[0] if hidden_states.shape else _ANY)
+
+
+def _integer(name: str, value: Any, last: int) -> Any:
+    return validate.integer(name, _host_number(name, value), 0, last)
+
+
+def run(
+    layer: Layer,
+    inputs: Inputs,
+    num_tokens: Any,
+    out: Tensor | None,
+    bridge: dlpack.Bridge,
+    stream: dlpack.Stream,
+) -> Tensor:
+    """Runs the layer on imported arrays and hands the result to torch.
+
+    Args:
+        layer: From `layer_for`.
+        inputs: JAX arrays and checked numbers.
+        num_tokens: The live rows, checked; None for all.
+        out: The caller's destination, unchecked, or None.
+        bridge: That the arrays came over.
+        stream: Torch's current stream.
+
+    Returns:
+        `out`, or a tensor that shares the memory of the result.
+    """
+    if out is not None:
+        _check_out(out, inputs.hidden_states.shape, bridge.device)
+    _require_memory(layer.options, inputs, bridge.target)
+    result = layer.apply(inputs, num_tokens)
+    if not result.size:
+        return dlpack.to_torch(result) if out is None else out
+    exported = dlpack.export_buffer(result, stream)
+    if out is None:
+        return exported
+    out.copy_(exported)
+    dlpack.keep_while_read(result, stream)
+    return out
+
+
+def _host_number(name: str, value: Any) -> Any:
+    """A torch scalar as Python's; other things stay as they are."""
+    if type(value) in (int, float) or not isinstance(value, Tensor):  # the first is quick
+        return value
+    if value.device.type != "cpu":  # to read it would make the host wait
+        raise ValueError(f"{name}: expected a number, got a tensor on {value.device}")
+    dlpack.refuse_grad(name, value)
+    if value.ndim:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a scalar, got {kind} {list(value.shape)}")
+    return value.item()
+
+
+def _require_memory(options: Options, inputs: Inputs, device: jax.Device) -> None:
+    """Raises MemoryError if a large call cannot fit, as an eager `jax_moe.apply` does."""
+    if isinstance(inputs, RoutedInputs):
+        top_k = (inputs.routing.topk_ids.shape or (0,))[-1]
+    else:
+        top_k = options.config.top_k if options.config else 0
+    shapes = inputs.hidden_states.shape, inputs.weights.gemm1_weights.shape
+    needed = _bytes_of(options.backend, top_k, *shapes)
+    if needed is not None:
+        memory.require(device, needed, "torch_moe")
+
+
+@functools.lru_cache(_KEPT_SHAPES)
+def _bytes_of(
+    backend: str, top_k: int, hidden_states: tuple[int, ...], gemm1_weights: tuple[int, ...]
+) -> int | None:
+    """Workspace and result of a call; None for shapes that `apply` refuses by name."""
+    if len(hidden_states) != 2 or len(gemm1_weights) != 3 or not top_k:
+        return None
+    num_tokens, hidden_size = hidden_states
+    num_local_experts, rows, _ = gemm1_weights
+    workspace = backends.load(backend).workspace_bytes(
+        num_tokens, top_k, num_local_experts, hidden_size, rows // 2
+    )
+    return workspace + 2 * num_tokens * hidden_size
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
+        raise ValueError(
+            f"out: expected bfloat16 {list(shape)} on {device}, got "
+            f"{str(out.dtype).removeprefix('torch.')} {list(out.shape)} on {out.device}"
+        )
+    dlpack.refuse_grad("out", out)

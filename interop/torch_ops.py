@@ -1,0 +1,212 @@
+"""The layer as operators of torch: what `torch.compile`, `torch.export` and fake tensors see.
+
+`torch.ops.jax_moe.moe` and `torch.ops.jax_moe.moe_routed` take tensors and numbers, so a graph or
+an exported program holds the call; a process that loads one imports this module first. Torch
+learns the shape of the result from a fake version. No CUDA graph of torch can hold them, since JAX
+launches on a stream of its own: `torch.compile(mode="reduce-overhead")` leaves them out of its
+graphs, a capture by hand raises `RuntimeError`.
+
+Eager calls do not pass here: the operator's dispatch would cost the host more than their checks.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from interop import dlpack, torch_call
+from interop.torch_call import Inputs, Options
+from jax_moe import LayerInputs, MoEConfig, RoutedInputs
+from jax_moe.config import ScaleFormat, Scoring
+
+_NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
+
+
+def is_traced(tensor: Any) -> bool:
+    """Whether a call on this tensor has to be one that torch can see."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, counters of FLOPs
+        or type(tensor) is FakeTensor
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace would keep a constant
+    )
+
+
+@torch.library.custom_op("jax_moe::moe", mutates_args=(), tags=_NO_CUDA_GRAPH)
+def _moe(
+    routing_logits: Tensor,
+    routing_bias: Tensor | None,
+    hidden_states: Tensor,
+    hidden_states_scale: Tensor | None,
+    gemm1_weights: Tensor,
+    gemm1_weights_scale: Tensor,
+    gemm2_weights: Tensor,
+    gemm2_weights_scale: Tensor,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    scoring: str,
+    renormalize: bool,
+    swiglu_limit: float | None,
+    scale_format: str,
+    backend: str,
+    num_tokens: int | None,
+    expected_rows: float | None,
+) -> Tensor:
+    inputs = LayerInputs.of(
+        routing_logits,
+        routing_bias,
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        local_expert_offset,
+        routed_scaling_factor,
+    )
+    config = MoEConfig(
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        scoring=cast(Scoring, scoring),
+        renormalize=renormalize,
+        swiglu_limit=swiglu_limit,
+        scale_format=cast(ScaleFormat, scale_format),
+    )
+    options = Options(backend=backend, expected_rows=expected_rows, config=config)
+    return torch_call.call(inputs, options, num_tokens)
+
+
+@torch.library.custom_op("jax_moe::moe_routed", mutates_args=(), tags=_NO_CUDA_GRAPH)
+def _moe_routed(
+    hidden_states: Tensor,
+    hidden_states_scale: Tensor | None,
+    gemm1_weights: Tensor,
+    gemm1_weights_scale: Tensor,
+    gemm2_weights: Tensor,
+    gemm2_weights_scale: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    local_expert_offset: int,
+    *,
+    num_experts: int,
+    swiglu_limit: float | None,
+    scale_format: str,
+    backend: str,
+    num_tokens: int | None,
+    expected_rows: float | None,
+) -> Tensor:
+    inputs = RoutedInputs.of(
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        topk_ids,
+        topk_weights,
+        local_expert_offset,
+    )
+    options = Options(
+        backend=backend,
+        expected_rows=expected_rows,
+        num_experts=num_experts,
+        swiglu_limit=swiglu_limit,
+        scale_format=cast(ScaleFormat, scale_format),
+    )
+    return torch_call.call(inputs, options, num_tokens)
+
+
+@_moe.register_fake
+def _fake(
+    routing_logits: Tensor, routing_bias: Tensor | None, hidden_states: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    return _result_like(hidden_states)
+
+
+@_moe_routed.register_fake
+def _fake_routed(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _result_like(hidden_states)
+
+
+def _result_like(hidden_states: Tensor) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape, dtype=torch.bfloat16)
+
+
+def _refuse(context: Any, *gradients: Any) -> None:
+    raise NotImplementedError("jax_moe is forward only: there is no gradient through it")
+
+
+_moe.register_autograd(_refuse)
+_moe_routed.register_autograd(_refuse)
+
+
+def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None = None) -> Tensor:
+    """`torch_call.call` as an operator. Torch traces this function, so it stays plain.
+
+    Args:
+        inputs: Torch tensors and numbers.
+        options: As the caller passed them; the operator checks them when it runs.
+        num_tokens: The live rows, None for all.
+        out: The caller's destination, or None.
+
+    Returns:
+        `out`, or the operator's result.
+    """
+    for name, tensor in torch_call.tensors_of(inputs).items():
+        if isinstance(tensor, Tensor):
+            dlpack.refuse_grad(name, tensor)
+    offset = _plain("local_expert_offset", inputs.local_expert_offset)
+    live, rows = _plain("num_tokens", num_tokens), options.expected_rows
+    if isinstance(inputs, LayerInputs):
+        config = options.config
+        assert config is not None  # checked by the callers
+        form, limit = config.merged(options.scale_format, options.swiglu_limit)
+        result = torch.ops.jax_moe.moe(
+            inputs.routing_logits,
+            inputs.routing_bias,
+            inputs.hidden_states,
+            inputs.hidden_states_scale,
+            *inputs.weights,
+            offset,
+            _plain("routed_scaling_factor", inputs.routed_scaling_factor, "a real number"),
+            top_k=config.top_k,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            scoring=config.scoring,
+            renormalize=config.renormalize,
+            swiglu_limit=limit,
+            scale_format=form,
+            backend=options.backend,
+            num_tokens=live,
+            expected_rows=rows,
+        )
+    else:
+        result = torch.ops.jax_moe.moe_routed(
+            inputs.hidden_states,
+            inputs.hidden_states_scale,
+            *inputs.weights,
+            *inputs.routing,
+            offset,
+            num_experts=options.num_experts,
+            swiglu_limit=options.swiglu_limit,
+            scale_format=options.scale_format,
+            backend=options.backend,
+            num_tokens=live,
+            expected_rows=rows,
+        )
+    return result if out is None else out.copy_(result)
+
+
+def _plain(name: str, value: Any, wanted: str = "an integer") -> Any:
+    """A number as the operator takes it; torch would take a bool for one."""
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected {wanted}, got {value} (bool)")
+    return value
