@@ -137,7 +137,7 @@ class Layer(torch.nn.Module):
         return self.experts(*tensors, 0, 2.5)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_exported_for_any_number_of_tokens(cold, inputs, weights, expected, strict):
     tokens = torch.export.Dim("T", min=1, max=64)
     shapes = ({0: tokens}, None, {0: tokens}, {1: tokens})
