@@ -25,6 +25,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(lowering_cache, "_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(backends.load("xla"), "KEEPS_LOWERED", True)
     monkeypatch.setattr(lowering_cache, "_PLATFORM", "cpu")
+    jax.clear_caches()  # a layer that an earlier test compiled would not be kept
     return tmp_path / "cache"
 
 
