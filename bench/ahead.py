@@ -15,8 +15,9 @@ import jax
 from bench import environment, execution, inputs
 from bench.settings import Settings
 from interop.processes import spawned
-from interop.solutions.base import Arguments, Solution
+from interop.solutions.base import Solution
 from interop.workloads import Workload
+from jax_moe import LayerInputs
 
 Order = tuple[Solution, int]
 _LOG = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def _start() -> None:
     environment.enable_compilation_cache()
 
 
-def _compile(settings: Settings, name: str, specs: Arguments) -> execution.Program:
+def _compile(settings: Settings, name: str, specs: LayerInputs) -> execution.Program:
     from bench import solutions
 
     run = solutions.registry(settings.backend, settings.measured)[name].run
-    return execution.compiled_program(jax.jit(run).lower(*specs).compile())
+    return execution.compiled_program(jax.jit(run).lower(*specs.arguments).compile())

@@ -8,9 +8,10 @@ import jax
 from jax.experimental import serialize_executable
 
 from bench.timers import Execution, no_wait
-from interop.solutions.base import Arguments, Solution
+from interop.solutions.base import Solution
+from jax_moe import LayerInputs
 
-Binder = Callable[[Arguments], Execution]
+Binder = Callable[[LayerInputs], Execution]
 _CANNOT_BE_LOADED = (ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 
 
@@ -78,8 +79,8 @@ def to_jax(solution: Solution, output: Any) -> jax.Array:
 def _jax_binder(solution: Solution, reload: bool, programs: Programs) -> Binder:
     loaded: dict[Any, Callable[..., jax.Array]] = {}
 
-    def bind(arguments: Arguments) -> Execution:
-        prepared = solution.prepare(arguments) if solution.prepare else tuple(arguments)
+    def bind(inputs: LayerInputs) -> Execution:
+        prepared = solution.prepare(inputs) if solution.prepare else inputs.arguments
         jax.block_until_ready(prepared)
         key = key_of(solution, prepared)
         if key not in programs:
@@ -116,15 +117,13 @@ def _torch_binder(solution: Solution) -> Binder:
 
     from interop import dlpack
 
-    def bind(arguments: Arguments) -> Execution:
-        names = Arguments._fields[:8]
-        views = Arguments(
-            **{name: dlpack.to_torch(getattr(arguments, name)) for name in names},
-            local_expert_offset=int(arguments.local_expert_offset),
-            routed_scaling_factor=float(arguments.routed_scaling_factor),
+    def bind(inputs: LayerInputs) -> Execution:
+        views = jax.tree.map(dlpack.to_torch, inputs)._replace(
+            local_expert_offset=int(inputs.local_expert_offset),
+            routed_scaling_factor=float(inputs.routed_scaling_factor),
         )
         with torch.no_grad():
-            prepared = solution.prepare(views) if solution.prepare else tuple(views)
+            prepared = solution.prepare(views) if solution.prepare else views.arguments
 
             @torch.no_grad()
             def run() -> Any:

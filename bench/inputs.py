@@ -12,34 +12,24 @@ a data set the routing is a stand-in (`bench.routing`), drawn once per workload,
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float8e4m3fn, Float32
+from jaxtyping import Array
 
 from bench.gaussian import BLOCK, clipped_gaussian_e4m3, gaussian, key_for, quantized_gaussian
 from bench.routing import HostRouting
 from bench.workloads import Sizes
-from interop.solutions.base import Arguments
 from interop.workloads import ROUTED_SCALING_FACTOR, Workload
+from jax_moe import ExpertWeights, LayerInputs
 
 KINDS = ("realistic", "flashinfer", "dataset")
 _WEIGHTS, _ACTIVATIONS = 0, 1  # streams of the seed
 _DRAWN_TOKENS = (64, 1024, 16384, 2**20)
 
 
-class Weights(NamedTuple):
-    """The four weight tensors, shared by all workloads of a run."""
-
-    gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"]
-    gemm1_weights_scale: Float32[Array, "E_local 2*I/128 H/128"]
-    gemm2_weights: Float8e4m3fn[Array, "E_local H I"]
-    gemm2_weights_scale: Float32[Array, "E_local H/128 I/128"]
-
-
-def draw_weights(kind: str, sizes: Sizes, seed: int) -> Weights:
+def draw_weights(kind: str, sizes: Sizes, seed: int) -> ExpertWeights:
     """Draws the weights of a run.
 
     Args:
@@ -54,7 +44,7 @@ def draw_weights(kind: str, sizes: Sizes, seed: int) -> Weights:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _draw_weights(realistic: bool, sizes: Sizes, seed: int) -> Weights:
+def _draw_weights(realistic: bool, sizes: Sizes, seed: int) -> ExpertWeights:
     hidden, intermediate = sizes.hidden_size, sizes.intermediate_size
     shapes = (
         (2 * intermediate, hidden, 2 / math.sqrt(hidden)),
@@ -68,7 +58,7 @@ def _draw_weights(realistic: bool, sizes: Sizes, seed: int) -> Weights:
             drawn += _matrix(realistic, key, rows, columns, BLOCK, std)
         return tuple(drawn)
 
-    return Weights(*jax.lax.map(one_expert, jnp.arange(sizes.num_local_experts)))
+    return ExpertWeights(*jax.lax.map(one_expert, jnp.arange(sizes.num_local_experts)))
 
 
 def _matrix(
@@ -100,10 +90,10 @@ def make_arguments(
     sizes: Sizes,
     seed: int,
     trial: int,
-    weights: Weights,
+    weights: ExpertWeights,
     routing: HostRouting,
     factor: float = ROUTED_SCALING_FACTOR,
-) -> Arguments:
+) -> LayerInputs:
     """Completes the ten arguments of one trial, for `padded_tokens(T)` tokens.
 
     Args:
@@ -125,44 +115,45 @@ def make_arguments(
     values, scales = _draw_activations(kind == "realistic", tokens, sizes.hidden_size, key)
     logits = np.zeros((tokens, routing.logits.shape[1]), np.float32)
     logits[: workload.num_tokens] = routing.logits
-    return Arguments(
+    return LayerInputs(
         routing_logits=jnp.asarray(logits),
         routing_bias=jnp.asarray(routing.bias),
         hidden_states=values,
         hidden_states_scale=scales,
-        gemm1_weights=weights.gemm1_weights,
-        gemm1_weights_scale=weights.gemm1_weights_scale,
-        gemm2_weights=weights.gemm2_weights,
-        gemm2_weights_scale=weights.gemm2_weights_scale,
+        weights=weights,
         local_expert_offset=jnp.int32(sizes.offset(workload)),
         routed_scaling_factor=jnp.float32(factor),
     )
 
 
-def specs(num_tokens: int, sizes: Sizes) -> Arguments:
-    """Shapes and dtypes of the ten arguments, for compiling without them."""
+def specs(num_tokens: int, sizes: Sizes) -> LayerInputs:
+    """Shapes and dtypes of the inputs, for compiling without them."""
     experts, hidden, intermediate = sizes[1:]
     blocks, inner_blocks = hidden // BLOCK, intermediate // BLOCK
     f32, e4m3 = jnp.float32, jnp.float8_e4m3fn
-    return Arguments(
-        routing_logits=jax.ShapeDtypeStruct((num_tokens, sizes.num_experts), f32),
-        routing_bias=jax.ShapeDtypeStruct((sizes.num_experts,), jnp.bfloat16),
-        hidden_states=jax.ShapeDtypeStruct((num_tokens, hidden), e4m3),
-        hidden_states_scale=jax.ShapeDtypeStruct((blocks, num_tokens), f32),
+    weights = ExpertWeights(
         gemm1_weights=jax.ShapeDtypeStruct((experts, 2 * intermediate, hidden), e4m3),
         gemm1_weights_scale=jax.ShapeDtypeStruct((experts, 2 * inner_blocks, blocks), f32),
         gemm2_weights=jax.ShapeDtypeStruct((experts, hidden, intermediate), e4m3),
         gemm2_weights_scale=jax.ShapeDtypeStruct((experts, blocks, inner_blocks), f32),
+    )
+    return LayerInputs(
+        routing_logits=jax.ShapeDtypeStruct((num_tokens, sizes.num_experts), f32),
+        routing_bias=jax.ShapeDtypeStruct((sizes.num_experts,), jnp.bfloat16),
+        hidden_states=jax.ShapeDtypeStruct((num_tokens, hidden), e4m3),
+        hidden_states_scale=jax.ShapeDtypeStruct((blocks, num_tokens), f32),
+        weights=weights,
         local_expert_offset=jax.ShapeDtypeStruct((), jnp.int32),
         routed_scaling_factor=jax.ShapeDtypeStruct((), f32),
     )
 
 
-def head(arguments: Arguments, num_tokens: int) -> Arguments:
-    """The arguments of the first `num_tokens` tokens, in memory of their own."""
-    taken = arguments._replace(
-        routing_logits=arguments.routing_logits[:num_tokens],
-        hidden_states=arguments.hidden_states[:num_tokens],
-        hidden_states_scale=arguments.hidden_states_scale[:, :num_tokens],
+def head(inputs: LayerInputs, num_tokens: int) -> LayerInputs:
+    """The inputs of the first `num_tokens` tokens, in memory of their own."""
+    assert inputs.hidden_states_scale is not None
+    taken = inputs._replace(
+        routing_logits=inputs.routing_logits[:num_tokens],
+        hidden_states=inputs.hidden_states[:num_tokens],
+        hidden_states_scale=inputs.hidden_states_scale[:, :num_tokens],
     )
     return jax.block_until_ready(taken)

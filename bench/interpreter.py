@@ -41,7 +41,7 @@ def check(settings: Settings, workloads: Sequence[Workload]) -> Row:
     (case,) = prepared.cases
     try:
         run = functools.partial(SOLUTION.run, config=settings.measured.config)
-        output = jax.jit(run)(*case.arguments)
+        output = jax.jit(run)(*case.inputs.arguments)
         found = correctness.check(output, case.reference, settings.tolerance)
     except Exception as error:
         return without_times(row, ERROR, one_line(error))

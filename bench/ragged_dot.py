@@ -9,27 +9,31 @@ from jax import Array, lax
 from jaxtyping import BFloat16, Float32, Int32
 
 import jax_moe
-from interop.solutions.base import Arguments, Solution
-from jax_moe import MoEConfig
+from interop.solutions.base import Solution
+from jax_moe import LayerInputs, MoEConfig
 
 
-def _prepare(config: MoEConfig, arguments: Arguments) -> tuple[Any, ...]:
+def _prepare(config: MoEConfig, inputs: LayerInputs) -> tuple[Any, ...]:
     """Dequantizes the weights to bf16 and counts the local pairs, both before the clock starts."""
-    num_local_experts = arguments.gemm1_weights.shape[0]
+    weights, num_local_experts = inputs.weights, inputs.weights.num_local_experts
     routing = jax_moe.route(
-        arguments.routing_logits,
-        arguments.routing_bias,
-        arguments.routed_scaling_factor,
+        inputs.routing_logits,
+        inputs.routing_bias,
+        inputs.routed_scaling_factor,
         config=config,
         backend="xla",
     )
-    local_ids = routing.topk_ids - arguments.local_expert_offset
+    local_ids = routing.topk_ids - inputs.local_expert_offset
     is_local = (local_ids >= 0) & (local_ids < num_local_experts)
     return (
-        *arguments[:4],
-        _dequantized(arguments.gemm1_weights, arguments.gemm1_weights_scale),
-        _dequantized(arguments.gemm2_weights, arguments.gemm2_weights_scale),
-        *arguments[8:],
+        inputs.routing_logits,
+        inputs.routing_bias,
+        inputs.hidden_states,
+        inputs.hidden_states_scale,
+        _dequantized(weights.gemm1_weights, weights.gemm1_weights_scale),
+        _dequantized(weights.gemm2_weights, weights.gemm2_weights_scale),
+        inputs.local_expert_offset,
+        inputs.routed_scaling_factor,
         jnp.arange(max(int(is_local.sum()), 1), dtype=jnp.int32),
     )
 

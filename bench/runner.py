@@ -17,16 +17,17 @@ from bench.settings import Settings
 from bench.timers import Execution, calls_to_time, statistics_of, wall_times, warm_up
 from bench.work import Work, work_of
 from interop import dataset, interruption
-from interop.solutions.base import Arguments, Solution
+from interop.solutions.base import Solution
 from interop.workloads import Workload
+from jax_moe import ExpertWeights, LayerInputs
 
 MAX_KERNELS = 40  # names kept per row; the reference launches thousands of kernels
 
 
 class Case(NamedTuple):
-    """The arguments of one trial and what the oracle makes of them."""
+    """The inputs of one trial and what the oracle makes of them."""
 
-    arguments: Arguments
+    inputs: LayerInputs
     reference: jax.Array
 
 
@@ -94,7 +95,7 @@ def run(
 
 
 def prepare(
-    settings: Settings, workload: Workload, weights: inputs.Weights, clock_name: str
+    settings: Settings, workload: Workload, weights: ExpertWeights, clock_name: str
 ) -> Prepared:
     """Draws or reads a workload's inputs, and runs the oracle on them."""
     sizes = settings.sizes
@@ -109,9 +110,9 @@ def prepare(
             settings.inputs, workload, sizes, settings.seed, trial, weights, routed, factor
         )
         # The oracle runs on the padded token count, of which there are few: it compiles slowly.
-        reference = jax_moe.reference(*padded, config=config)[: workload.num_tokens]
-        arguments = inputs.head(padded, workload.num_tokens)
-        cases.append(Case(arguments, jax.block_until_ready(reference)))
+        reference = jax_moe.reference(*padded.arguments, config=config)[: workload.num_tokens]
+        own = inputs.head(padded, workload.num_tokens)
+        cases.append(Case(own, jax.block_until_ready(reference)))
     return Prepared(workload, load, work_of(workload, sizes, load), cases)
 
 
@@ -195,7 +196,7 @@ def _measured(
     bind = execution.binder(solution, reload=clock is not None, programs=programs)
     with clock.session() if clock else contextlib.nullcontext() as session:
         for case in prepared.cases:
-            bound = bind(case.arguments)
+            bound = bind(case.inputs)
             found = _check(solution, bound, case, settings)
             check = found if check is None else check.worse(found)
             if found.problem:
@@ -213,7 +214,7 @@ def _measured(
         check=check,
         how=bound.how,
         workspace_bytes=bound.workspace_bytes,
-        workspace_bound=stated(prepared.cases[0].arguments) if stated else None,
+        workspace_bound=stated(prepared.cases[0].inputs) if stated else None,
     )
     if problem := check.problem or _over_bound(row):
         return without_times(row, WRONG, problem)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import jax_moe
 from bench import interpreter, ragged_dot
 from bench.results import REFERENCE
-from interop.solutions.base import Arguments, Solution
-from jax_moe import MoEConfig, backends, models
+from interop.solutions.base import Solution
+from jax_moe import LayerInputs, MoEConfig, backends, models
 from jax_moe.device import device_of
 from jax_moe.models import Model
 
@@ -104,13 +104,12 @@ def _jax_moe(name: str, backend: str, config: MoEConfig, description: str) -> So
     )
 
 
-def _workspace_bound(backend: str, config: MoEConfig, arguments: Arguments) -> int:
-    num_local_experts, hidden_size, intermediate_size = arguments.gemm2_weights.shape
+def _workspace_bound(backend: str, config: MoEConfig, inputs: LayerInputs) -> int:
     return jax_moe.workspace_bytes(
-        arguments.hidden_states.shape[0],
-        num_local_experts=num_local_experts,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        inputs.tokens,
+        num_local_experts=inputs.weights.num_local_experts,
+        hidden_size=inputs.weights.hidden_size,
+        intermediate_size=inputs.weights.intermediate_size,
         backend=backend,
         config=config,
     )

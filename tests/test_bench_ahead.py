@@ -23,23 +23,23 @@ def solution(name, run=lambda *ten: None, **fields):
 
 
 @pytest.fixture(scope="module")
-def arguments():
+def layer_inputs():
     return reduced_arguments(7)
 
 
-def test_specs_are_those_of_the_arguments(arguments):
+def test_specs_are_those_of_the_arguments(layer_inputs):
     specs = inputs.specs(7, REDUCED)
-    found = [(one.shape, one.dtype, one.weak_type) for one in arguments]
-    assert found == [(one.shape, one.dtype, one.weak_type) for one in specs]
+    found = [(one.shape, one.dtype, one.weak_type) for one in layer_inputs.arguments]
+    assert found == [(one.shape, one.dtype, one.weak_type) for one in specs.arguments]
 
 
-def test_a_program_of_another_process_is_the_one_compiled_here(arguments):
+def test_a_program_of_another_process_is_the_one_compiled_here(layer_inputs):
     known = solutions.registry("xla")["jax_moe_xla"]
     counted = []
     orders = [(known, 7), (solution("unknown"), 7)]
     programs = ahead.compile_all(SETTINGS, orders, 1, lambda: counted.append(1))
     assert len(counted) == 2
-    assert list(programs) == [execution.key_of(known, arguments)]
+    assert list(programs) == [execution.key_of(known, layer_inputs.arguments)]
     (program,) = programs.values()
     assert program.jitted is None
     traced = []
@@ -49,9 +49,9 @@ def test_a_program_of_another_process_is_the_one_compiled_here(arguments):
         return known.run(*ten)
 
     watched = Solution(name=known.name, framework="jax", description="test", run=run)
-    ours = execution.binder(watched, reload=True, programs=programs)(arguments)
+    ours = execution.binder(watched, reload=True, programs=programs)(layer_inputs)
     assert not traced
-    here = execution.binder(watched, reload=True)(arguments)
+    here = execution.binder(watched, reload=True)(layer_inputs)
     assert traced
     np.testing.assert_array_equal(
         np.asarray(ours.call()).view(np.uint16), np.asarray(here.call()).view(np.uint16)
@@ -59,11 +59,11 @@ def test_a_program_of_another_process_is_the_one_compiled_here(arguments):
     assert ours.workspace_bytes == here.workspace_bytes > 0
 
 
-def test_host_times_never_come_from_such_a_program(arguments):
+def test_host_times_never_come_from_such_a_program(layer_inputs):
     known = solution("cheap", run=cheap_layer)
-    key = execution.key_of(known, arguments)
+    key = execution.key_of(known, layer_inputs.arguments)
     foreign = execution.Program(serialized=("not a program",), workspace_bytes=None)
-    bound = execution.binder(known, reload=False, programs={key: foreign})(arguments)
+    bound = execution.binder(known, reload=False, programs={key: foreign})(layer_inputs)
     assert bound.call().shape == (7, REDUCED.hidden_size)
 
 
@@ -76,15 +76,15 @@ def test_only_open_rows_of_what_may_be_compiled_ahead_are_ordered():
     assert ahead.orders(known, rows, done) == [(jax_one, 80), (jax_one, 1)]
 
 
-def test_a_program_that_cannot_be_loaded_is_compiled_here(arguments, monkeypatch):
+def test_a_program_that_cannot_be_loaded_is_compiled_here(layer_inputs, monkeypatch):
     def refuse(*program):
         raise ValueError("incompatible device")
 
     monkeypatch.setattr(serialize_executable, "deserialize_and_load", refuse)
     known = solution("cheap", run=cheap_layer)
-    key = execution.key_of(known, arguments)
+    key = execution.key_of(known, layer_inputs.arguments)
     foreign = execution.Program(serialized=("another device's",), workspace_bytes=None)
-    bound = execution.binder(known, reload=True, programs={key: foreign})(arguments)
+    bound = execution.binder(known, reload=True, programs={key: foreign})(layer_inputs)
     assert bound.call().shape == (7, REDUCED.hidden_size)
 
 

@@ -21,21 +21,21 @@ def solution(run, **fields):
 
 
 @pytest.fixture(scope="module")
-def arguments():
+def layer_inputs():
     return reduced_arguments(7)
 
 
-def test_padding_for_the_oracle_changes_no_row_of_the_workload(arguments):
+def test_padding_for_the_oracle_changes_no_row_of_the_workload(layer_inputs):
     padded, routed = padded_arguments(7)
     assert padded.hidden_states.shape[0] == inputs.padded_tokens(7) == 64
     np.testing.assert_array_equal(padded.routing_logits[:7], routed.logits)
-    whole = np.asarray(jax_moe.reference(*padded)[:7].astype(jnp.float32))
-    alone = np.asarray(jax_moe.reference(*arguments).astype(jnp.float32))
+    whole = np.asarray(jax_moe.reference(*padded.arguments)[:7].astype(jnp.float32))
+    alone = np.asarray(jax_moe.reference(*layer_inputs.arguments).astype(jnp.float32))
     np.testing.assert_allclose(whole, alone, rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_reloaded_program_is_another_one_with_the_same_results(arguments, monkeypatch, fails):
+def test_a_reloaded_program_is_another_one_with_the_same_results(layer_inputs, monkeypatch, fails):
     def run(*ten):
         x = cheap_layer(*ten).astype(jnp.float32)
         return (x @ (x.T @ x)).astype(jnp.bfloat16)  # in the brackets is temporary memory
@@ -46,8 +46,8 @@ def test_a_reloaded_program_is_another_one_with_the_same_results(arguments, monk
             raise ValueError("Compilation does not support serialization")
 
         monkeypatch.setattr(serialize_executable, "serialize", refuse)
-    first = execution.binder(solution(run), reload=False)(arguments)
-    again = execution.binder(solution(run), reload=True)(arguments)
+    first = execution.binder(solution(run), reload=False)(layer_inputs)
+    again = execution.binder(solution(run), reload=True)(layer_inputs)
     np.testing.assert_array_equal(
         np.asarray(first.call()).view(np.uint16), np.asarray(again.call()).view(np.uint16)
     )
@@ -55,7 +55,7 @@ def test_a_reloaded_program_is_another_one_with_the_same_results(arguments, monk
     assert first.how == again.how == "jit"
 
 
-def test_one_program_serves_all_trials(arguments):
+def test_one_program_serves_all_trials(layer_inputs):
     traced = []
 
     def run(*ten):
@@ -63,13 +63,13 @@ def test_one_program_serves_all_trials(arguments):
         return cheap_layer(*ten)
 
     bind = execution.binder(solution(run), reload=True)
-    one = bind(arguments)
-    other = bind(arguments._replace(hidden_states_scale=arguments.hidden_states_scale * 2))
+    one = bind(layer_inputs)
+    other = bind(layer_inputs._replace(hidden_states_scale=layer_inputs.hidden_states_scale * 2))
     assert len(traced) == 1
     assert (np.asarray(one.call()) != np.asarray(other.call())).any()
 
 
-def test_a_later_pass_loads_the_program_of_the_first(arguments):
+def test_a_later_pass_loads_the_program_of_the_first(layer_inputs):
     traced = []
 
     def run(*ten):
@@ -78,7 +78,7 @@ def test_a_later_pass_loads_the_program_of_the_first(arguments):
 
     programs = {}
     passes = [
-        execution.binder(solution(run), reload=reload, programs=programs)(arguments)
+        execution.binder(solution(run), reload=reload, programs=programs)(layer_inputs)
         for reload in (False, True)
     ]
     assert len(traced) == len(programs) == 1
@@ -102,6 +102,6 @@ def test_torch_sees_the_memory_of_the_jax_arrays():
     assert output.dtype == jnp.bfloat16
     *tensors, offset, factor = seen[0]
     assert (offset, factor) == (REDUCED.offset(select(["7"])[0]), 2.5)
-    for tensor, array in zip(tensors, drawn[:8], strict=True):
+    for tensor, array in zip(tensors, drawn.arguments[:8], strict=True):
         assert tensor.data_ptr() == array.unsafe_buffer_pointer()
     assert not tensors[0].requires_grad

@@ -11,10 +11,9 @@ from absl.testing import flagsaver
 
 import bench_main
 import jax_moe
-from bench import session
+from bench import inputs, session
 from bench.solutions import default_names, registry
 from bench.workloads import FULL, REDUCED
-from interop.solutions.base import Arguments
 from jax_moe import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -202,10 +201,7 @@ def test_unusable_folders_end_before_anything_is_measured(
 
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_our_solutions_state_a_bound_on_their_memory(backend):
-    shapes = Arguments(*[None] * 10)._replace(
-        hidden_states=jax.ShapeDtypeStruct((14107, 7168), jax.numpy.float8_e4m3fn),
-        gemm2_weights=jax.ShapeDtypeStruct((32, 7168, 2048), jax.numpy.float8_e4m3fn),
-    )
+    shapes = inputs.specs(14107, FULL)
     with jax_moe.assume_device("sm_90"):
         if reason := backends.unsupported_reason(backend):
             pytest.skip(reason)

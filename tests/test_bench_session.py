@@ -145,7 +145,7 @@ def test_more_memory_than_stated_makes_the_row_wrong(tmp_path, registry, real_or
     shapes = []
 
     def stated(arguments):
-        shapes.append((arguments.hidden_states.shape, arguments.gemm2_weights.shape))
+        shapes.append((arguments.hidden_states.shape, arguments.weights.gemm2_weights.shape))
         return 1000
 
     registry(solution("modest", layer, workspace_bound=lambda _: 10**9))
@@ -281,8 +281,9 @@ def test_a_tie_with_the_required_ratio_is_right(tmp_path, registry):
 
 
 def test_untimed_preparation_reaches_the_solution(tmp_path, registry):
-    def doubled(arguments):
-        return (*arguments[:9], arguments[9] * 2, jnp.float32(0.5))
+    def doubled(inputs):
+        twice = inputs._replace(routed_scaling_factor=inputs.routed_scaling_factor * 2)
+        return (*twice.arguments, jnp.float32(0.5))
 
     def run(*arguments):
         *ten, half = arguments

@@ -33,7 +33,7 @@ def weights(kind):
 
 def arguments_of(kind, workload):
     drawn = routing.draw(workload, FULL, seed=0)
-    return inputs.make_arguments(kind, workload, FULL, 0, 0, weights(kind), drawn)
+    return inputs.make_arguments(kind, workload, FULL, 0, 0, weights(kind), drawn).arguments
 
 
 def bits(array):

@@ -1,5 +1,9 @@
 """What the benchmark times: `Solution.run` maps the definition's ten arguments to the output.
 
+They travel as `jax_moe.LayerInputs`, arrays of one framework on one device. JAX and PyTorch see the
+same device memory: one side's arrays are DLPack views of the other's. Nobody writes to them. JAX
+solutions get the two scalars as device scalars (`i32[]`, `f32[]`), PyTorch ones as Python numbers.
+
 A solution is data plus one plain function, so that every framework is timed the same way: the
 benchmark jits a JAX function (one XLA command buffer on a GPU) and captures a PyTorch function in a
 CUDA graph (its best case), falling back to eager where capture fails, and says which in the
@@ -15,29 +19,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from jax_moe import LayerInputs
 
 Framework = Literal["jax", "torch"]
-
-
-class Arguments(NamedTuple):
-    """The definition's ten arguments, in its call order, as arrays of one framework on one device.
-
-    JAX and PyTorch see the same device memory: one side's arrays are DLPack views of the other's.
-    Nobody writes to them. JAX solutions get the two scalars as device scalars (`i32[]`, `f32[]`),
-    PyTorch ones as Python numbers.
-    """
-
-    routing_logits: Any  # f32[T, E]
-    routing_bias: Any  # bf16[E]
-    hidden_states: Any  # e4m3[T, H]
-    hidden_states_scale: Any  # f32[H/128, T]
-    gemm1_weights: Any  # e4m3[E_local, 2*I, H]
-    gemm1_weights_scale: Any  # f32[E_local, 2*I/128, H/128]
-    gemm2_weights: Any  # e4m3[E_local, H, I]
-    gemm2_weights_scale: Any  # f32[E_local, H/128, I/128]
-    local_expert_offset: Any  # int
-    routed_scaling_factor: Any  # float
 
 
 def always_available() -> str | None:
@@ -53,7 +39,7 @@ class Solution:
         name: Identifier on the command line and in results.
         framework: Whose arrays `run` takes and returns. A JAX `run` must be traceable by `jax.jit`.
         description: One line on what it is, shown by `bench_main.py --list`.
-        run: `run(*Arguments) -> bf16[T, H]`. It must not keep anything between calls that is
+        run: `run(*inputs.arguments) -> bf16[T, H]`. It must not keep anything between calls that is
             derived from its arguments (outputs, dequantized or re-laid-out weights); compiled code
             may be kept.
         unavailable_reason: Returns None where the solution can run, else one line that says why
@@ -78,8 +64,8 @@ class Solution:
     description: str
     run: Callable[..., Any]
     unavailable_reason: Callable[[], str | None] = always_available
-    prepare: Callable[[Arguments], tuple[Any, ...]] | None = None
-    workspace_bound: Callable[[Arguments], int] | None = None
+    prepare: Callable[[LayerInputs], tuple[Any, ...]] | None = None
+    workspace_bound: Callable[[LayerInputs], int] | None = None
     capturable: bool = True
     compile_ahead: bool = True
     caveat: str = ""

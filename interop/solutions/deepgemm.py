@@ -12,6 +12,7 @@ from typing import Any
 
 from interop.solutions.base import Solution
 from interop.solutions.packages import hopper_unavailable, missing
+from jax_moe import LayerInputs
 
 TOP_K, N_GROUP, TOPK_GROUP = 8, 8, 4
 _FEW_TOKENS = 1000  # up to here 64-row tiles waste less padding than they cost, measured on an H100
@@ -29,16 +30,27 @@ def run(*arguments: Any, alignment: int | None = None) -> Any:
     """
     import torch
 
-    logits, bias, hidden, hidden_scale, w13, s13, w2, s2, offset, factor = arguments
+    inputs = LayerInputs.of(*arguments)
+    hidden = inputs.hidden_states
+    gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale = inputs.weights
     num_tokens, hidden_size = hidden.shape
+    num_experts = inputs.routing_logits.shape[1]
     if num_tokens == 0:
         return torch.empty(0, hidden_size, dtype=torch.bfloat16, device=hidden.device)
     align = alignment or (64 if num_tokens <= _FEW_TOKENS else 128)
-    gemm = functools.partial(_grouped_gemm, align, -(-num_tokens * TOP_K // logits.shape[1]))
-    routing = route(logits, bias, offset, factor, w13.shape[0])
-    rows, row_scale, pair_row, ends = gather(hidden, hidden_scale, routing, align)
-    activations = swiglu_quantize(gemm((rows, row_scale), (w13, s13), ends), ends, align)
-    return unpermute(gemm(activations, (w2, s2), ends), routing[2], pair_row)
+    gemm = functools.partial(_grouped_gemm, align, -(-num_tokens * TOP_K // num_experts))
+    routing = route(
+        inputs.routing_logits,
+        inputs.routing_bias,
+        inputs.local_expert_offset,
+        inputs.routed_scaling_factor,
+        inputs.weights.num_local_experts,
+    )
+    rows, row_scale, pair_row, ends = gather(hidden, inputs.hidden_states_scale, routing, align)
+    activations = swiglu_quantize(
+        gemm((rows, row_scale), (gemm1_weights, gemm1_scale), ends), ends, align
+    )
+    return unpermute(gemm(activations, (gemm2_weights, gemm2_scale), ends), routing[2], pair_row)
 
 
 def route(logits: Any, bias: Any, offset: int, factor: float, num_local_experts: int) -> Any:

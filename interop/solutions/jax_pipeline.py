@@ -5,7 +5,6 @@ they show of the design can be compared across the frameworks.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,33 +16,40 @@ import jax_moe
 Activation = Callable[[Array], jax_moe.Quantized]
 
 
-def run(arguments: tuple[Any, ...], activate: Activation) -> BFloat16[Array, "T H"]:
+def run(inputs: jax_moe.LayerInputs, activate: Activation) -> BFloat16[Array, "T H"]:
     """Runs the pipeline.
 
     Args:
-        arguments: the definition's ten arguments, arrays and two scalars.
+        inputs: Arrays, and two scalars.
         activate: SwiGLU and quantization.
 
     Returns:
         bf16[T, H].
     """
-    logits, bias, hidden_states, hidden_scale, w13, s13, w2, s2, offset, factor = arguments
-    num_local_experts = w13.shape[0]
-    topk_ids, topk_weights = jax_moe.route(logits, bias, factor)
+    weights, num_local_experts = inputs.weights, inputs.weights.num_local_experts
+    topk_ids, topk_weights = jax_moe.route(
+        inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor
+    )
     num_tokens, top_k = topk_ids.shape
     if num_tokens == 0:
-        return jnp.zeros(hidden_states.shape, jnp.bfloat16)
+        return jnp.zeros(inputs.hidden_states.shape, jnp.bfloat16)
     # The published expert map: pairs of other ranks land on the first or last expert, weight 0.
-    local = topk_ids - offset
+    local = topk_ids - inputs.local_expert_offset
     is_local = (local >= 0) & (local < num_local_experts)
     pairs = jnp.clip(local, 0, num_local_experts - 1).reshape(-1, 1)
     counts = {"num_local_experts": num_local_experts, "num_experts": num_local_experts}
     plan = jax_moe.plan_groups(pairs, 0, **counts)
 
     source = jnp.maximum(plan.row_token, 0) // top_k
-    rows = lax.optimization_barrier((hidden_states[source], hidden_scale[:, source]))
-    gemm1 = jax_moe.down_project(jax_moe.Quantized(*rows), w13, s13, plan)
-    gemm2 = jax_moe.down_project(activate(gemm1), w2, s2, plan)
+    rows = lax.optimization_barrier(
+        (inputs.hidden_states[source], inputs.hidden_states_scale[:, source])
+    )
+    gemm1 = jax_moe.down_project(
+        jax_moe.Quantized(*rows), weights.gemm1_weights, weights.gemm1_weights_scale, plan
+    )
+    gemm2 = jax_moe.down_project(
+        activate(gemm1), weights.gemm2_weights, weights.gemm2_weights_scale, plan
+    )
 
     outputs = gemm2[plan.pair_row.reshape(num_tokens, top_k)].astype(jnp.float32)
     weighted = outputs * topk_weights[:, :, None]

@@ -12,7 +12,7 @@ from interop.solutions.base import Solution
 
 def run(*arguments: Any) -> BFloat16[Array, "T H"]:
     """The layer on the definition's ten arguments."""
-    return jax_pipeline.run(arguments, _activate)
+    return jax_pipeline.run(jax_moe.LayerInputs.of(*arguments), _activate)
 
 
 def _activate(gemm1: BFloat16[Array, "M 2*I"]) -> jax_moe.Quantized:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from interop.solutions import sgl_library
+from jax_moe import LayerInputs
 
 TOP_K, N_GROUP, TOPK_GROUP, BLOCK = 8, 8, 4, 128
 
@@ -16,11 +17,11 @@ TOP_K, N_GROUP, TOPK_GROUP, BLOCK = 8, 8, 4, 128
 Activation = Callable[[Any, Any], tuple[Any, Any]]
 
 
-def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) -> Any:
+def run(inputs: LayerInputs, workspace_bytes: int, activate: Activation) -> Any:
     """Runs the pipeline.
 
     Args:
-        arguments: the definition's ten arguments, CUDA tensors and two numbers.
+        inputs: CUDA tensors and two numbers.
         workspace_bytes: size of the buffer that both GEMMs get.
         activate: SwiGLU and quantization, the step in which the two versions differ.
 
@@ -29,10 +30,11 @@ def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) 
     """
     import torch
 
-    logits, bias, hidden_states, hidden_scale, w13, s13, w2, s2, offset, factor = arguments
+    hidden_states, factor = inputs.hidden_states, inputs.routed_scaling_factor
+    gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale = inputs.weights
     ops = sgl_library.load()
     num_tokens, hidden_size = hidden_states.shape
-    num_local_experts, _, intermediate_size = w2.shape
+    num_local_experts, _, intermediate_size = gemm2_weights.shape
     if num_tokens == 0:
         return torch.empty(0, hidden_size, dtype=torch.bfloat16, device=hidden_states.device)
     num_pairs = num_tokens * TOP_K
@@ -41,10 +43,17 @@ def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) 
         return torch.empty(shape, dtype=dtype, device=hidden_states.device)
 
     weights, ids = ops.moe_fused_gate.default(
-        logits, bias.float(), N_GROUP, TOPK_GROUP, TOP_K, 0, factor, False
+        inputs.routing_logits,
+        inputs.routing_bias.float(),
+        N_GROUP,
+        TOPK_GROUP,
+        TOP_K,
+        0,
+        factor,
+        False,
     )
     # The published expert map: pairs of other ranks land on the first or last expert, weight 0.
-    shifted = ids - offset
+    shifted = ids - inputs.local_expert_offset
     local = shifted.clamp(0, num_local_experts - 1)
     # In place: torch.where with a number would first fill a tensor with it.
     weights = (weights * factor).masked_fill_(shifted != local, 0.0)
@@ -67,7 +76,8 @@ def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) 
     rows = empty(num_pairs, hidden_size, dtype=hidden_states.dtype)
     row_scale = empty(num_pairs, hidden_size // BLOCK, dtype=torch.float32)
     ops.shuffle_rows.default(hidden_states, pair_source, rows)
-    ops.shuffle_rows.default(hidden_scale.t().contiguous(), pair_source, row_scale)
+    scales = inputs.hidden_states_scale.t().contiguous()
+    ops.shuffle_rows.default(scales, pair_source, row_scale)
 
     # As published: what the GEMMs only write into, and strides of one length, serve both of them.
     gemm = functools.partial(
@@ -83,10 +93,10 @@ def run(arguments: tuple[Any, ...], workspace_bytes: int, activate: Activation) 
         workspace=empty(workspace_bytes, dtype=torch.uint8),
     )
     gemm1 = empty(num_pairs, 2 * intermediate_size, dtype=torch.bfloat16)
-    gemm(gemm1, (rows, row_scale), (w13, s13), problems1)
+    gemm(gemm1, (rows, row_scale), (gemm1_weights, gemm1_scale), problems1)
     activations = activate(ops, gemm1)
     gemm2 = empty(num_pairs, hidden_size, dtype=torch.bfloat16)
-    gemm(gemm2, activations, (w2, s2), problems2)
+    gemm(gemm2, activations, (gemm2_weights, gemm2_scale), problems2)
 
     out = torch.zeros(num_tokens, hidden_size, dtype=torch.bfloat16, device=gemm2.device)
     ops.apply_shuffle_mul_sum.default(gemm2, out, pair_row, weights.to(torch.bfloat16))

@@ -7,6 +7,7 @@ from typing import Any
 from interop.solutions import sgl_library, sglang_pipeline
 from interop.solutions.base import Solution
 from interop.solutions.sglang_pipeline import BLOCK
+from jax_moe import LayerInputs
 
 # ops, gemm1 output bf16[rows, 2*I] -> bf16[rows, I]
 SwiGLU = Callable[[Any, Any], Any]
@@ -90,7 +91,7 @@ def solution(
         return quantization.do(ops, swiglu.do(ops, gemm1))
 
     def run(*arguments: Any) -> Any:
-        return sglang_pipeline.run(arguments, workspace.do, activate)
+        return sglang_pipeline.run(LayerInputs.of(*arguments), workspace.do, activate)
 
     return Solution(
         name=name,
