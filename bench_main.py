@@ -25,7 +25,7 @@ environment.prepare_process()  # before jax and torch are imported
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from bench import gpu_clock, inputs, parallel, routing, session, solutions  # noqa: E402
+from bench import gpu_clock, inputs, layers, parallel, routing, session, solutions  # noqa: E402
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
@@ -93,6 +93,9 @@ _BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also show the time of every 
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a Perfetto trace of each row.")
 _RANKS = flags.DEFINE_integer(
     "ranks", None, "Time the layer over this many devices instead.", lower_bound=1
+)
+_LAYERS = flags.DEFINE_integer(
+    "layers", None, "Time the layer so many times in one scan instead.", lower_bound=1
 )
 _SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of the workloads.")
 
@@ -197,6 +200,8 @@ def main(argv: Sequence[str]) -> int:
                 return _documents(folder)
             if _RANKS.value is not None:
                 return parallel.run(_RANKS.value, _folder(_OUTPUT))
+            if _LAYERS.value is not None:
+                return layers.run(_LAYERS.value, (), _folder(_OUTPUT) or Path("out/layers"))
             environment.enable_compilation_cache()
             return session.execute(
                 _settings(),

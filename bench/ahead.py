@@ -65,7 +65,7 @@ def compile_all(
         for solution, num_tokens in ordered:
             specs = inputs.specs(num_tokens, settings.sizes)
             future = pool.submit(_compile, settings, solution.name, specs)
-            pending[future] = execution.key_of(solution, specs)
+            pending[future] = execution.key_of(solution, specs.arguments)
         for future in futures.as_completed(pending):
             try:
                 programs[pending[future]] = future.result()
