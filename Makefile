@@ -1,7 +1,11 @@
-# Every target that needs packages makes .venv by itself; `make PYTHON=/path/to/python3.12` picks the Python for it.
+# Every target that needs packages makes its environment by itself, .venv; another JAX gets one of its
+# own, .venv-jax-VERSION. `make PYTHON=/path/to/python3.12` picks the Python for it.
 SHELL := bash
-VENV_PYTHON := .venv/bin/python
-READY := .venv/.ready
+DEVELOPED_WITH := 0.11.2
+JAX ?= $(DEVELOPED_WITH)
+VENV := $(if $(filter $(DEVELOPED_WITH),$(JAX)),.venv,.venv-jax-$(JAX))
+VENV_PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
 WORKERS ?= 2
 RESULTS ?= out/$@
 
@@ -12,12 +16,12 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml tools/bootstrap.sh
-	@tools/bootstrap.sh
+	@JAX=$(JAX) VENV=$(VENV) tools/bootstrap.sh
 
 bench: $(READY) ## the 19 workloads, checked and timed; ARGS="--workloads 1,901" passes flags on
 	$(VENV_PYTHON) bench_main.py $(ARGS)
 
-test: $(READY) ## all tests that need no GPU and end within minutes
+test: $(READY) ## all tests that need no GPU and end within minutes; JAX=0.12.0.1: on another JAX
 	$(VENV_PYTHON) -m pytest -m "not gpu and not slow" -n $(WORKERS) $(ARGS)
 
 test-slow: $(READY) ## tests that need no GPU and take minutes each
@@ -39,5 +43,5 @@ format: $(READY) ## rewrite the code in the project's format
 	$(VENV_PYTHON) -m ruff format .
 
 clean: ## remove .venv and everything generated
-	rm -rf .venv .venv.lock out build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* .venv.lock .venv-*.lock out build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,8 @@ from bench import environment
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, just end
+if lacking := environment.lacking_packages():
+    sys.exit(f"bench_main.py: needs {', '.join(lacking)}: pip install -e '.[bench]' in this folder")
 environment.prepare_process()  # before jax and torch are imported
 
 import jax  # noqa: E402

@@ -27,6 +27,13 @@ _PACKAGES = (
     "sgl-deep-gemm",
     "numpy",
 )
+_EXTRA = {
+    "absl": "absl-py",
+    "matplotlib": "matplotlib",
+    "safetensors": "safetensors",
+    "tqdm": "tqdm",
+}
+"""What the extra `bench` adds to the library's own dependencies: modules, and their packages."""
 _GPU_STATE = (
     "name",
     "driver_version",
@@ -63,6 +70,11 @@ def prepare_process(environ: Any = os.environ) -> None:
     if not has_gpu_driver():
         environ.setdefault("JAX_PLATFORMS", "cpu")
         environ.setdefault("NPROC", "16")  # threads for the interpreter's simulated warpgroups
+
+
+def lacking_packages() -> list[str]:
+    """Packages of the extra `bench` that are not installed."""
+    return [name for module, name in _EXTRA.items() if importlib.util.find_spec(module) is None]
 
 
 def has_gpu_driver() -> bool:

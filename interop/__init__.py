@@ -30,7 +30,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 _RENAMED = {"TorchMoEWeights": "jax_moe.ExpertWeights"}
-"""Public names of version 0.1 and what they are called now; they go with the next release."""
+"""Public names of version 0.1 and what they are called now; they go with 0.3."""
 
 
 def torch_problem() -> str | None:
@@ -53,8 +53,7 @@ def __getattr__(name: str) -> Any:
         raise ImportError(f"interop.{name}: {problem}")
     if name in _RENAMED:
         warnings.warn(
-            f"interop.{name} is now called {_RENAMED[name]}; the old name goes with the next "
-            "release",
+            f"interop.{name} is now called {_RENAMED[name]}; the old name goes with 0.3",
             DeprecationWarning,
             stacklevel=2,
         )

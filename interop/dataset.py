@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import safetensors
 from jaxtyping import BFloat16, Float32
 
 from interop.workloads import Workload, definition
@@ -176,6 +175,8 @@ def _tensor(root: Path, ref: BlobRef, dtype: str, shape: tuple[int, ...], entry:
         raise ValueError(
             f"{where}: expected {dtype}{list(shape)}, got {found.dtype}{list(found.shape)}"
         )
+    import safetensors  # of the extra bench; the rest of this module does without
+
     try:
         loaded = dict(safetensors.deserialize(content))
     except safetensors.SafetensorError as error:

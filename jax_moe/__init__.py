@@ -38,6 +38,7 @@ not there.
 import warnings
 from typing import Any
 
+from jax_moe import jax_window as _jax_window
 from jax_moe.api import apply as apply
 from jax_moe.api import apply_routed as apply_routed
 from jax_moe.api import reference as reference
@@ -67,12 +68,16 @@ from jax_moe.types import Quantized as Quantized
 from jax_moe.types import RoutedInputs as RoutedInputs
 from jax_moe.types import Routing as Routing
 
+__version__ = "0.2.0"
+
+_jax_window.warn_outside()
+
 _RENAMED = {
     "combine": "unpermute",
     "plan_dispatch": "plan_groups",
     "DispatchPlan": "GroupPlan",
 }
-"""Public names of version 0.1 and what they are called now; they go with the next release."""
+"""Public names of version 0.1 and what they are called now; they go with 0.3."""
 
 
 def __getattr__(name: str) -> Any:
@@ -80,7 +85,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'jax_moe' has no attribute {name!r}")
     new = _RENAMED[name]
     warnings.warn(
-        f"jax_moe.{name} is now called jax_moe.{new}; the old name goes with the next release",
+        f"jax_moe.{name} is now called jax_moe.{new}; the old name goes with 0.3",
         DeprecationWarning,
         stacklevel=2,
     )

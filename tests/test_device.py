@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_moe
-from jax_moe import backends
+from jax_moe import backends, jax_window
 from jax_moe.backends import mosaic
 from jax_moe.device import Device, device_of, interpret_params
 from tests.moe_inputs import SMALL, make_inputs
@@ -95,13 +95,33 @@ def test_another_jax_is_a_reason_for_the_kernels_that_need_this_one(monkeypatch,
     monkeypatch.setattr(jax, "__version__", "0.12.0")
     assert backends.select("auto", HOPPER) == "triton"
     assert backends.select("auto", CPU) == "xla"
-    with pytest.raises(NotImplementedError, match=r"needs jax 0\.11\.2, got 0\.12\.0"):
+    with pytest.raises(NotImplementedError, match=r"up_projection do not lower.* got 0\.12\.0"):
         backends.select("mosaic", HOPPER)
 
 
-def test_the_jax_that_is_needed_is_the_one_that_is_pinned():
+@pytest.mark.parametrize("version", ["0.11.1", "0.11.2", "0.12.0.1", "0.12.0.dev2026"])
+def test_a_jax_of_the_window_is_no_warning(monkeypatch, version):
+    monkeypatch.setattr(jax, "__version__", version)
+    jax_window.warn_outside()  # warnings are errors
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.11.0", "0.13.0", "1.0.0"])
+def test_another_jax_is_one_warning_that_names_the_window(monkeypatch, version):
+    monkeypatch.setattr(jax, "__version__", version)
+    with pytest.warns(UserWarning, match=rf"JAX 0\.11\.1 to 0\.12\.x, got {version}") as seen:
+        jax_window.warn_outside()
+    assert len(seen) == 1
+    assert backends.select("xla", CPU) == "xla"
+
+
+def test_the_package_asks_for_the_window_and_gpus_for_what_the_kernels_need():
     project = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())
-    assert f"jax=={mosaic._JAX}" in project["project"]["dependencies"]
+    oldest = ".".join(map(str, jax_window.OLDEST))
+    (major, minor), (_, refused) = jax_window.NEWEST, mosaic._FIRST_REFUSED_JAX
+    assert f"jax>={oldest},<{major}.{minor + 1}" in project["project"]["dependencies"]
+    for extra in ("cuda12", "cuda13"):
+        wanted = [f"jax[{extra}]>={oldest},<{major}.{refused}"]
+        assert project["project"]["optional-dependencies"][extra] == wanted
 
 
 @pytest.mark.usefixtures("kernels")

@@ -1,30 +1,41 @@
 #!/usr/bin/env bash
-# Makes .venv hold what pyproject.toml asks for. Does nothing, and needs no network, where it already does.
+# Makes VENV (.venv) hold what pyproject.toml asks for, and JAX in the version given by the variable
+# of that name. Does nothing, and needs no network, where it already does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-EXTRAS=${EXTRAS:-cuda13,triton,torch,dev}
-UNFINISHED=.venv/.installing # there while an install runs; left behind by one that was interrupted
-python=.venv/bin/python
+JAX=${JAX:-0.11.2} # what the kernels are developed and measured with
+VENV=${VENV:-.venv}
+if [ "$JAX" = 0.11.2 ]; then
+  EXTRAS=${EXTRAS:-cuda13,triton,torch,bench,dev}
+else # the GPU extras are bound to the JAX that the kernels lower on; torch and Triton stay
+  EXTRAS=${EXTRAS:-triton,torch,bench,dev}
+fi
+UNFINISHED=$VENV/.installing # there while an install runs; left behind by one that was interrupted
+python=$VENV/bin/python
 
-exec 9>.venv.lock # two makes at once must not install into the same folder
+holds_all() {
+  "$python" tools/check_pins.py --deep --extras "$EXTRAS" --also "jax==$JAX"
+}
+
+exec 9>"$VENV.lock" # two makes at once must not install into the same folder
 flock 9
 
 if [ -e "$UNFINISHED" ] || ! "$python" -c '' 2>/dev/null; then
   base=$(tools/find_python.sh)
-  echo "Creating .venv with $("$base" --version), $base"
-  rm -rf .venv
-  mkdir .venv && touch "$UNFINISHED"
-  "$base" -m venv .venv
+  echo "Creating $VENV with $("$base" --version), $base"
+  rm -rf "$VENV"
+  mkdir "$VENV" && touch "$UNFINISHED"
+  "$base" -m venv "$VENV"
 fi
 
-if [ -e "$UNFINISHED" ] || ! "$python" tools/check_pins.py --deep --extras "$EXTRAS" >/dev/null 2>&1; then
-  echo "Installing jax-moe[$EXTRAS] into .venv (about 6 GB, minutes the first time)"
+if [ -e "$UNFINISHED" ] || ! holds_all >/dev/null 2>&1; then
+  echo "Installing jax-moe[$EXTRAS] and JAX $JAX into $VENV (about 6 GB, minutes the first time)"
   touch "$UNFINISHED"
   quiet=--quiet # a terminal gets pip's progress bars
   [ -t 1 ] && quiet=
-  "$python" -m pip install $quiet --disable-pip-version-check --editable ".[$EXTRAS]"
-  "$python" tools/check_pins.py --deep --extras "$EXTRAS"
+  "$python" -m pip install $quiet --disable-pip-version-check --editable ".[$EXTRAS]" "jax==$JAX"
+  holds_all
   rm "$UNFINISHED"
 fi
-touch .venv/.ready
+touch "$VENV/.ready"

@@ -1,6 +1,6 @@
 """Says whether this interpreter holds what pyproject.toml asks for; installs and downloads nothing.
 
-    python tools/check_pins.py [--extras triton,dev] [--deep]
+    python tools/check_pins.py [--extras triton,dev] [--also jax==0.11.2] [--deep]
 
 Prints one line for each package that is missing or outside its range, and exits with 1 if there
 are any. `--deep` also follows the requirements of the packages found.
@@ -73,10 +73,11 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--extras", default="", help="comma-separated extras of pyproject.toml")
+    parser.add_argument("--also", default=[], action="append", help="a requirement more")
     parser.add_argument("--deep", action="store_true", help="follow the packages' requirements")
     args = parser.parse_args()
     extras = [extra for extra in args.extras.split(",") if extra]
-    lines = list(problems(project_requirements(extras), deep=args.deep))
+    lines = list(problems(project_requirements(extras) + args.also, deep=args.deep))
     print("\n".join(lines), end="\n" if lines else "")
     return 1 if lines else 0
 

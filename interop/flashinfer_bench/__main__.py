@@ -7,8 +7,6 @@ from pathlib import Path
 
 from interop import interruption
 from interop.flashinfer_bench import record, run
-from interop.flashinfer_bench.export import export
-from interop.flashinfer_bench.report import report
 from jax_moe.io.files import shown
 
 
@@ -23,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             text = f"{arguments.command}: interrupted; files are as they were or whole"
             code = interruption.acknowledge()
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            text = f"{arguments.command}: needs the package {package} of the extra bench"
+            code = 1
         except ValueError as error:
             text, code = str(error), 2
         except OSError as error:  # a full disk, mostly
@@ -33,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
     folder = Path(arguments.folder).expanduser()
+    # Each command imports what it alone needs: safetensors, tqdm or matplotlib.
     if arguments.command == "export":
+        from interop.flashinfer_bench.export import export
+
         print(export(folder, dataset=_folder(arguments.dataset), seed=arguments.seed))
     elif arguments.command == "run":
         settings = record.Settings(*(getattr(arguments, n) for n in record.Settings._fields))
@@ -43,6 +48,8 @@ def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
 
         print(workspace.measure(folder))
     else:
+        from interop.flashinfer_bench.report import report
+
         print(report(folder, _folder(arguments.output)))
     return 0
 

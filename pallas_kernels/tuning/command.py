@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from pallas_kernels import device
 from pallas_kernels.tuning import cache, search, table_format
@@ -90,6 +89,10 @@ def run(module: str, tuners: Tuners, sizes: Sizes, options: Options) -> int:
     tuner = tuners(gpu) if gpu is not None else "needs an NVIDIA GPU, and JAX sees none"
     if gpu is None or isinstance(tuner, str):
         return _failed(f"{module}: {tuner}")
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _failed(f"{module}: needs the package tqdm (pip install tqdm)")
     key = Key(tuner.kernels.name, gpu.device_kind, sizes.of_table)
     try:
         path = (options.folder or cache.folder()) / key.file_name

@@ -1,0 +1,57 @@
+"""Runs the examples of a document and compares what they print with what the document says.
+
+    python tools/readme_examples.py README.md
+
+An example is a `python` block that a `text` block follows. Each runs in a process of its own, in
+the current folder and on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+
+def examples(document: str) -> list[tuple[str, str]]:
+    """Code and output of each example."""
+    return re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", document, re.DOTALL)
+
+
+def run(code: str, **environment: str) -> str:
+    """What an example prints.
+
+    Args:
+        code: Of the example.
+        **environment: Variables besides those of this process.
+
+    Raises:
+        RuntimeError: It fails; has what it wrote to standard error.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+def main(path: str) -> int:
+    """Command line; 1 if an example prints something else."""
+    found = examples(pathlib.Path(path).read_text())
+    for number, (code, expected) in enumerate(found, 1):
+        printed = run(code)
+        if printed.strip() != expected.strip():
+            print(f"{path}: example {number} prints {printed!r}, not {expected!r}")
+            return 1
+    print(f"{path}: {len(found)} examples print what it says")
+    return 0 if found else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
