@@ -1,0 +1,40 @@
+"""Level 8: SwiGLU and requantization fused in. docs/kernels/level_8_fused.md explains it.
+
+This is the up-projection of the layer, `pallas_kernels.mosaic.hopper.up_projection`, with the tiles
+that the layer takes: a tile multiplies block j of the up half and block j of the gate half of the
+weights, so that its end has all it needs for
+
+    silu(gate) * up -> e4m3 and one scale per row and 128 columns
+
+    python examples/ladder/level_8_fused.py
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
+from examples.ladder import harness, level_6_persistent
+from examples.ladder.level_4_swap_ab import block_m
+from examples.ladder.problem import Level
+from pallas_kernels.mosaic import tilings
+from pallas_kernels.mosaic.hopper.up_projection import up_projection
+from pallas_kernels.types import Quantized
+
+
+def swiglu_matmul(rows, plan, weights, weights_scale, interpret=None) -> Quantized:
+    """`silu(gate) * up` of `rows @ weights[expert].T`, requantized."""
+    num_experts, num_columns, hidden_size = weights.shape
+    chosen = tilings.choose(plan.block_m, hidden_size, num_columns // 2, num_experts)
+    config = level_6_persistent.on_this_device(chosen.up_projection, interpret)
+    activations, _ = up_projection(
+        rows, plan, weights, weights_scale, config=config, interpret=interpret
+    )
+    return activations
+
+
+LEVEL = Level(8, "fused", swiglu_matmul, block_m=block_m, is_fused=True)
+
+if __name__ == "__main__":
+    harness.main(LEVEL)

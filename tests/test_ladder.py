@@ -1,0 +1,155 @@
+"""The levels of examples/ladder: right in the interpreter, compiled for an H100 without spills."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from examples.ladder import __main__ as ladder
+from examples.ladder import harness, problem
+from jax_moe.types import Quantized
+from tests import h100_target
+from tests.test_kernels_interpreted import exact_product, grouped_rows, run, weights
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted((ROOT / "examples/ladder").glob("level_*.py"))
+NAMES = [path.stem for path in FILES]
+# The detector wants a proxy fence between plain reads of shared memory and the TMA copy that
+# reuses it. On the GPU the mbarrier hand-off of the stage orders the two.
+SCALES_OF_A_REUSED_STAGE = {
+    "_multiply.<locals>.step",
+    "_fill.<locals>._step",
+    "accumulate.<locals>.step",
+    "_copy_tokens",
+}
+
+
+def level(name: str) -> problem.Level:
+    return importlib.import_module(f"examples.ladder.{name}").LEVEL
+
+
+def check_is_exact(name, sizes, num_steps, expected_rows, races=SCALES_OF_A_REUSED_STAGE):
+    """Values that bf16 holds and scales that are powers of two: right to the bit."""
+    one = level(name)
+    block_m = one.block_m(expected_rows)
+    rows, plan, live = grouped_rows(sizes, block_m, columns=128 * num_steps)
+    empty = [expert for expert, size in enumerate(sizes) if size == 0]
+    values, scales = weights(len(sizes), 256, 128 * num_steps, empty)
+    if not one.block_scales:
+        rows = Quantized(rows.values, np.broadcast_to(rows.scales[:1], rows.scales.shape).copy())
+        scales = np.broadcast_to(scales[..., :1], scales.shape).copy()
+    expected = exact_product(rows, plan, values, scales)[live]
+    found = run(one.run, rows, plan, values, scales, known_races=races)
+    if not one.is_fused:
+        np.testing.assert_array_equal(found[live], expected.astype(ml_dtypes.bfloat16))
+        return
+    up, gate = np.split(expected, 2, axis=1)
+    activated = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
+    found = found.values[live].astype(np.float64) * found.scales.T[live]
+    # Half an ulp of e4m3 at the top of its range is 16 of 448; bf16 adds 1 / 256.
+    amax = np.abs(activated).max(axis=1, keepdims=True)
+    assert (np.abs(found - activated) <= amax * (16 / 448 + 1 / 256)).all()
+
+
+def test_there_are_eight_levels_in_order():
+    assert [level(name).number for name in NAMES] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("name", ["level_1_plain", "level_3_promotion"])
+def test_tiles_of_128_are_exact(name):
+    """Six steps of K: the four stages are used again."""
+    check_is_exact(name, [5], num_steps=6, expected_rows=100)
+
+
+def test_tiles_of_16_are_exact():
+    """Weights as the wide operand; an expert of no tokens, and one of two tiles."""
+    check_is_exact("level_4_swap_ab", [5, 0, 17], num_steps=2, expected_rows=1)
+
+
+@pytest.mark.parametrize("num_tokens", [harness.FEW_TOKENS, harness.MANY_TOKENS])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_level_can_be_traced_at_full_size(name, num_tokens):
+    one = level(name)
+    specs = problem.specs(one, problem.DEEPSEEK_V3, num_tokens)
+    with jax_moe.assume_device("sm_90"):
+        result = jax.eval_shape(one.run, *specs)
+    num_rows = specs[0].values.shape[0]
+    expected = (num_rows, 2048) if one.is_fused else (num_rows, 4096)
+    assert jax.tree.leaves(result)[0].shape == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("sizes", "expected_rows"),
+    [([5, 0, 17], 1), ([0, 0], 1), ([130, 0, 33], 100)],
+    ids=["few", "none", "many"],
+)
+def test_every_level_is_exact(name, sizes, expected_rows):
+    check_is_exact(name, sizes, num_steps=12, expected_rows=expected_rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [harness.FEW_TOKENS, harness.MANY_TOKENS])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_level_spills(name, num_tokens):
+    one = level(name)
+
+    def call(*arrays):
+        with jax_moe.assume_device("sm_90"):
+            return one.run(*arrays)
+
+    report = h100_target.compile_for_h100(
+        call, *problem.specs(one, problem.DEEPSEEK_V3, num_tokens)
+    )
+    (kernel,) = report.kernels
+    print(f"{name} T={num_tokens}\n{report}")
+    assert kernel.spill_bytes == 0
+    assert "QGMMA" in kernel.instructions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_level_checks_itself_from_the_command_line(path, tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    few, many = done.stdout.splitlines()
+    assert f"T={harness.TINY_FEW_TOKENS}, relative error" in few
+    assert f"T={harness.TINY_MANY_TOKENS}, relative error" in many
+
+
+def test_the_table_has_a_row_per_level_and_the_files_are_whole(tmp_path):
+    measured = [
+        harness.Measured(1, "plain", 16, 2.5e-3, 200.0, 100.0),
+        harness.Measured(1, "plain", 8192, 2.5e-3, None, None),
+        harness.Measured(2, "pipeline", 16, 2.5e-3, 125.0, 100.0),
+    ]
+    ladder.write(tmp_path / "new", measured, {"device": "none"})
+    document = (tmp_path / "new/ladder.md").read_text()
+    assert "| 1 plain | 200.0 | 50.0% | 2.5e-03 |  |  | 2.5e-03 |" in document
+    assert "| 2 pipeline | 125.0 | 80.0% | 2.5e-03 |  |  |  |" in document
+    saved = json.loads((tmp_path / "new/ladder.json").read_text())
+    assert [row["fraction"] for row in saved["levels"]] == [0.5, None, 0.8]
+    assert [one.number for one in ladder.levels()] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("error", [6e-3, float("nan")])
+def test_a_wrong_result_has_no_time(error, monkeypatch):
+    one = level("level_1_plain")._replace(run=lambda x, interpret: x)
+    monkeypatch.setattr(harness, "make_problem", lambda *_: (np.zeros(1),))
+    monkeypatch.setattr(harness, "relative_error", lambda *_: error)
+    with pytest.raises(RuntimeError, match=r"level 1: expected a relative error up to 0\.005"):
+        harness.run(one, problem.TINY, 8, None)
