@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 import jax_moe.device
-from bench import gpu_clock, roofline, timers
+from bench import environment, gpu_clock, roofline, timers
 from examples.ladder.problem import (
     DEEPSEEK_V3,
     TINY,
@@ -22,9 +21,6 @@ from examples.ladder.problem import (
 )
 from pallas_kernels.mosaic import hopper
 from pallas_kernels.shapes import QUANT_BLOCK
-
-# The interpreter takes a thread per warpgroup. XLA reads this when JAX is first used.
-os.environ.setdefault("NPROC", "16")
 
 FEW_TOKENS, MANY_TOKENS = 16, 8192
 TINY_FEW_TOKENS, TINY_MANY_TOKENS = 8, 400
@@ -174,18 +170,22 @@ def run_all(levels: list[Level], gpu: Gpu | None) -> Iterator[Measured]:
 
 
 def find_gpu() -> Gpu | None:
-    """The Hopper GPU of this process; None where there is no GPU.
+    """The Hopper GPU of this process; None where there is no GPU. Call it before JAX is used.
 
     Raises:
         RuntimeError: The GPU is another one.
     """
+    environment.prepare_process()
+    if not environment.has_gpu_driver():
+        jax.config.update("jax_platforms", "cpu")  # or JAX's CUDA plugin complains
     if jax.default_backend() != "gpu":
         return None
     capability = jax.devices()[0].compute_capability
     if capability != hopper.COMPUTE_CAPABILITY:
         raise RuntimeError(
             f"expected a Hopper GPU of compute capability {hopper.COMPUTE_CAPABILITY}, got "
-            f"{jax.devices()[0].device_kind} of {capability}; JAX_PLATFORMS=cpu interprets"
+            f"{jax.devices()[0].device_kind} of {capability}; "
+            "JAX_PLATFORMS=cpu NPROC=16 interprets"
         )
     return Gpu()
 
@@ -195,7 +195,12 @@ def main(level: Level) -> None:
     gpu = find_gpu()
     if gpu:
         print(f"{jax.devices()[0].device_kind}, {gpu.timer}, {gpu.rates.source}")
-        print(*run_all([level], gpu), sep="\n")
+        _print_each(run_all([level], gpu))
         return
     with jax_moe.interpret_mode():
-        print(*run_all([level], None), sep="\n")
+        _print_each(run_all([level], None))
+
+
+def _print_each(measured: Iterator[Measured]) -> None:
+    for one in measured:
+        print(one, flush=True)
