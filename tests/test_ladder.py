@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -99,6 +102,13 @@ def test_every_level_is_exact(name, sizes, expected_rows):
     check_is_exact(name, sizes, num_steps=12, expected_rows=expected_rows)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [harness.TINY_FEW_TOKENS, harness.TINY_MANY_TOKENS])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_level_is_right_on_a_gpu(name, num_tokens):
+    harness.run(level(name), problem.TINY, num_tokens, gpu=None)  # which checks the error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [harness.FEW_TOKENS, harness.MANY_TOKENS])
 @pytest.mark.parametrize("name", NAMES)
@@ -153,3 +163,69 @@ def test_a_wrong_result_has_no_time(error, monkeypatch):
     monkeypatch.setattr(harness, "relative_error", lambda *_: error)
     with pytest.raises(RuntimeError, match=r"level 1: expected a relative error up to 0\.005"):
         harness.run(one, problem.TINY, 8, None)
+
+
+@pytest.mark.parametrize(("num_tokens", "microseconds"), [(16, 114), (8192, 319)])
+def test_the_floor_is_what_the_document_says(num_tokens, microseconds):
+    one = level("level_1_plain")
+    plan = problem.make_plan(problem.DEEPSEEK_V3, num_tokens, 128)
+    inputs = problem.Problem(None, plan, None, None)
+    rates = harness.Rates(3.35e12, 1.979e15, "data sheet")
+    floor = harness.floor_us(one, problem.DEEPSEEK_V3, inputs, rates)
+    assert round(floor) == microseconds
+    assert f"{microseconds} us" in (ROOT / "docs/kernels/index.md").read_text()
+    slow = rates._replace(flops_per_s=1e12)
+    flops = 2 * plan.group_sizes.sum() * 4096 * 7168
+    assert harness.floor_us(one, problem.DEEPSEEK_V3, inputs, slow) == pytest.approx(flops / 1e6)
+
+
+def in_jax_numpy(rows, plan, values, scales, interpret):
+    """What levels 1 to 7 compute, in float32."""
+    x = rows.values.astype(jnp.float32) * jnp.repeat(rows.scales.T, 128, axis=1)
+    w = values.astype(jnp.float32) * jnp.repeat(jnp.repeat(scales, 128, 1), 128, 2)
+    experts = jnp.repeat(plan.tile_expert, plan.block_m)
+    return jnp.einsum("mk,mnk->mn", x, w[experts]).astype(jnp.bfloat16)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
+    """Without a GPU: its clock is the host's, the levels are jax.numpy, one of them is wrong."""
+    right = level("level_3_promotion")._replace(run=in_jax_numpy, block_m=lambda expected: 16)
+    wrong = right._replace(number=4, run=lambda *arrays, interpret: 2 * in_jax_numpy(*arrays, None))
+    gpu = object.__new__(harness.Gpu)
+    gpu._clock, gpu.timer = None, "host time"
+    gpu.rates = harness.Rates(1e12, 1e15, "made up")
+    monkeypatch.setattr(harness, "DEEPSEEK_V3", problem.TINY._replace(hidden_size=256))
+    monkeypatch.setattr(harness, "MANY_TOKENS", 40)
+    monkeypatch.setattr(harness, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(ladder, "levels", lambda: [right, wrong])
+    assert ladder.main(["--out", str(tmp_path)]) == 1
+    saved = json.loads((tmp_path / "ladder.json").read_text())
+    assert [(row["number"], row["num_tokens"]) for row in saved["levels"]] == [(3, 16), (3, 40)]
+    assert all(0 < row["fraction"] < 1 for row in saved["levels"])
+    assert (
+        "level 4: RuntimeError: level 4: expected a relative error" in saved["about"]["failed"][0]
+    )
+    assert "of the roofline" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [harness.FEW_TOKENS, harness.MANY_TOKENS])
+def test_level_6_is_the_kernel_of_the_library(num_tokens):
+    """Written out and called: the same instructions."""
+    persistent = importlib.import_module("examples.ladder.level_6_persistent")
+    called = importlib.import_module("examples.ladder.level_7_stream_k")
+
+    def instructions(matmul):
+        def call(*arrays):
+            with jax_moe.assume_device("sm_90"):
+                return matmul(*arrays)
+
+        specs = problem.specs(persistent.LEVEL, problem.DEEPSEEK_V3, num_tokens)
+        (ptx,) = h100_target.ptx_for_h100(call, *specs).values()
+        # The names of parameters end in their place, which may differ.
+        lines = re.sub(r"ladder_[a-z_]+\d*", "kernel", ptx).splitlines()
+        return [line for line in lines if not re.match(r"\s*\.(loc|file)\b", line)]
+
+    whole = functools.partial(called.grouped_matmul, num_segments=1)
+    assert instructions(persistent.grouped_matmul) == instructions(whole)

@@ -15,6 +15,7 @@ import time
 
 import jax
 
+from bench import environment
 from examples.ladder import harness
 from examples.ladder.problem import Level
 from pallas_kernels.files import write_atomically
@@ -79,17 +80,24 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:  # the other levels still count
             failed.append(f"level {level.number}: {type(error).__name__}: {error}")
             print(failed[-1], file=sys.stderr, flush=True)
-    about: dict[str, object] = {
+        seconds = time.perf_counter() - started
+        write(args.out, measured, _about(gpu, failed, seconds))  # what is there is kept
+    print(f"{args.out / 'ladder.md'} and {args.out / 'ladder.json'}")
+    return 1 if failed else 0
+
+
+def _about(gpu: harness.Gpu, failed: list[str], seconds: float) -> dict[str, object]:
+    rates = gpu.rates
+    return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "commit": environment.git_commit(),
         "time": f"median of {harness.NUM_CALLS} calls, cold L2, {gpu.timer}",
-        "roofline": f"{gpu.rates.bytes_per_s / 1e12:.2f} TB/s and "
-        f"{gpu.rates.flops_per_s / 1e12:.0f} TFLOP/s ({gpu.rates.source})",
-        "whole run": f"{time.perf_counter() - started:.0f} s",
+        "roofline": f"{rates.bytes_per_s / 1e12:.2f} TB/s and "
+        f"{rates.flops_per_s / 1e12:.0f} TFLOP/s ({rates.source})",
+        "whole run": f"{seconds:.0f} s",
         "failed": failed or "none",
     }
-    write(args.out, measured, about)
-    return 1 if failed else 0
 
 
 def write(folder: pathlib.Path, measured: list[harness.Measured], about: dict[str, object]) -> None:
@@ -100,7 +108,6 @@ def write(folder: pathlib.Path, measured: list[harness.Measured], about: dict[st
         json.dump({"about": about, "levels": rows}, file, indent=1)
     with write_atomically(folder / "ladder.md") as file:
         file.write(table(measured, about))
-    print(f"{folder / 'ladder.md'} and {folder / 'ladder.json'}")
 
 
 if __name__ == "__main__":

@@ -25,15 +25,17 @@ from examples.ladder.level_5_wide_reads import tiles
 from examples.ladder.problem import Level
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul as library_matmul
 
-SEGMENTS = 4  # of a tile that is split
+NUM_SEGMENTS = 4
 
 
-def grouped_matmul(rows, plan, weights, weights_scale, interpret=None) -> BFloat16[Array, "M N"]:
-    """`rows @ weights[expert].T` for the rows of each expert, with block scales."""
+def grouped_matmul(
+    rows, plan, weights, weights_scale, interpret=None, num_segments: int = NUM_SEGMENTS
+) -> BFloat16[Array, "M N"]:
+    """As in level 6; the last tiles of few tokens are split into `num_segments` pieces of K."""
     config = level_6_persistent.MANY
     if plan.block_m == FEW_TOKENS:
-        steps = rows.scales.shape[0]
-        config = dataclasses.replace(level_6_persistent.FEW, split_k_steps=steps // SEGMENTS)
+        steps = rows.scales.shape[0] // num_segments
+        config = dataclasses.replace(level_6_persistent.FEW, split_k_steps=steps)
     config = level_6_persistent.on_this_device(config, interpret)
     shape = tiles(config, rows, weights, interpret)
     num_rows, num_columns = rows.values.shape[0], weights.shape[1]
