@@ -12,9 +12,9 @@ import numpy as np
 
 from jax_moe.scalars import printed
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.types import ScaleFormat as ScaleFormat
 
 type Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
-type ScaleFormat = Literal["f32", "ue8m0"]
 
 SCORINGS: tuple[str, ...] = get_args(Scoring.__value__)
 SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat.__value__)

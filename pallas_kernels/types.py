@@ -6,10 +6,13 @@ Symbols: T tokens, E experts, E_local local experts, k = top_k, M rows of the wo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jax import Array
 from jaxtyping import Float8e4m3fn, Float32, Int32
+
+type ScaleFormat = Literal["f32", "ue8m0"]
+"""Scales of activations: any float32, or powers of two."""
 
 
 class Routing(NamedTuple):

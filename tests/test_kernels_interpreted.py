@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from scipy import special
 
 import jax_moe
 from jax_moe.types import GroupPlan, Quantized
@@ -26,6 +27,7 @@ from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import numpy_oracle
+from tests.moe_inputs import bits
 from tests.test_plan import check_plan, draw_ids
 
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -152,6 +154,34 @@ def test_up_projection(block_m, tail_widths, sizes):
     assert (np.abs(found - blocks) <= amax[:, :, None] * (16 / 448 + 1 / 256)).all()
 
 
+def test_up_projection_clamps_and_rounds_scales_up():
+    """A full tile of 128 tokens and a narrow one, so both epilogues; NaN in one row of each."""
+    rows, plan, live = grouped_rows([0, 130], 128, columns=128)
+    rows.scales[0, [5, 129]] = np.nan
+    arrays = rows, plan, *weights(2, 256, 128)
+    found, _ = run(
+        functools.partial(up_projection, swiglu_limit=4.0, scale_format="ue8m0"),
+        *arrays,
+        config=MatmulConfig(128, num_stages=2, tail_widths=(32,), sms=1),
+        known_races=SCALES_OF_A_REUSED_SLOT,
+    )
+    up, gate = np.split(exact_product(*arrays)[live], 2, axis=1)
+    assert (gate > 4).any()
+    assert (abs(up) > 4).any()
+    gate, up = np.minimum(gate, 4), np.clip(up, -4, 4)
+    expected = gate * special.expit(gate) * up
+    expected = expected.astype(ml_dtypes.bfloat16).astype(np.float32)
+    values, scales = numpy_oracle.quantize(expected, "ue8m0")
+    finite = np.flatnonzero(np.isfinite(expected).all(axis=1))
+    assert set(range(130)) - set(finite) == {5, 129}
+    # XLA's maximum may drop a NaN on a CPU: then the values hold it.
+    assert np.isnan(found.values[[5, 129]].astype(np.float32) * found.scales.T[[5, 129]]).all()
+    np.testing.assert_array_equal(found.scales[:, finite], scales[:, finite])
+    found, values = (part[finite].astype(np.float32) for part in (found.values, values))
+    assert (found == values).mean() > 0.99
+    np.testing.assert_allclose(found, values, rtol=1 / 8, atol=2**-9)  # one step of e4m3
+
+
 def test_matmul_config_rejects_what_does_not_fit():
     with pytest.raises(ValueError, match="block_m: expected 16 or a multiple of 32"):
         MatmulConfig(block_m=24, num_stages=4)
@@ -183,6 +213,24 @@ def test_group_quant_bits(rows, dtype):
     expected_values, expected_scales = numpy_oracle.quantize(x.astype(np.float32))
     np.testing.assert_array_equal(scales, expected_scales)
     np.testing.assert_array_equal(values.view(np.uint8), expected_values.view(np.uint8))
+
+
+def test_group_quant_by_powers_of_two():
+    rng = np.random.default_rng(0)
+    exponents = rng.integers(-126, 128, (47, 1)) + rng.integers(-10, 1, (47, 256))
+    x = np.ldexp(rng.uniform(-1, 1, (47, 256)), exponents).astype(np.float32)
+    x[:5, :128] = np.array([448, 448 * (1 + 2**-23), 448 * (1 - 2**-24), 0, 1e-40])[:, None]
+    x[5, 3], x[6, 200], x[7, 0] = np.nan, np.inf, -np.inf
+    found = run(
+        functools.partial(group_quant.quantize, scale_format="ue8m0"),
+        x,
+        known_races=OVERLAPPING_ROWS,
+    )
+    np.testing.assert_array_equal(found.scales[0, :5], [1, 2, 1, 2.0**-126, 2.0**-126])
+    for part, expected in zip(found, numpy_oracle.quantize(x, "ue8m0"), strict=True):
+        is_nan = np.isnan(expected.astype(np.float32))
+        np.testing.assert_array_equal(np.isnan(part.astype(np.float32)), is_nan)
+        np.testing.assert_array_equal(bits(part)[~is_nan], bits(expected)[~is_nan])
 
 
 @pytest.mark.parametrize(

@@ -77,24 +77,26 @@ def run(launch):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("rows", [1, 33])
-def test_quantize_equals_numpy_to_the_bit(dtype, rows):
+@pytest.mark.parametrize(("rows", "scale_format"), [(1, "f32"), (33, "f32"), (33, "ue8m0")])
+def test_quantize_equals_numpy_to_the_bit(dtype, rows, scale_format):
     x = np.random.default_rng(rows).standard_normal((rows, 256)).astype(dtype)
-    values, scales = run(group_quant.launch(to_torch(x)))
-    expected_values, expected_scales = numpy_oracle.quantize(x)
+    values, scales = run(group_quant.launch(to_torch(x), scale_format))
+    expected_values, expected_scales = numpy_oracle.quantize(x, scale_format)
     np.testing.assert_array_equal(bits(scales), bits(expected_scales))
     np.testing.assert_array_equal(bits(values), bits(expected_values))
 
 
-def test_quantize_at_the_edges():
+@pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
+def test_quantize_at_the_edges(scale_format):
     edges = [447.9, 448, 464, 465, 1e30, 3.4e38, 1e-30, TINY, -TINY, TINY / 2, 1e-45, -0.0, 0.0]
+    edges += [448 * (1 + 2**-23), 448 * (1 - 2**-24)]
     x = np.zeros((len(edges) + 3, 128), np.float32)
     x[: len(edges), :2] = np.array(edges, np.float32)[:, None]
     x[: len(edges), 2], x[0, 3] = 1.0, -448.0
     x[len(edges) :, 5] = np.nan, np.inf, -np.inf
-    values, scales = run(group_quant.launch(to_torch(x)))
+    values, scales = run(group_quant.launch(to_torch(x), scale_format))
     finite = slice(0, len(edges))
-    expected_values, expected_scales = numpy_oracle.quantize(x[finite])
+    expected_values, expected_scales = numpy_oracle.quantize(x[finite], scale_format)
     np.testing.assert_array_equal(bits(scales[:, finite]), bits(expected_scales))
     np.testing.assert_array_equal(bits(values[finite]), bits(expected_values))
     dequantized = values.astype(np.float32) * scales.T
@@ -209,7 +211,7 @@ def test_plan_of_one_expert_that_takes_all_and_of_none(num_tokens, expert):
 # ---- matmuls and unpermute ----
 
 
-def layer(inputs, config, tiling, num_sms=2):
+def layer(inputs, config, tiling, num_sms=2, **epilogue):
     """The stages one after the other, and what came out of each."""
     x, x_scale, w13, s13, w2, s2 = (to_torch(a) for a in inputs[2:8])
     ids, weights = route(inputs[0], inputs[1], inputs[9], config)
@@ -217,7 +219,9 @@ def layer(inputs, config, tiling, num_sms=2):
     tiles = (to_torch(plan.tile_expert), to_torch(plan.num_tiles))
     limits = {"config": tiling, "num_sms": num_sms}
     up = launch_torch(
-        up_projection.launch(x, x_scale, w13, s13, to_torch(plan.row_token), *tiles, **limits)
+        up_projection.launch(
+            x, x_scale, w13, s13, to_torch(plan.row_token), *tiles, **limits, **epilogue
+        )
     )
     (down,) = launch_torch(down_projection.launch(*up, w2, s2, *tiles, **limits))
     (out,) = run(unpermute.launch(down, to_torch(weights), to_torch(plan.pair_row)))
@@ -225,22 +229,22 @@ def layer(inputs, config, tiling, num_sms=2):
 
 
 @pytest.mark.parametrize(
-    ("tiling", "hidden_size", "intermediate_size"),
+    ("tiling", "hidden_size", "intermediate_size", "epilogue"),
     [
-        (MatmulConfig(16), 384, 256),
-        (MatmulConfig(16, swap_ab=True), 384, 256),
-        (MatmulConfig(32, programs_per_sm=1, swap_ab=True), 256, 128),
+        (MatmulConfig(16), 384, 256, {}),
+        (MatmulConfig(16, swap_ab=True), 384, 256, {"swiglu_limit": 0.75}),
+        (MatmulConfig(32, programs_per_sm=1, swap_ab=True), 256, 128, {"scale_format": "ue8m0"}),
     ],
 )
-def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size):
+def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size, epilogue):
     inputs = make_inputs(
         21, num_experts=32, num_local_experts=4, hidden_size=hidden_size,
         intermediate_size=intermediate_size, offset=8,
     )  # fmt: skip
-    plan, up, down, out = layer(inputs, SMALL, tiling)
+    plan, up, down, out = layer(inputs, SMALL, tiling, **epilogue)
     on_jax = GroupPlan(*map(jnp.asarray, plan))
     live = plan.row_token >= 0
-    expected = jax_moe.up_project(*inputs[2:6], on_jax, backend="xla")
+    expected = jax_moe.up_project(*inputs[2:6], on_jax, backend="xla", **epilogue)
     assert relative_error(up[1][:, live], np.asarray(expected.scales)[:, live]) < 1e-5
     dequantized, expected_dequantized = (
         q.values.astype(np.float32) * np.repeat(np.asarray(q.scales).T, 128, axis=1)
@@ -250,7 +254,7 @@ def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size):
     up = Quantized(*map(jnp.asarray, up))
     expected = np.asarray(jax_moe.down_project(up, *inputs[6:8], on_jax, backend="xla"), np.float32)
     assert relative_error(down[live].astype(np.float32), expected[live]) < 4e-3
-    expected = jax_moe.apply(*inputs, config=SMALL, backend="xla")
+    expected = jax_moe.apply(*inputs, config=SMALL, backend="xla", **epilogue)
     assert relative_error(out, expected) < 4e-3
     assert not bits(out)[(plan.pair_row < 0).all(axis=1)].any()
 
@@ -283,18 +287,19 @@ def test_distinct_scales_and_exact_values_are_exact(swap_ab):
     np.testing.assert_array_equal(bits(found), bits(expected))
 
 
-def test_nan_stays_with_its_token_and_its_expert():
+@pytest.mark.parametrize("epilogue", [{}, {"swiglu_limit": 0.75, "scale_format": "ue8m0"}])
+def test_nan_stays_with_its_token_and_its_expert(epilogue):
     inputs = make_inputs(
         13, num_experts=16, num_local_experts=4, hidden_size=128, intermediate_size=128, offset=4
     )
-    clean_plan, _, _, clean = layer(inputs, SMALL, MatmulConfig(16, swap_ab=True))
+    clean_plan, _, _, clean = layer(inputs, SMALL, MatmulConfig(16, swap_ab=True), **epilogue)
     poisoned = inputs._replace(
         hidden_states_scale=inputs.hidden_states_scale.copy(),
         gemm1_weights_scale=inputs.gemm1_weights_scale.copy(),
     )
     poisoned.hidden_states_scale[:, 0] = np.nan  # padding rows read token 0
     poisoned.gemm1_weights_scale[2] = np.nan
-    _, _, _, out = layer(poisoned, SMALL, MatmulConfig(16, swap_ab=True))
+    _, _, _, out = layer(poisoned, SMALL, MatmulConfig(16, swap_ab=True), **epilogue)
     first, last = clean_plan.group_offsets[2:4]
     reached = np.isin(np.arange(13), clean_plan.row_token[first:last]) | (np.arange(13) == 0)
     local = (clean_plan.pair_row >= 0).any(axis=1)

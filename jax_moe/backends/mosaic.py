@@ -77,8 +77,7 @@ def route(
 
 def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
-    require_defaults(NAME, scale_format=(scale_format, "f32"))
-    return group_quant.quantize(x, interpret=interpret_params())
+    return group_quant.quantize(x, scale_format=scale_format, interpret=interpret_params())
 
 
 def plan_groups(
@@ -113,14 +112,15 @@ def up_project(
     scale_format: ScaleFormat = "f32",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    _require_plain_epilogue(swiglu_limit, scale_format)
-    tokens = Quantized(hidden_states, hidden_states_scale)
-    activations, _ = _up(tokens, gemm1_weights, gemm1_weights_scale, plan)
+    activations, _ = _up(
+        Quantized(hidden_states, hidden_states_scale),
+        gemm1_weights,
+        gemm1_weights_scale,
+        plan,
+        swiglu_limit=swiglu_limit,
+        scale_format=scale_format,
+    )
     return activations
-
-
-def _require_plain_epilogue(swiglu_limit: float | None, scale_format: ScaleFormat) -> None:
-    require_defaults(NAME, swiglu_limit=(swiglu_limit, None), scale_format=(scale_format, "f32"))
 
 
 def layer(
@@ -135,13 +135,14 @@ def layer(
     Where the up-projection has a warp to spare, it writes the zeros of tokens without a local
     expert meanwhile, and `unpermute` the other tokens only.
     """
-    _require_plain_epilogue(swiglu_limit, scale_format)
     weights = inputs.weights
     activations, zeroed = _up(
         inputs.rows,
         weights.gemm1_weights,
         weights.gemm1_weights_scale,
         plan,
+        swiglu_limit=swiglu_limit,
+        scale_format=scale_format,
         side_job=_zeroing(weights.gemm1_weights, plan),
     )
     expert_outputs = down_project(
@@ -155,6 +156,9 @@ def _up(
     weights: Array,
     weights_scale: Array,
     plan: GroupPlan,
+    *,
+    swiglu_limit: float | None,
+    scale_format: ScaleFormat,
     side_job: SideJob | None = None,
 ) -> tuple[Quantized, Array | None]:
     """The activations, and what `side_job` gives; rows are gathered on the way, or permuted before.
@@ -171,6 +175,8 @@ def _up(
         weights,
         weights_scale,
         config=_up_config(weights, plan),
+        swiglu_limit=swiglu_limit,
+        scale_format=scale_format,
         gather_rows=gathers,
         side_job=side_job,
         interpret=interpret_params(),

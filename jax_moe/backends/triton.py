@@ -57,8 +57,7 @@ def route(
 
 def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
-    require_defaults(NAME, scale_format=(scale_format, "f32"))
-    return Quantized(*_run(group_quant.launch(x)))
+    return Quantized(*_run(group_quant.launch(x, scale_format)))
 
 
 def plan_groups(
@@ -96,7 +95,6 @@ def up_project(
     scale_format: ScaleFormat = "f32",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    require_defaults(NAME, swiglu_limit=(swiglu_limit, None), scale_format=(scale_format, "f32"))
     num_local_experts, columns, hidden_size = gemm1_weights.shape
     sizes = (hidden_size, columns // 2, num_local_experts)
     tiling = tilings.choose(plan.block_m, _capability(), *sizes)
@@ -112,6 +110,8 @@ def up_project(
                 plan.num_tiles,
                 config=tiling.up_projection,
                 num_sms=device.num_sms(),
+                swiglu_limit=swiglu_limit,
+                scale_format=scale_format,
             )
         )
     )

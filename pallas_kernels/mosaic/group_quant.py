@@ -3,6 +3,8 @@
     CTA (one warpgroup)   [16 rows, 128 columns]: 4 rows per warp, 4 columns per lane
                           amax by shuffles -> scale -> clip -> e4m3
 
+"ue8m0" takes scale and reciprocal from the bits of amax: no division, and nothing to clip.
+
 The grid overlaps at the last rows instead of masking: the overlap writes the same bits twice.
 """
 
@@ -20,21 +22,29 @@ from jaxtyping import Array, Float
 from pallas_kernels.mosaic import launch, layouts
 from pallas_kernels.mosaic.rounding import divide
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
-from pallas_kernels.types import Quantized
+from pallas_kernels.types import Quantized, ScaleFormat
 
 E4M3_MAX = 448.0
 SMALLEST_NORMAL = 2.0**-126
+_INFINITY_BITS = 0x7F800000
+_ONE_POWER = 0x00800000  # added to the bits of a float, doubles it
+_ROUND_UP = 0x001FFFFF  # carries where the mantissa is above that of 448 = 1.75 * 2^8
+_TWICE_ONE_BITS = 0x7F000000  # less the bits of 2^n: those of 2^-n
 _ROWS = 16
 
 
-def quantize(x: Float[Array, "R C"], *, interpret=None) -> Quantized:
+def quantize(
+    x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", interpret=None
+) -> Quantized:
     """Quantizes each (row, 128 columns) to e4m3 with one f32 scale.
 
     `scale = max(amax, 448 * 2^-126) / 448`, `values = e4m3(clip(x / scale, -448, 448))`, with
-    f32 denormals taken as zero. NaN or Inf reach their own group only.
+    f32 denormals taken as zero. NaN or Inf reach their own group only. In the format "ue8m0" the
+    scale is rounded up to a power of two first.
 
     Args:
         x: `[R, C]`, f32, bf16 or f16; C a multiple of 128.
+        scale_format: Of the scales.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -43,11 +53,11 @@ def quantize(x: Float[Array, "R C"], *, interpret=None) -> Quantized:
     num_rows, num_columns = x.shape
     if num_rows < layouts.ROWS_PER_WARPGROUP:
         padded = jnp.pad(x, ((0, layouts.ROWS_PER_WARPGROUP - num_rows), (0, 0)))
-        values, scales = quantize(padded, interpret=interpret)
+        values, scales = quantize(padded, scale_format=scale_format, interpret=interpret)
         return Quantized(values[:num_rows], scales[:, :num_rows])
     rows = _ROWS if num_rows >= _ROWS else layouts.ROWS_PER_WARPGROUP
     kernel = launch.kernel(
-        functools.partial(_kernel, rows=rows, interpret=interpret),
+        functools.partial(_kernel, rows=rows, scale_format=scale_format, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((num_columns // QUANT_BLOCK, num_rows), jnp.float32),
@@ -60,14 +70,17 @@ def quantize(x: Float[Array, "R C"], *, interpret=None) -> Quantized:
     return Quantized(*kernel(x))
 
 
-def _kernel(x_gmem, values_gmem, scales_gmem, *, rows, interpret):
+def _kernel(x_gmem, values_gmem, scales_gmem, *, rows, scale_format, interpret):
     column = lax.axis_index("column")
     first = lax.min(lax.axis_index("row") * rows, jnp.int32(x_gmem.shape[0] - rows))
     at = (pl.ds(first, rows), pl.ds(column * QUANT_BLOCK, QUANT_BLOCK))
     layout = layouts.row_per_warp(QUANT_BLOCK)
     x = plgpu.load(x_gmem.at[at], layout=layout, optimized=False).astype(jnp.float32)
     x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
-    values, scale = quantize_rows(x, layout, interpret)
+    if scale_format == "ue8m0":
+        values, scale = _quantize_by_powers_of_two(x)
+    else:
+        values, scale = quantize_rows(x, layout, interpret)
     values_gmem[at] = values
     scales_gmem[column, pl.ds(first, rows)] = scale
 
@@ -81,3 +94,34 @@ def quantize_rows(x, layout, interpret):
     scale = over(floored, largest, layout=layout.reduce(1))
     scaled = over(x, lax.broadcast_in_dim(scale, x.shape, [0]), layout=layout)
     return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scale
+
+
+def _quantize_by_powers_of_two(x):
+    """As `quantize_rows`, with scales that are powers of two: products with 2^-n are exact."""
+    scale, inverse = power_of_two_scale(jnp.max(jnp.abs(x), axis=1))
+    scaled = x * lax.broadcast_in_dim(inverse, x.shape, [0])
+    return scaled.astype(jnp.float8_e4m3fn), scale
+
+
+def power_of_two_scale(amax):
+    """The least power of two from `amax / 448` and 2^-126 on, and its reciprocal, both exact.
+
+    By integer arithmetic: 448 is 1.75 * 2^8, so the power is eight below that of `amax`, or seven
+    where the mantissa of `amax` is above 1.75. That is also `amax / 448`, rounded to float32 first:
+    no float32 above 448 * 2^n rounds down to 2^n.
+
+    Args:
+        amax: `f32[r]`, not negative. Infinity and NaN are scales of themselves, their reciprocals
+            are 0 and NaN.
+
+    Returns:
+        `f32[r]` twice.
+    """
+    bits = lax.bitcast_convert_type(
+        lax.max(amax, jnp.float32(E4M3_MAX * SMALLEST_NORMAL)), jnp.int32
+    )
+    power = ((bits + _ROUND_UP) & -_ONE_POWER) - 8 * _ONE_POWER
+    power = jnp.where(bits < _INFINITY_BITS, power, bits)
+    scale = lax.bitcast_convert_type(power, jnp.float32)
+    inverse = lax.bitcast_convert_type(lax.max(_TWICE_ONE_BITS - power, 0), jnp.float32)
+    return scale, jnp.where(bits > _INFINITY_BITS, scale, inverse)

@@ -9,23 +9,32 @@ import triton.language as tl
 
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 from pallas_kernels.triton.launch import Launch
+from pallas_kernels.types import ScaleFormat
 
 _BLOCK_R = 32
 _MAX_E4M3 = tl.constexpr(448.0)
 _SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)  # 2^-126
 _FLOOR_BITS = tl.constexpr(0x04E00000)  # 448 * 2^-126
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_ONE_POWER = tl.constexpr(0x00800000)  # added to the bits of a float, doubles it
+_ROUND_UP = tl.constexpr(0x001FFFFF)  # carries where the mantissa is above that of 448 = 1.75 * 2^8
+_TWICE_ONE_BITS = tl.constexpr(0x7F000000)  # less the bits of 2^n: those of 2^-n
 
 
 @triton.jit
-def quantize_tile(x):
+def quantize_tile(x, POWERS_OF_TWO: tl.constexpr):
     """f32[R,128] to e4m3[R,128] and f32[R], to the bit as every other backend does it.
 
     Magnitudes are compared as integers: that orders NaN above infinity, so a NaN reaches its scale.
+    With POWERS_OF_TWO, products with the reciprocals of scales are exact and at most 448.
     """
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     x = tl.where(magnitude < _SMALLEST_NORMAL_BITS, 0.0, x)
-    amax = tl.maximum(tl.max(magnitude, axis=1), _FLOOR_BITS).to(tl.float32, bitcast=True)
-    scales = tl.div_rn(amax, _MAX_E4M3)
+    amax = tl.maximum(tl.max(magnitude, axis=1), _FLOOR_BITS)
+    if POWERS_OF_TWO:
+        scales, inverses = _power_of_two_scales(amax)
+        return (x * inverses[:, None]).to(tl.float8e4nv), scales
+    scales = tl.div_rn(amax.to(tl.float32, bitcast=True), _MAX_E4M3)
     values = tl.div_rn(x, scales[:, None])
     # Not `tl.clamp`, which would turn NaN into a bound.
     values = tl.where(values > _MAX_E4M3, _MAX_E4M3, values)
@@ -33,9 +42,30 @@ def quantize_tile(x):
     return values.to(tl.float8e4nv), scales
 
 
+@triton.jit
+def _power_of_two_scales(amax):
+    """Of bits of amax, i32[R]: the least powers of two from amax / 448 on, and their reciprocals.
+
+    448 is 1.75 * 2^8, so a power is eight below that of amax, or seven where the mantissa of amax
+    is above 1.75. Infinity and NaN are scales of themselves, their reciprocals are 0 and NaN.
+    """
+    powers = ((amax + _ROUND_UP) & -_ONE_POWER) - 8 * _ONE_POWER
+    powers = tl.where(amax < _INFINITY_BITS, powers, amax)
+    inverses = tl.maximum(_TWICE_ONE_BITS - powers, 0)
+    inverses = tl.where(amax > _INFINITY_BITS, amax, inverses)
+    return powers.to(tl.float32, bitcast=True), inverses.to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def group_quant_kernel(
-    x, num_rows, values, scales, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    num_rows,
+    values,
+    scales,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    POWERS_OF_TWO: tl.constexpr,
 ):
     """One program quantizes BLOCK_R rows of one block of BLOCK_C = 128 columns."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -43,13 +73,18 @@ def group_quant_kernel(
     live = rows < num_rows
     elements = rows.to(tl.int64)[:, None] * C + columns[None, :]
     tile = tl.load(x + elements, mask=live[:, None], other=0.0).to(tl.float32)
-    tile_values, tile_scales = quantize_tile(tile)
+    tile_values, tile_scales = quantize_tile(tile, POWERS_OF_TWO)
     tl.store(values + elements, tile_values, mask=live[:, None])
     tl.store(scales + tl.program_id(1).to(tl.int64) * num_rows + rows, tile_scales, mask=live)
 
 
-def launch(x: Any) -> Launch:
-    """The launch that quantizes bf16, f16 or f32[R,C] to e4m3[R,C] and f32[C/128,R]."""
+def launch(x: Any, scale_format: ScaleFormat = "f32") -> Launch:
+    """The launch that quantizes bf16, f16 or f32[R,C] to e4m3[R,C] and f32[C/128,R].
+
+    Args:
+        x: The rows.
+        scale_format: Of the scales; "ue8m0" rounds them up to powers of two.
+    """
     rows, columns = x.shape
     blocks = columns // QUANT_BLOCK
     return Launch(
@@ -61,5 +96,10 @@ def launch(x: Any) -> Launch:
             jax.ShapeDtypeStruct((blocks, rows), jnp.float32),
         ),
         grid=(cdiv(rows, _BLOCK_R), blocks),
-        constants={"C": columns, "BLOCK_R": _BLOCK_R, "BLOCK_C": QUANT_BLOCK},
+        constants={
+            "C": columns,
+            "BLOCK_R": _BLOCK_R,
+            "BLOCK_C": QUANT_BLOCK,
+            "POWERS_OF_TWO": scale_format == "ue8m0",
+        },
     )

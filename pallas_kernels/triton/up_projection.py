@@ -1,4 +1,4 @@
-"""Up-projection: gather, GEMM1, SwiGLU and requantization in one kernel."""
+"""Up-projection: gather, GEMM1, clamp, SwiGLU and requantization in one kernel."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.triton.group_quant import quantize_tile
 from pallas_kernels.triton.grouped_matmul import BLOCK, MatmulConfig, multiply_pair
 from pallas_kernels.triton.launch import Launch
+from pallas_kernels.types import ScaleFormat
 
 
 @triton.jit
@@ -18,6 +19,7 @@ def _up_tile(
     hidden_states, hidden_states_scale, weights, weights_scale, row_token, tile_expert,
     row_tile, column_tile, num_tokens, num_rows, values, scales,
     K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, SWAP_AB: tl.constexpr,
+    SWIGLU_LIMIT: tl.constexpr, POWERS_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M rows of 128 activations, quantized."""
     first_row = tl.cast(row_tile, tl.int64) * BLOCK_M
@@ -45,9 +47,13 @@ def _up_tile(
         BLOCK_M,
         SWAP_AB,
     )
+    if SWIGLU_LIMIT is not None:
+        gated = tl.minimum(gated, SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        linear = tl.minimum(linear, SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        linear = tl.maximum(linear, -SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
     # exp(-x) = inf makes this -0, never inf * 0.
     activation = gated / (1 + tl.exp(-gated)) * linear
-    tile_values, tile_scales = quantize_tile(activation)
+    tile_values, tile_scales = quantize_tile(activation, POWERS_OF_TWO)
     out = values + first_row * N + column_tile * BLOCK + (rows[:, None] * N + lanes[None, :])
     tl.store(out, tile_values)
     tl.store(scales + tl.cast(column_tile, tl.int64) * num_rows + first_row + rows, tile_scales)
@@ -71,6 +77,8 @@ def up_projection_kernel(
     BLOCK_M: tl.constexpr,
     SWAP_AB: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
+    SWIGLU_LIMIT: tl.constexpr,
+    POWERS_OF_TWO: tl.constexpr,
 ):
     """Every program takes every n-th live tile, columns fastest: neighbours share the rows."""
     tiles = tl.load(num_tiles) * COLUMN_TILES
@@ -78,7 +86,7 @@ def up_projection_kernel(
         _up_tile(
             hidden_states, hidden_states_scale, weights, weights_scale, row_token, tile_expert,
             tile // COLUMN_TILES, tile % COLUMN_TILES, num_tokens, num_rows, values, scales,
-            K, N, BLOCK_M, SWAP_AB,
+            K, N, BLOCK_M, SWAP_AB, SWIGLU_LIMIT, POWERS_OF_TWO,
         )  # fmt: skip
 
 
@@ -93,6 +101,8 @@ def launch(
     *,
     config: MatmulConfig,
     num_sms: int,
+    swiglu_limit: float | None = None,
+    scale_format: ScaleFormat = "f32",
 ) -> Launch:
     """The launch that makes e4m3[M,I] and f32[I/128,M]; padding rows hold anything.
 
@@ -106,6 +116,9 @@ def launch(
         num_tiles: i32[1], live tiles.
         config: Tiling; its `block_m` is that of the plan.
         num_sms: Of the GPU.
+        swiglu_limit: Cuts the gate off above it, and the up half on both sides; NaN stays. None for
+            no clamp.
+        scale_format: Of the result's scales; "ue8m0" rounds them up to powers of two.
     """
     num_tokens, hidden_size = hidden_states.shape
     (rows,) = row_token.shape
@@ -134,6 +147,8 @@ def launch(
             "BLOCK_M": config.block_m,
             "SWAP_AB": config.swap_ab,
             "COLUMN_TILES": blocks,
+            "SWIGLU_LIMIT": swiglu_limit,
+            "POWERS_OF_TWO": scale_format == "ue8m0",
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

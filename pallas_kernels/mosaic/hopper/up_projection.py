@@ -2,14 +2,17 @@
 
 a tile multiplies block j of the up half and block j of the gate half of gemm1_weights
 weight-major epilogue, 32 or 64 tokens at a time:
-    consumer w    silu(gate) * up, f32[64, tokens] -> bf16, transposed to shared memory
+    consumer w    clamp, silu(gate) * up, f32[64, tokens] -> bf16, transposed to shared memory
     both          barrier
     consumer w    half of the tokens, one row per warp: amax over the 128 columns -> scale
                   -> e4m3 -> global memory
     both          barrier
 token-major epilogue:
-    consumer w    silu(gate) * up, f32[64 tokens, 128] -> bf16, amax over the 128 columns
+    consumer w    clamp, silu(gate) * up, f32[64 tokens, 128] -> bf16, amax over the 128 columns
                   -> scale -> e4m3 -> TMA store
+
+The clamp is there with a `swiglu_limit` only. Scales of the format "ue8m0" are taken from the bits
+of amax, see `group_quant.power_of_two_scale`.
 """
 
 from __future__ import annotations
@@ -26,15 +29,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.mosaic import layouts
-from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL
+from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL, power_of_two_scale
 from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.shapes import QUANT_BLOCK
-from pallas_kernels.types import GroupPlan, Quantized
+from pallas_kernels.types import GroupPlan, Quantized, ScaleFormat
 
 _STAGED_TOKENS = 64
+
+
+class _Activation(NamedTuple):
+    """What is static in the epilogues; the fields are arguments of `up_projection`."""
+
+    swiglu_limit: float | None
+    scale_format: ScaleFormat
 
 
 class _Staging(NamedTuple):
@@ -52,6 +62,8 @@ def up_projection(
     gemm1_weights_scale: Float[Array, "E 2*I/128 H/128"],
     *,
     config: MatmulConfig,
+    swiglu_limit: float | None = None,
+    scale_format: ScaleFormat = "f32",
     gather_rows: bool = False,
     side_job: SideJob | None = None,
     interpret=None,
@@ -64,6 +76,9 @@ def up_projection(
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
         config: Tile and pipeline; its `block_m` is that of the plan.
+        swiglu_limit: Cuts the gate off above it, and the other half on both sides; NaN stays. None
+            for no clamp.
+        scale_format: Of the result's scales.
         gather_rows: Whether `rows` are tokens.
         side_job: As for `grouped_matmul`.
         interpret: Interpreter parameters, or None for the GPU.
@@ -79,6 +94,7 @@ def up_projection(
     intermediate_size = gemm1_weights.shape[1] // 2
     num_columns = intermediate_size // QUANT_BLOCK
     shape: Any = jax.ShapeDtypeStruct
+    activation = _Activation(swiglu_limit, scale_format)
     return grouped_matmul(
         rows,
         plan,
@@ -88,8 +104,8 @@ def up_projection(
         num_columns=num_columns,
         weight_blocks=lambda column: (column, num_columns + column),
         epilogue=Epilogue(
-            weight_major=_weight_major_epilogue,
-            token_major=_token_major_epilogue,
+            weight_major=functools.partial(_weight_major_epilogue, activation),
+            token_major=functools.partial(_token_major_epilogue, activation),
             out_type=Quantized(
                 shape((num_rows, intermediate_size), jnp.float8_e4m3fn),
                 shape((num_columns, num_rows), jnp.float32),
@@ -121,12 +137,13 @@ def _staging_types(config: MatmulConfig) -> _Staging:
     )
 
 
-def _weight_major_epilogue(accumulators, tile, width, outputs: Quantized, staging: _Staging):
+def _weight_major_epilogue(
+    activation: _Activation, accumulators, tile, width, outputs: Quantized, staging: _Staging
+):
     """Weights x tokens: a token's 128 columns lie in both consumers, which synchronize for it."""
     warpgroup = lax.axis_index("warpgroup")
     layout = layouts.row_per_warp(CONSUMER_ROWS)
-    up, gate = accumulators
-    activated = _swiglu(up, gate)
+    activated = _swiglu(*accumulators, activation.swiglu_limit)
     staged = staging.weight_major
     chunk = staged.shape[1]
     for first in range(0, width, chunk):
@@ -140,8 +157,8 @@ def _weight_major_epilogue(accumulators, tile, width, outputs: Quantized, stagin
         ]
         halves = [half.astype(jnp.float32) for half in halves]
         amax = functools.reduce(lax.max, [jnp.max(jnp.abs(half), axis=1) for half in halves])
-        scale = _scale_of(amax)
-        inverse = lax.broadcast_in_dim(1.0 / scale, (mine, CONSUMER_ROWS), [0])
+        scale, inverse = _scale_of(amax, activation.scale_format)
+        inverse = lax.broadcast_in_dim(inverse, (mine, CONSUMER_ROWS), [0])
         row = pl.ds(tile.row + first + warpgroup * mine, mine)
         for i, half in enumerate(halves):
             column = tile.column * QUANT_BLOCK + i * CONSUMER_ROWS
@@ -150,12 +167,14 @@ def _weight_major_epilogue(accumulators, tile, width, outputs: Quantized, stagin
         _sync_consumers(staging.consumers)
 
 
-def _token_major_epilogue(accumulators, tile, width, outputs: Quantized, staging: _Staging):
+def _token_major_epilogue(
+    activation: _Activation, accumulators, tile, width, outputs: Quantized, staging: _Staging
+):
     """Tokens x weights: consumer w holds its 64 tokens' 128 columns and waits for no other."""
     warpgroup = lax.axis_index("warpgroup")
-    activated = _swiglu(*accumulators).astype(jnp.float32)
-    scale = _scale_of(jnp.max(jnp.abs(activated), axis=1))
-    quantized = _to_e4m3(activated * lax.broadcast_in_dim(1.0 / scale, activated.shape, [0]))
+    activated = _swiglu(*accumulators, activation.swiglu_limit).astype(jnp.float32)
+    scale, inverse = _scale_of(jnp.max(jnp.abs(activated), axis=1), activation.scale_format)
+    quantized = _to_e4m3(activated * lax.broadcast_in_dim(inverse, activated.shape, [0]))
     rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for half in range(QUANT_BLOCK // CONSUMER_ROWS):
@@ -168,12 +187,18 @@ def _token_major_epilogue(accumulators, tile, width, outputs: Quantized, staging
     outputs.scales[tile.column, rows] = scale
 
 
-def _swiglu(up, gate):
+def _swiglu(up, gate, limit: float | None):
+    if limit is not None:  # minimum and maximum both keep NaN
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return (gate * jax.nn.sigmoid(gate) * up).astype(jnp.bfloat16)
 
 
-def _scale_of(amax):
-    return lax.max(amax, jnp.float32(E4M3_MAX * SMALLEST_NORMAL)) / E4M3_MAX
+def _scale_of(amax, scale_format: ScaleFormat):
+    """The scale of rows with such an amax, and its reciprocal."""
+    if scale_format == "ue8m0":
+        return power_of_two_scale(amax)
+    scale = lax.max(amax, jnp.float32(E4M3_MAX * SMALLEST_NORMAL)) / E4M3_MAX
+    return scale, 1.0 / scale
 
 
 def _to_e4m3(scaled):
