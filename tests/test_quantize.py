@@ -26,7 +26,7 @@ def check(case: str, x: np.ndarray, scale_format: str = "f32") -> jax_moe.Quanti
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("rows", [1, 7, 130])
+@pytest.mark.parametrize("rows", [1, 2, 7, 130])
 def test_bits_equal_numpy(case, dtype, rows):
     x = np.random.default_rng(rows).standard_normal((rows, 384)).astype(dtype)
     check(case, x)

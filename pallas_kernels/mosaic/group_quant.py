@@ -51,6 +51,12 @@ def quantize(
         `values e4m3[R, C]` and `scales f32[C/128, R]`, with `x ~= values * scales`.
     """
     num_rows, num_columns = x.shape
+    num_groups = num_rows * num_columns // QUANT_BLOCK
+    if num_rows < layouts.ROWS_PER_WARPGROUP <= num_groups:  # one group per row: the same memory
+        values, scales = quantize(
+            x.reshape(num_groups, QUANT_BLOCK), scale_format=scale_format, interpret=interpret
+        )
+        return Quantized(values.reshape(x.shape), scales.reshape(num_rows, -1).T)
     if num_rows < layouts.ROWS_PER_WARPGROUP:
         padded = jnp.pad(x, ((0, layouts.ROWS_PER_WARPGROUP - num_rows), (0, 0)))
         values, scales = quantize(padded, scale_format=scale_format, interpret=interpret)
