@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness
 from examples.ladder.problem import Level
+from pallas_kernels.types import GroupPlan, Quantized
 
 BLOCK = 128
 NUM_STAGES = 4
@@ -36,7 +38,13 @@ FP8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 BF16_TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-def grouped_matmul(rows, plan, weights, weights_scale, interpret=None) -> BFloat16[Array, "M N"]:
+def grouped_matmul(
+    rows: Quantized,
+    plan: GroupPlan,
+    weights: Float8e4m3fn[Array, "E N K"],
+    weights_scale: Float32[Array, "E N/128 K/128"],
+    interpret: Any = None,
+) -> BFloat16[Array, "M N"]:
     """`rows @ weights[expert].T` for the rows of each expert; scales must not change along K."""
     num_rows, num_columns = rows.values.shape[0], weights.shape[1]
     stages = plgpu.SMEM((NUM_STAGES, BLOCK, BLOCK), jnp.float8_e4m3fn, transforms=FP8_TILES)

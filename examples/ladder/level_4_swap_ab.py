@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness, level_3_promotion
 from examples.ladder.problem import FEW_ROWS, Level
+from pallas_kernels.types import GroupPlan, Quantized
 
 BLOCK = 128
 FEW_TOKENS = 16
@@ -44,7 +46,13 @@ def block_m(expected_rows: float) -> int:
     return FEW_TOKENS if expected_rows <= FEW_ROWS else level_3_promotion.BLOCK
 
 
-def grouped_matmul(rows, plan, weights, weights_scale, interpret=None) -> BFloat16[Array, "M N"]:
+def grouped_matmul(
+    rows: Quantized,
+    plan: GroupPlan,
+    weights: Float8e4m3fn[Array, "E N K"],
+    weights_scale: Float32[Array, "E N/128 K/128"],
+    interpret: Any = None,
+) -> BFloat16[Array, "M N"]:
     """`rows @ weights[expert].T` for the rows of each expert, with block scales."""
     if plan.block_m > FEW_TOKENS:
         return level_3_promotion.grouped_matmul(rows, plan, weights, weights_scale, interpret)

@@ -17,12 +17,13 @@ from __future__ import annotations
 import functools
 import pathlib
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness, store
@@ -42,12 +43,19 @@ from pallas_kernels.mosaic.hopper.pipeline import pipeline_types
 from pallas_kernels.mosaic.hopper.producer import Producer
 from pallas_kernels.mosaic.hopper.tile_queue import Tile
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.types import GroupPlan, Quantized
 
 FEW = MatmulConfig(FEW_TOKENS, num_stages=6, stages_per_fill=2)
 MANY = MatmulConfig(128, num_stages=3)
 
 
-def grouped_matmul(rows, plan, weights, weights_scale, interpret=None) -> BFloat16[Array, "M N"]:
+def grouped_matmul(
+    rows: Quantized,
+    plan: GroupPlan,
+    weights: Float8e4m3fn[Array, "E N K"],
+    weights_scale: Float32[Array, "E N/128 K/128"],
+    interpret: Any = None,
+) -> BFloat16[Array, "M N"]:
     """`rows @ weights[expert].T` for the rows of each expert, with block scales."""
     config = FEW if plan.block_m == FEW_TOKENS else MANY
     shape = tiles(config, rows, weights, interpret)
@@ -68,7 +76,7 @@ def grouped_matmul(rows, plan, weights, weights_scale, interpret=None) -> BFloat
     return kernel(operands(rows, plan, weights, weights_scale, gather_rows=False, side_job=None))
 
 
-def tiles(config: MatmulConfig, rows, weights, interpret) -> MatmulShape:
+def tiles(config: MatmulConfig, rows: Quantized, weights: Array, interpret: Any) -> MatmulShape:
     """The matmul in tiles of one weight block for few tokens, of two for many."""
     num_blocks = 1 if config.block_m == FEW_TOKENS else 2
     return matmul_shape(

@@ -24,11 +24,12 @@ import dataclasses
 import functools
 import pathlib
 import sys
+from typing import Any
 
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness, store
@@ -46,14 +47,22 @@ from pallas_kernels.mosaic.hopper.tile_scheduler import (
     DynamicScheduler,
     StaticScheduler,
     TileOrder,
+    TileScheduler,
 )
+from pallas_kernels.types import GroupPlan, Quantized
 
 FEW = MatmulConfig(FEW_TOKENS, num_stages=10, stages_per_fill=2)
 MANY = MatmulConfig(128, num_stages=3, tail_widths=(32, 64, 96), scheduler="dynamic")
 INTERPRETED_SMS = 2
 
 
-def grouped_matmul(rows, plan, weights, weights_scale, interpret=None) -> BFloat16[Array, "M N"]:
+def grouped_matmul(
+    rows: Quantized,
+    plan: GroupPlan,
+    weights: Float8e4m3fn[Array, "E N K"],
+    weights_scale: Float32[Array, "E N/128 K/128"],
+    interpret: Any = None,
+) -> BFloat16[Array, "M N"]:
     """`rows @ weights[expert].T` for the rows of each expert, with block scales."""
     config = on_this_device(FEW if plan.block_m == FEW_TOKENS else MANY, interpret)
     shape = tiles(config, rows, weights, interpret)
@@ -79,7 +88,7 @@ def grouped_matmul(rows, plan, weights, weights_scale, interpret=None) -> BFloat
     return kernel(operands(rows, plan, weights, weights_scale, gather_rows=False, side_job=None))
 
 
-def on_this_device(config: MatmulConfig, interpret) -> MatmulConfig:
+def on_this_device(config: MatmulConfig, interpret: Any) -> MatmulConfig:
     """One CTA per multiprocessor; the interpreter has two."""
     return config if interpret is None else dataclasses.replace(config, sms=INTERPRETED_SMS)
 
@@ -87,10 +96,9 @@ def on_this_device(config: MatmulConfig, interpret) -> MatmulConfig:
 def _kernel(inputs, out, *, pipeline, queue, staging, shape: MatmulShape, epilogue: Epilogue):
     total = inputs.plan.num_tiles[0] * shape.num_columns
     order = TileOrder(shape.block_m, shape.num_columns, shape.segments, inputs.plan, total)
+    scheduler: TileScheduler = StaticScheduler(order, shape.sms)
     if shape.is_dynamic:
         scheduler = DynamicScheduler(order, shape.sms, work_counter.new_counter())
-    else:
-        scheduler = StaticScheduler(order, shape.sms)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == NUM_CONSUMERS)

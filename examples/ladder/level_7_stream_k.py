@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness, level_6_persistent, store
@@ -24,12 +25,18 @@ from examples.ladder.level_4_swap_ab import FEW_TOKENS, block_m
 from examples.ladder.level_5_wide_reads import tiles
 from examples.ladder.problem import Level
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul as library_matmul
+from pallas_kernels.types import GroupPlan, Quantized
 
 NUM_SEGMENTS = 4
 
 
 def grouped_matmul(
-    rows, plan, weights, weights_scale, interpret=None, num_segments: int = NUM_SEGMENTS
+    rows: Quantized,
+    plan: GroupPlan,
+    weights: Float8e4m3fn[Array, "E N K"],
+    weights_scale: Float32[Array, "E N/128 K/128"],
+    interpret: Any = None,
+    num_segments: int = NUM_SEGMENTS,
 ) -> BFloat16[Array, "M N"]:
     """As in level 6; the last tiles of few tokens are split into `num_segments` pieces of K."""
     config = level_6_persistent.MANY

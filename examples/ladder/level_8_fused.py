@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
+
+from jaxtyping import Array, Float8e4m3fn, Float32
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness, level_6_persistent
@@ -20,11 +23,17 @@ from examples.ladder.level_4_swap_ab import block_m
 from examples.ladder.problem import Level
 from pallas_kernels.mosaic import tilings
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
-from pallas_kernels.types import Quantized
+from pallas_kernels.types import GroupPlan, Quantized
 
 
-def swiglu_matmul(rows, plan, weights, weights_scale, interpret=None) -> Quantized:
-    """`silu(gate) * up` of `rows @ weights[expert].T`, requantized."""
+def swiglu_matmul(
+    rows: Quantized,
+    plan: GroupPlan,
+    weights: Float8e4m3fn[Array, "E 2*I H"],
+    weights_scale: Float32[Array, "E 2*I/128 H/128"],
+    interpret: Any = None,
+) -> Quantized:
+    """`silu(gate) * up` of `rows @ weights[expert].T`: `e4m3[M, I]` and `f32[I/128, M]`."""
     num_experts, num_columns, hidden_size = weights.shape
     chosen = tilings.choose(plan.block_m, hidden_size, num_columns // 2, num_experts)
     config = level_6_persistent.on_this_device(chosen.up_projection, interpret)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float8e4m3fn, Float32
+from jaxtyping import Array, Float8e4m3fn, Float32
 
 from bench.gaussian import key_for, quantized_gaussian
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv, round_up
@@ -130,14 +130,15 @@ def make_plan(sizes: Sizes, num_tokens: int, block_m: int) -> GroupPlan:
         row_token[offset : offset + len(tokens)] = tokens
     tile_expert = np.zeros(num_rows // block_m, np.int32)
     tile_expert[: tiles.sum()] = np.repeat(np.arange(len(tiles)), tiles)
-    return GroupPlan(
-        group_sizes=group_sizes,
-        group_offsets=offsets.astype(np.int32),
-        row_token=row_token,
-        pair_row=np.zeros((1, 1), np.int32),  # for `unpermute`, which is not run here
-        tile_expert=tile_expert,
-        num_tiles=np.array([tiles.sum()], np.int32),
-    )
+    fields: dict[str, Any] = {
+        "group_sizes": group_sizes,
+        "group_offsets": offsets.astype(np.int32),
+        "row_token": row_token,
+        "pair_row": np.zeros((1, 1), np.int32),  # for `unpermute`, which is not run here
+        "tile_expert": tile_expert,
+        "num_tiles": np.array([tiles.sum()], np.int32),
+    }
+    return GroupPlan(**fields)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -216,11 +217,6 @@ def relative_error(problem: Problem, is_fused: bool, result: Any) -> Float32[Arr
     firsts = jnp.arange(len(plan.tile_expert), dtype=jnp.int32) * block_m
     difference, expected = lax.map(tile, (firsts, plan.tile_expert))
     return jnp.sqrt(jnp.sum(difference) / jnp.sum(expected))
-
-
-def live_rows(problem: Problem) -> Bool[Array, " M"]:
-    """Which rows hold a token."""
-    return problem.plan.row_token >= 0
 
 
 def _dequantized_rows(rows: Quantized) -> Float32[Array, "M C"]:
