@@ -10,7 +10,7 @@ WORKERS ?= 2
 RESULTS ?= out/$@
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-slow test-gpu sanitize lint format clean
+.PHONY: help bench test test-slow test-gpu sanitize lint format docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,16 @@ format: $(READY) ## rewrite the code in the project's format
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
 
+docs: .venv-docs/.ready ## the site of the documents, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
+.venv-docs/.ready: pyproject.toml
+	"$$(tools/find_python.sh)" -m venv --clear .venv-docs
+	.venv-docs/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-docs/requirements.txt
+	touch $@
+
 clean: ## remove .venv and everything generated
-	rm -rf .venv .venv-* .venv.lock .venv-*.lock out build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* .venv.lock .venv-*.lock out build dist site *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
