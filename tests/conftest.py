@@ -11,6 +11,7 @@ from tests import h100_target
 
 # JAX reads these at import, so they are set before any test module is loaded.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's would spin against the other workers
 os.environ.setdefault("NPROC", "16")  # threads for the Mosaic GPU interpreter
 os.environ.setdefault("JAX_MOE_TUNING", "off")  # test what is shipped, not what this user measured
 if not has_gpu_driver():

@@ -191,7 +191,8 @@ def test_when_layers_are_kept(tmp_path, monkeypatch, cache_at):
     assert lowering_cache._folder() is None
 
 
-def test_the_kept_program_is_the_layer_itself(folder, monkeypatch):
+@pytest.mark.parametrize("num_tokens", [80, pytest.param(14107, marks=pytest.mark.slow)])
+def test_the_kept_program_is_the_layer_itself(num_tokens, folder, monkeypatch):
     """For an H100: the same instructions, in one CUDA graph, and no copy between them."""
     monkeypatch.setattr(lowering_cache, "_PLATFORM", "cuda")
 
@@ -202,7 +203,7 @@ def test_the_kept_program_is_the_layer_itself(folder, monkeypatch):
 
         return run
 
-    specs = rank_specs(14107)
+    specs = rank_specs(num_tokens)
     kept = h100_target.compile_for_h100(layer(), *specs)
     assert len(list(folder.iterdir())) == 1
     monkeypatch.undo()

@@ -19,6 +19,7 @@ from tests.moe_inputs import rank_specs
 from tests.test_kernels_interpreted import grouped_rows, weights
 
 TOKENS = (1, 80, 901, 14107)  # at least one of each tile height
+QUICK = (1, 14107)  # rows gathered on the way, and copied before; weights as rows, and tokens
 SIZES = {"num_local_experts": 32, "hidden_size": 7168, "intermediate_size": 2048}
 
 
@@ -47,7 +48,14 @@ def programs():
 # One token in bf16: the quantizer is in the graph as well.
 @pytest.mark.parametrize(
     ("num_tokens", "dtype"),
-    [(t, "bfloat16" if t == 1 else "float8_e4m3fn") for t in TOKENS],
+    [
+        pytest.param(
+            t,
+            "bfloat16" if t == 1 else "float8_e4m3fn",
+            marks=[] if t in QUICK else pytest.mark.slow,
+        )
+        for t in TOKENS
+    ],
 )
 def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dtype):
     report = h100_target.compile_for_h100(layer, *specs_of(num_tokens, dtype))
@@ -64,7 +72,7 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dt
     assert report.temp_bytes <= bound <= 2.5e9
 
 
-@pytest.mark.parametrize("num_tokens", [1, 14107])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(14107, marks=pytest.mark.slow)])
 def test_kernels_share_nothing_that_they_write(num_tokens):
     """XLA plans two layers of one routing once; what their kernels count in stays their own."""
     sharding = h100_target.h100_sharding()
