@@ -112,7 +112,7 @@ def quantize(
         TypeError: `x` is no array, or of another dtype.
         ValueError: `x` has another rank, C is no positive multiple of 128, or there is no such
             format.
-        NotImplementedError: The backend does not run on this device, or has no such format.
+        NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
     validate.array("x", x, "R C", validate.UNQUANTIZED, sizes)
@@ -205,7 +205,7 @@ def up_project(
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape does not fit, or an option is out of range.
-        NotImplementedError: The backend does not run on this device, or has no such option.
+        NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
     validate.array("hidden_states", hidden_states, "T H", validate.E4M3, sizes)

@@ -51,9 +51,10 @@ def routing_gaps(logits: Any, bias: Any, config: Any) -> np.ndarray:
 
 def layer(
     logits: Any, bias: Any, x: Any, x_scale: Any, w13: Any, s13: Any, w2: Any, s2: Any,
-    offset: int, factor: float, *, config: Any, requantize: bool = False,
+    offset: int, factor: float, *, config: Any, requantize: bool = False, staged: Any = np.float32,
 ) -> np.ndarray:  # fmt: skip
-    """float64 [T,H]; with `requantize` activations go through e4m3 wherever the layer does that."""
+    """float64 [T,H]; with `requantize` activations go through e4m3 wherever the layer does that,
+    between the matmuls through `staged` first."""
     ids, weights = route(logits, bias, factor, config)
     if x_scale is None and requantize:
         x, x_scale = quantize(np.asarray(x), config.scale_format)
@@ -72,7 +73,7 @@ def layer(
             gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
         hidden = gate * special.expit(gate) * up
         if requantize:
-            values, scales = quantize(hidden.astype(np.float32), config.scale_format)
+            values, scales = quantize(hidden.astype(np.float32).astype(staged), config.scale_format)
             hidden = values.astype(np.float64) * np.repeat(scales.T, 128, axis=1)
         out[token] += hidden @ _dequantize(w2[local], s2[local]).T * weights[token, choice, None]
     return out

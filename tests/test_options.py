@@ -31,6 +31,8 @@ PAIRS = covering(OPTIONS)
 THE_FIVE = ("scoring", "swiglu_limit", "scale_format", "hidden_states", "has_bias")
 # A few activations round to the neighbour, and bf16 rows, drawn anew here, have more of them than
 # the e4m3 rows of test_backends: up to 0.0083 with triton on an H200.
+# `mosaic` rounds them to bf16 on the way, as its oracle does: with scales that are powers of two,
+# every sixteenth of those lies halfway between two e4m3 numbers.
 TO_REQUANTIZING_ORACLE = {"xla": 0.004, "triton": 0.012, "mosaic": 0.02}
 
 
@@ -65,7 +67,8 @@ def check(case, row):
             expected = jax_moe.route(*inputs[:2], FACTOR, config=config, backend="xla")
             np.testing.assert_array_equal(routing.topk_ids, expected.topk_ids)
             np.testing.assert_allclose(routing.topk_weights, expected.topk_weights, rtol=1e-6)
-    requantized = numpy_oracle.layer(*inputs, config=config, requantize=True)
+    staged = ml_dtypes.bfloat16 if "mosaic" in case else np.float32
+    requantized = numpy_oracle.layer(*inputs, config=config, requantize=True, staged=staged)
     bound = TO_REQUANTIZING_ORACLE[case.removeprefix("interpreted_")]
     assert relative_error(out, requantized) < bound
     exact = numpy_oracle.layer(*inputs, config=config)
