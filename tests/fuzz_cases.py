@@ -46,8 +46,9 @@ _A = Model(SMALL, 32, 8, 256, 128)
 _B = Model(DEEPSEEK_V3, 256, 32, 512, 256)
 _C = Model(MoEConfig(2, 1, 1), 9, 9, 384, 256)  # an odd count of blocks, all experts local
 _D = Model(MoEConfig(1, 1, 1), 8, 3, 128, 128, BF16, np.float32)
-_E = Model(MoEConfig(6, 3, 2), 24, 24, 1024, 384)
-_F = Model(MoEConfig(8, 4, 2), 16, 5, 256, 512, np.float32)  # all that the kept groups hold
+_E = Model(MoEConfig(6, 3, 2, swiglu_limit=2.5, scale_format="ue8m0"), 24, 24, 1024, 384)
+_F_CONFIG = MoEConfig(8, 4, 2, swiglu_limit=0.5)  # as many experts as the kept groups hold
+_F = Model(_F_CONFIG, 16, 5, 256, 512, np.float32)
 _G = Model(MoEConfig(3, 3, 2), 72, 70, 256, 256, np.float16, np.float32)
 _H = Model(SMALL, 32, 8, 3584, 256)  # a K that mosaic cuts
 _I = Model(MoEConfig(10), 600, 512, 128, 128)  # many experts on one device
@@ -309,7 +310,8 @@ def oracle(case: Case) -> np.ndarray:
     """
     arrays = list(case.inputs[:8])
     if arrays[3] is None:
-        arrays[2:4] = numpy_oracle.quantize(np.asarray(arrays[2], np.float32))
+        form = case.model.config.scale_format
+        arrays[2:4] = numpy_oracle.quantize(np.asarray(arrays[2], np.float32), form)
     for i, axis in ((0, 0), (2, 0), (3, 1)):
         if arrays[i] is not None:
             arrays[i] = buckets.pad(arrays[i], axis, case.padded)
