@@ -10,7 +10,7 @@ WORKERS ?= 2
 RESULTS ?= out/$@
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-slow test-gpu sanitize lint format docs clean
+.PHONY: help bench test test-slow test-gpu sanitize lint format docs mutants clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,16 @@ format: $(READY) ## rewrite the code in the project's format
 
 docs: .venv-docs/.ready ## the site of the documents, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
+mutants: $(READY) .venv-mutants/.ready ## changes that no test notices; a run goes on where the last one ended
+	.venv-mutants/bin/python -m tools.mutants $(ARGS)
+
+.venv-mutants/.ready: pyproject.toml
+	"$$(tools/find_python.sh)" -m venv --clear .venv-mutants
+	.venv-mutants/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["mutants"], sep="\n")' > .venv-mutants/requirements.txt
+	.venv-mutants/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-mutants/requirements.txt
+	touch $@
 
 .venv-docs/.ready: pyproject.toml
 	"$$(tools/find_python.sh)" -m venv --clear .venv-docs

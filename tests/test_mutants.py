@@ -1,0 +1,64 @@
+"""`tools.mutants`: which changes are drawn, and what a report says of them."""
+
+from __future__ import annotations
+
+import pathlib
+
+from tests.mutants_explained import EXPLAINED
+from tools import mutants
+from tools.mutants import Mutant, Verdict
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIFF = "--- mutation diff ---\n--- a\n+++ b\n@@ -1 +1 @@\n-    a = b + c\n+    a = b - c\n"
+
+
+def test_every_module_and_its_tests_exist():
+    for module, tests in mutants.MODULES.items():
+        assert (ROOT / module).is_file()
+        assert all((ROOT / "tests" / name).is_file() for name in tests)
+
+
+def test_annotations_are_found_and_code_is_not():
+    source = "def f(x: int | None = 1 | 2) -> a | b:\n    y: c | d = x | 3\n    return y | 4\n"
+    found = mutants.annotations(source)
+    bars = [
+        (line, column)
+        for line, text in enumerate(source.splitlines(), 1)
+        for column, character in enumerate(text)
+        if character == "|"
+    ]
+    assert [place in found for place in bars] == [True, False, True, True, False, False]
+
+
+def some(count):
+    (module, *_) = mutants.MODULES
+    return [Mutant(module, "core/AddNot", n, 1, 0, f"job {n}") for n in range(count)]
+
+
+def test_a_seed_draws_the_same_mutants_in_any_order():
+    drawn = mutants.drawn(some(40), 5, seed=1)
+    assert len(drawn) == 5
+    assert drawn == mutants.drawn(reversed(some(40)), 5, seed=1)
+    assert drawn != mutants.drawn(some(40), 5, seed=2)
+    assert mutants.drawn(some(3), 5, seed=1) == some(3)
+
+
+def test_a_report_counts_and_explains_survivors():
+    one, two, three = some(3)
+    found = [Verdict(one, "killed"), Verdict(two, "survived", DIFF), Verdict(three, "")]
+    text = mutants.report(found, {}, "Seed 1.")
+    assert "1 of 2 are killed, 50.0%." in text
+    assert "**Incomplete**: 1 are not judged yet." in text
+    assert f"`{one.module}` line 1: not explained" in text
+    assert "-    a = b + c\n+    a = b - c" in text
+    explained = {(one.module, "a = b + c"): "both are zero"}
+    assert "line 1: both are zero" in mutants.report(found, explained, "Seed 1.")
+
+
+def test_nothing_is_said_about_nothing():
+    assert "0 of 0 are killed." in mutants.report([], {}, "Seed 1.")
+
+
+def test_explained_lines_are_still_there():
+    for module, line in EXPLAINED:
+        assert line in map(str.strip, (ROOT / module).read_text().splitlines()), module

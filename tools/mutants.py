@@ -1,0 +1,271 @@
+"""Changes the code in many small ways, one at a time, and says which changes no test notices.
+
+    make mutants                       # 300 of them; what a run has judged stays judged
+    make mutants ARGS="--count 30"
+
+cosmic-ray makes the changes (another operator, another number, a condition turned round), in a copy
+of the checkout under `out/mutants/tree`. Each is judged by the test files of its module alone. A
+change that makes them fail or hang is killed; one that survives is a test that is missing, or
+changes nothing that anybody could see: `EXPLAINED` in `tests/mutants_explained.py` says why.
+
+Changes inside annotations are left out: nothing evaluates them.
+"""
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "out" / "mutants"
+SEED, COUNT = 20261129, 300
+TIMEOUT_S = 240.0
+_CHECKOUT = "JAX_MOE_MUTANTS_OF"  # where the unchanged files are, for the test command
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "jax_moe/router.py": ("test_routing.py", "test_options.py"),
+    "pallas_kernels/scores.py": ("test_scores.py", "test_routing.py"),
+    "pallas_kernels/mosaic/routing.py": ("test_routing.py", "test_kernels_interpreted.py"),
+    "pallas_kernels/mosaic/plan.py": ("test_plan.py", "test_kernels_interpreted.py"),
+    "pallas_kernels/mosaic/group_quant.py": ("test_quantize.py", "test_kernels_interpreted.py"),
+    "pallas_kernels/mosaic/unpermute.py": ("test_kernels_interpreted.py", "test_zero_rows.py"),
+    "bench/correctness.py": ("test_bench_correctness.py",),
+    "bench/timers.py": ("test_bench_timing.py", "test_bench_execution.py"),
+    "interop/dlpack.py": ("test_interop_dlpack.py",),
+    "jax_moe/validate.py": ("test_validate.py",),
+    "jax_moe/scalars.py": ("test_validate.py",),
+}
+"""What is changed, and the files of `tests/` that judge it, the quickest first."""
+
+
+class Mutant(NamedTuple):
+    """One change, as cosmic-ray numbers it.
+
+    Attributes:
+        module: Path in the checkout.
+        operator: cosmic-ray's name of the kind of change.
+        occurrence: The how-manieth place of that kind in the module.
+        line: Of the place, from 1.
+        column: Of the place, from 0.
+        job: cosmic-ray's key of it.
+    """
+
+    module: str
+    operator: str
+    occurrence: int
+    line: int
+    column: int
+    job: str = ""
+
+
+class Verdict(NamedTuple):
+    """What became of a mutant.
+
+    Attributes:
+        mutant: Which.
+        outcome: "killed", "survived", "incompetent" (the change cannot run) or "" (not yet run).
+        diff: The change, as lines of a unified diff.
+    """
+
+    mutant: Mutant
+    outcome: str
+    diff: str = ""
+
+
+def annotations(source: str) -> set[tuple[int, int]]:
+    """Lines and columns inside annotations of a module's functions and variables."""
+    found: set[tuple[int, int]] = set()
+    for node in ast.walk(ast.parse(source)):
+        parts = []
+        if isinstance(node, ast.AnnAssign | ast.arg):
+            parts.append(node.annotation)
+        if isinstance(node, ast.FunctionDef):
+            parts.append(node.returns)
+        if isinstance(node, ast.TypeAlias):
+            parts.append(node.value)
+        for part in filter(None, parts):
+            first = (part.lineno, part.col_offset)
+            last = (part.end_lineno or part.lineno, part.end_col_offset or 0)
+            for line in range(first[0], last[0] + 1):
+                start = first[1] if line == first[0] else 0
+                end = last[1] if line == last[0] else 1000
+                found |= {(line, column) for column in range(start, end)}
+    return found
+
+
+def drawn(mutants: Iterable[Mutant], count: int, seed: int, root: Path = ROOT) -> list[Mutant]:
+    """`count` of the mutants outside of annotations, the same ones for the same seed."""
+    hidden = {name: annotations((root / name).read_text()) for name in MODULES}
+    able = sorted(m for m in mutants if (m.line, m.column) not in hidden[m.module])
+    keys = sorted({m[:3] for m in able})  # a place may be listed twice: it is one change
+    chosen = set(random.Random(seed).sample(keys, min(count, len(keys))))
+    return [m for m in able if m[:3] in chosen]
+
+
+def prepare(count: int, seed: int) -> None:
+    """Copies the checkout and has cosmic-ray list the mutants, unless an earlier run did."""
+    tree, session = FOLDER / "tree", FOLDER / "session.sqlite"
+    if session.exists():
+        return
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in filter(None, files.split("\0")):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
+    config = FOLDER / "config.toml"
+    command = f"{ROOT / '.venv' / 'bin' / 'python'} -m tools.mutants --judge"
+    config.write_text(
+        "[cosmic-ray]\n"
+        f"module-path = {json.dumps(list(MODULES))}\n"
+        f"timeout = {TIMEOUT_S}\n"
+        "excluded-modules = []\n"
+        f"test-command = {json.dumps(command)}\n"
+        '[cosmic-ray.distributor]\nname = "local"\n'
+    )
+    unfinished = FOLDER / "unfinished.sqlite"
+    _cosmic_ray("init", "--force", str(config), str(unfinished))
+    with _database(unfinished) as database:
+        keep = {m.job for m in drawn(_listed(database), count, seed)}
+        others = [one.job_id for one in database.work_items if one.job_id not in keep]
+        _skip(database, others)
+    unfinished.rename(session)  # from here on a run resumes
+
+
+def _cosmic_ray(*arguments: str) -> None:
+    environment = os.environ | {_CHECKOUT: str(ROOT), "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [str(Path(sys.executable).with_name("cosmic-ray")), *arguments],
+        cwd=FOLDER / "tree",
+        env=environment,
+        check=True,
+    )
+
+
+def _database(path: Path) -> Any:
+    from cosmic_ray.work_db import WorkDB, use_db
+
+    return use_db(str(path), WorkDB.Mode.open)
+
+
+def _listed(database: Any) -> list[Mutant]:
+    found = []
+    for item in database.work_items:
+        (change,) = item.mutations
+        line, column = change.start_pos
+        name = Path(change.module_path).as_posix()
+        found.append(
+            Mutant(name, change.operator_name, change.occurrence, line, column, item.job_id)
+        )
+    return found
+
+
+def _skip(database: Any, jobs: Sequence[str]) -> None:
+    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+
+    database.set_multiple_results(jobs, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+
+
+def verdicts(path: Path) -> list[Verdict]:
+    """What the session knows about the mutants that were drawn."""
+    with _database(path) as database:
+        results = dict(database.results)
+        found = []
+        for mutant in _listed(database):
+            result = results.get(mutant.job)
+            if result is None:
+                found.append(Verdict(mutant, ""))
+            elif result.worker_outcome.name != "SKIPPED":
+                outcome = result.test_outcome.name.lower() if result.test_outcome else "killed"
+                found.append(Verdict(mutant, outcome, result.diff or ""))
+        return sorted(found)
+
+
+def report(found: Sequence[Verdict], explained: dict[tuple[str, str], str], about: str) -> str:
+    """A Markdown document: how many were killed by module, then each survivor.
+
+    Args:
+        found: All verdicts.
+        explained: Why a survivor changes nothing, by module and changed line.
+        about: Commit, versions and seed, as a line.
+
+    Returns:
+        The document.
+    """
+    judged = [one for one in found if one.outcome in ("killed", "survived")]
+    killed = sum(one.outcome == "killed" for one in judged)
+    share = f", {killed / len(judged):.1%}" if judged else ""
+    lines = ["# Mutants", "", about, "", f"{killed} of {len(judged)} are killed{share}.", ""]
+    if open_ones := sum(not one.outcome for one in found):
+        lines += [f"**Incomplete**: {open_ones} are not judged yet.", ""]
+    lines += ["| module | killed | of |", "|---|--:|--:|"]
+    for name in MODULES:
+        own = [one.outcome for one in judged if one.mutant.module == name]
+        lines.append(f"| `{name}` | {own.count('killed')} | {len(own)} |")
+    lines += ["", "## Survivors", ""]
+    for one in judged:
+        if one.outcome == "survived":
+            changed = changed_line(one.diff)
+            why = explained.get((one.mutant.module, changed[1:].strip()), "not explained")
+            lines += [f"`{one.mutant.module}` line {one.mutant.line}: {why}", "", "```diff"]
+            changes = [line for line in one.diff.splitlines() if line[:1] in ("+", "-")]
+            lines += [*changes[2:], "```", ""]  # without the names of the files
+    return "\n".join(lines)
+
+
+def changed_line(diff: str) -> str:
+    """The first line that a diff takes away, with its sign; empty if there is none."""
+    body = [line for line in diff.splitlines() if line.startswith("-") and line[:3] != "---"]
+    return body[0] if body else ""
+
+
+def judge() -> int:
+    """What cosmic-ray runs in the copy: the tests of the one module that is changed there."""
+    original = Path(os.environ[_CHECKOUT])
+    tree = Path.cwd()
+    changed = [
+        name for name in MODULES if (tree / name).read_bytes() != (original / name).read_bytes()
+    ]
+    files = dict.fromkeys(test for name in changed or MODULES for test in MODULES[name])
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not gpu and not slow"]
+    command += ["-p", "no:cacheprovider", *(f"tests/{name}" for name in files)]
+    return subprocess.run(command, cwd=tree, check=False).returncode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.mutants")
+    parser.add_argument("--count", type=int, default=COUNT, help="mutants to draw")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the draw")
+    parser.add_argument("--judge", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.judge:
+        return judge()
+    prepare(args.count, args.seed)
+    session = FOLDER / "session.sqlite"
+    try:
+        _cosmic_ray("exec", str(FOLDER / "config.toml"), str(session))
+    finally:
+        sys.path.insert(0, str(ROOT))
+        from interop.checkout import git_commit
+        from tests.mutants_explained import EXPLAINED
+
+        found = verdicts(session)
+        about = f"Commit {git_commit()}, Python {sys.version.split()[0]}, seed {args.seed}."
+        (FOLDER / "mutants.md").write_text(report(found, EXPLAINED, about))
+        rows = [one.mutant._asdict() | {"outcome": one.outcome} for one in found]
+        (FOLDER / "mutants.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    print(f"wrote {FOLDER / 'mutants.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
