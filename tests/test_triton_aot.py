@@ -27,9 +27,10 @@ def specs(*shapes):
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
 
 
-def compile_up(config, capability, sizes=DEEPSEEK, tiles=900):
+def compile_up(config, capability, sizes=DEEPSEEK, tiles=900, **epilogue):
     def up(*arrays):
-        return call(up_projection.launch(*arrays, config=config, num_sms=132), capability)
+        launch = up_projection.launch(*arrays, config=config, num_sms=132, **epilogue)
+        return call(launch, capability)
 
     hidden, intermediate, local = sizes
     arrays = specs(
@@ -75,6 +76,18 @@ def test_shipped_tilings_multiply_in_fp8_and_spill_nothing_on_hopper(block_m, co
     assert residents * kernel.registers * 32 * config.num_warps <= 65536
     assert kernel.instructions["QGMMA"] == 8  # two dots of four steps of 32 bytes
     assert "HMMA" not in kernel.instructions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "block_m"),
+    [(capability, m) for capability, has in tilings.GENERATIONS.items() for m in has.block_ms],
+)
+def test_a_clamp_and_powers_of_two_spill_nothing(capability, block_m):
+    config = tilings.choose(block_m, capability, *DEEPSEEK).up_projection
+    kernel = compile_up(config, capability, swiglu_limit=7.0, scale_format="ue8m0")
+    assert kernel.spill_bytes == 0, kernel
+    assert kernel.smem_bytes == compile_up(config, capability).smem_bytes
 
 
 SMEM = {89: ADA_SMEM, 90: HOPPER_SMEM, 100: HOPPER_SMEM, 103: HOPPER_SMEM, 120: ADA_SMEM}
