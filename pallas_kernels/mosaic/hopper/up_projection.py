@@ -143,7 +143,7 @@ def _weight_major_epilogue(
     """Weights x tokens: a token's 128 columns lie in both consumers, which synchronize for it."""
     warpgroup = lax.axis_index("warpgroup")
     layout = layouts.row_per_warp(CONSUMER_ROWS)
-    activated = _swiglu(*accumulators, activation.swiglu_limit)
+    activated = _swiglu(accumulators, activation.swiglu_limit)
     staged = staging.weight_major
     chunk = staged.shape[1]
     for first in range(0, width, chunk):
@@ -172,7 +172,7 @@ def _token_major_epilogue(
 ):
     """Tokens x weights: consumer w holds its 64 tokens' 128 columns and waits for no other."""
     warpgroup = lax.axis_index("warpgroup")
-    activated = _swiglu(*accumulators, activation.swiglu_limit).astype(jnp.float32)
+    activated = _swiglu(accumulators, activation.swiglu_limit).astype(jnp.float32)
     scale, inverse = _scale_of(jnp.max(jnp.abs(activated), axis=1), activation.scale_format)
     quantized = _to_e4m3(activated * lax.broadcast_in_dim(inverse, activated.shape, [0]))
     rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)
@@ -187,7 +187,8 @@ def _token_major_epilogue(
     outputs.scales[tile.column, rows] = scale
 
 
-def _swiglu(up, gate, limit: float | None):
+def _swiglu(accumulators, limit: float | None):
+    up, gate = accumulators
     if limit is not None:  # minimum and maximum both keep NaN
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return (gate * jax.nn.sigmoid(gate) * up).astype(jnp.bfloat16)
