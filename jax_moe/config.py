@@ -19,6 +19,7 @@ type Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
 SCORINGS: tuple[str, ...] = get_args(Scoring.__value__)
 SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat.__value__)
 _LARGEST = 2**30
+_F32 = np.finfo(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def checked_swiglu_limit(value: object) -> float | None:
 
     Raises:
         TypeError: It is no Python or NumPy number.
-        ValueError: It is not positive and finite in float32.
+        ValueError: It is not positive, normal and finite in float32.
     """
     if value is None:
         return None
@@ -156,10 +157,13 @@ def checked_swiglu_limit(value: object) -> float | None:
             f"swiglu_limit: expected a number or None, got {value!r} ({type(value).__name__})"
         )
     with contextlib.suppress(OverflowError):  # a Python integer with many digits
-        if 0 < float(value) <= float(np.finfo(np.float32).max):
+        if float(_F32.tiny) <= float(value) <= float(_F32.max):
             return float(value)
     found = printed(value) if isinstance(value, int) else repr(value)
-    raise ValueError(f"swiglu_limit: expected a positive finite float32 or None, got {found}")
+    raise ValueError(
+        f"swiglu_limit: expected a positive number, normal and finite in float32, or None, "
+        f"got {found}"
+    )
 
 
 def _integer(name: str, value: object) -> int:

@@ -162,6 +162,7 @@ def test_options_are_arguments_too():
         ({}, {"swiglu_limit": 0}, ValueError, "swiglu_limit: expected a positive .*got 0"),
         ({}, {"swiglu_limit": np.nan}, ValueError, "swiglu_limit: expected a positive .*got nan"),
         ({}, {"swiglu_limit": 1e39}, ValueError, "swiglu_limit: expected a positive"),
+        ({}, {"swiglu_limit": 1e-46}, ValueError, "swiglu_limit: expected a positive .*got 1e-46"),
         ({}, {"swiglu_limit": 10**400}, ValueError, "got an integer of 1329 bits"),
         ({}, {"swiglu_limit": "7"}, TypeError, "swiglu_limit: expected a number or None, got '7'"),
         ({}, {"swiglu_limit": True}, TypeError, "swiglu_limit: expected a number or None"),
