@@ -12,7 +12,7 @@ from tests.backend_cases import EVERYWHERE, running
 from tests.moe_inputs import E4M3, bits
 
 LIMIT = 24.0
-TOKENS = 150
+GROUP_SIZES = (140, 9, 51)  # of three experts: whole tiles of every height and narrow ones
 # Rows that an expert is likely to get choose the height of tiles: all heights of the kernels.
 TILES = [
     ("xla", 40),
@@ -48,9 +48,10 @@ def exact_case(seed):
     up[:, :128, 16:32] //= 16
     gate = rng.choice([20, 24, 26, 40], (3, 256, 256))
     weights = np.concatenate([up, gate], axis=1).astype(E4M3)
-    picked, experts = rng.integers(0, 256, TOKENS), rng.integers(0, 3, TOKENS)
-    x = np.zeros((TOKENS, 256), np.float32)
-    x[np.arange(TOKENS), picked] = 1
+    experts = rng.permutation(np.repeat(np.arange(3), GROUP_SIZES))
+    picked = rng.integers(0, 256, len(experts))
+    x = np.zeros((len(experts), 256), np.float32)
+    x[np.arange(len(experts)), picked] = 1
     halves = (half[experts, :, picked].astype(np.float32) for half in (up, gate))
     return x, weights, np.ones((3, 4, 2), np.float32), experts, *halves
 
