@@ -20,7 +20,7 @@ from torch import Tensor
 from interop import dlpack, torch_call, torch_ops
 from interop.torch_call import LEADER, OPTIONAL, Inputs, Options
 from jax_moe import DEEPSEEK_V3, ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, validate
-from jax_moe.config import ScaleFormat
+from jax_moe.config import Precision, ScaleFormat
 from jax_moe.types import Routing
 
 _KEPT_NUMBERS = 1024
@@ -44,6 +44,7 @@ def torch_moe(
     expected_rows: float | None = None,
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
+    precision: Precision = "fast",
     out: BFloat16[Tensor, "T H"] | None = None,
 ) -> BFloat16[Tensor, "T H"]:
     """`jax_moe.apply` on torch tensors; see there for the mathematics and its source.
@@ -69,6 +70,7 @@ def torch_moe(
         expected_rows: As in `jax_moe.apply`.
         scale_format: As in `jax_moe.apply`.
         swiglu_limit: As in `jax_moe.apply`.
+        precision: As in `jax_moe.apply`.
         out: bf16[T,H] on the same device to write to (destination passing), of any strides; it
             costs one copy.
 
@@ -104,6 +106,7 @@ def torch_moe(
         config=config,
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
+        precision=precision,
     )
     return _call(inputs, options, num_tokens, out)
 
@@ -125,6 +128,7 @@ def torch_moe_routed(
     expected_rows: float | None = None,
     scale_format: ScaleFormat = "f32",
     swiglu_limit: float | None = None,
+    precision: Precision = "fast",
     out: BFloat16[Tensor, "T H"] | None = None,
 ) -> BFloat16[Tensor, "T H"]:
     """`jax_moe.apply_routed` on torch tensors: the caller says which experts each token goes to.
@@ -150,6 +154,7 @@ def torch_moe_routed(
         expected_rows: As in `jax_moe.apply`.
         scale_format: As in `jax_moe.apply_routed`.
         swiglu_limit: As in `jax_moe.apply_routed`.
+        precision: As in `jax_moe.apply`.
         out: As in `torch_moe`.
 
     Returns:
@@ -179,6 +184,7 @@ def torch_moe_routed(
         num_experts=num_experts,
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
+        precision=precision,
     )
     return _call(inputs, options, num_tokens, out)
 
@@ -215,6 +221,7 @@ class TorchMoE:
         expected_rows: float | None = None,
         scale_format: ScaleFormat | None = None,
         swiglu_limit: float | None = None,
+        precision: Precision = "fast",
     ) -> None:
         """Imports and checks the weights.
 
@@ -225,6 +232,7 @@ class TorchMoE:
             expected_rows: As in `jax_moe.apply`.
             scale_format: As in `jax_moe.apply`.
             swiglu_limit: As in `jax_moe.apply`.
+            precision: As in `jax_moe.apply`.
 
         Raises:
             TypeError: A weight that is no tensor or of another dtype, or something else than
@@ -254,6 +262,7 @@ class TorchMoE:
             config=config,
             scale_format=form,
             swiglu_limit=limit,
+            precision=precision,
         )
         self._layer = torch_call.layer_for(self._options, self._arrays.gemm1_weights)
         # An upload is a transfer of its own: once a value is enough. Types tell 8 from 8.0.
@@ -368,4 +377,5 @@ class TorchMoE:
             expected_rows=options.expected_rows,
             scale_format=options.scale_format,
             swiglu_limit=options.swiglu_limit,
+            precision=options.precision,
         )

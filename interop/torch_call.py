@@ -11,7 +11,13 @@ from torch import Tensor
 import jax_moe
 from interop import dlpack
 from jax_moe import ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, backends, memory, validate
-from jax_moe.config import ScaleFormat, checked_scale_format, checked_swiglu_limit
+from jax_moe.config import (
+    Precision,
+    ScaleFormat,
+    checked_precision,
+    checked_scale_format,
+    checked_swiglu_limit,
+)
 from jax_moe.device import device_of
 from jax_moe.types import Routing
 
@@ -34,6 +40,7 @@ class Options(NamedTuple):
         num_experts: E; None where `routing_logits` tell it.
         scale_format: As in `jax_moe.apply`.
         swiglu_limit: As in `jax_moe.apply`.
+        precision: As in `jax_moe.apply`.
     """
 
     backend: str = "auto"
@@ -42,6 +49,7 @@ class Options(NamedTuple):
     num_experts: int | None = None
     scale_format: ScaleFormat | None = None
     swiglu_limit: float | None = None
+    precision: Precision = "fast"
 
 
 class Layer(NamedTuple):
@@ -61,6 +69,7 @@ def layer_for(options: Options, array: jax.Array) -> Layer:
         backend=backends.select(options.backend, device_of(array)),
         expected_rows=validate.expected_rows(options.expected_rows),
         swiglu_limit=checked_swiglu_limit(options.swiglu_limit),
+        precision=checked_precision(options.precision),
     )
     return _compiled(options)
 
@@ -191,14 +200,18 @@ def _require_memory(options: Options, inputs: Inputs, device: jax.Device) -> Non
     else:
         top_k = options.config.top_k if options.config else 0
     shapes = inputs.hidden_states.shape, inputs.weights.gemm1_weights.shape
-    needed = _bytes_of(options.backend, top_k, *shapes)
+    needed = _bytes_of(options.backend, options.precision, top_k, *shapes)
     if needed is not None:
         memory.require(device, needed, "torch_moe")
 
 
 @functools.lru_cache(_KEPT_SHAPES)
 def _bytes_of(
-    backend: str, top_k: int, hidden_states: tuple[int, ...], gemm1_weights: tuple[int, ...]
+    backend: str,
+    precision: Precision,
+    top_k: int,
+    hidden_states: tuple[int, ...],
+    gemm1_weights: tuple[int, ...],
 ) -> int | None:
     """Workspace and result of a call; None for shapes that `apply` refuses by name."""
     if len(hidden_states) != 2 or len(gemm1_weights) != 3 or not top_k:
@@ -206,7 +219,7 @@ def _bytes_of(
     num_tokens, hidden_size = hidden_states
     num_local_experts, rows, _ = gemm1_weights
     workspace = backends.load(backend).workspace_bytes(
-        num_tokens, top_k, num_local_experts, hidden_size, rows // 2
+        num_tokens, top_k, num_local_experts, hidden_size, rows // 2, precision
     )
     return workspace + 2 * num_tokens * hidden_size
 

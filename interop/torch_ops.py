@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from interop import dlpack, torch_call
 from interop.torch_call import Inputs, Options
 from jax_moe import LayerInputs, MoEConfig, RoutedInputs
-from jax_moe.config import ScaleFormat, Scoring
+from jax_moe.config import Precision, ScaleFormat, Scoring
 
 _NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 
@@ -56,6 +56,7 @@ def _moe(
     backend: str,
     num_tokens: int | None,
     expected_rows: float | None,
+    precision: str = "fast",
 ) -> Tensor:
     inputs = LayerInputs.of(
         routing_logits,
@@ -78,7 +79,12 @@ def _moe(
         swiglu_limit=swiglu_limit,
         scale_format=cast(ScaleFormat, scale_format),
     )
-    options = Options(backend=backend, expected_rows=expected_rows, config=config)
+    options = Options(
+        backend=backend,
+        expected_rows=expected_rows,
+        config=config,
+        precision=cast(Precision, precision),
+    )
     return torch_call.call(inputs, options, num_tokens)
 
 
@@ -100,6 +106,7 @@ def _moe_routed(
     backend: str,
     num_tokens: int | None,
     expected_rows: float | None,
+    precision: str = "fast",
 ) -> Tensor:
     inputs = RoutedInputs.of(
         hidden_states,
@@ -118,6 +125,7 @@ def _moe_routed(
         num_experts=num_experts,
         swiglu_limit=swiglu_limit,
         scale_format=cast(ScaleFormat, scale_format),
+        precision=cast(Precision, precision),
     )
     return torch_call.call(inputs, options, num_tokens)
 
@@ -185,6 +193,7 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
             backend=options.backend,
             num_tokens=live,
             expected_rows=rows,
+            precision=options.precision,
         )
     else:
         result = torch.ops.jax_moe.moe_routed(
@@ -199,6 +208,7 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
             backend=options.backend,
             num_tokens=live,
             expected_rows=rows,
+            precision=options.precision,
         )
     return result if out is None else out.copy_(result)
 

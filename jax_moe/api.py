@@ -15,7 +15,9 @@ from jax_moe import backends, entry, oracle, transfers, validate
 from jax_moe.config import (
     DEEPSEEK_V3,
     MoEConfig,
+    Precision,
     ScaleFormat,
+    checked_precision,
     checked_scale_format,
     checked_swiglu_limit,
 )
@@ -44,6 +46,7 @@ def apply(
     expected_rows: float | None = None,
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
+    precision: Precision = "fast",
 ) -> BFloat16[Array, "T H"]:
     """One expert-parallel rank of a DeepSeek-V3 mixture of experts, in FP8.
 
@@ -87,6 +90,9 @@ def apply(
         scale_format: Scales of the activations that are quantized here, as in `quantize`; None
             takes that of `config`.
         swiglu_limit: Clamp before the activation, as in `up_project`; None takes that of `config`.
+        precision: "fast" rounds activations to FP8. "high" keeps them in 16 bits, f16 with a power
+            of two per row and 128 columns, and an expert's rows in float32 until they are summed;
+            `scale_format` then has no effect. `docs/precision.md` says what it gains and costs.
 
     Returns:
         bf16[T,H], exact zeros for tokens without a local expert.
@@ -121,6 +127,7 @@ def apply(
         expected_rows=validate.expected_rows(expected_rows),
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
+        precision=checked_precision(precision),
     )
     return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply")
 
@@ -142,6 +149,7 @@ def apply_routed(
     expected_rows: float | None = None,
     scale_format: ScaleFormat = "f32",
     swiglu_limit: float | None = None,
+    precision: Precision = "fast",
 ) -> BFloat16[Array, "T H"]:
     """`apply` without its router: the caller says which experts each token goes to.
 
@@ -170,6 +178,7 @@ def apply_routed(
         expected_rows: As in `apply`.
         scale_format: Scales of the activations that are quantized here, as in `quantize`.
         swiglu_limit: Clamp before the activation, as in `up_project`.
+        precision: As in `apply`.
 
     Returns:
         bf16[T,H], exact zeros for tokens without a local expert.
@@ -191,6 +200,7 @@ def apply_routed(
         expected_rows=validate.expected_rows(expected_rows),
         scale_format=checked_scale_format(scale_format),
         swiglu_limit=checked_swiglu_limit(swiglu_limit),
+        precision=checked_precision(precision),
     )
     return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply_routed")
 
@@ -215,8 +225,9 @@ def reference(
 
     The activations between the matmuls are *not* requantized here, as `apply` does, nor are bf16,
     f16 or f32 `hidden_states`: in the Frobenius norm the two agree to about 2.3 % for e4m3 inputs
-    and 4.3 % for the others. Slow, but fit for full size: one expert is dequantized at
-    a time and only its tokens are visited, so memory stays near `4 * (T*H + 3*I*H)` bytes.
+    and 4.3 % for the others, with `precision="high"` to 0.3 %. Slow, but fit for full size: one
+    expert is dequantized at a time and only its tokens are visited, so memory stays near
+    `4 * (T*H + 3*I*H)` bytes.
 
     Args:
         routing_logits: f32, bf16 or f16[T,E]; this and all the others as in `apply`.
@@ -332,6 +343,7 @@ def workspace_bytes(
     config: MoEConfig = DEEPSEEK_V3,
     top_k: int | None = None,
     backend: str = "auto",
+    precision: Precision = "fast",
 ) -> int:
     """Bound on the temporary memory of one jitted `apply` or `apply_routed`, outputs not counted.
 
@@ -345,13 +357,14 @@ def workspace_bytes(
         config: How experts are picked.
         top_k: Experts per token of an `apply_routed`; None takes that of `config`.
         backend: As in `apply`.
+        precision: As in `apply`.
 
     Returns:
         Bytes.
 
     Raises:
         TypeError: A count is no integer, `config` no `MoEConfig`.
-        ValueError: There is no such backend, or a count is out of range.
+        ValueError: There is no such backend or precision, or a count is out of range.
         NotImplementedError: The backend does not run on the default device.
     """
     validate.moe_config(config)
@@ -361,9 +374,10 @@ def workspace_bytes(
     num_local_experts = count("num_local_experts", num_local_experts, 1)
     hidden_size = count("hidden_size", hidden_size, QUANT_BLOCK, step=QUANT_BLOCK)
     intermediate_size = count("intermediate_size", intermediate_size, QUANT_BLOCK, step=QUANT_BLOCK)
+    precision = checked_precision(precision)
     stages = backends.load(backends.select(backend, device_of()))
     if not num_tokens:
         return 0
     return stages.workspace_bytes(
-        num_tokens, top_k, num_local_experts, hidden_size, intermediate_size
+        num_tokens, top_k, num_local_experts, hidden_size, intermediate_size, precision
     )

@@ -12,12 +12,14 @@ import numpy as np
 
 from jax_moe.scalars import printed
 from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.types import Precision as Precision
 from pallas_kernels.types import ScaleFormat as ScaleFormat
 
 type Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
 
 SCORINGS: tuple[str, ...] = get_args(Scoring.__value__)
 SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat.__value__)
+PRECISIONS: tuple[str, ...] = get_args(Precision.__value__)
 _LARGEST = 2**30
 _F32 = np.finfo(np.float32)
 
@@ -140,6 +142,17 @@ def checked_scale_format(value: object) -> ScaleFormat:
     """
     if value not in SCALE_FORMATS:
         raise ValueError(f"scale_format: expected one of {SCALE_FORMATS}, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def checked_precision(value: object) -> Precision:
+    """Checks a `precision`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(value, str) or value not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {PRECISIONS}, got {value!r}")
     return value  # type: ignore[return-value]
 
 

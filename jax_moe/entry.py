@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import BFloat16
 
 from jax_moe import backends, buckets, lowering_cache, memory, transfers, validate
-from jax_moe.config import MoEConfig, ScaleFormat
+from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import device_of, jax_device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
@@ -35,6 +35,8 @@ class Options:
         expected_rows: Rows an expert is likely to get; None takes T*k/E.
         scale_format: Of the activations that are quantized here.
         swiglu_limit: Clamp before the activation.
+        precision: What activations are rounded to.
+        output_dtype: Of the result: "bfloat16", or "float32" where ranks add theirs up.
     """
 
     num_experts: int
@@ -43,11 +45,17 @@ class Options:
     expected_rows: float | None = None
     scale_format: ScaleFormat = "f32"
     swiglu_limit: float | None = None
+    precision: Precision = "fast"
+    output_dtype: str = "bfloat16"
 
     @property
     def epilogue(self) -> dict[str, Any]:
         """The keywords of `up_project`."""
-        return {"swiglu_limit": self.swiglu_limit, "scale_format": self.scale_format}
+        return {
+            "swiglu_limit": self.swiglu_limit,
+            "scale_format": self.scale_format,
+            "precision": self.precision,
+        }
 
     def rows_per_expert(self, num_tokens: int) -> float:
         """Rows that an expert is likely to get."""
@@ -123,6 +131,7 @@ def _bytes_of(inputs: Any, padded: int, options: Options, backend: str) -> int:
         weights.num_local_experts,
         hidden_size,
         weights.intermediate_size,
+        options.precision,
     )
     needed += 2 * padded * hidden_size
     if padded != rows:
@@ -158,7 +167,9 @@ def layer(
 ) -> BFloat16[Array, "T H"]:
     """The stages, in the order in which the data flows."""
     if inputs.hidden_states_scale is None:
-        values, scales = stages.quantize(inputs.hidden_states, scale_format=options.scale_format)
+        values, scales = stages.quantize(
+            inputs.hidden_states, scale_format=options.scale_format, precision=options.precision
+        )
         inputs = inputs._replace(hidden_states=values, hidden_states_scale=scales)
     if isinstance(inputs, LayerInputs):
         assert options.config is not None
@@ -196,7 +207,10 @@ def _matmuls(
     expert_outputs = stages.down_project(
         activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan
     )
-    return stages.unpermute(expert_outputs, inputs.routing.topk_weights, plan)
+    unpermute: Callable[..., Array] = stages.unpermute
+    if options.precision == "high":
+        unpermute = functools.partial(unpermute, output_dtype=options.output_dtype)
+    return unpermute(expert_outputs, inputs.routing.topk_weights, plan)
 
 
 def of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:

@@ -1,9 +1,9 @@
-"""The float32 formulas that the oracle and the plain backend share."""
+"""The float32 formulas that the oracle and the plain backend share, and 16-bit rows."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float16, Float32
 
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -40,6 +40,42 @@ def power_of_two_scales(scales: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     bits = lax.bitcast_convert_type(scales, jnp.int32)
     rounded = lax.bitcast_convert_type((bits + 0x7FFFFF) & -0x800000, jnp.float32)
     return jnp.where(jnp.isnan(scales), scales, rounded)
+
+
+_F16_EXPONENT = 14  # of a row's largest magnitude, once scaled: f16 ends below 2^16
+_LARGEST = 2.0 ** (_F16_EXPONENT + 1) - 16  # the largest f16 below 2^15
+
+
+def scaled_f16(
+    x: Float[Array, "R C"],
+) -> tuple[Float16[Array, "R C"], Float32[Array, "C//128 R"]]:
+    """Rows in f16 with a power of two per row and 128 columns: no magnitude overflows.
+
+    With `amax` the largest magnitude of the 128 values::
+
+        scale = max(2**(floor(log2(amax)) - 14), 2**-126)
+        value = f16(x / scale), at most 2**15 - 16        (round to nearest even)
+
+    The division is exact, so values keep the 11 bits of f16 down to 2^-29 of the block's amax: bf16
+    and f16 values come out exact there. Magnitudes below 2^-126, f32 denormals, count as +0.
+    NaN and infinity stay, each in its own place.
+
+    Returns:
+        The values, and the scales, block-major as in `Quantized`.
+    """
+    rows, columns = x.shape
+    blocks = x.astype(jnp.float32).reshape(rows, columns // QUANT_BLOCK, QUANT_BLOCK)
+    # Magnitudes as integers: XLA's float maximum over many rows may drop a NaN on a CPU.
+    magnitude = lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+    blocks = jnp.where(magnitude < 1 << 23, 0.0, blocks)
+    exponent = jnp.maximum((magnitude.max(axis=2) >> 23) - _F16_EXPONENT, 1)
+    scales = lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    inverse = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+    values = blocks * inverse[:, :, None]
+    # Rounded up to 2^15, the largest float32 would dequantize to infinity.
+    clipped = jnp.clip(values, -_LARGEST, _LARGEST)
+    values = jnp.where(jnp.isinf(blocks), values, clipped).astype(jnp.float16)
+    return values.reshape(rows, columns), scales.T
 
 
 def to_bits(values: Array) -> Array:

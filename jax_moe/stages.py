@@ -17,7 +17,9 @@ from jax_moe import backends, debug, transfers, validate
 from jax_moe.config import (
     DEEPSEEK_V3,
     MoEConfig,
+    Precision,
     ScaleFormat,
+    checked_precision,
     checked_scale_format,
     checked_swiglu_limit,
 )
@@ -86,9 +88,13 @@ def route(
 
 
 def quantize(
-    x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", backend: str = "auto"
+    x: Float[Array, "R C"],
+    *,
+    scale_format: ScaleFormat = "f32",
+    precision: Precision = "fast",
+    backend: str = "auto",
 ) -> Quantized:
-    """Rows to FP8, one scale per row and 128 columns.
+    """Rows to FP8, or to 16 bits, with one scale per row and 128 columns.
 
     With `amax` the largest magnitude of the 128 values::
 
@@ -100,26 +106,37 @@ def quantize(
     denormals are exact. A group with a NaN dequantizes to NaN, one with an infinity likewise; its
     neighbours do not notice. All backends give the same bits.
 
+    With `precision="high"` it is f16, whose 11 bits hold those of bf16 and f16, and all that
+    matters of f32; the scale, always a power of two, gives it the range of f32::
+
+        scale = max(2**(floor(log2(amax)) - 14), 2**-126)
+        value = f16(x / scale), at most 2**15 - 16
+
+    bf16 and f16 values are exact down to 2^-29 of amax. NaN and infinity stay in their places.
+
     Args:
         x: bf16, f16 or f32[R,C], C a multiple of 128.
-        scale_format: "f32", or "ue8m0" for scales that are powers of two, rounded up.
+        scale_format: "f32", or "ue8m0" for scales that are powers of two, rounded up; without
+            effect with "high".
+        precision: "fast", or "high" for 16 bits.
         backend: As in `jax_moe.apply`.
 
     Returns:
-        `Quantized` of `values` e4m3[R,C] and `scales` f32[C/128,R].
+        `Quantized` of `values` e4m3[R,C], with "high" f16[R,C], and `scales` f32[C/128,R].
 
     Raises:
         TypeError: `x` is no array, or of another dtype.
         ValueError: `x` has another rank, C is no positive multiple of 128, or there is no such
-            format.
-        NotImplementedError: The backend does not run on this device.
+            format or precision.
+        NotImplementedError: The backend does not run on this device, or has no such precision.
     """
     sizes: validate.Sizes = {}
     validate.array("x", x, "R C", validate.UNQUANTIZED, sizes)
     validate.blocked("C", sizes)
     validate.whole(x=x)
     form = checked_scale_format(scale_format)
-    return _run("quantize", backend, x, scale_format=form)
+    precision = checked_precision(precision)
+    return _run("quantize", backend, x, scale_format=form, precision=precision)
 
 
 def plan_groups(
@@ -173,7 +190,7 @@ def plan_groups(
 
 
 def up_project(
-    hidden_states: Float8e4m3fn[Array, "T H"],
+    hidden_states: Float[Array, "T H"],
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
@@ -181,6 +198,7 @@ def up_project(
     *,
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
+    precision: Precision = "fast",
     backend: str = "auto",
 ) -> Quantized:
     """The first grouped matmul: gathers the rows, `silu(gate) * up`, and requantizes.
@@ -190,17 +208,19 @@ def up_project(
     `quantize(clip(G[:I], -L, L) * silu(min(G[I:], L)))`; NaN stays NaN.
 
     Args:
-        hidden_states: e4m3[T,H].
+        hidden_states: e4m3[T,H]; with "high" f16[T,H] as well, from `quantize`.
         hidden_states_scale: f32[H/128,T].
         gemm1_weights: e4m3[E_local,2*I,H].
         gemm1_weights_scale: f32[E_local,2*I/128,H/128].
         plan: From `plan_groups` with the same backend.
         swiglu_limit: A positive number, or None for no clamp.
         scale_format: Of the result, as in `quantize`.
+        precision: Of the result, as in `quantize`.
         backend: As in `jax_moe.apply`.
 
     Returns:
-        `Quantized` of `values` e4m3[M,I] and `scales` f32[I/128,M]; padding rows hold anything.
+        `Quantized` of `values` e4m3[M,I], with "high" f16[M,I], and `scales` f32[I/128,M]; padding
+        rows hold anything.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -208,8 +228,10 @@ def up_project(
         NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
-    validate.array("hidden_states", hidden_states, "T H", validate.E4M3, sizes)
-    validate.hidden(hidden_states, hidden_states_scale, sizes)
+    precision = checked_precision(precision)
+    validate.array("hidden_states", hidden_states, "T H", validate.ROWS[precision], sizes)
+    validate.blocked("H", sizes)
+    validate.array("hidden_states_scale", hidden_states_scale, "H/128 T", validate.F32, sizes)
     validate.gemm1(gemm1_weights, gemm1_weights_scale, sizes)
     validate.plan(plan, sizes)
     validate.whole(
@@ -224,6 +246,7 @@ def up_project(
     epilogue = {
         "swiglu_limit": checked_swiglu_limit(swiglu_limit),
         "scale_format": checked_scale_format(scale_format),
+        "precision": precision,
     }
     return _run("up_project", backend, *arrays, plan, **epilogue)
 
@@ -235,23 +258,25 @@ def down_project(
     plan: GroupPlan,
     *,
     backend: str = "auto",
-) -> BFloat16[Array, "M H"]:
+) -> Float[Array, "M H"]:
     """The second grouped matmul: `activations[r] @ W2[e].T` for each row r of each expert e.
 
+    Its precision is that of the activations.
+
     Args:
-        activations: `Quantized` of e4m3[M,I] and f32[I/128,M], from `up_project`.
+        activations: `Quantized` of e4m3[M,I] or f16[M,I] and f32[I/128,M], from `up_project`.
         gemm2_weights: e4m3[E_local,H,I].
         gemm2_weights_scale: f32[E_local,H/128,I/128].
         plan: The plan that `up_project` had.
         backend: As in `jax_moe.apply`.
 
     Returns:
-        bf16[M,H]; padding rows hold anything.
+        bf16[M,H], of f16 activations f32[M,H]; padding rows hold anything.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape does not fit.
-        NotImplementedError: The backend does not run on this device.
+        NotImplementedError: The backend does not run on this device, or has no "high".
     """
     sizes: validate.Sizes = {}
     validate.plan(plan, sizes)
@@ -268,7 +293,7 @@ def down_project(
 
 
 def unpermute(
-    expert_outputs: BFloat16[Array, "M H"],
+    expert_outputs: Float[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
     *,
@@ -279,7 +304,7 @@ def unpermute(
     Rows that are not local are skipped, not multiplied by zero: a NaN there has no effect.
 
     Args:
-        expert_outputs: bf16[M,H], from `down_project` with the same backend.
+        expert_outputs: bf16[M,H] or f32[M,H], from `down_project` with the same backend.
         topk_weights: f32[T,k], from `route`.
         plan: The plan that the matmuls had.
         backend: As in `jax_moe.apply`.
@@ -295,7 +320,7 @@ def unpermute(
     sizes: validate.Sizes = {}
     validate.array("topk_weights", topk_weights, "T k", validate.F32, sizes)
     validate.plan(plan, sizes)
-    validate.array("expert_outputs", expert_outputs, "M H", validate.BF16, sizes)
+    validate.array("expert_outputs", expert_outputs, "M H", validate.BIAS, sizes)
     validate.blocked("H", sizes)
     validate.whole(expert_outputs=expert_outputs, topk_weights=topk_weights, plan=plan)
     debug.check_plan(plan)

@@ -29,7 +29,9 @@ F32 = (np.dtype(np.float32),)
 I32 = (np.dtype(np.int32),)
 BF16 = (np.dtype(jnp.bfloat16),)
 BIAS = (*BF16, *F32)
-UNQUANTIZED = (*BF16, np.dtype(np.float16), *F32)
+F16 = (np.dtype(np.float16),)
+UNQUANTIZED = (*BF16, *F16, *F32)
+ROWS = {"fast": E4M3, "high": E4M3 + F16}  # with scales, by precision
 LOGITS = (*F32, *BF16, np.dtype(np.float16))
 
 type Sizes = dict[str, tuple[int, str]]
@@ -333,5 +335,5 @@ def quantized(name: str, value: Any, dims: str, sizes: Sizes) -> None:
     if not isinstance(value, Quantized):
         raise TypeError(f"{name}: expected a jax_moe.Quantized, got {got(value)}")
     rows, columns = dims.split()
-    array(f"{name}.values", value.values, dims, E4M3, sizes)
+    array(f"{name}.values", value.values, dims, E4M3 + F16, sizes)
     array(f"{name}.scales", value.scales, f"{columns}/{QUANT_BLOCK} {rows}", F32, sizes)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from jax import Array
-from jaxtyping import Float8e4m3fn, Float32, Int32
+from jaxtyping import Float8e4m3fn, Float16, Float32, Int32
 
 type ScaleFormat = Literal["f32", "ue8m0"]
 """Scales of activations: any float32, or powers of two."""
+
+type Precision = Literal["fast", "high"]
+"""What activations are rounded to on their way: FP8, or 16 bits."""
 
 
 class Routing(NamedTuple):
@@ -70,10 +73,12 @@ class GroupPlan(NamedTuple):
 class Quantized(NamedTuple):
     """FP8 rows with one f32 scale per row and block of 128 columns; `values * scales` dequantizes.
 
+    With `precision="high"` the values have 16 bits and the scales are powers of two.
+
     Attributes:
-        values: e4m3[R,C].
+        values: e4m3[R,C]; f16[R,C] with "high".
         scales: f32[C/128,R], block-major: the orientation of `hidden_states_scale`.
     """
 
-    values: Float8e4m3fn[Array, "R C"]
+    values: Float8e4m3fn[Array, "R C"] | Float16[Array, "R C"]
     scales: Float32[Array, "C//128 R"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,26 @@ def changed(**arrays):
 def call(count=4, placement=None, num_tokens=None, changes=None, **options):
     layer = LITTLE(mesh(count), "expert", **options)
     return layer(*changed(**changes or {}), placement=placement, num_tokens=num_tokens)
+
+
+def test_high_precision_sends_16_bits_and_brings_float32_home():
+    x = np.random.default_rng(1).standard_normal((12, 256), np.float32).astype(jnp.bfloat16)
+    given = [*changed(hidden_states=x, hidden_states_scale=None)]
+    layer = LITTLE(mesh(), "expert", precision="high", expected_rows=2.0)
+    oracle = jax_moe.reference(*given[:8], 0, given[8], config=SMALL)
+    assert relative_error(layer(*given), oracle) <= 0.004
+    program = str(jax.make_jaxpr(layer)(*given))
+    assert re.search(r"u16\[12,256\]\S* = all_gather", program)
+    assert re.search(r"f32\[4,3,256\]\S* = all_to_all", program)
+    bound = functools.partial(
+        jax_moe.workspace_bytes, 3, num_local_experts=8, hidden_size=256, intermediate_size=128,
+        config=SMALL, num_ranks=4, backend="xla",
+    )  # fmt: skip
+    assert bound(precision="high") > bound()
+    with refused(ValueError, "precision: expected one of .*got 'best'"):
+        LITTLE(mesh(), "expert", precision="best")
+    with refused(ValueError, "expected_rows: expected a positive number"):
+        LITTLE(mesh(), "expert", expected_rows=0)
 
 
 def refused(error, *parts):

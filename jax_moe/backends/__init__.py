@@ -10,9 +10,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+import jax.numpy as jnp
 from jax import Array
 
-from jax_moe.config import MoEConfig, ScaleFormat
+from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import Device, device_of
 from jax_moe.types import GroupPlan, Quantized, Routing
 
@@ -53,8 +54,10 @@ class Backend(Protocol):
     ) -> Routing:
         """Logits to experts and weights."""
 
-    def quantize(self, x: Array, *, scale_format: ScaleFormat) -> Quantized:
-        """Rows to e4m3 with one scale per 128 columns."""
+    def quantize(
+        self, x: Array, *, scale_format: ScaleFormat, precision: Precision = "fast"
+    ) -> Quantized:
+        """Rows to e4m3 with one scale per 128 columns; with "high" to f16."""
 
     def plan_groups(
         self,
@@ -80,8 +83,9 @@ class Backend(Protocol):
         *,
         swiglu_limit: float | None,
         scale_format: ScaleFormat,
+        precision: Precision = "fast",
     ) -> Quantized:
-        """Gather, GEMM1, SwiGLU, requantization."""
+        """Gather, GEMM1, SwiGLU, requantization; with "high" also of 16-bit rows, and to f16."""
 
     def down_project(
         self,
@@ -90,10 +94,13 @@ class Backend(Protocol):
         gemm2_weights_scale: Array,
         plan: GroupPlan,
     ) -> Array:
-        """GEMM2."""
+        """GEMM2; of f16 activations the result is f32, not bf16."""
 
     def unpermute(self, expert_outputs: Array, topk_weights: Array, plan: GroupPlan) -> Array:
-        """Weighted sum per token; exact zeros where nothing is local."""
+        """Weighted sum per token; exact zeros where nothing is local.
+
+        A backend with "high" takes `output_dtype` as well: f32 for sums over several ranks.
+        """
 
     def workspace_bytes(
         self,
@@ -102,6 +109,7 @@ class Backend(Protocol):
         num_local_experts: int,
         hidden_size: int,
         intermediate_size: int,
+        precision: Precision = "fast",
     ) -> int:
         """Worst case of the temporary memory."""
 
@@ -173,6 +181,11 @@ def require_defaults(name: str, **options: tuple[Any, Any]) -> None:
             raise NotImplementedError(
                 f"backend={name!r}: {option}={value!r} is not supported, only {only!r}"
             )
+
+
+def precision_of(rows: Array) -> Precision:
+    """The precision that scaled activations (e4m3 or f16) or expert outputs (bf16 or f32) have."""
+    return "high" if rows.dtype in (jnp.float16, jnp.float32) else "fast"
 
 
 def describe() -> str:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
 from jax_moe import jax_window
-from jax_moe.backends import require_defaults
-from jax_moe.config import MoEConfig, ScaleFormat
+from jax_moe.backends import precision_of, require_defaults
+from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import interpret_params
 from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
 from pallas_kernels.mosaic import group_quant, hopper, permute, routing, tilings
@@ -75,8 +75,11 @@ def route(
     )
 
 
-def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
+def quantize(
+    x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", precision: Precision = "fast"
+) -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+    _require_fast(precision)
     return group_quant.quantize(x, scale_format=scale_format, interpret=interpret_params())
 
 
@@ -110,8 +113,10 @@ def up_project(
     *,
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
+    precision: Precision = "fast",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    _require_fast(precision)
     activations, _ = _up(
         Quantized(hidden_states, hidden_states_scale),
         gemm1_weights,
@@ -129,12 +134,14 @@ def layer(
     *,
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
+    precision: Precision = "fast",
 ) -> BFloat16[Array, "T H"]:
     """The three stages after the plan.
 
     Where the up-projection has a warp to spare, it writes the zeros of tokens without a local
     expert meanwhile, and `unpermute` the other tokens only.
     """
+    _require_fast(precision)
     weights = inputs.weights
     activations, zeroed = _up(
         inputs.rows,
@@ -206,6 +213,7 @@ def down_project(
     plan: GroupPlan,
 ) -> BFloat16[Array, "M H"]:
     """GEMM2; see `jax_moe.down_project`."""
+    _require_fast(precision_of(activations.values))
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
     chosen = tilings.choose(plan.block_m, hidden_size, intermediate_size, num_local_experts)
     return down_projection(
@@ -225,18 +233,25 @@ def unpermute(
     zeroed: BFloat16[Array, "T H"] | None = None,
 ) -> BFloat16[Array, "T H"]:
     """Weighted sum per token; see `jax_moe.unpermute`. Zeros in `zeroed` are there already."""
+    _require_fast(precision_of(expert_outputs))
     return unpermute_kernel.unpermute(
         expert_outputs, topk_weights, plan.pair_row, zeroed=zeroed, interpret=interpret_params()
     )
 
 
 def workspace_bytes(
-    num_tokens: int, top_k: int, num_local_experts: int, hidden_size: int, intermediate_size: int
+    num_tokens: int,
+    top_k: int,
+    num_local_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    precision: Precision = "fast",
 ) -> int:
     """Worst case of the temporary memory: every pair local.
 
     Live at once are the activations and either the gathered rows or the expert outputs.
     """
+    _require_fast(precision)
     rows = max_rows(num_tokens, top_k, num_local_experts, tilings.MAX_BLOCK_M)
     bytes_of_quantized = 1 + 4 / QUANT_BLOCK
     activations = rows * intermediate_size * bytes_of_quantized
@@ -250,6 +265,10 @@ def workspace_bytes(
 def tiling_table(hidden_size: int, intermediate_size: int, num_local_experts: int) -> object:
     """The tilings in use for these sizes."""
     return tilings.table(hidden_size, intermediate_size, num_local_experts)
+
+
+def _require_fast(precision: Precision) -> None:
+    require_defaults(NAME, precision=(precision, "fast"))
 
 
 def _on_this_device(config: MatmulConfig) -> MatmulConfig:

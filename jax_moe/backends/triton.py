@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.backends import require_defaults
-from jax_moe.config import MoEConfig, ScaleFormat
+from jax_moe.backends import precision_of, require_defaults
+from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import device_of
 from jax_moe.transforms import as_varying
 from jax_moe.types import GroupPlan, Quantized, Routing
@@ -55,8 +55,11 @@ def route(
     return Routing(*_run(routing.launch(logits, routing_bias, routed_scaling_factor, **counts)))
 
 
-def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
+def quantize(
+    x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", precision: Precision = "fast"
+) -> Quantized:
     """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+    _require_fast(precision)
     return Quantized(*_run(group_quant.launch(x, scale_format)))
 
 
@@ -93,8 +96,10 @@ def up_project(
     *,
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
+    precision: Precision = "fast",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    _require_fast(precision)
     num_local_experts, columns, hidden_size = gemm1_weights.shape
     sizes = (hidden_size, columns // 2, num_local_experts)
     tiling = tilings.choose(plan.block_m, _capability(), *sizes)
@@ -124,6 +129,7 @@ def down_project(
     plan: GroupPlan,
 ) -> BFloat16[Array, "M H"]:
     """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
+    _require_fast(precision_of(activations.values))
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
     sizes = (hidden_size, intermediate_size, num_local_experts)
     tiling = tilings.choose(plan.block_m, _capability(), *sizes)
@@ -147,6 +153,7 @@ def unpermute(
     plan: GroupPlan,
 ) -> BFloat16[Array, "T H"]:
     """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`."""
+    _require_fast(precision_of(expert_outputs))
     (output,) = _run(unpermute_kernel.launch(expert_outputs, topk_weights, plan.pair_row))
     return output
 
@@ -157,8 +164,10 @@ def workspace_bytes(
     num_local_experts: int,
     hidden_size: int,
     intermediate_size: int,
+    precision: Precision = "fast",
 ) -> int:
     """Bound on the temporary memory; see `jax_moe.workspace_bytes`."""
+    _require_fast(precision)
     bounds = []
     for block_m in tilings.BLOCK_MS:
         rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
@@ -166,6 +175,10 @@ def workspace_bytes(
         bounds.append(activations + rows * (2 * hidden_size + 8))
     tokens = num_tokens * (hidden_size + 4 * hidden_size // QUANT_BLOCK + 16 * top_k)
     return max(bounds) + tokens + (1 << 20)
+
+
+def _require_fast(precision: Precision) -> None:
+    require_defaults(NAME, precision=(precision, "fast"))
 
 
 def _run(launch: Launch) -> list[Array]:

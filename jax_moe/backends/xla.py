@@ -1,7 +1,8 @@
 """Plain jax.numpy: runs on anything XLA compiles for, and shows what each stage computes.
 
 The matmuls visit the live tiles of the local experts only. Weights are dequantized to float32 one
-expert at a time; activations are requantized between the matmuls exactly as the kernels do it.
+expert at a time; activations are requantized between the matmuls exactly as the kernels do it,
+or, with `precision="high"`, rounded to f16 under a power of two per row and 128 columns.
 """
 
 from collections.abc import Callable
@@ -10,15 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
+from jaxtyping import Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.config import ScaleFormat
+from jax_moe.config import Precision, ScaleFormat
 from jax_moe.device import device_of
 from jax_moe.numerics import (
     dequantize_rows,
     dequantize_weight,
     matmul,
     power_of_two_scales,
+    scaled_f16,
     swiglu,
     take,
     to_bits,
@@ -44,8 +46,12 @@ def unsupported_reason(platform: str, compute_capability: str | None) -> str | N
     return None
 
 
-def quantize(x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32") -> Quantized:
-    """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
+def quantize(
+    x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", precision: Precision = "fast"
+) -> Quantized:
+    """Rows to e4m3 or f16 with one scale per 128 columns; see `jax_moe.quantize`."""
+    if precision == "high":
+        return Quantized(*scaled_f16(x))
     rows, columns = x.shape
     blocks = x.astype(jnp.float32).reshape(rows, columns // QUANT_BLOCK, QUANT_BLOCK)
     blocks = jnp.where(jnp.abs(blocks) < _SMALLEST_NORMAL, 0.0, blocks)
@@ -113,7 +119,7 @@ def _block_m(rows_per_expert: float) -> int:
 
 
 def up_project(
-    hidden_states: Float8e4m3fn[Array, "T H"],
+    hidden_states: Float[Array, "T H"],
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
@@ -121,6 +127,7 @@ def up_project(
     *,
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
+    precision: Precision = "fast",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     rows, intermediate = plan.row_token.shape[0], gemm1_weights.shape[1] // 2
@@ -129,18 +136,19 @@ def up_project(
         tokens = lax.dynamic_slice_in_dim(plan.row_token, start, plan.block_m)  # -1: any row
         x = dequantize_rows(take(hidden_states, tokens), hidden_states_scale[:, tokens])
         hidden = swiglu(matmul(x, weight), swiglu_limit)
-        values, scales = quantize(hidden, scale_format=scale_format)
+        values, scales = quantize(hidden, scale_format=scale_format, precision=precision)
         return Quantized(
             lax.dynamic_update_slice_in_dim(out.values, to_bits(values), start, 0),
             lax.dynamic_update_slice_in_dim(out.scales, scales, start, 1),
         )
 
+    dtype = jnp.float16 if precision == "high" else jnp.float8_e4m3fn
     out = Quantized(
-        jnp.zeros((rows, intermediate), jnp.uint8),
+        to_bits(jnp.zeros((rows, intermediate), dtype)),
         jnp.zeros((intermediate // QUANT_BLOCK, rows), jnp.float32),
     )
     bits, scales = _for_each_live_tile(tile, gemm1_weights, gemm1_weights_scale, plan, out)
-    return Quantized(lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), scales)
+    return Quantized(lax.bitcast_convert_type(bits, dtype), scales)
 
 
 def down_project(
@@ -148,18 +156,19 @@ def down_project(
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
-) -> BFloat16[Array, "M H"]:
-    """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
+) -> Float[Array, "M H"]:
+    """GEMM2, one row per pair, bf16 or f32; see `jax_moe.down_project`."""
+    dtype = jnp.bfloat16 if activations.values.dtype == jnp.float8_e4m3fn else jnp.float32
 
     def tile(start: Array, weight: Array, out: Array) -> Array:
         rows = start + jnp.arange(plan.block_m, dtype=jnp.int32)
         x = dequantize_rows(take(activations.values, rows), activations.scales[:, rows])
-        product = matmul(x, weight).astype(jnp.bfloat16)
+        product = matmul(x, weight).astype(dtype)
         return lax.dynamic_update_slice_in_dim(out, to_bits(product), start, 0)
 
-    out = jnp.zeros((plan.row_token.shape[0], gemm2_weights.shape[1]), jnp.uint16)
+    out = to_bits(jnp.zeros((plan.row_token.shape[0], gemm2_weights.shape[1]), dtype))
     out = _for_each_live_tile(tile, gemm2_weights, gemm2_weights_scale, plan, out)
-    return lax.bitcast_convert_type(out, jnp.bfloat16)
+    return lax.bitcast_convert_type(out, dtype)
 
 
 def _for_each_live_tile(
@@ -189,10 +198,12 @@ def _for_each_live_tile(
 
 
 def unpermute(
-    expert_outputs: BFloat16[Array, "M H"],
+    expert_outputs: Float[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
-) -> BFloat16[Array, "T H"]:
+    *,
+    output_dtype: str = "bfloat16",
+) -> Float[Array, "T H"]:
     """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`."""
     num_tokens, top_k = topk_weights.shape
     total = jnp.zeros((num_tokens, expert_outputs.shape[1]), jnp.float32)
@@ -202,7 +213,7 @@ def unpermute(
             take(expert_outputs, rows[:, 0]).astype(jnp.float32) * topk_weights[:, choice, None]
         )
         total += jnp.where(rows >= 0, weighted, 0)
-    return total.astype(jnp.bfloat16)
+    return total.astype(output_dtype)
 
 
 def workspace_bytes(
@@ -211,14 +222,18 @@ def workspace_bytes(
     num_local_experts: int,
     hidden_size: int,
     intermediate_size: int,
+    precision: Precision = "fast",
 ) -> int:
     """Bound on the temporary memory for up to 256 experts; see `jax_moe.workspace_bytes`."""
     rows = max_rows(num_tokens, top_k, num_local_experts, _MAX_BLOCK_M)
     one_expert = 3 * intermediate_size * hidden_size
-    one_row = intermediate_size + 4 * intermediate_size // QUANT_BLOCK + 2 * hidden_size
+    wider = 2 if precision == "high" else 1
+    one_row = wider * (intermediate_size + 2 * hidden_size) + 4 * intermediate_size // QUANT_BLOCK
     one_tile = 4 * _MAX_BLOCK_M * (hidden_size + 2 * intermediate_size)
     one_token = 16 * 256 + 64 * top_k + 16 * num_local_experts  # routing and plan
     total = rows * one_row + 4 * one_expert + 4 * one_tile + num_tokens * one_token + (1 << 20)
+    if precision == "high":  # f16 hidden states with their scales
+        total += num_tokens * (2 * hidden_size + 4 * hidden_size // QUANT_BLOCK)
     if device_of().platform == "cpu":  # there XLA copies e4m3 arrays to see them as bytes
         total += num_local_experts * one_expert + num_tokens * hidden_size
     return total

@@ -12,11 +12,12 @@ from jaxtyping import BFloat16, Float, Int32
 
 from jax_moe import entry, stages, validate
 from jax_moe.api import apply_routed
+from jax_moe.config import Precision, checked_precision
 from jax_moe.nn.config import LayerConfig
 from jax_moe.numerics import matmul
 from jax_moe.parallel import apply_routed_expert_parallel, placement
 from jax_moe.parallel.ranks import AxisName
-from jax_moe.types import ExpertWeights, LayerWeights, Quantized, Routing
+from jax_moe.types import ExpertWeights, LayerWeights, Routing
 from pallas_kernels.shapes import even_rows
 
 
@@ -29,6 +30,7 @@ def moe_layer(
     backend: str = "auto",
     num_tokens: int | Int32[Array, ""] | None = None,
     with_load: bool = False,
+    precision: Precision = "fast",
 ) -> BFloat16[Array, "... H"] | tuple[BFloat16[Array, "... H"], Int32[Array, " E"]]:
     """Gate, router, routed experts and shared experts; no residual.
 
@@ -38,9 +40,9 @@ def moe_layer(
         out = sum of w_e expert_e(q) over the chosen e  +  g shared(q)
         g = sigmoid(f32(x) @ f32(shared_gate).T), or 1 without a gate
 
-    x is quantized once for routed and shared experts. Forward only; jit it, alone or with what is
-    around it. Works under `jax.jit`, `jax.lax.scan` over layers with stacked weights, `jax.vmap`,
-    `jax.shard_map` and `jax.export`, as `apply` does.
+    x is quantized once for routed and shared experts, with `precision="high"` not at all. Forward
+    only; jit it, alone or with what is around it. Works under `jax.jit`, `jax.lax.scan` over layers
+    with stacked weights, `jax.vmap`, `jax.shard_map` and `jax.export`, as `apply` does.
 
     Example:
         >>> folder = "DeepSeek-V3"                                            # doctest: +SKIP
@@ -59,6 +61,7 @@ def moe_layer(
         num_tokens: How many of the T rows (all axes but the last, flattened) are live, as in
             `apply`.
         with_load: Whether to return the load as well. Static.
+        precision: As in `apply`.
 
     Returns:
         bf16[...,H]; with `with_load` also i32[E]: the (token, expert) pairs of each routed expert,
@@ -78,8 +81,11 @@ def moe_layer(
         config=router,
         backend=backend,
     )
-    rows = stages.quantize(x, scale_format=router.scale_format, backend=backend)
-    call: dict[str, Any] = {"backend": backend, "num_tokens": num_tokens}
+    precision = checked_precision(precision)
+    rows: tuple[Any, Any] = (x, None)  # with "high" they are used as they are
+    if precision == "fast":
+        rows = stages.quantize(x, scale_format=router.scale_format, backend=backend)
+    call: dict[str, Any] = {"backend": backend, "num_tokens": num_tokens, "precision": precision}
     call["scale_format"] = router.scale_format
     load: Any = None
     out: Any
@@ -229,7 +235,7 @@ def _shared_weight(params: LayerWeights, x: Array, config: LayerConfig) -> Float
 
 
 def _shared(
-    rows: Quantized, params: LayerWeights, x: Array, config: LayerConfig, call: dict[str, Any]
+    rows: tuple[Any, Any], params: LayerWeights, x: Array, config: LayerConfig, call: dict[str, Any]
 ) -> BFloat16[Array, "T H"]:
     """The shared experts as one that every token takes."""
     every = Routing(jnp.zeros((x.shape[0], 1), jnp.int32), _shared_weight(params, x, config))

@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import BFloat16, Float, Int32
 
 from jax_moe.checkpoint import load_layer
+from jax_moe.config import Precision, checked_precision
 from jax_moe.nn.config import LayerConfig
 from jax_moe.nn.layer import fuse_shared, moe_layer
 from jax_moe.parallel.ranks import AxisName
@@ -46,14 +47,23 @@ class DeepSeekMoE(nnx.Module):
         config: What the layer is.
         rngs: Where the random weights come from, stream "params".
         backend: As in `jax_moe.apply`.
+        precision: As in `jax_moe.apply`.
     """
 
-    def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs, backend: str = "auto") -> None:
-        self._fill(config, backend, _random_weights(config, rngs.params()))
-
-    def _fill(self, config: LayerConfig, backend: str, weights: LayerWeights) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: LayerConfig,
+        *,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+        precision: Precision = "fast",
+    ) -> None:
         self.backend = backend
+        self.precision = checked_precision(precision)
+        self._fill(config, _random_weights(config, rngs.params()))
+
+    def _fill(self, config: LayerConfig, weights: LayerWeights) -> None:
+        self.config = config
         self.gate_weight = nnx.Param(weights.gate_weight)
         bias = weights.e_score_correction_bias
         self.e_score_correction_bias = None if bias is None else FrozenWeight(bias)
@@ -65,7 +75,12 @@ class DeepSeekMoE(nnx.Module):
 
     @classmethod
     def from_weights(
-        cls, config: LayerConfig, weights: LayerWeights, *, backend: str = "auto"
+        cls,
+        config: LayerConfig,
+        weights: LayerWeights,
+        *,
+        backend: str = "auto",
+        precision: Precision = "fast",
     ) -> Self:
         """A module of weights that are there already, fused or not.
 
@@ -73,12 +88,14 @@ class DeepSeekMoE(nnx.Module):
             config: What the layer is.
             weights: Its weights.
             backend: As in `jax_moe.apply`.
+            precision: As in `jax_moe.apply`.
 
         Returns:
             The module; the arrays are not copied.
         """
-        module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), backend=backend))
-        module._fill(config, backend, weights)
+        options: dict[str, Any] = {"backend": backend, "precision": precision}
+        module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
+        module._fill(config, weights)
         return module
 
     @classmethod
@@ -89,6 +106,7 @@ class DeepSeekMoE(nnx.Module):
         *,
         fused: bool = False,
         backend: str = "auto",
+        precision: Precision = "fast",
         **options: Any,
     ) -> Self:
         """A module with the weights of one layer of a checkpoint.
@@ -98,6 +116,7 @@ class DeepSeekMoE(nnx.Module):
             layer: The layer's number.
             fused: Whether to make the shared experts part of the routed ones' matmuls.
             backend: As in `jax_moe.apply`.
+            precision: As in `jax_moe.apply`.
             **options: As in `jax_moe.checkpoint.load_layer`.
 
         Returns:
@@ -113,7 +132,7 @@ class DeepSeekMoE(nnx.Module):
         weights = load_layer(folder, layer, **options)
         if fused:
             weights = fuse_shared(weights, config)
-        return cls.from_weights(config, weights, backend=backend)
+        return cls.from_weights(config, weights, backend=backend, precision=precision)
 
     @property
     def weights(self) -> LayerWeights:
@@ -159,6 +178,7 @@ class DeepSeekMoE(nnx.Module):
             backend=self.backend,
             num_tokens=num_tokens,
             with_load=with_load,
+            precision=self.precision,
         )
 
 

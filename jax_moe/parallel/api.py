@@ -14,7 +14,9 @@ from jax_moe import backends, validate
 from jax_moe.config import (
     DEEPSEEK_V3,
     MoEConfig,
+    Precision,
     ScaleFormat,
+    checked_precision,
     checked_scale_format,
     checked_swiglu_limit,
 )
@@ -43,8 +45,10 @@ def apply_expert_parallel(
     placement: Int32[Array, " E_physical"] | None = None,
     max_rows_at_once: int | None = None,
     with_load: bool = False,
+    expected_rows: float | None = None,
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
+    precision: Precision = "fast",
 ) -> BFloat16[Array, "T H"] | tuple[BFloat16[Array, "T H"], Int32[Array, " E"]]:
     """A DeepSeek-V3 mixture of experts over the ranks of a mesh axis, inside of `jax.shard_map`.
 
@@ -52,7 +56,8 @@ def apply_expert_parallel(
     It gets the finished outputs of its own tokens: the sum over all their experts, wherever those
     are. Dispatch sends FP8 rows, scales, expert ids and weights to the ranks; combine sends the
     ranks' partial sums home in bf16, where they are added in float32, in the order of the ranks,
-    and cast once.
+    and cast once. With `precision="high"` rows that are not e4m3 travel in f16, and partial sums in
+    float32.
 
     There is no capacity: every token reaches all its experts, also if all tokens want the same one.
     No shape depends on the routing and the host is not asked. The same inputs give the same bits,
@@ -100,8 +105,11 @@ def apply_expert_parallel(
             beside the matmuls of another, but each reads the weights again. None takes the largest
             that keeps `jax_moe.workspace_bytes` under 4 GB. Static.
         with_load: Whether to return the load as well. Static.
+        expected_rows: As in `apply`, of the rows that all ranks send in one piece; None takes the
+            even share of them.
         scale_format: As in `apply`.
         swiglu_limit: As in `apply`.
+        precision: As in `apply`.
 
     Returns:
         bf16[T,H] of this rank's tokens; with `with_load`, also i32[E]: the (token, expert) pairs of
@@ -140,8 +148,10 @@ def apply_expert_parallel(
         placed=placement,
         max_rows_at_once=max_rows_at_once,
         with_load=with_load,
+        expected_rows=expected_rows,
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
+        precision=precision,
     )
 
 
@@ -163,8 +173,10 @@ def apply_routed_expert_parallel(
     placement: Int32[Array, " E_physical"] | None = None,
     max_rows_at_once: int | None = None,
     with_load: bool = False,
+    expected_rows: float | None = None,
     scale_format: ScaleFormat = "f32",
     swiglu_limit: float | None = None,
+    precision: Precision = "fast",
 ) -> BFloat16[Array, "T H"] | tuple[BFloat16[Array, "T H"], Int32[Array, " E"]]:
     """`apply_expert_parallel` without its router: the caller says where each token goes.
 
@@ -186,8 +198,10 @@ def apply_routed_expert_parallel(
         placement: i32[E_physical].
         max_rows_at_once: Slots per piece.
         with_load: Whether to return the load as well.
+        expected_rows: Rows per expert.
         scale_format: As in `apply_routed`.
         swiglu_limit: As in `apply_routed`.
+        precision: As in `apply`.
 
     Returns:
         As `apply_expert_parallel`.
@@ -218,8 +232,10 @@ def apply_routed_expert_parallel(
         placed=placement,
         max_rows_at_once=max_rows_at_once,
         with_load=with_load,
+        expected_rows=expected_rows,
         scale_format=checked_scale_format(scale_format),
         swiglu_limit=checked_swiglu_limit(swiglu_limit),
+        precision=precision,
     )
 
 
@@ -235,10 +251,14 @@ def _run(
     placed: Any,
     max_rows_at_once: int | None,
     with_load: bool,
+    expected_rows: float | None,
     scale_format: ScaleFormat,
     swiglu_limit: float | None,
+    precision: Precision,
 ) -> Any:
     """The checks that both entries share, then the layer. `sizes` knows T, E and k."""
+    precision = checked_precision(precision)
+    expected_rows = validate.expected_rows(expected_rows)
     validate.hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
     validate.weights(inputs.weights, sizes)
     num_experts, tokens = sizes["E"][0], sizes["T"][0]
@@ -256,9 +276,9 @@ def _run(
         return (out, load) if with_load else out
     weights = inputs.weights
     local_bytes = functools.partial(
-        _local_bytes, backends.load(chosen), sizes["k"][0], inputs.weights
+        _local_bytes, backends.load(chosen), sizes["k"][0], inputs.weights, precision
     )
-    call = workspace.Sizes(tokens, group.count, sizes["k"][0], weights.hidden_size)
+    call = workspace.Sizes(tokens, group.count, sizes["k"][0], weights.hidden_size, precision)
     plan = layer.Plan(
         ranks=group,
         exchange=kind,
@@ -270,14 +290,23 @@ def _run(
         with_load=with_load,
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
+        precision=precision,
+        expected_rows=expected_rows,
     )
     out, load = layer.run(inputs, live, placed, plan)
     return (out, load) if with_load else out
 
 
-def _local_bytes(stages: backends.Backend, top_k: int, weights: ExpertWeights, rows: int) -> int:
+def _local_bytes(
+    stages: backends.Backend, top_k: int, weights: ExpertWeights, precision: Precision, rows: int
+) -> int:
     return stages.workspace_bytes(
-        rows, top_k, weights.num_local_experts, weights.hidden_size, weights.intermediate_size
+        rows,
+        top_k,
+        weights.num_local_experts,
+        weights.hidden_size,
+        weights.intermediate_size,
+        precision,
     )
 
 

@@ -5,11 +5,12 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import BFloat16, Int32
 
 from jax_moe import backends, entry, lowering_cache
-from jax_moe.config import MoEConfig, ScaleFormat
+from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.entry import Options
 from jax_moe.parallel import exchange, pieces, placement
 from jax_moe.parallel.ranks import Ranks
@@ -33,6 +34,8 @@ class Plan:
         with_load: Whether the pairs of each expert are counted.
         scale_format: Of the activations that are quantized here.
         swiglu_limit: Clamp before the activation.
+        precision: Of the activations; with "high" partial sums travel in float32.
+        expected_rows: Rows an expert is likely to get from all ranks; None takes the even share.
     """
 
     ranks: Ranks
@@ -45,6 +48,13 @@ class Plan:
     with_load: bool
     scale_format: ScaleFormat
     swiglu_limit: float | None
+    precision: Precision
+    expected_rows: float | None
+
+    @property
+    def output_dtype(self) -> str:
+        """Of the partial sums."""
+        return "float32" if self.precision == "high" else "bfloat16"
 
 
 def run(
@@ -84,20 +94,22 @@ def run(
             RoutedInputs(*received[:2], inputs.weights, received[2], offset), plan=plan
         )
 
-    return pieces.run(tokens, plan.tokens_at_once, between, local_layer), load
+    out = pieces.run(tokens, plan.tokens_at_once, between, local_layer)
+    return out.astype(jnp.bfloat16), load
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
     """Quantizes and routes this rank's tokens; the dead ones get no expert."""
     stages = backends.load(plan.backend)
-
     config: Any = plan.config  # None only where the inputs are routed
 
     def body(inputs: Any, num_tokens: Array | None) -> tuple[Array, ...]:
         rows = inputs.hidden_states, inputs.hidden_states_scale
         if inputs.hidden_states_scale is None:
-            rows = stages.quantize(inputs.hidden_states, scale_format=plan.scale_format)
+            rows = stages.quantize(
+                inputs.hidden_states, scale_format=plan.scale_format, precision=plan.precision
+            )
         if isinstance(inputs, RoutedInputs):
             routing = inputs.routing
         else:
@@ -110,7 +122,7 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
         topk_ids = entry.of_live_tokens(routing.topk_ids, num_tokens)
         return *rows, topk_ids, routing.topk_weights  # `jax.export` knows no types of ours
 
-    static = ("at home", plan.config, plan.scale_format)
+    static = ("at home", plan.config, plan.scale_format, plan.precision)
     values, scales, topk_ids, topk_weights = _lowered(body, stages, *static)(inputs, num_tokens)
     return Tokens(values, scales, Routing(topk_ids, topk_weights))
 
@@ -122,8 +134,11 @@ def _local_layer(inputs: RoutedInputs, *, plan: Plan) -> Array:
     options = Options(
         num_experts=plan.num_slots,
         top_k=inputs.routing.topk_ids.shape[1],
+        expected_rows=plan.expected_rows,
         scale_format=plan.scale_format,
         swiglu_limit=plan.swiglu_limit,
+        precision=plan.precision,
+        output_dtype=plan.output_dtype,
     )
     body = functools.partial(entry.layer, num_tokens=None, options=options, stages=stages)
     table = entry.tiling_table(inputs.weights, stages)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_moe import backends, validate
-from jax_moe.config import DEEPSEEK_V3, MoEConfig, ScaleFormat
+from jax_moe.config import DEEPSEEK_V3, MoEConfig, Precision, ScaleFormat, checked_precision
 from jax_moe.device import describe_device
 from jax_moe.parallel import exchange as exchanges
 from jax_moe.parallel import ranks
@@ -87,8 +87,10 @@ def expert_parallel(
     max_rows_at_once: int | None = None,
     with_load: bool = False,
     check_vma: bool = True,
+    expected_rows: float | None = None,
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
+    precision: Precision = "fast",
 ) -> Callable[..., Any]:
     """`apply_expert_parallel` as a function of global arrays.
 
@@ -112,8 +114,10 @@ def expert_parallel(
         max_rows_at_once: Slots per piece.
         with_load: Whether to return the load as well.
         check_vma: As in `jax.shard_map`.
+        expected_rows: As in `apply_expert_parallel`.
         scale_format: As in `apply_expert_parallel`.
         swiglu_limit: As in `apply_expert_parallel`.
+        precision: As in `apply_expert_parallel`.
 
     Returns:
         A function of global arrays: [N*T,E] logits, [N*T,H] rows, [E_physical,...] weights and so
@@ -137,7 +141,9 @@ def expert_parallel(
         "exchange": exchanges.select(exchange, group, chosen, mesh),
         "max_rows_at_once": max_rows_at_once,
         "with_load": with_load,
+        "expected_rows": validate.expected_rows(expected_rows),
         "swiglu_limit": swiglu_limit,
+        "precision": checked_precision(precision),
     }
     options |= {"config": config} if num_experts is None else {"num_experts": num_experts}
     if scale_format is not None:

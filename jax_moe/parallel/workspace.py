@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax_moe import api, validate
-from jax_moe.config import DEEPSEEK_V3, MoEConfig
+from jax_moe.config import DEEPSEEK_V3, MoEConfig, Precision
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 
 LIMIT = 4 * 10**9
@@ -19,12 +19,14 @@ class Sizes(NamedTuple):
         num_ranks: N.
         top_k: k.
         hidden_size: H.
+        precision: Of the activations.
     """
 
     num_tokens: int
     num_ranks: int
     top_k: int
     hidden_size: int
+    precision: Precision = "fast"
 
 
 def workspace_bytes(
@@ -38,6 +40,7 @@ def workspace_bytes(
     backend: str = "auto",
     num_ranks: int = 1,
     max_rows_at_once: int | None = None,
+    precision: Precision = "fast",
 ) -> int:
     """Bound on the temporary memory of one jitted layer on one device, outputs not counted.
 
@@ -53,13 +56,14 @@ def workspace_bytes(
         backend: As in `apply`.
         num_ranks: Ranks of `apply_expert_parallel`; 1 is `apply` or `apply_routed`.
         max_rows_at_once: As in `apply_expert_parallel`; counts only if `num_ranks` is not 1.
+        precision: As in `apply`.
 
     Returns:
         Bytes.
 
     Raises:
         TypeError: A count is no integer, `config` no `MoEConfig`.
-        ValueError: There is no such backend, or a count is out of range.
+        ValueError: There is no such backend or precision, or a count is out of range.
         NotImplementedError: The backend does not run on the default device.
     """
     num_ranks = int(validate.integer("num_ranks", num_ranks, 1, 2**20))
@@ -74,13 +78,14 @@ def workspace_bytes(
             config=config,
             top_k=top_k,
             backend=backend,
+            precision=precision,
         )
 
     alone = local_bytes(num_tokens)  # checks the arguments
     if num_ranks == 1:
         return alone
     top_k = config.top_k if top_k is None else top_k
-    sizes = Sizes(num_tokens, num_ranks, top_k, hidden_size)
+    sizes = Sizes(num_tokens, num_ranks, top_k, hidden_size, precision)
     return total_bytes(sizes, tokens_at_once(sizes, local_bytes, max_rows_at_once), local_bytes)
 
 
@@ -122,8 +127,9 @@ def total_bytes(sizes: Sizes, piece: int, local_bytes: Callable[[int], int]) -> 
 def _exchange_bytes(sizes: Sizes, piece: int) -> int:
     """What dispatch and combine hold besides the local layer's own workspace."""
     small = 4 * (sizes.hidden_size // QUANT_BLOCK + 2 * sizes.top_k)
-    row = sizes.hidden_size + 2 * small  # received, and in the order of the local layer
-    total = 2 * sizes.hidden_size
+    wider = 2 if sizes.precision == "high" else 1  # f16 rows, float32 sums
+    row = wider * sizes.hidden_size + 2 * small  # received, and in the order of the local layer
+    total = wider * 2 * sizes.hidden_size
     home = sizes.num_tokens * (row + 2 * total)
     if sizes.num_ranks == 1:
         return home
