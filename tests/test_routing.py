@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -190,6 +191,30 @@ def test_other_scores_against_float64(case, scoring, has_bias):
         assert clear.mean() > 0.98
         np.testing.assert_array_equal(ids[clear], expected_ids[clear])
         np.testing.assert_allclose(weights[clear], expected_weights[clear], rtol=3e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels run for real there")
+@pytest.mark.parametrize(
+    ("scoring", "has_bias", "num_experts", "groups"),
+    [
+        ("softmax", False, 72, (3, 2)),
+        pytest.param("softmax", True, 300, (1, 1), marks=pytest.mark.slow),
+        pytest.param("sigmoid", False, 288, (4, 2), marks=pytest.mark.slow),
+        pytest.param("sqrtsoftplus", True, 16, (4, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_the_interpreted_kernel_gives_the_ids_of_the_plain_backend(
+    scoring, has_bias, num_experts, groups
+):
+    config = MoEConfig(3, *groups, scoring=scoring, renormalize=has_bias)
+    logits, bias = draw(6, num_experts)
+    logits[0] = np.round(logits[0] * 8) / 8  # ties
+    logits[1, 1::2], logits[2], logits[3, :3] = np.nan, np.nan, np.inf
+    logits[4] *= np.float32(1e-40)
+    ids, weights = route("interpreted_mosaic", logits, bias if has_bias else None, config=config)
+    expected = route("xla", logits, bias if has_bias else None, config=config)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_allclose(weights, expected[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)

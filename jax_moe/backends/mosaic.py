@@ -55,13 +55,6 @@ def route(
     config: MoEConfig,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route`."""
-    if routing_bias is None:
-        raise NotImplementedError(f"backend={NAME!r}: routing_bias=None is not supported")
-    require_defaults(
-        NAME,
-        scoring=(config.scoring, "sigmoid"),
-        renormalize=(config.renormalize, True),
-    )
     return Routing(
         *routing.route(
             routing_logits.astype(jnp.float32),
@@ -70,6 +63,8 @@ def route(
             top_k=config.top_k,
             n_group=config.n_group,
             topk_group=config.topk_group,
+            scoring=config.scoring,
+            renormalize=config.renormalize,
             interpret=interpret_params(),
         )
     )

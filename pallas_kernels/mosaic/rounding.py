@@ -93,11 +93,32 @@ def reciprocals(
     return invert(*values)
 
 
-def _asm(code: str, *operands):
-    """One float computed from others by PTX without side effects."""
-    return llvm.inline_asm(
-        ir.F32Type.get(), operands, code, ",".join(["=f"] + ["f"] * len(operands))
+def map_registers(
+    code: str, values: Float32[Array, "*n"], *, layout: plgpu.Layout
+) -> Float32[Array, "*n"]:
+    """PTX for each number, on a GPU only.
+
+    Args:
+        code: `$0` is the result, `$1` the number. All lanes run it together, and may exchange.
+        values: `f32[...]`, held in `layout`, as the result is.
+        layout: Register layout.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(values.shape, values.dtype, layout=layout),
     )
+    def mapped(_, array):
+        return _from_lanes(array, [_asm(code, lane) for lane in _lanes(array)])
+
+    return mapped(values)
+
+
+def _asm(code: str, *operands):
+    """One float computed from others by PTX; where lanes exchange, all of them come there."""
+    constraints = ",".join(["=f"] + ["f"] * len(operands))
+    exchanges = {"has_side_effects": True} if "shfl" in code else {}
+    return llvm.inline_asm(ir.F32Type.get(), operands, code, constraints, **exchanges)
 
 
 def _lanes(array: mgpu.FragmentedArray) -> list[ir.Value]:

@@ -1,14 +1,17 @@
-"""Group-limited sigmoid top-k routing (DeepSeek-V3), one warp per token.
+"""Group-limited top-k routing (DeepSeek-V3), one warp per token.
 
     CTA (one warpgroup)     warp 0: token 4 c      warp 1: token 4 c + 1      ...
     each warp               score = sigmoid(logit), an expert per lane and register
-                            score + bias -> order-preserving i32 key
+                            score + bias, or the logit -> order-preserving i32 key
                             keys of the kept groups -> ids of the top_k, one per lane
                             weights = s / (sum + 1e-20) * factor
 
 Up to 256 experts are held in registers at once (`_choose_unrolled`). Of more, or for many groups or
 choices, 128 at a time are merged into what each lane has found best (`routing_loop`), so that code
 and registers stay bounded.
+
+Other scores are those of `pallas_kernels.scores`, to the last bit. Without a bias every score rises
+with its logit, which is then the key itself; only the sums of groups need scores.
 
 Source of the maths: DeepSeek-V3 technical report, section 2.1.2 ("noaux_tc" gating).
 """
@@ -23,9 +26,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic import launch, layouts, routing_loop
+from pallas_kernels.mosaic import scores as formulas
 from pallas_kernels.mosaic.indexed_memory import load_at, store_at
 from pallas_kernels.mosaic.rounding import reciprocals
-from pallas_kernels.mosaic.topk import TAKEN, across, from_key, to_key, to_lanes, top
+from pallas_kernels.mosaic.topk import NOT_A_NUMBER, TAKEN, across, from_key, to_key, to_lanes, top
 from pallas_kernels.shapes import cdiv
 
 _WIDTH = 32  # an expert per lane, so a group of 32 is one register
@@ -34,27 +38,31 @@ _MAX_UNROLLED = {"num_experts": 256, "n_group": 16, "top_k": 16}
 
 def route(
     routing_logits: Float[Array, "T E"],
-    routing_bias: Float[Array, "E"],
+    routing_bias: Float[Array, "E"] | None,
     routed_scaling_factor: Float[Array, ""],
     *,
     top_k: int,
     n_group: int,
     topk_group: int,
+    scoring: str = "sigmoid",
+    renormalize: bool = True,
     interpret=None,
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
     """Chooses `top_k` experts per token from its `topk_group` best groups.
 
-    A group's score is the sum of its two best `sigmoid(logit) + bias`; the bias takes part in
+    A group's score is the sum of its two best `score(logit) + bias`; the bias takes part in
     selection only. Ties go to the lowest id, a NaN score ranks below every number, ids are
     always distinct and in range.
 
     Args:
         routing_logits: `f32[T, E]`.
-        routing_bias: `[E]`, any float dtype.
+        routing_bias: `[E]`, any float dtype; or None.
         routed_scaling_factor: `f32[]`.
         top_k: Experts per token.
         n_group: Groups of `E / n_group` neighbouring experts.
         topk_group: Groups that may be chosen from.
+        scoring: "sigmoid", "softmax" or "sqrtsoftplus".
+        renormalize: Whether the weights of a token are divided by their sum.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -63,7 +71,13 @@ def route(
     num_tokens = routing_logits.shape[0]
     kernel = launch.kernel(
         functools.partial(
-            _kernel, n_group=n_group, topk_group=topk_group, top_k=top_k, interpret=interpret
+            _kernel,
+            n_group=n_group,
+            topk_group=topk_group,
+            top_k=top_k,
+            scoring=scoring,
+            renormalize=renormalize,
+            interpret=interpret,
         ),
         out_type=(
             jax.ShapeDtypeStruct((num_tokens, top_k), jnp.int32),
@@ -74,9 +88,10 @@ def route(
         kernel_name="moe_routing",
         interpret=interpret,
     )
+    bias = () if routing_bias is None else (routing_bias,)
     return kernel(
         routing_logits,
-        routing_bias,
+        *bias,
         jnp.reshape(routed_scaling_factor, (1,)).astype(jnp.float32),
     )
 
@@ -92,10 +107,8 @@ def _biased_keys(scores, bias):
     return [to_key(s + b.astype(jnp.float32)) for s, b in zip(scores, bias, strict=True)]
 
 
-def _kernel(
-    logits_gmem, bias_gmem, factor_gmem, ids_gmem, weights_gmem,
-    *, n_group, topk_group, top_k, interpret,
-):  # fmt: skip
+def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
+    logits_gmem, *bias_gmem, factor_gmem, ids_gmem, weights_gmem = refs
     num_tokens, num_experts = logits_gmem.shape
     shape = (layouts.ROWS_PER_WARPGROUP, _WIDTH)
     layout = layouts.row_per_warp(_WIDTH)
@@ -104,43 +117,87 @@ def _kernel(
     row = lax.min(token, jnp.int32(num_tokens - 1)) * num_experts
     load = functools.partial(load_at, layout=layout, interpret=interpret)
     store = functools.partial(store_at, layout=layout, interpret=interpret)
-    score = functools.partial(_sigmoid, layout=layout, interpret=interpret)
+    score, is_quick = functools.partial(_sigmoid, layout=layout, interpret=interpret), True
+    if scoring != "sigmoid" or not bias_gmem:
+        score, is_quick = _formula(scoring, load, logits_gmem, row, lane, interpret), False
 
     def read(columns, starts):
         """Bias and logits of the experts `column + start`, a register each."""
         places = list(zip(columns, starts, strict=True))
-        bias = [load(bias_gmem, column, shift=start) for column, start in places]
+        bias = [load(ref, column, shift=start) for ref in bias_gmem for column, start in places]
         return bias, [load(logits_gmem, row + column, shift=start) for column, start in places]
 
     def keys_of(loaded):
         bias, logits = loaded
-        return _biased_keys(score(logits), bias)
+        if is_quick:
+            return _biased_keys(score(logits), bias)
+        if bias:
+            logits = [s + b.astype(jnp.float32) for s, b in zip(score(logits), bias, strict=True)]
+        return [to_key(formulas.without_denormals(x)) for x in logits]
+
+    def value(key):
+        """What an expert of this key adds to its group."""
+        if is_quick:
+            return from_key(key)
+        value = jnp.where(key <= NOT_A_NUMBER, jnp.nan, from_key(key))
+        return value if bias_gmem else score([value])[0]  # without a bias it is a logit
+
+    def group_key(first, second):
+        total = first + second
+        return to_key(total if is_quick else formulas.without_denormals(total))
 
     sizes = {"num_experts": num_experts, "n_group": n_group, "top_k": top_k}
+    groups = {"topk_group": topk_group, "value": value, "group_key": group_key}
     slots = [lane + start for start in range(0, top_k, _WIDTH)]
     if all(size <= _MAX_UNROLLED[name] for name, size in sizes.items()):
-        chosen = _choose_unrolled(read, keys_of, lane, **sizes, topk_group=topk_group)
+        chosen = _choose_unrolled(read, keys_of, lane, **sizes, **groups)
         ids = [-to_lanes(chosen, slot, 0) for slot in slots]
     else:
-        ids = routing_loop.choose(read, keys_of, lane, **sizes, topk_group=topk_group, slots=slots)
+        ids = routing_loop.choose(read, keys_of, lane, **sizes, **groups, slots=slots)
 
     # The choices have a lane each; their scores are computed again, which is less work than to
     # carry all scores along.
     scores = score([load(logits_gmem, row + i) for i in ids])
-    chosen_scores = []
-    for k in range(top_k):
-        bits = lax.bitcast_convert_type(scores[k // _WIDTH], jnp.int32)
-        bits = jnp.max(jnp.where(lane == k % _WIDTH, bits, TAKEN), axis=1)
-        chosen_scores.append(lax.bitcast_convert_type(bits, jnp.float32))
-    total = sum(chosen_scores[1:], chosen_scores[0])  # in their order: the last bit depends on it
-    scale = across(factor_gmem[0] / (total + 1e-20), shape)
+    if renormalize:
+        total = _total(scores, lane, top_k)
+        scale = across(factor_gmem[0] / (total + 1e-20), shape)
+    else:
+        scale = factor_gmem[0]
     for slot, expert, weight in zip(slots, ids, scores, strict=True):
         live = (slot < top_k) & (token < num_tokens)
         store(ids_gmem, token * top_k + slot, expert, live)
         store(weights_gmem, token * top_k + slot, weight * scale, live)
 
 
-def _choose_unrolled(read, keys_of, lane, *, num_experts, n_group, topk_group, top_k):
+def _formula(scoring, load, logits_gmem, row, lane, interpret):
+    """Scores of registers of logits, as `pallas_kernels.scores` rounds them."""
+    if scoring == "softmax":
+        num_experts = logits_gmem.shape[1]
+
+        def read(start):
+            column = lax.min(lane, jnp.int32(num_experts - 1 - start))
+            return load(logits_gmem, row + column, shift=start)
+
+        one = formulas.softmax(read, num_experts, lane, interpret)
+    else:
+        formula = {"sigmoid": formulas.sigmoid, "sqrtsoftplus": formulas.sqrtsoftplus}[scoring]
+        one = functools.partial(formula, interpret=interpret)
+    return lambda logits: [one(x) for x in logits]
+
+
+def _total(scores, lane, top_k):
+    """The sum of the chosen scores, `[4]`, in their order: the last bit depends on it."""
+    chosen_scores = []
+    for k in range(top_k):
+        bits = lax.bitcast_convert_type(scores[k // _WIDTH], jnp.int32)
+        bits = jnp.max(jnp.where(lane == k % _WIDTH, bits, TAKEN), axis=1)
+        chosen_scores.append(lax.bitcast_convert_type(bits, jnp.float32))
+    return sum(chosen_scores[1:], chosen_scores[0])
+
+
+def _choose_unrolled(
+    read, keys_of, lane, *, num_experts, n_group, topk_group, top_k, value, group_key
+):
     """The negated ids of the `top_k` best experts, `[4]` each, best first."""
     starts = range(0, num_experts, _WIDTH)
     columns = [lane] * len(starts)
@@ -153,12 +210,14 @@ def _choose_unrolled(read, keys_of, lane, *, num_experts, n_group, topk_group, t
     negated = [-(lane + start) for start in starts]
     if topk_group < n_group:
         group_size = num_experts // n_group
-        groups = _best_groups(keys, negated, lane, group_size, n_group, topk_group)
+        groups = _best_groups(
+            keys, negated, lane, group_size, n_group, topk_group, value, group_key
+        )
         keys, negated = _keep(groups, keys, negated, lane, group_size, n_group)
     return [negated_id for _, negated_id in top(keys, negated, top_k)]
 
 
-def _best_groups(keys, negated, lane, group_size, n_group, topk_group):
+def _best_groups(keys, negated, lane, group_size, n_group, topk_group, value, group_key):
     """The `topk_group` groups with the largest sums of their two best, `[4]` each, ascending."""
     best, second = [], []
     for g in range(n_group):
@@ -172,9 +231,9 @@ def _best_groups(keys, negated, lane, group_size, n_group, topk_group):
         best.append(first_key)
         second.append(second_key)
     # A group to a lane: the sums and the choice among them take one register.
-    pair = [from_key(to_lanes(values, lane, TAKEN)) for values in (best, second)]
-    group_key = jnp.where(lane < n_group, to_key(pair[0] + pair[1]), TAKEN)
-    kept = [-negated_id for _, negated_id in top([group_key], [-lane], topk_group)]
+    pair = [value(to_lanes(values, lane, TAKEN)) for values in (best, second)]
+    keys_of_groups = jnp.where(lane < n_group, group_key(*pair), TAKEN)
+    kept = [-negated_id for _, negated_id in top([keys_of_groups], [-lane], topk_group)]
     for end in range(topk_group - 1, 0, -1):
         for i in range(end):
             low, high = lax.min(kept[i], kept[i + 1]), lax.max(kept[i], kept[i + 1])

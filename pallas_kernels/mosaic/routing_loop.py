@@ -21,7 +21,9 @@ _WIDTH = 32
 _REGISTERS = 4  # of experts, read and inserted together
 
 
-def choose(read, keys_of, lane, *, num_experts, n_group, topk_group, top_k, slots):
+def choose(
+    read, keys_of, lane, *, num_experts, n_group, topk_group, top_k, slots, value, group_key
+):
     """Ids of the `top_k` best experts of the `topk_group` best groups, a choice per lane.
 
     Args:
@@ -33,13 +35,15 @@ def choose(read, keys_of, lane, *, num_experts, n_group, topk_group, top_k, slot
         topk_group: Groups to choose from.
         top_k: Experts per token.
         slots: Registers that say which choice a lane gets.
+        value: `key -> f32`, what an expert of this key adds to its group.
+        group_key: `(f32, f32) -> key` of a group, from the values of its two best experts.
 
     Returns:
         A register of ids for each of `slots`.
     """
     kept, group_size = None, num_experts // n_group
     if topk_group < n_group:
-        keys = _group_keys(read, keys_of, lane, group_size, n_group)
+        keys = _group_keys(read, keys_of, lane, group_size, n_group, value, group_key)
         kept = _best_groups(keys, lane, topk_group)
 
     def mask(expert, key):
@@ -80,7 +84,7 @@ def _scan(read, keys_of, lane, first, num_experts, count, mask=lambda _, key: ke
     return lax.fori_loop(0, cdiv(registers, at_once), add, start)[1:]
 
 
-def _group_keys(read, keys_of, lane, group_size, n_group):
+def _group_keys(read, keys_of, lane, group_size, n_group, value, group_key):
     """Keys of the groups, 32 to a register, a group per lane."""
     slots = [lane + start for start in range(0, n_group, _WIDTH)]
 
@@ -88,7 +92,7 @@ def _group_keys(read, keys_of, lane, group_size, n_group):
         start = lane * 0 + group * group_size
         best, negated = _scan(read, keys_of, lane, start, group_size, 2)
         first, second = (topk.across(key, lane.shape) for key, _ in topk.pop(best, negated, 2))
-        key = topk.to_key(topk.from_key(first) + topk.from_key(second))
+        key = group_key(value(first), value(second))
         return [jnp.where(s == group, key, k) for s, k in zip(slots, keys, strict=True)]
 
     return lax.fori_loop(0, n_group, add, topk.nothing(lane, len(slots))[0])

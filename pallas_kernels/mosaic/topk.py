@@ -12,19 +12,19 @@ from jax import lax
 
 # Keys below those of all numbers, -inf included, lowest first.
 TAKEN = -(2**31)
-_NOT_A_NUMBER = TAKEN + 1
+NOT_A_NUMBER = TAKEN + 1
 
 
 def to_key(value):
     """Maps f32, which is not -0, to i32 that compare as the floats do; NaN comes below all."""
     key = _flip_negative(lax.bitcast_convert_type(value, jnp.int32))
-    return jnp.where(value != value, _NOT_A_NUMBER, key)
+    return jnp.where(value != value, NOT_A_NUMBER, key)
 
 
 def from_key(key):
     """The float of a key; -inf for what is not a number."""
     value = lax.bitcast_convert_type(_flip_negative(key), jnp.float32)
-    return jnp.where(key <= _NOT_A_NUMBER, -jnp.inf, value)
+    return jnp.where(key <= NOT_A_NUMBER, -jnp.inf, value)
 
 
 def top(keys, negated, count):
