@@ -28,6 +28,7 @@ import jax_moe
 from bench import environment, tables
 from bench.workloads import FULL, REDUCED, Sizes
 from interop import plot_style
+from jax_moe import LayerInputs
 from jax_moe.io.files import write_atomically
 
 AXIS = "expert"
@@ -35,7 +36,6 @@ TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
 FACTOR = 2.5
 _ROUTINGS = 4
 _REPEATS = 5
-_APPLY: Any = jax_moe.apply  # its arguments come as tuples here
 _MOST_ERROR = 0.01  # of bf16 partial sums, rounded once more than one device rounds them
 
 
@@ -61,17 +61,12 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-class Inputs(NamedTuple):
-    """Global arrays: logits of several routings, then the arguments of the layer after them."""
-
-    logits: Any
-    rest: tuple[Any, ...]
-
-
 def make_inputs(
     mesh: jax.sharding.Mesh, num_tokens: int, sizes: Sizes, experts: int | None = None
-) -> Inputs:
+) -> LayerInputs:
     """Made where they belong, rank by rank: even routing, Gaussian weights, FP8 rows.
+
+    `routing_logits` are those of several routings, f32[R,N*T,E]; `routing` picks one.
 
     Args:
         mesh: Of the ranks.
@@ -79,7 +74,7 @@ def make_inputs(
         sizes: E, H and I.
         experts: Of each rank; None shares E among them.
     """
-    in_specs, _ = jax_moe.partition_specs(AXIS)
+    (_, _, *specs, _), _ = jax_moe.partition_specs(AXIS)
     ranks, (hidden, inner) = mesh.devices.size, (sizes.hidden_size, sizes.intermediate_size)
     experts = sizes.num_experts // ranks if experts is None else experts
     blocks = hidden // 128, inner // 128
@@ -110,60 +105,73 @@ def make_inputs(
             jnp.full((experts, *blocks), 0.02),
         )
 
-    specs = (P(None, AXIS), *in_specs[2:8])
-    make = jax.shard_map(rank, mesh=mesh, in_specs=(), out_specs=specs, check_vma=False)
+    out_specs = (P(None, AXIS), *specs)
+    make = jax.shard_map(rank, mesh=mesh, in_specs=(), out_specs=out_specs, check_vma=False)
     logits, *arrays = jax.jit(make)()
     everywhere = NamedSharding(mesh, P())
     bias = jax.device_put(np.zeros(sizes.num_experts, np.float32), everywhere)
-    return Inputs(logits, (bias, *arrays, jax.device_put(np.float32(FACTOR), everywhere)))
+    factor = jax.device_put(np.float32(FACTOR), everywhere)
+    return LayerInputs.of(logits, bias, *arrays, 0, factor)
 
 
-def looped(layer: Callable[..., Any], calls: int) -> Any:
+def routing(inputs: LayerInputs, index: Any = 0) -> LayerInputs:
+    """The same with one of the routings."""
+    logits = lax.dynamic_index_in_dim(inputs.routing_logits, index, 0, keepdims=False)
+    return inputs._replace(routing_logits=logits)
+
+
+def over_ranks(layer: Callable[..., Any]) -> Callable[[LayerInputs], Any]:
+    """What takes all arguments but the offset, which each rank has of its own."""
+
+    def call(inputs: LayerInputs) -> Any:
+        *arrays, _, factor = inputs.arguments
+        return layer(*arrays, factor)
+
+    return call
+
+
+def looped(layer: Callable[[LayerInputs], Any], calls: int) -> Any:
     """A program of `calls` calls, each after the one before."""
 
-    def program(logits: Any, bias: Any, *rest: Any) -> Any:
+    def program(inputs: LayerInputs) -> Any:
         def step(i: Any, bias: Any) -> Any:
-            routing = lax.dynamic_index_in_dim(logits, i % _ROUTINGS, 0, keepdims=False)
-            out = layer(routing, bias, *rest)
+            out = layer(routing(inputs, i % _ROUTINGS)._replace(routing_bias=bias))
             return bias + 0.0 * out.ravel()[0].astype(jnp.float32)
 
-        return lax.fori_loop(0, calls, step, bias)
+        return lax.fori_loop(0, calls, step, inputs.routing_bias)
 
     return jax.jit(program)
 
 
-def microseconds(layer: Callable[..., Any], inputs: Inputs, calls: int) -> float:
+def microseconds(layer: Callable[[LayerInputs], Any], inputs: LayerInputs, calls: int) -> float:
     """Median time of a call."""
-    program = looped(layer, calls).lower(inputs.logits, *inputs.rest).compile()
-    jax.block_until_ready(program(inputs.logits, *inputs.rest))
+    program = looped(layer, calls).lower(inputs).compile()
+    jax.block_until_ready(program(inputs))
     found = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready(program(inputs.logits, *inputs.rest))
+        jax.block_until_ready(program(inputs))
         found.append((time.perf_counter() - start) / calls * 1e6)
     return float(np.median(found))
 
 
-def local_work(mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+def local_work(mesh: jax.sharding.Mesh) -> Callable[[LayerInputs], Any]:
     """`apply` of every rank on all ranks' tokens, which it has already: f32 [N,N*T,H]."""
     split, everywhere = P(AXIS), P()
 
-    def rank(logits: Any, bias: Any, x: Any, scale: Any, *rest: Any) -> Any:
-        offset = lax.axis_index(AXIS) * rest[0].shape[0]
-        weights, factor = rest[:4], rest[4]
-        arguments = (logits, bias, x, scale, *weights, offset, factor)
-        return _APPLY(*arguments)[None]
+    def rank(inputs: LayerInputs) -> Any:
+        offset = lax.axis_index(AXIS) * inputs.weights.num_local_experts
+        return jax_moe.apply(*inputs._replace(local_expert_offset=offset).arguments)[None]
 
-    specs = (*(everywhere,) * 4, *(split,) * 4, everywhere)
-    return jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    specs = LayerInputs.of(*(everywhere,) * 4, *(split,) * 4, everywhere, everywhere)
+    return jax.shard_map(rank, mesh=mesh, in_specs=(specs,), out_specs=split, check_vma=False)
 
 
-def gathered(mesh: jax.sharding.Mesh, inputs: Inputs) -> Inputs:
+def gathered(mesh: jax.sharding.Mesh, inputs: LayerInputs) -> LayerInputs:
     """The same with all tokens on every device."""
-    everywhere = NamedSharding(mesh, P())
-    bias, x, scale, *rest = inputs.rest
-    logits, x, scale = jax.device_put((inputs.logits, x, scale), everywhere)
-    return Inputs(logits, (bias, x, scale, *rest))
+    tokens = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale
+    logits, x, scale = jax.device_put(tokens, NamedSharding(mesh, P()))
+    return inputs._replace(routing_logits=logits, hidden_states=x, hidden_states_scale=scale)
 
 
 def measure(
@@ -176,15 +184,15 @@ def measure(
     inputs = make_inputs(mesh, num_tokens, sizes)
     whole = gathered(mesh, inputs)
     local = local_work(mesh)
-    parts = jax.jit(lambda *a: local(*a).astype(jnp.float32).sum(axis=0))
-    wanted = np.asarray(parts(whole.logits[0], *whole.rest), np.float32)
+    parts = jax.jit(lambda inputs: local(routing(inputs)).astype(jnp.float32).sum(axis=0))
+    wanted = np.asarray(parts(whole), np.float32)
     local_us = microseconds(local, whole, calls)
     rows = []
     for name in exchanges:
         row = Row(ranks, num_tokens, name)
         try:
-            layer = jax_moe.expert_parallel(mesh, AXIS, exchange=name)
-            out = np.asarray(layer(inputs.logits[0], *inputs.rest), np.float32)
+            layer = over_ranks(jax_moe.expert_parallel(mesh, AXIS, exchange=name))
+            out = np.asarray(layer(routing(inputs)), np.float32)
             error = float(np.linalg.norm(out - wanted) / np.linalg.norm(wanted))
             row = row._replace(error=error)
             if not error <= _MOST_ERROR:
@@ -202,8 +210,8 @@ def measure_local(of: int, num_tokens: int, sizes: Sizes, calls: int) -> Row:
     mesh = jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     inputs = make_inputs(mesh, of * num_tokens, sizes, sizes.num_experts // of)
 
-    def layer(*arguments: Any) -> Any:
-        return _APPLY(*arguments[:8], 0, arguments[8])
+    def layer(inputs: LayerInputs) -> Any:
+        return jax_moe.apply(*inputs._replace(local_expert_offset=0).arguments)
 
     return Row(of, num_tokens, "none", local_us=microseconds(layer, inputs, calls))
 

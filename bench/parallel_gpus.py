@@ -114,10 +114,10 @@ def check(exchange: str) -> int:
         inputs = parallel.make_inputs(mesh, num_tokens, sizes)
         whole = parallel.gathered(mesh, inputs)
         local = parallel.local_work(mesh)
-        parts = jax.jit(lambda *a, local=local: local(*a).astype(jnp.float32).sum(axis=0))
-        wanted = np.asarray(parts(whole.logits[0], *whole.rest))
-        layer = jax_moe.expert_parallel(mesh, parallel.AXIS, exchange=exchange)
-        outs = [layer(inputs.logits[0], *inputs.rest) for _ in range(RUNS)]
+        parts = jax.jit(lambda a, local=local: local(a).astype(jnp.float32).sum(axis=0))
+        wanted = np.asarray(parts(parallel.routing(whole)))
+        layer = parallel.over_ranks(jax_moe.expert_parallel(mesh, parallel.AXIS, exchange=exchange))
+        outs = [layer(parallel.routing(inputs)) for _ in range(RUNS)]
         first = np.asarray(outs[0]).view(np.uint16)
         same = all((np.asarray(out).view(np.uint16) == first).all() for out in outs)
         found = np.asarray(outs[0], np.float32)
@@ -198,11 +198,12 @@ def trace(exchange: str, folder: Path) -> int:
     """A trace that opens in Perfetto, of a layer of 128 tokens."""
     mesh = _mesh()
     inputs = parallel.make_inputs(mesh, 128, FULL if jax.default_backend() == "gpu" else REDUCED)
-    layer = jax_moe.expert_parallel(mesh, parallel.AXIS, exchange=exchange)
-    jax.block_until_ready(layer(inputs.logits[0], *inputs.rest))
+    layer = parallel.over_ranks(jax_moe.expert_parallel(mesh, parallel.AXIS, exchange=exchange))
+    inputs = parallel.routing(inputs)
+    jax.block_until_ready(layer(inputs))
     with jax.profiler.trace(str(folder / "trace"), create_perfetto_trace=True):
         for _ in range(3):
-            jax.block_until_ready(layer(inputs.logits[0], *inputs.rest))
+            jax.block_until_ready(layer(inputs))
     return 0
 
 

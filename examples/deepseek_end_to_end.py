@@ -196,7 +196,7 @@ def without_shared(config: nn.LayerConfig) -> nn.LayerConfig:
 
 
 def _keep(inputs: dict[int, torch.Tensor], number: int, _: Any, arguments: Any, __: Any) -> None:
-    inputs[number] = arguments[0]
+    inputs[number], *_others = arguments
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:

@@ -8,6 +8,7 @@ from bench.routing import LocalLoad
 from bench.timers import Statistics
 from bench.work import Work
 from bench.workloads import select
+from jax_moe import LayerInputs
 
 LOAD = LocalLoad(pairs=100, active_experts=10, max_per_expert=20, tokens=40)
 WORK = Work(bytes=200_000_000, flops=50_000_000_000)  # floors: 100 us by bytes, 50 us by flops
@@ -39,7 +40,8 @@ def row(solution, tokens, us, status=PASS, **fields):
 
 def cheap_layer(*arguments, config=None):
     """What compiles at once and is right where the oracle is the same: the dequantized input."""
-    values, scales = arguments[2:4]
+    inputs = LayerInputs.of(*arguments)
+    values, scales = inputs.hidden_states, inputs.hidden_states_scale
     scales = jnp.repeat(scales.T, values.shape[1] // scales.shape[0], axis=1)
     return (values.astype(jnp.float32) * scales).astype(jnp.bfloat16)
 

@@ -31,7 +31,7 @@ def grouped_matmul(a, weights, ends, align: int) -> torch.Tensor:
 def check(num_tokens: int, align: int, **sizes: int) -> None:
     """Each stage, and the layer, against the definition."""
     inputs = torch_inputs(num_tokens, **sizes)
-    logits, bias, hidden, hidden_scale, w13, s13, w2, s2, offset, factor = inputs
+    logits, bias, hidden, hidden_scale, w13, s13, w2, s2, offset, factor = inputs.arguments
     routing = deepgemm.route(logits, bias, offset, factor, w13.shape[0])
     pair_expert, _, weights, counts = routing
     ids, expected_weights = definition.route(logits, bias, factor)
@@ -72,7 +72,7 @@ def check(num_tokens: int, align: int, **sizes: int) -> None:
         summed[row >= 0] += gemm2[row[row >= 0].long()].float() * weight[row >= 0, None]
     # One bf16 step, as the interpreter's cast cuts bits off where a GPU rounds them.
     torch.testing.assert_close(out.float(), summed, rtol=2**-7, atol=0)
-    expected = definition.run(*inputs)
+    expected = definition.run(*inputs.arguments)
     assert torch.equal(out[(local < 0).all(dim=1)], expected[(local < 0).all(dim=1)])
     error = relative_error(out, expected)
     assert error < 0.08, error

@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 
 import jax_moe
-from jax_moe import DEEPSEEK_V3, MoEConfig, buckets
+from jax_moe import DEEPSEEK_V3, LayerInputs, MoEConfig, buckets
 from tests import numpy_oracle
 from tests.backend_cases import running
-from tests.moe_inputs import E4M3, SMALL, Inputs, bits
+from tests.moe_inputs import E4M3, SMALL, bits, replaced
 
 BF16 = ml_dtypes.bfloat16
 # Sum form, |d| <= ATOL * rms of the row + RTOL * |reference|: e4m3 between the matmuls costs 2.5 %
@@ -96,8 +96,8 @@ class Case:
     routing: str
     fault: str | None
     num_tokens: int | None
-    inputs: Inputs
-    spoiled: Inputs
+    inputs: LayerInputs
+    spoiled: LayerInputs
     touched: np.ndarray
     clear: np.ndarray
     ids: np.ndarray
@@ -138,7 +138,7 @@ def draw(number: int) -> Case:
     routing = str(rng.choice(ROUTINGS))
     logits = _logits(rng, routing, tokens, model, offset)
     bias = rng.standard_normal(model.num_experts) * rng.choice([0.0, 0.1, 10.0])
-    inputs = Inputs(
+    inputs = LayerInputs.of(
         logits,
         bias.astype(model.bias_dtype),
         x,
@@ -151,9 +151,9 @@ def draw(number: int) -> Case:
         float(rng.choice([2.5, 1.0, -1.5, 1e-6, 1e4, 0.0])),
     )
     live = None if rng.random() < 0.75 else int(rng.integers(tokens + 1))
-    ids, _ = numpy_oracle.route(*inputs[:2], 1.0, model.config)
+    ids, _ = numpy_oracle.route(inputs.routing_logits, inputs.routing_bias, 1.0, model.config)
     largest = 1 + np.abs(inputs.routing_bias.astype(np.float64)).max()
-    gaps = numpy_oracle.routing_gaps(*inputs[:2], model.config)
+    gaps = numpy_oracle.routing_gaps(inputs.routing_logits, inputs.routing_bias, model.config)
     fault = str(rng.choice(FAULTS)) if rng.random() < 0.6 else None
     spoiled, touched = _spoil(rng, fault, inputs, ids, live)
     clear = gaps > 2.0**-20 * largest
@@ -250,8 +250,12 @@ def _logits(
 
 
 def _spoil(
-    rng: np.random.Generator, fault: str | None, inputs: Inputs, ids: np.ndarray, live: int | None
-) -> tuple[Inputs, np.ndarray]:
+    rng: np.random.Generator,
+    fault: str | None,
+    inputs: LayerInputs,
+    ids: np.ndarray,
+    live: int | None,
+) -> tuple[LayerInputs, np.ndarray]:
     """The inputs with a fault in them, and which tokens it may reach."""
     tokens = len(ids)
     touched = np.zeros(tokens, bool)
@@ -259,7 +263,7 @@ def _spoil(
         return inputs, touched
     logits, x = inputs.routing_logits.copy(), inputs.hidden_states.copy()
     scale = None if inputs.hidden_states_scale is None else inputs.hidden_states_scale.copy()
-    s13, s2 = inputs.gemm1_weights_scale.copy(), inputs.gemm2_weights_scale.copy()
+    s13, s2 = inputs.weights.gemm1_weights_scale.copy(), inputs.weights.gemm2_weights_scale.copy()
     poison = rng.choice(np.array([np.nan, np.inf, -np.inf], np.float32))
     victims = rng.random(tokens) < rng.choice([0.02, 0.5])
     victims[rng.integers(tokens)] = True
@@ -281,7 +285,8 @@ def _spoil(
         else:
             value = {"scale": poison, "huge": 1e30, "tiny": 1e-30}[fault]
             scale[rng.integers(len(scale)), victims] = value
-    spoiled = inputs._replace(
+    spoiled = replaced(
+        inputs,
         routing_logits=logits,
         hidden_states=x,
         hidden_states_scale=scale,
@@ -310,24 +315,30 @@ def oracle(case: Case) -> np.ndarray:
 
     Activations that the layer quantizes are quantized before, by NumPy.
     """
-    arrays = list(case.inputs[:8])
-    if arrays[3] is None:
+    inputs, count = case.inputs, case.padded
+    values, scales = inputs.hidden_states, inputs.hidden_states_scale
+    if scales is None:
         form = case.model.config.scale_format
-        arrays[2:4] = numpy_oracle.quantize(np.asarray(arrays[2], np.float32), form)
-    for i, axis in ((0, 0), (2, 0), (3, 1)):
-        if arrays[i] is not None:
-            arrays[i] = buckets.pad(arrays[i], axis, case.padded)
-    out = jax_moe.reference(*arrays, *case.inputs[8:], config=case.model.config)
+        values, scales = numpy_oracle.quantize(np.asarray(values, np.float32), form)
+    padded = inputs._replace(
+        routing_logits=buckets.pad(inputs.routing_logits, 0, count),
+        hidden_states=buckets.pad(values, 0, count),
+        hidden_states_scale=buckets.pad(scales, 1, count),
+    )
+    out = jax_moe.reference(*padded.arguments, config=case.model.config)
     return np.asarray(out, np.float32)[: len(case.ids)]
 
 
 def check(case: Case, expected: np.ndarray, backend: str) -> Outcome:
     """Runs a case on a backend, with and without its fault, and twice."""
 
-    def run(inputs: Inputs) -> np.ndarray:
+    def run(inputs: LayerInputs) -> np.ndarray:
         with running(backend) as name:
             out = jax_moe.apply(
-                *inputs, config=case.model.config, backend=name, num_tokens=case.num_tokens
+                *inputs.arguments,
+                config=case.model.config,
+                backend=name,
+                num_tokens=case.num_tokens,
             )
         if out.dtype != jnp.bfloat16 or out.shape != expected.shape:
             raise TypeError(f"expected bfloat16 {expected.shape}, got {out.dtype} {out.shape}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,30 +10,51 @@ import ml_dtypes
 import numpy as np
 
 import jax_moe
+from jax_moe import ExpertWeights, LayerInputs
 from tests import numpy_oracle
 
 E4M3 = ml_dtypes.float8_e4m3fn
 SMALL = jax_moe.MoEConfig(top_k=4, n_group=4, topk_group=2)
+TOKEN_ARGUMENTS = ("routing_logits", "routing_bias", "hidden_states", "hidden_states_scale")
+SCALAR_ARGUMENTS = ("local_expert_offset", "routed_scaling_factor")
 
 
-class Inputs(NamedTuple):
-    """The ten arguments of the layer, in order."""
+def replaced(inputs: LayerInputs, **changes: Any) -> LayerInputs:
+    """The same with any of the ten arguments changed, by name."""
+    weights = {name: changes.pop(name) for name in ExpertWeights._fields if name in changes}
+    return inputs._replace(weights=inputs.weights._replace(**weights), **changes)
 
-    routing_logits: Any
-    routing_bias: Any
-    hidden_states: Any
-    hidden_states_scale: Any
-    gemm1_weights: Any
-    gemm1_weights_scale: Any
-    gemm2_weights: Any
-    gemm2_weights_scale: Any
-    local_expert_offset: Any
-    routed_scaling_factor: Any
 
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """The eight array arguments by name."""
-        return dict(list(self._asdict().items())[:8])
+def named_arguments(inputs: LayerInputs) -> dict[str, Any]:
+    """The ten arguments by name, in order."""
+    names = (*TOKEN_ARGUMENTS, *ExpertWeights._fields, *SCALAR_ARGUMENTS)
+    return dict(zip(names, inputs.arguments, strict=True))
+
+
+def named_arrays(inputs: LayerInputs) -> dict[str, Any]:
+    """The eight array arguments by name, in order."""
+    names = (*TOKEN_ARGUMENTS, *ExpertWeights._fields)
+    return dict(zip(names, array_arguments(inputs), strict=True))
+
+
+def token_arguments(inputs: LayerInputs) -> tuple[Any, ...]:
+    """The arrays before the weights: what `TorchMoE` takes, its scalars bound."""
+    return tuple(getattr(inputs, name) for name in TOKEN_ARGUMENTS)
+
+
+def array_arguments(inputs: LayerInputs) -> tuple[Any, ...]:
+    """The eight arrays: what a program takes whose scalars are bound."""
+    return (*token_arguments(inputs), *inputs.weights)
+
+
+def scalar_arguments(inputs: LayerInputs) -> tuple[Any, Any]:
+    """The two scalars."""
+    return inputs.local_expert_offset, inputs.routed_scaling_factor
+
+
+def handle_arguments(inputs: LayerInputs) -> tuple[Any, ...]:
+    """All but the weights: what a `TorchMoE` takes, which holds them."""
+    return (*token_arguments(inputs), *scalar_arguments(inputs))
 
 
 def make_inputs(
@@ -45,7 +66,7 @@ def make_inputs(
     intermediate_size: int = 128,
     offset: int = 8,
     seed: int = 0,
-) -> Inputs:
+) -> LayerInputs:
     """Gaussian activations and weights, quantized, so that outputs are of order one."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_tokens, hidden_size), np.float32)
@@ -54,7 +75,7 @@ def make_inputs(
     w2 = _weights(rng, num_local_experts, hidden_size, intermediate_size)
     logits = rng.standard_normal((num_tokens, num_experts), np.float32)
     bias = (rng.standard_normal(num_experts) / 10).astype(ml_dtypes.bfloat16)
-    return Inputs(logits, bias, values, scales, *w13, *w2, offset, 2.5)
+    return LayerInputs.of(logits, bias, values, scales, *w13, *w2, offset, 2.5)
 
 
 def _weights(rng: np.random.Generator, experts: int, n: int, k: int) -> tuple[Any, Any]:
@@ -71,7 +92,7 @@ def rank_specs(
     num_local: int = 32,
     hidden: int = 7168,
     intermediate: int = 2048,
-) -> Inputs:
+) -> LayerInputs:
     """Shapes and dtypes of the layer; the defaults are one of DeepSeek-V3's eight ranks."""
     blocks = (hidden // 128, intermediate // 128)
     shapes = (
@@ -86,7 +107,7 @@ def rank_specs(
         ((), jnp.int32),
         ((), jnp.float32),
     )
-    return Inputs(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    return LayerInputs.of(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
 
 
 def logits_for(choices: np.ndarray, num_experts: int, top_k: int) -> np.ndarray:
@@ -100,10 +121,15 @@ def logits_for(choices: np.ndarray, num_experts: int, top_k: int) -> np.ndarray:
     return logits
 
 
-def on_device(inputs: Inputs) -> Inputs:
+def sharded_arguments(inputs: LayerInputs) -> tuple[Any, ...]:
+    """All but the offset: what a layer over several ranks takes, where each has its own."""
+    return (*array_arguments(inputs), inputs.routed_scaling_factor)
+
+
+def on_device(inputs: LayerInputs) -> LayerInputs:
     """The same with JAX arrays in place of NumPy's."""
-    arrays = [None if value is None else jnp.asarray(value) for value in inputs[:8]]
-    return Inputs(*arrays, *inputs[8:])
+    arrays = [None if value is None else jnp.asarray(value) for value in array_arguments(inputs)]
+    return LayerInputs.of(*arrays, *scalar_arguments(inputs))
 
 
 def bits(x: Any) -> np.ndarray:

@@ -16,10 +16,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe
+from jax_moe import ExpertWeights
 from jax_moe.parallel import sharded
 from tests import h100_target
-from tests.moe_inputs import SMALL, bits, make_inputs, relative_error
-from tests.parallel_cases import FACTOR, NUM_EXPERTS, Case, arguments, expected, mesh_of
+from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced, sharded_arguments
+from tests.parallel_cases import FACTOR, NUM_EXPERTS, Case, arguments, expected, inputs_of, mesh_of
 
 CASE = Case(ranks=4, tokens=3)
 LITTLE = functools.partial(jax_moe.expert_parallel, config=SMALL)
@@ -65,26 +66,25 @@ def refused(error, *parts):
 
 
 def test_tokens_that_ranks_cannot_share():
-    whole = arguments(CASE)
-    cut = {"routing_logits": whole[0][:11], "hidden_states": whole[2][:11]}
+    whole = inputs_of(CASE)
+    rows = whole.hidden_states[:11]
+    cut = {"routing_logits": whole.routing_logits[:11], "hidden_states": rows}
     with refused(ValueError, "hidden_states: expected rows that 4 ranks share equally", "got 11"):
-        call(changes=cut | {"hidden_states_scale": whole[3][:, :11]})
+        call(changes=cut | {"hidden_states_scale": whole.hidden_states_scale[:, :11]})
     with refused(ValueError, r"hidden_states: expected .*= \[12, H\]", r"got .*\[11, 256\]"):
-        call(changes={"hidden_states": whole[2][:11]})
+        call(changes={"hidden_states": rows})
 
 
 def test_experts_that_ranks_do_not_hold():
-    weights = {f"gemm{i}_weights{s}": a for i, s, a in zip(
-        (1, 1, 2, 2), ("", "_scale") * 2, arguments(CASE)[4:8], strict=True)}  # fmt: skip
+    weights = inputs_of(CASE).weights._asdict()
     with refused(ValueError, "gemm1_weights: expected E_local = E / N = 32 / 4 = 8", "got 4"):
         call(changes={name: array[:16] for name, array in weights.items()})
     with refused(ValueError, "gemm1_weights: expected experts that 4 ranks share", "got 30"):
         call(changes={name: array[:30] for name, array in weights.items()})
     three = Case(ranks=3, tokens=4)
     with refused(ValueError, "axis_name: expected a number of ranks that divides E = 32", "got 3"):
-        LITTLE(mesh(3), "expert")(
-            *arguments(three)[:4], *(array[:30] for array in weights.values()), FACTOR
-        )
+        fewer = {name: array[:30] for name, array in weights.items()}
+        LITTLE(mesh(3), "expert")(*sharded_arguments(replaced(inputs_of(three), **fewer)))
 
 
 def test_a_placement_that_does_not_fit():
@@ -173,30 +173,32 @@ def test_options_that_do_not_exist_or_fit():
 
 
 def test_a_router_of_ones_own():
-    args = arguments(CASE)
-    routing = jax_moe.route(args[0], args[1], FACTOR, config=SMALL)
+    inputs = inputs_of(CASE)
+    routing = jax_moe.route(inputs.routing_logits, inputs.routing_bias, FACTOR, config=SMALL)
     ids = np.array(routing.topk_ids)
     ids[4, 1], ids[5] = -1, NUM_EXPERTS + 3
     layer = jax_moe.expert_parallel(mesh(), "expert", num_experts=NUM_EXPERTS, with_load=True)
-    out, load = layer(*args[2:8], ids, routing.topk_weights)
-    wanted = jax_moe.reference_routed(
-        *args[2:8], ids, routing.topk_weights, 0, num_experts=NUM_EXPERTS
-    )
+    routed = inputs.routed(routing._replace(topk_ids=ids))
+    *arrays, weights, offset = routed.arguments
+    out, load = layer(*arrays, weights)
+    wanted = jax_moe.reference_routed(*arrays, weights, offset, num_experts=NUM_EXPERTS)
     assert relative_error(out, wanted) < 0.04
     assert not bits(out)[5].any()
     assert load.sum() == 12 * 4 - 5
     with refused(ValueError, r"topk_weights: expected", r"got float32 \[3, 4\]"):
-        layer(*args[2:8], ids, routing.topk_weights[:3])
+        layer(*arrays, weights[:3])
 
 
 def test_rows_that_are_not_quantized_yet():
-    args = arguments(CASE)
+    inputs = inputs_of(CASE)
     x = np.random.default_rng(0).standard_normal((12, 256), np.float32)
     values, scales = jax_moe.quantize(x)
     layer = LITTLE(mesh(), "expert")
     np.testing.assert_array_equal(
-        bits(layer(*args[:2], x, None, *args[4:])),
-        bits(layer(*args[:2], values, scales, *args[4:])),
+        *(
+            bits(layer(*sharded_arguments(inputs._replace(hidden_states=a, hidden_states_scale=b))))
+            for a, b in ((x, None), (values, scales))
+        )
     )
 
 
@@ -212,24 +214,26 @@ def test_beside_a_data_axis_and_under_transformations():
         in_specs=(tokens, P(), tokens, P(None, ("data", "expert")), *(split,) * 4, P()),
         out_specs=tokens,
     )
-    args = arguments(CASE)
-    twice = [np.concatenate([array] * 2, axis) for array, axis in zip(
-        (args[0], args[2], args[3]), (0, 0, 1), strict=True)]  # fmt: skip
-    out = jax.jit(layer)(twice[0], args[1], *twice[1:], *args[4:])
+    inputs = inputs_of(CASE)
+    twice = inputs._replace(
+        routing_logits=np.concatenate([inputs.routing_logits] * 2),
+        hidden_states=np.concatenate([inputs.hidden_states] * 2),
+        hidden_states_scale=np.concatenate([inputs.hidden_states_scale] * 2, axis=1),
+    )
+    logits, *others = sharded_arguments(twice)
+    out = jax.jit(layer)(logits, *others)
     np.testing.assert_array_equal(bits(out), np.concatenate([bits(expected(CASE))] * 2))
     with pytest.raises(NotImplementedError, match="forward only"):
-        jax.grad(lambda logits: layer(logits, args[1], *twice[1:], *args[4:]).astype(float).sum())(
-            twice[0]
-        )
+        jax.grad(lambda logits: layer(logits, *others).astype(float).sum())(logits)
 
 
 def test_a_batch_of_calls():
-    args = arguments(CASE)
+    logits, *others = arguments(CASE)
     layer = LITTLE(mesh(), "expert")
-    logits = np.stack([args[0], args[0][::-1]])
-    outs = jax.vmap(lambda logits: layer(logits, *args[1:]))(logits)
-    np.testing.assert_array_equal(bits(outs[0]), bits(layer(*args)))
-    np.testing.assert_array_equal(bits(outs[1]), bits(layer(logits[1], *args[1:])))
+    batch = np.stack([logits, logits[::-1]])
+    outs = jax.vmap(lambda logits: layer(logits, *others))(batch)
+    np.testing.assert_array_equal(bits(outs[0]), bits(layer(logits, *others)))
+    np.testing.assert_array_equal(bits(outs[1]), bits(layer(logits[::-1], *others)))
 
 
 @pytest.fixture
@@ -248,13 +252,14 @@ def compilations():
 
 def test_new_values_do_not_recompile_and_equal_calls_give_equal_bits(compilations):
     rng = np.random.default_rng(0)
-    args = arguments(CASE)
+    inputs = inputs_of(CASE)
     outs = []
     for i in range(3):
         placement = rng.permutation(NUM_EXPERTS).astype(np.int32)
-        weights = [array[placement] for array in args[4:8]]
+        weights = ExpertWeights(*(array[placement] for array in inputs.weights))
+        changed = inputs._replace(weights=weights, routed_scaling_factor=FACTOR + i)
         layer = LITTLE(mesh(), "expert", with_load=True)  # made anew, as some would
-        call = functools.partial(layer, *args[:4], *weights, FACTOR + i, placement=placement)
+        call = functools.partial(layer, *sharded_arguments(changed), placement=placement)
         if i == 1:
             assert compilations
             del compilations[:]
@@ -297,10 +302,13 @@ def test_what_a_mesh_can_do_is_said():
 def test_more_pieces_take_less_memory():
     sizes = {"num_local_experts": 4, "hidden_size": 256, "intermediate_size": 128}
     found = []
-    args = make_inputs(8 * 512, num_experts=32, num_local_experts=32, offset=0)
+    inputs = make_inputs(8 * 512, num_experts=32, num_local_experts=32, offset=0)
     for rows in (4096, 1024):
         layer = LITTLE(mesh(8), "expert", max_rows_at_once=rows)
-        specs = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in (*args[:8], FACTOR)]
+        specs = [
+            jax.ShapeDtypeStruct(np.shape(array), jnp.result_type(array))
+            for array in sharded_arguments(inputs)
+        ]
         memory = jax.jit(layer).lower(*specs).compile().memory_analysis()
         bound = jax_moe.workspace_bytes(
             512, config=SMALL, num_ranks=8, max_rows_at_once=rows, **sizes

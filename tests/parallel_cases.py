@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import AxisType
 
 import jax_moe
-from tests.moe_inputs import E4M3, SMALL, Inputs, make_inputs
+from jax_moe import ExpertWeights, LayerInputs
+from tests.moe_inputs import E4M3, SMALL, make_inputs, sharded_arguments
 
 NUM_EXPERTS = 32
 MOST_TOKENS = 8 * 129
@@ -64,7 +65,7 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def tokens_of(routing: str) -> Inputs:
+def tokens_of(routing: str) -> LayerInputs:
     """The most tokens that a case has, and weights of all experts."""
     inputs = make_inputs(
         MOST_TOKENS, num_experts=NUM_EXPERTS, num_local_experts=NUM_EXPERTS, offset=0
@@ -80,7 +81,7 @@ def tokens_of(routing: str) -> Inputs:
 @functools.cache
 def reference_of(routing: str) -> np.ndarray:
     """The float32 oracle's outputs of all these tokens."""
-    return np.asarray(jax_moe.reference(*tokens_of(routing), config=SMALL), np.float32)
+    return np.asarray(jax_moe.reference(*tokens_of(routing).arguments, config=SMALL), np.float32)
 
 
 def live_tokens(case: Case) -> np.ndarray:
@@ -106,18 +107,23 @@ def placement_of(case: Case) -> np.ndarray | None:
     return rng.permutation(np.concatenate([np.arange(NUM_EXPERTS), copies])).astype(np.int32)
 
 
-def arguments(case: Case) -> tuple[Any, ...]:
-    """The nine arguments, global arrays; dead tokens are NaN in everything."""
+def inputs_of(case: Case) -> LayerInputs:
+    """Global arrays; dead tokens are NaN in everything."""
     inputs = tokens_of(case.routing)
     count = case.ranks * case.tokens
     dead = ~is_live(case)
     logits = inputs.routing_logits[:count].copy()
     rows, scales = inputs.hidden_states[:count].copy(), inputs.hidden_states_scale[:, :count].copy()
     logits[dead], rows[dead], scales[:, dead] = np.nan, E4M3(np.nan), np.nan
-    weights = inputs[4:8]
+    weights = inputs.weights
     if case.placement is not None:
-        weights = [array[placement_of(case)] for array in weights]
-    return logits, inputs.routing_bias, rows, scales, *weights, FACTOR
+        weights = ExpertWeights(*(array[placement_of(case)] for array in weights))
+    return LayerInputs(logits, inputs.routing_bias, rows, scales, weights, 0, FACTOR)
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    """The nine arguments of the layer over several ranks."""
+    return sharded_arguments(inputs_of(case))
 
 
 def mesh_of(case: Case) -> jax.sharding.Mesh:
@@ -151,7 +157,8 @@ def ids_and_weights(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
     (On a CPU, the last bit of a weight depends on how many tokens are routed at once.)
     """
-    logits, bias, *_ = arguments(case)
+    inputs = inputs_of(case)
+    logits, bias = inputs.routing_logits, inputs.routing_bias
     shape = len(logits), SMALL.top_k
     if not logits.size:
         return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
@@ -183,7 +190,7 @@ def partial_sums(case: Case) -> np.ndarray:
     All cases share two programs: `MOST_TOKENS` rows, all weights, the ids of one rank's experts.
     """
     inputs, placed = tokens_of(case.routing), placement_of(case)
-    weights = inputs[4:8] if placed is None else [array[placed] for array in inputs[4:8]]
+    weights = inputs.weights if placed is None else [array[placed] for array in inputs.weights]
     ids, topk_weights = ids_and_weights(case)
     slots = np.full((MOST_TOKENS, SMALL.top_k), -1, np.int32)
     slots[: len(ids)] = slots_of(ids, placed)

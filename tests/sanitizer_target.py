@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 import jax_moe
+from jax_moe import LayerInputs
 from tests import numpy_oracle
-from tests.moe_inputs import SMALL, Inputs, bits, make_inputs, relative_error
+from tests.moe_inputs import SMALL, bits, make_inputs, relative_error
 
 TOKENS = (7, 100, 250, 1100)
 """1, 16, 32 and 144 rows expected of each of 32 experts, after padding; the last need more than one
@@ -25,7 +26,7 @@ program for the plan."""
 TO_ORACLE = 0.03
 
 
-def layers() -> Iterator[Inputs]:
+def layers() -> Iterator[LayerInputs]:
     """Arguments of `apply`: quantized ones, a K long enough to be cut, others to quantize."""
     for num_tokens in TOKENS:
         yield make_inputs(num_tokens, seed=num_tokens)
@@ -43,12 +44,12 @@ def run(backend: str) -> dict[str, Any]:
     """
     errors = {}
     for inputs in layers():
-        out = jax_moe.apply(*inputs, config=SMALL, backend=backend)
+        out = jax_moe.apply(*inputs.arguments, config=SMALL, backend=backend)
         values = inputs
         if inputs.hidden_states_scale is None:
             x = numpy_oracle.quantize(inputs.hidden_states)
             values = inputs._replace(hidden_states=x[0], hidden_states_scale=x[1])
-        expected = numpy_oracle.layer(*values, config=SMALL)
+        expected = numpy_oracle.layer(*values.arguments, config=SMALL)
         error = relative_error(out, expected)
         assert error < TO_ORACLE, f"T={len(expected)}: {error}"
         assert not bits(out)[~expected.any(axis=1)].any()

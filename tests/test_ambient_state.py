@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jax_moe
 from jax_moe import LayerInputs
 from tests.backend_cases import EVERYWHERE, running
-from tests.moe_inputs import Inputs, bits, make_inputs
+from tests.moe_inputs import array_arguments, bits, make_inputs, on_device, replaced
 
 CONFIG = jax_moe.MoEConfig(top_k=2, n_group=1, topk_group=1)
 INPUTS = make_inputs(
@@ -50,7 +50,7 @@ def in_scan(layer: Callable[..., Any]) -> Callable[..., Any]:
 def in_cond(layer: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(*arguments: Any) -> Any:
         both = lambda: layer(*arguments), lambda: 2 * layer(*arguments)
-        return jax.lax.cond(arguments[0][0, 0] < 1e9, *both)
+        return jax.lax.cond(LayerInputs.of(*arguments).routing_logits[0, 0] < 1e9, *both)
 
     return chosen
 
@@ -58,7 +58,8 @@ def in_cond(layer: Callable[..., Any]) -> Callable[..., Any]:
 def in_vmap(layer: Callable[..., Any]) -> Callable[..., Any]:
     def batched(*arguments: Any) -> Any:
         axes = [0] + [None] * 9
-        return jax.vmap(layer, axes)(jnp.stack([arguments[0]] * 2), *arguments[1:])[1]
+        logits, *rest = arguments
+        return jax.vmap(layer, axes)(jnp.stack([logits] * 2), *rest)[1]
 
     return batched
 
@@ -69,7 +70,8 @@ def in_shard_map(axes: AxisType, check_vma: bool, inner: Callable[..., Any] = al
     def wrap(layer: Callable[..., Any]) -> Callable[..., Any]:
         def rank(*arguments: Any) -> Any:
             offset = jax.lax.axis_index("x") * 8
-            part = inner(layer)(*arguments[:8], offset, arguments[9])
+            inputs = LayerInputs.of(*arguments)._replace(local_expert_offset=offset)
+            part = inner(layer)(*inputs.arguments)
             return jax.lax.psum(part.astype(jnp.float32), "x").astype(jnp.bfloat16)
 
         return jax.shard_map(
@@ -147,7 +149,7 @@ def layer(backend: str) -> Callable[..., Any]:
 
 
 def placed(surrounding: Surrounding) -> list[Any]:
-    arrays = [*INPUTS[:8], np.int32(INPUTS.local_expert_offset), np.float32(2.5)]
+    arrays = [*array_arguments(INPUTS), np.int32(INPUTS.local_expert_offset), np.float32(2.5)]
     if surrounding.axes is None:
         return [jnp.asarray(array) for array in arrays]
     on = mesh(surrounding.axes)
@@ -165,7 +167,7 @@ def check(expected: dict[str, np.ndarray], name: str, case: str, jitted: bool) -
     surrounding = SURROUNDINGS[name]
     with running(case) as backend:
         if backend not in expected:
-            expected[backend] = bits(layer(backend)(*INPUTS))
+            expected[backend] = bits(layer(backend)(*INPUTS.arguments))
         arguments = placed(surrounding)
         called = surrounding.wrap(layer(backend))
         with surrounding.context():
@@ -198,11 +200,10 @@ def test_lowered_for_hopper(name, backend):
     assert "custom_call" in lowered.as_text()
 
 
-def split(index: int, spec: P) -> list[Any]:
+def split(name: str, spec: P) -> list[Any]:
     """The arguments over an Explicit mesh, one of them split."""
-    specs = [P()] * 10
-    specs[index] = spec
-    return placed(Surrounding(axes=EXPLICIT, specs=tuple(specs)))
+    specs = replaced(LayerInputs.of(*[P()] * 10), **{name: spec})
+    return placed(Surrounding(axes=EXPLICIT, specs=specs.arguments))
 
 
 @pytest.mark.parametrize("backend", jax_moe.backends.NAMES)
@@ -217,7 +218,7 @@ def split(index: int, spec: P) -> list[Any]:
     ],
 )
 def test_arrays_split_over_explicit_axes_are_refused(name, spec, jitted, backend):
-    arguments = split(Inputs._fields.index(name), spec)
+    arguments = split(name, spec)
     called = layer(backend)
     said = rf"^{name}: expected an array that is whole .* split as P\(.*'x'.*jax\.shard_map"
     with jax_moe.assume_device("sm_90"), pytest.raises(ValueError, match=said):
@@ -225,7 +226,7 @@ def test_arrays_split_over_explicit_axes_are_refused(name, spec, jitted, backend
 
 
 def test_stages_refuse_them_as_well():
-    logits, bias = split(0, P("x"))[:2]
+    logits, bias, *_ = split("routing_logits", P("x"))
     with pytest.raises(ValueError, match=r"^routing_logits: .*jax\.shard_map"):
         jax_moe.route(logits, bias, 2.5, config=CONFIG)
     with pytest.raises(ValueError, match=r"^x: .*jax\.shard_map"):
@@ -258,18 +259,23 @@ def test_stages_refuse_them_as_well():
 @pytest.mark.parametrize("spelled", [int, np.int32, jnp.int32], ids=["int", "numpy", "jax"])
 def test_numbers_cross_a_transfer_guard(spelled):
     """Ours to upload; a NumPy array is the caller's, and the guard stops it."""
-    arrays = [jnp.asarray(array) for array in INPUTS[:8]]
-    empty = [arrays[0][:0], arrays[1], arrays[2][:0], arrays[3][:, :0], *arrays[4:]]
+    inputs = on_device(INPUTS)
+    nothing = inputs._replace(
+        routing_logits=inputs.routing_logits[:0],
+        hidden_states=inputs.hidden_states[:0],
+        hidden_states_scale=inputs.hidden_states_scale[:, :0],
+    )
+    arrays, empty = array_arguments(inputs), array_arguments(nothing)
     offset, live, factor = spelled(0), spelled(3), jnp.float32(2.5)
     with jax.transfer_guard("disallow"):
         out = layer("xla")(*arrays, offset, factor)
         some = jax_moe.apply(*arrays, offset, 2.5, num_tokens=live, config=CONFIG, backend="xla")
-        routing = jax_moe.route(*arrays[:2], 2.5, config=CONFIG)
+        routing = jax_moe.route(inputs.routing_logits, inputs.routing_bias, 2.5, config=CONFIG)
         jax_moe.plan_groups(routing.topk_ids, offset, num_local_experts=8, num_experts=8)
         jax_moe.reference(*arrays, offset, 2.5, config=CONFIG)
         none = layer("xla")(*empty, offset, 2.5)
         with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
-            layer("xla")(*INPUTS[:8], offset, factor)
+            layer("xla")(*array_arguments(INPUTS), offset, factor)
     assert none.shape == (0, 128)
     np.testing.assert_array_equal(bits(some)[:3], bits(out)[:3])
     assert not bits(some)[3].any()

@@ -15,7 +15,15 @@ import jax_moe
 from jax_moe import backends, buckets, entry
 from tests import numpy_oracle
 from tests.backend_cases import EVERYWHERE, running
-from tests.moe_inputs import SMALL, bits, make_inputs, on_device, rank_specs, relative_error
+from tests.moe_inputs import (
+    SMALL,
+    array_arguments,
+    bits,
+    make_inputs,
+    on_device,
+    rank_specs,
+    relative_error,
+)
 
 apply = functools.partial(jax_moe.apply, config=SMALL, backend="xla")
 # JAX promises nothing about how long jax-triton's calls can be read.
@@ -29,7 +37,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def expected(inputs):
-    return bits(apply(*inputs))
+    return bits(apply(*inputs.arguments))
 
 
 @pytest.fixture
@@ -44,39 +52,39 @@ def traces(monkeypatch):
 
 
 def test_jit_equals_eager(inputs, expected):
-    np.testing.assert_array_equal(bits(jax.jit(apply)(*inputs)), expected)
+    np.testing.assert_array_equal(bits(jax.jit(apply)(*inputs.arguments)), expected)
 
 
 def test_numpy_equals_jax(expected):
-    np.testing.assert_array_equal(bits(apply(*make_inputs(64))), expected)
+    np.testing.assert_array_equal(bits(apply(*make_inputs(64).arguments)), expected)
 
 
 @pytest.mark.parametrize("scalar", [int, np.int64, np.uint8, np.asarray, jnp.int32, jnp.int8])
 def test_kinds_of_offset(inputs, expected, scalar):
-    out = apply(*inputs._replace(local_expert_offset=scalar(8)))
+    out = apply(*inputs._replace(local_expert_offset=scalar(8)).arguments)
     np.testing.assert_array_equal(bits(out), expected)
 
 
 @pytest.mark.parametrize("scalar", [float, np.float64, np.float16, np.asarray, jnp.float32])
 def test_kinds_of_factor(inputs, expected, scalar):
-    out = apply(*inputs._replace(routed_scaling_factor=scalar(2.5)))
+    out = apply(*inputs._replace(routed_scaling_factor=scalar(2.5)).arguments)
     np.testing.assert_array_equal(bits(out), expected)
 
 
 def test_new_scalars_do_not_recompile(inputs, traces):
     for offset, factor in [(0, 1), (8, 2.5), (np.int64(24), np.float64(3)), (jnp.int32(1), 0.0)]:
-        apply(*inputs[:8], offset, factor)
+        apply(*array_arguments(inputs), offset, factor)
     assert len(traces) == 1
     jitted = jax.jit(apply)
     for offset in range(5):
-        jitted(*inputs[:8], offset, 2.5)
+        jitted(*array_arguments(inputs), offset, 2.5)
     assert jitted._cache_size() == 1
 
 
 def test_a_traced_offset_out_of_range_skips_experts_that_do_not_exist(inputs):
-    run = jax.jit(lambda offset: apply(*inputs[:8], offset, 2.5))
+    run = jax.jit(lambda offset: apply(*array_arguments(inputs), offset, 2.5))
     for offset in (-3, 29, 1000, -(2**31), 2**31 - 1):
-        expected = numpy_oracle.layer(*inputs[:8], offset, 2.5, config=SMALL)
+        expected = numpy_oracle.layer(*array_arguments(inputs), offset, 2.5, config=SMALL)
         out = np.asarray(run(offset), np.float32)
         if expected.any():
             assert relative_error(out, expected) < 0.03
@@ -93,7 +101,7 @@ def test_varying_token_counts_compile_at_most_ten_programs(traces):
                 hidden_states=inputs.hidden_states[:n],
                 hidden_states_scale=inputs.hidden_states_scale[:, :n],
             )
-            assert apply(*inputs_n).shape == (n, 128)
+            assert apply(*inputs_n.arguments).shape == (n, 128)
     assert len(traces) <= 10
     if jax.default_backend() == "cpu":  # elsewhere the padding itself is compiled, the layer not
         assert len(compilations) <= 10
@@ -127,9 +135,9 @@ def test_buckets_are_few_and_close():
 @pytest.mark.parametrize("num_tokens", [3, 65])
 def test_padding_to_a_bucket_changes_no_bit(num_tokens):
     inputs = make_inputs(num_tokens)
-    exact = bits(jax.jit(apply)(*inputs))
-    np.testing.assert_array_equal(bits(apply(*inputs)), exact)
-    np.testing.assert_array_equal(bits(apply(*on_device(inputs))), exact)
+    exact = bits(jax.jit(apply)(*inputs.arguments))
+    np.testing.assert_array_equal(bits(apply(*inputs.arguments)), exact)
+    np.testing.assert_array_equal(bits(apply(*on_device(inputs).arguments)), exact)
 
 
 def test_num_tokens_marks_the_live_rows(inputs, expected):
@@ -137,12 +145,12 @@ def test_num_tokens_marks_the_live_rows(inputs, expected):
         routing_logits=inputs.routing_logits.at[40:].set(jnp.nan),
         hidden_states_scale=inputs.hidden_states_scale.at[:, 40:].set(jnp.inf),
     )
-    jitted = jax.jit(lambda n: apply(*garbage, num_tokens=n))
-    for out in (apply(*garbage, num_tokens=40), jitted(40)):
+    jitted = jax.jit(lambda n: apply(*garbage.arguments, num_tokens=n))
+    for out in (apply(*garbage.arguments, num_tokens=40), jitted(40)):
         np.testing.assert_array_equal(bits(out)[:40], expected[:40])
         assert not bits(out)[40:].any()
     for n in (0, 1, 64):
-        out = bits(apply(*inputs, num_tokens=n))
+        out = bits(apply(*inputs.arguments, num_tokens=n))
         np.testing.assert_array_equal(out[:n], expected[:n])
         assert not out[n:].any()
 
@@ -159,15 +167,24 @@ def test_num_tokens_marks_the_live_rows(inputs, expected):
 def test_derivatives_are_refused_clearly(inputs, differentiate):
     for layer in (apply, functools.partial(jax_moe.reference, config=SMALL)):
         with pytest.raises(NotImplementedError, match="forward only"):
-            differentiate(lambda logits, layer=layer: layer(logits, *inputs[1:]), inputs[0])
+            differentiate(
+                lambda logits, layer=layer: layer(
+                    *inputs._replace(routing_logits=logits).arguments
+                ),
+                inputs.routing_logits,
+            )
 
 
 def test_vmap_runs_one_by_one(inputs):
     batch = jnp.stack([inputs.routing_logits, inputs.routing_logits[::-1]])
     offsets = jnp.array([8, 16])
-    out = jax.vmap(lambda logits, offset: apply(logits, *inputs[1:8], offset, 2.5))(batch, offsets)
+    out = jax.vmap(
+        lambda logits, offset: apply(
+            *array_arguments(inputs._replace(routing_logits=logits)), offset, 2.5
+        )
+    )(batch, offsets)
     for i in range(2):
-        one = apply(batch[i], *inputs[1:8], offsets[i], 2.5)
+        one = apply(*array_arguments(inputs._replace(routing_logits=batch[i])), offsets[i], 2.5)
         np.testing.assert_array_equal(bits(out[i]), bits(one))
 
 
@@ -176,39 +193,43 @@ def test_export_round_trip(inputs, case):
     pytest.importorskip("flatbuffers")
     with running(case) as backend:
         layer = jax.jit(functools.partial(jax_moe.apply, config=SMALL, backend=backend))
-    exported = jax.export.export(layer, disabled_checks=TRITON_CALLS)(*inputs)
+    exported = jax.export.export(layer, disabled_checks=TRITON_CALLS)(*inputs.arguments)
     again = jax.export.deserialize(exported.serialize())
-    np.testing.assert_array_equal(bits(again.call(*inputs)), bits(layer(*inputs)))
+    np.testing.assert_array_equal(
+        bits(again.call(*inputs.arguments)), bits(layer(*inputs.arguments))
+    )
 
 
 def test_donated_inputs(inputs, expected):
-    donating = jax.jit(lambda x, *rest: apply(*rest[:2], x, *rest[2:]), donate_argnums=0)
+    donating = jax.jit(
+        lambda x, rest: apply(*rest._replace(hidden_states=x).arguments), donate_argnums=0
+    )
     x = jnp.array(inputs.hidden_states)
-    rest = (*inputs[:2], *inputs[3:])
+    rest = inputs._replace(hidden_states=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # XLA may not find a use for the buffer
-        np.testing.assert_array_equal(bits(donating(x, *rest)), expected)
+        np.testing.assert_array_equal(bits(donating(x, rest)), expected)
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_debug_nans_with_finite_inputs(inputs, case):
     with running(case) as backend:
         layer = functools.partial(jax_moe.apply, config=SMALL, backend=backend)
-        clean = bits(layer(*inputs))
+        clean = bits(layer(*inputs.arguments))
         with jax.debug_nans(True):
-            np.testing.assert_array_equal(bits(layer(*inputs)), clean)
-            jax_moe.reference(*inputs, config=SMALL)
+            np.testing.assert_array_equal(bits(layer(*inputs.arguments)), clean)
+            jax_moe.reference(*inputs.arguments, config=SMALL)
 
 
 def test_debug_nans_finds_nan_inputs(inputs):
     poisoned = inputs._replace(hidden_states_scale=inputs.hidden_states_scale * jnp.nan)
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
-        jax.block_until_ready(apply(*poisoned))
+        jax.block_until_ready(apply(*poisoned.arguments))
 
 
 def test_debug_infs_and_transfer_guard(inputs, expected):
     jitted = jax.jit(apply)
-    arguments = jax.device_put((*inputs[:8], np.int32(8), np.float32(2.5)))
+    arguments = jax.device_put((*array_arguments(inputs), np.int32(8), np.float32(2.5)))
     jitted(*arguments)
     with jax.transfer_guard("disallow"):
         np.testing.assert_array_equal(bits(jitted(*arguments)), expected)
@@ -220,7 +241,7 @@ def test_temporary_memory_stays_below_the_stated_bound(case, num_tokens):
     inputs = make_inputs(num_tokens, hidden_size=512, intermediate_size=256)
     with running(case) as backend:
         layer = functools.partial(jax_moe.apply, config=SMALL, backend=backend)
-        compiled = jax.jit(layer).lower(*inputs).compile()
+        compiled = jax.jit(layer).lower(*inputs.arguments).compile()
         bound = jax_moe.workspace_bytes(
             num_tokens,
             num_local_experts=8,
@@ -237,7 +258,9 @@ def test_the_stated_bound_covers_the_copies_of_many_experts():
     if jax.default_backend() != "cpu":
         pytest.skip("XLA makes these copies on a CPU only")
     specs = rank_specs(1, num_experts=32, num_local=32, hidden=512, intermediate=256)
-    temporary = jax.jit(apply).lower(*specs).compile().memory_analysis().temp_size_in_bytes
+    temporary = (
+        jax.jit(apply).lower(*specs.arguments).compile().memory_analysis().temp_size_in_bytes
+    )
     copies = 32 * 3 * 512 * 256
     bound = jax_moe.workspace_bytes(
         1, num_local_experts=32, hidden_size=512, intermediate_size=256, config=SMALL, backend="xla"
@@ -284,7 +307,7 @@ def test_no_token_takes_no_memory(backend):
 def test_the_oracle_of_no_token():
     inputs = make_inputs(0)
     for run in (jax_moe.reference, jax.jit(jax_moe.reference, static_argnames="config")):
-        out = run(*inputs, config=SMALL)
+        out = run(*inputs.arguments, config=SMALL)
         assert (out.shape, out.dtype) == ((0, 256), jnp.bfloat16)
 
 

@@ -19,8 +19,10 @@ from tests.moe_inputs import (
     bits,
     logits_for,
     make_inputs,
+    named_arguments,
     on_device,
     relative_error,
+    replaced,
 )
 
 TO_ORACLE = 0.03  # e4m3 between the matmuls
@@ -31,7 +33,7 @@ PLAIN = MoEConfig(top_k=4, n_group=1, topk_group=1)
 
 def apply(case, inputs, config=SMALL):
     with running(case) as backend:
-        return jax_moe.apply(*inputs, config=config, backend=backend)
+        return jax_moe.apply(*inputs.arguments, config=config, backend=backend)
 
 
 def check(case, inputs, config=SMALL):
@@ -39,8 +41,8 @@ def check(case, inputs, config=SMALL):
     assert out.dtype == jax.numpy.bfloat16
     assert out.shape == inputs.hidden_states.shape
     with np.errstate(over="ignore"):
-        expected = numpy_oracle.layer(*inputs, config=config)
-        requantized = numpy_oracle.layer(*inputs, config=config, requantize=True)
+        expected = numpy_oracle.layer(*inputs.arguments, config=config)
+        requantized = numpy_oracle.layer(*inputs.arguments, config=config, requantize=True)
     is_zero = (expected == 0).all(axis=1)
     assert not bits(out)[is_zero].any(), "a token without a local expert must be exactly zero"
     if not is_zero.all():
@@ -117,7 +119,9 @@ def check_patterns(case, patterns, num_tokens):
     tokens = np.arange(num_tokens)
     with running(case) as backend:
         run = jax.jit(
-            lambda logits: jax_moe.apply(logits, *inputs[1:], config=config, backend=backend)
+            lambda logits: jax_moe.apply(
+                *inputs._replace(routing_logits=logits).arguments, config=config, backend=backend
+            )
         )
 
         def taken_by(experts):
@@ -129,7 +133,7 @@ def check_patterns(case, patterns, num_tokens):
             expected = alone[np.resize(pattern, num_tokens), tokens]
             np.testing.assert_array_equal(taken_by(pattern), expected, err_msg=str(pattern))
     mixed = logits_for(tokens[:, None] % 8, 12, 1)
-    expected = numpy_oracle.layer(mixed, *inputs[1:], config=config)
+    expected = numpy_oracle.layer(*inputs._replace(routing_logits=mixed).arguments, config=config)
     out = alone[tokens % 8, tokens].view(ml_dtypes.bfloat16)
     assert relative_error(out, expected) < TO_ORACLE
 
@@ -196,14 +200,14 @@ def test_poison_in_one_token_stays_there(case, poison, where):
     inputs = make_inputs(70)
     clean = bits(apply(case, inputs))
     victim = int(np.flatnonzero(clean.any(axis=1))[3])
-    value = getattr(inputs, where).copy()
+    value = named_arguments(inputs)[where].copy()
     if where == "hidden_states":
         value[victim, 7] = np.nan  # e4m3 has no infinity
     elif where == "hidden_states_scale":
         value[1, victim] = poison
     else:
         value[victim] = poison
-    out = apply(case, inputs._replace(**{where: value}))
+    out = apply(case, replaced(inputs, **{where: value}))
     others = np.arange(70) != victim
     np.testing.assert_array_equal(bits(out)[others], clean[others])
     if where != "routing_logits":
@@ -216,10 +220,10 @@ def test_poison_in_one_token_stays_there(case, poison, where):
 def test_poison_in_one_expert_reaches_its_tokens_only(case, poison, where):
     inputs = make_inputs(70)
     clean = bits(apply(case, inputs))
-    value = getattr(inputs, where).copy()
+    value = named_arguments(inputs)[where].copy()
     value[3] = poison
-    out = bits(apply(case, inputs._replace(**{where: value})))
-    ids, _ = numpy_oracle.route(*inputs[:2], 2.5, SMALL)
+    out = bits(apply(case, replaced(inputs, **{where: value})))
+    ids, _ = numpy_oracle.route(inputs.routing_logits, inputs.routing_bias, 2.5, SMALL)
     routed = (ids == inputs.local_expert_offset + 3).any(axis=1)
     assert routed.any()
     np.testing.assert_array_equal(out[~routed], clean[~routed])
@@ -233,10 +237,10 @@ def test_poison_in_one_expert_reaches_its_tokens_only(case, poison, where):
 def test_one_nan_weight_reaches_the_tokens_of_its_expert_only(case, where):
     inputs = make_inputs(70)
     clean = bits(apply(case, inputs))
-    value = getattr(inputs, where).copy()
+    value = named_arguments(inputs)[where].copy()
     value[3, 5, 11] = np.nan
-    out = apply(case, inputs._replace(**{where: value}))
-    ids, _ = numpy_oracle.route(*inputs[:2], 2.5, SMALL)
+    out = apply(case, replaced(inputs, **{where: value}))
+    ids, _ = numpy_oracle.route(inputs.routing_logits, inputs.routing_bias, 2.5, SMALL)
     routed = (ids == inputs.local_expert_offset + 3).any(axis=1)
     np.testing.assert_array_equal(bits(out)[~routed], clean[~routed])
     spread = np.isnan(np.asarray(out, np.float32)).mean(axis=1)
@@ -248,14 +252,14 @@ def test_one_nan_weight_reaches_the_tokens_of_its_expert_only(case, where):
 def test_unselected_experts_are_never_read_into_a_result(case):
     inputs = make_inputs(3)
     clean = bits(apply(case, inputs))
-    ids, _ = numpy_oracle.route(*inputs[:2], 2.5, SMALL)
+    ids, _ = numpy_oracle.route(inputs.routing_logits, inputs.routing_bias, 2.5, SMALL)
     unused = ~np.isin(np.arange(8) + inputs.local_expert_offset, ids)
     assert 0 < unused.sum() < 8
     poisoned = {}
-    for name, value in list(inputs.arrays.items())[4:]:
+    for name, value in inputs.weights._asdict().items():
         poisoned[name] = value.copy()
         poisoned[name][unused] = np.nan
-    np.testing.assert_array_equal(bits(apply(case, inputs._replace(**poisoned))), clean)
+    np.testing.assert_array_equal(bits(apply(case, replaced(inputs, **poisoned))), clean)
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
@@ -266,15 +270,16 @@ def test_unselected_experts_are_never_read_into_a_result(case):
 def test_activation_scales_of_any_size(case, size, gate):
     """The gate's own weights bring it to `gate`, the second weights every result to order one."""
     inputs = make_inputs(33)
-    w13_scale = inputs.gemm1_weights_scale.copy()
+    w13_scale = inputs.weights.gemm1_weights_scale.copy()
     w13_scale[:, 1:] *= np.float32(gate / size)  # the gate is the second half
-    inputs = inputs._replace(
+    inputs = replaced(
+        inputs,
         hidden_states_scale=inputs.hidden_states_scale * np.float32(size),
         gemm1_weights_scale=w13_scale,
-        gemm2_weights_scale=inputs.gemm2_weights_scale / np.float32(size * gate),
+        gemm2_weights_scale=inputs.weights.gemm2_weights_scale / np.float32(size * gate),
     )
     found = np.asarray(apply(case, inputs), np.float64)
-    expected = np.asarray(jax_moe.reference(*inputs, config=SMALL), np.float64)
+    expected = np.asarray(jax_moe.reference(*inputs.arguments, config=SMALL), np.float64)
     assert np.isfinite(found).all()
     assert np.isfinite(expected).all()
     norm = np.linalg.norm(expected, axis=1)
@@ -302,7 +307,7 @@ def test_repeats_bit_for_bit_whatever_ran_in_between(case):
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_stages_compose_to_the_layer(case):
     inputs = make_inputs(64)
-    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs
+    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs.arguments
     with running(case) as backend:
         routing = jax_moe.route(logits, bias, factor, config=SMALL, backend=backend)
         plan = jax_moe.plan_groups(
@@ -311,7 +316,7 @@ def test_stages_compose_to_the_layer(case):
         activations = jax_moe.up_project(x, x_scale, w13, s13, plan, backend=backend)
         expert_outputs = jax_moe.down_project(activations, w2, s2, plan, backend=backend)
         out = jax_moe.unpermute(expert_outputs, routing.topk_weights, plan, backend=backend)
-        whole = jax_moe.apply(*inputs, config=SMALL, backend=backend)
+        whole = jax_moe.apply(*inputs.arguments, config=SMALL, backend=backend)
     np.testing.assert_array_equal(bits(out), bits(whole))
 
 
@@ -319,9 +324,9 @@ def test_stages_compose_to_the_layer(case):
 def test_padding_rows_are_never_read_into_a_result(case):
     """Between the stages all rows that no pair owns are filled with NaN."""
     inputs = make_inputs(64)
-    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs
+    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs.arguments
     with running(case) as backend:
-        expected = jax_moe.apply(*inputs, config=SMALL, backend=backend)
+        expected = jax_moe.apply(*inputs.arguments, config=SMALL, backend=backend)
         routing = jax_moe.route(logits, bias, factor, config=SMALL, backend=backend)
         plan = jax_moe.plan_groups(
             routing.topk_ids, offset, num_local_experts=8, num_experts=32, backend=backend

@@ -15,6 +15,7 @@ from bench.correctness import Tolerance
 from bench.results import ERROR, PASS, WRONG
 from bench.settings import Settings
 from interop.solutions.base import Solution
+from jax_moe import LayerInputs
 from tests.bench_inputs import reduced_arguments
 from tests.bench_rows import cheap_layer
 
@@ -172,7 +173,7 @@ def test_one_bad_trial_makes_the_row_wrong(tmp_path, registry):
     assert first != last
 
     def run(*arguments):
-        is_last = arguments[3].max() == last
+        is_last = LayerInputs.of(*arguments).hidden_states_scale.max() == last
         return right(*arguments) * jnp.where(is_last, jnp.inf, 1).astype(jnp.bfloat16)
 
     registry(solution("sometimes", run))
@@ -209,8 +210,8 @@ def test_an_interrupted_run_keeps_its_rows_and_can_be_resumed(tmp_path, registry
     calls = []
 
     def interrupted(*arguments):
-        calls.append(arguments[0].shape[0])
-        if arguments[0].shape[0] == 7 and calls.count(7) == 1:
+        calls.append(LayerInputs.of(*arguments).tokens)
+        if calls[-1] == 7 and calls.count(7) == 1:
             raise KeyboardInterrupt
         return right(*arguments)
 

@@ -29,14 +29,14 @@ def combined(plan):
 
 
 def projected_up(plan):
-    _, _, x, x_scale, w13, s13, *_ = on_device(INPUTS)
+    _, _, x, x_scale, w13, s13, *_ = on_device(INPUTS).arguments
     return jax_moe.up_project(x, x_scale, w13, s13, plan, backend="xla")
 
 
 def projected_down(plan):
     rows = plan.row_token.shape[0]
     activations = jax_moe.Quantized(jnp.ones((rows, 128), E4M3), jnp.ones((1, rows)))
-    _, _, _, _, _, _, w2, s2, *_ = on_device(INPUTS)
+    _, _, _, _, _, _, w2, s2, *_ = on_device(INPUTS).arguments
     return jax_moe.down_project(activations, w2, s2, plan, backend="xla")
 
 

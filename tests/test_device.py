@@ -72,7 +72,7 @@ def test_mosaic_is_refused_on_a_cpu():
         jax_moe.assume_device("cpu"),
         pytest.raises(NotImplementedError, match=r"backend='mosaic'.*\(got: cpu\)"),
     ):
-        jax_moe.apply(*make_inputs(3), config=SMALL, backend="mosaic")
+        jax_moe.apply(*make_inputs(3).arguments, config=SMALL, backend="mosaic")
 
 
 def test_a_missing_dependency_is_a_reason_not_an_error(monkeypatch):

@@ -12,7 +12,15 @@ import jax_moe
 from jax_moe import MoEConfig
 from tests import numpy_oracle
 from tests.backend_cases import EVERYWHERE, running
-from tests.moe_inputs import SMALL, bits, logits_for, make_inputs
+from tests.moe_inputs import (
+    SMALL,
+    bits,
+    logits_for,
+    make_inputs,
+    named_arguments,
+    named_arrays,
+    replaced,
+)
 
 TO_ORACLE = 0.06  # of each row's norm; e4m3 between the matmuls
 TINY = float(np.finfo(np.float32).tiny)
@@ -24,13 +32,13 @@ everywhere = pytest.mark.parametrize("case", EVERYWHERE)
 
 def apply(case, inputs, config=SMALL):
     with running(case) as backend:
-        out = jax_moe.apply(*inputs, config=config, backend=backend)
+        out = jax_moe.apply(*inputs.arguments, config=config, backend=backend)
     return np.asarray(out, np.float64)
 
 
 def oracle(inputs, config=SMALL):
     with np.errstate(over="ignore", invalid="ignore"):
-        return numpy_oracle.layer(*inputs, config=config)
+        return numpy_oracle.layer(*inputs.arguments, config=config)
 
 
 def check_rows(found, expected, *, zeros):
@@ -61,7 +69,9 @@ def sent_to(experts):
 def undoing(inputs):
     """Each expert's first weights scaled down by its center."""
     undo = (10.0**-CENTERS).astype(np.float32)
-    return inputs._replace(gemm1_weights_scale=inputs.gemm1_weights_scale * undo[:, None, None])
+    return replaced(
+        inputs, gemm1_weights_scale=inputs.weights.gemm1_weights_scale * undo[:, None, None]
+    )
 
 
 def nearest(decades):
@@ -109,8 +119,8 @@ def test_results_over_sixty_decades(case):
 def test_weight_scales_of_any_size(case, where, sizes):
     """One an expert; of the first matmul, silu makes the output about their square."""
     inputs = sent_to(np.arange(64) % 8)
-    value = getattr(inputs, where) * np.array(sizes, np.float32)[:, None, None]
-    inputs = inputs._replace(**{where: value})
+    value = named_arguments(inputs)[where] * np.array(sizes, np.float32)[:, None, None]
+    inputs = replaced(inputs, **{where: value})
     zeros = 8 * sizes.count(0.0)
     check_rows(apply(case, inputs, ONE_EXPERT), oracle(inputs, ONE_EXPERT), zeros=zeros)
 
@@ -121,8 +131,8 @@ def test_the_largest_expert_decides_its_tokens(case, where):
     """Four experts of different sizes a token, all local."""
     inputs = all_local(61)
     sizes = 10.0 ** np.arange(-14.0, 15.0, 4.0)
-    value = getattr(inputs, where) * sizes.astype(np.float32)[:, None, None]
-    inputs = inputs._replace(**{where: value})
+    value = named_arguments(inputs)[where] * sizes.astype(np.float32)[:, None, None]
+    inputs = replaced(inputs, **{where: value})
     check_rows(apply(case, inputs), oracle(inputs), zeros=0)
 
 
@@ -132,13 +142,13 @@ def test_zero_and_negative_scales(case):
     rng = np.random.default_rng(7)
     scales = {
         name: value * rng.choice([-1.0, 0.0, 1.0], value.shape, p=[0.4, 0.2, 0.4]).astype("f4")
-        for name, value in inputs.arrays.items()
+        for name, value in named_arrays(inputs).items()
         if name.endswith("_scale")
     }
     assert len(scales) == 3
     scales["hidden_states_scale"][:, 3] = 0
     scales["gemm2_weights_scale"][2] = 0
-    inputs = inputs._replace(**scales)
+    inputs = replaced(inputs, **scales)
     expected = oracle(inputs)
     out = apply(case, inputs)
     assert not out[3].any()
@@ -150,10 +160,10 @@ def test_zero_and_negative_scales(case):
 def test_gates_far_from_zero(case, size):
     """The sigmoid saturates at 0 and 1: silu(-1e30) is zero, never inf * 0."""
     inputs = all_local(33)
-    scale = inputs.gemm1_weights_scale.copy()
+    scale = inputs.weights.gemm1_weights_scale.copy()
     scale[:, 1:] *= np.float32(size)  # the gate is the second half
     scale[:, :1] /= np.float32(size)
-    inputs = inputs._replace(gemm1_weights_scale=scale)
+    inputs = replaced(inputs, gemm1_weights_scale=scale)
     check_rows(apply(case, inputs), oracle(inputs), zeros=0)
 
 

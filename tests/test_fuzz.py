@@ -52,7 +52,7 @@ def test_cases_in_the_interpreter(count):
 
 def test_a_number_is_always_the_same_case():
     first, second = fuzz_cases.draw(4321), fuzz_cases.draw(4321)
-    for left, right in zip(first.spoiled, second.spoiled, strict=True):
+    for left, right in zip(first.spoiled.arguments, second.spoiled.arguments, strict=True):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
     assert str(first) == str(second) != str(fuzz_cases.draw(4321 + len(fuzz_cases.SLOTS)))
 
@@ -108,7 +108,7 @@ def test_planted_defects_are_found(monkeypatch, defect, said):
 
     def spoiled(*inputs, **options):
         calls.append(1)
-        return defect(apply(*inputs, **options), fuzz_cases.Inputs(*inputs), calls)
+        return defect(apply(*inputs, **options), jax_moe.LayerInputs.of(*inputs), calls)
 
     monkeypatch.setattr(jax_moe, "apply", spoiled)
     told = []
@@ -123,7 +123,7 @@ def test_planted_defects_are_found(monkeypatch, defect, said):
 
 def test_the_oracle_is_the_reference():
     drawn = fuzz_cases.draw(2)
-    expected = jax_moe.reference(*drawn.inputs, config=drawn.model.config)
+    expected = jax_moe.reference(*drawn.inputs.arguments, config=drawn.model.config)
     found = fuzz_cases.oracle(drawn).astype(jnp.bfloat16)
     np.testing.assert_array_equal(bits(found), bits(expected))
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import DEEPSEEK_V3, MoEConfig, backends
+from jax_moe import DEEPSEEK_V3, LayerInputs, MoEConfig, backends
 from pallas_kernels.mosaic import permute
 from pallas_kernels.types import GroupPlan, Quantized
 from tests import h100_target
-from tests.moe_inputs import E4M3, Inputs, rank_specs, relative_error
+from tests.moe_inputs import E4M3, rank_specs, relative_error
 
 # T * top_k * H, E_local * 2 * I * H and E_local * H * I pass 2^31. The odd factors of H and I make
 # every multiplication by a row's length show in the code.
@@ -78,7 +78,7 @@ def test_rows_are_found_in_64_bits(backend):
             return jax_moe.apply(*arguments, backend=backend)
 
     specs = rank_specs(TOKENS, num_local=LOCAL, hidden=HIDDEN, intermediate=INTERMEDIATE)
-    kernels = h100_target.ptx_for_h100(layer, *specs)
+    kernels = h100_target.ptx_for_h100(layer, *specs.arguments)
     assert len(kernels) >= 5
     assert {name: found for name, ptx in kernels.items() if (found := narrow_products(ptx))} == {}
     wide = re.compile(rf"\b(?:mul|mad)\.(?:wide\.[su]32|lo\.s64)\s.*\b{2 * HIDDEN}\b")
@@ -112,7 +112,7 @@ def test_offsets_that_int32_does_not_reach_are_refused():
 @pytest.mark.parametrize("function", [jax_moe.apply, jax_moe.reference])
 def test_more_logits_than_int32_reaches_are_refused_by_name(function):
     with pytest.raises(ValueError, match=r"routing_logits: expected T \* E of at most 2\^31"):
-        jax.eval_shape(function, *rank_specs(2**23 + 1))
+        jax.eval_shape(function, *rank_specs(2**23 + 1).arguments)
 
 
 @pytest.fixture(scope="module")
@@ -141,21 +141,21 @@ def large():
         expert, token = jnp.arange(256), jnp.arange(specs.hidden_states.shape[0])[:, None]
         logits = jax.random.normal(next(keys), specs.routing_logits.shape)
         logits = jnp.where((expert >= 64) & (token < compared), logits + 9.0, logits)
-        return Inputs(
+        return LayerInputs.of(
             jnp.where(expert < 80, logits, -20.0),
             jnp.zeros(256, jnp.bfloat16),
             e4m3(specs.hidden_states),
             scale(specs.hidden_states_scale),
-            e4m3(specs.gemm1_weights),
-            scale(specs.gemm1_weights_scale, 7168**-0.5),
-            e4m3(specs.gemm2_weights),
-            scale(specs.gemm2_weights_scale, 2048**-0.5),
+            e4m3(specs.weights.gemm1_weights),
+            scale(specs.weights.gemm1_weights_scale, 7168**-0.5),
+            e4m3(specs.weights.gemm2_weights),
+            scale(specs.weights.gemm2_weights_scale, 2048**-0.5),
             jnp.int32(0),
             jnp.float32(2.5),
         )
 
     inputs = draw()
-    assert inputs.gemm1_weights.size > 2**31
+    assert inputs.weights.gemm1_weights.size > 2**31
     chosen = np.argsort(-np.asarray(inputs.routing_logits), axis=1)[:, :8]
     assert (chosen < 64).sum() * 7168 > 2**31, "the rows of the compared tokens lie too early"
     first = inputs._replace(
@@ -163,7 +163,7 @@ def large():
         hidden_states=inputs.hidden_states[:compared],
         hidden_states_scale=inputs.hidden_states_scale[:, :compared],
     )
-    return inputs, jax_moe.reference(*first, config=PLAIN)
+    return inputs, jax_moe.reference(*first.arguments, config=PLAIN)
 
 
 @pytest.mark.gpu
@@ -173,7 +173,7 @@ def test_more_than_2_to_the_31_elements_on_a_gpu(backend, large):
     if reason := backends.unsupported_reason(backend):
         pytest.skip(reason)
     inputs, expected = large
-    out = jax_moe.apply(*inputs, config=PLAIN, backend=backend)
+    out = jax_moe.apply(*inputs.arguments, config=PLAIN, backend=backend)
     assert bool(jnp.isfinite(out).all())
     assert relative_error(out[: len(expected)], expected) < 0.03
     assert bool(out.any(axis=1).all())

@@ -14,7 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from interop import TorchMoE, dlpack, to_jax, to_torch, torch_moe  # noqa: E402
-from jax_moe import ExpertWeights  # noqa: E402
+from jax_moe import LayerInputs  # noqa: E402
+from tests.moe_inputs import (  # noqa: E402
+    array_arguments,
+    handle_arguments,
+    replaced,
+    scalar_arguments,
+    token_arguments,
+)
 from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +37,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def expected(inputs):
-    result = torch_moe(*inputs).clone()
+    result = torch_moe(*inputs.arguments).clone()
     torch.cuda.synchronize()
     return result
 
@@ -72,17 +79,16 @@ def test_what_cannot_be_shared_is_copied(make):
 
 
 def test_wrong_devices_are_named(inputs):
-    tensors = list(inputs)
-    tensors[4] = tensors[4].cpu()
+    elsewhere = replaced(inputs, gemm1_weights=inputs.weights.gemm1_weights.cpu())
     with pytest.raises(ValueError, match="gemm1_weights: expected a tensor on cuda:0, got cpu"):
-        torch_moe(*tensors)
-    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
+        torch_moe(*elsewhere.arguments)
+    handle = TorchMoE(inputs.weights)
     with pytest.raises(ValueError, match="hidden_states: expected a tensor on cuda:0, got cpu"):
-        handle(*inputs[:2], inputs[2].cpu(), inputs[3], *inputs[8:])
+        handle(*handle_arguments(inputs._replace(hidden_states=inputs.hidden_states.cpu())))
     with pytest.raises(ValueError, match="x: pinned host memory"):
         to_jax(torch.ones(8).pin_memory(), "x")
     with pytest.raises(ValueError, match=r"local_expert_offset: .* tensor on cuda"):
-        torch_moe(*inputs[:8], torch.tensor(8, device="cuda"), 2.5)
+        torch_moe(*array_arguments(inputs), torch.tensor(8, device="cuda"), 2.5)
 
 
 def test_jax_waits_for_a_side_stream_that_still_writes():
@@ -112,14 +118,14 @@ def test_torch_waits_for_jax():
 
 def test_any_torch_stream(inputs, expected):
     """Inputs that a side stream still writes, a result that it reads."""
-    late = [torch.zeros_like(tensor) for tensor in inputs[:4]]
+    late = [torch.zeros_like(tensor) for tensor in token_arguments(inputs)]
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(LONG)
-        for target, source in zip(late, inputs, strict=False):
+        for target, source in zip(late, token_arguments(inputs), strict=True):
             target.copy_(source)
-        result = torch_moe(*late, *inputs[4:])
+        result = torch_moe(*late, *inputs.weights, *scalar_arguments(inputs))
         copied = result.clone()
     side.synchronize()
     np.testing.assert_array_equal(bits(copied), bits(expected))
@@ -127,12 +133,12 @@ def test_any_torch_stream(inputs, expected):
 
 def test_freed_and_overwritten_inputs(inputs, expected):
     """Inputs die and their memory is written again at once: later calls and results stay right."""
-    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
+    handle = TorchMoE(inputs.weights)
     for _ in range(20):
-        fresh = [tensor.clone() for tensor in inputs[:4]]
-        result = handle(*fresh, *inputs[8:])
+        fresh = [tensor.clone() for tensor in token_arguments(inputs)]
+        result = handle(*fresh, *scalar_arguments(inputs))
         del fresh
-        for tensor in inputs[:4]:
+        for tensor in token_arguments(inputs):
             torch.empty_like(tensor).view(torch.uint8).fill_(255)
         np.testing.assert_array_equal(bits(result), bits(expected))
 
@@ -157,7 +163,7 @@ def test_a_destination_outlives_the_result(inputs, expected):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             torch.cuda._sleep(LONG // 100)
-            torch_moe(*inputs, out=out)
+            torch_moe(*inputs.arguments, out=out)
         overwritten = [jnp.full((20, 256), 9.0, jnp.bfloat16) for _ in range(8)]
         jax.block_until_ready(overwritten)
         side.synchronize()
@@ -170,7 +176,7 @@ def test_a_torch_graph_capture_is_refused(inputs):
     with torch.cuda.graph(graph):
         side += 1  # a graph needs something in it
         with pytest.raises(RuntimeError, match="cannot capture it"):
-            torch_moe(*inputs)
+            torch_moe(*inputs.arguments)
         with pytest.raises(RuntimeError, match="cannot capture it"):
             to_jax(side)
 
@@ -179,27 +185,29 @@ def test_compiled_beside_cuda_graphs_of_torch(inputs, expected):
     """`reduce-overhead` makes graphs of what is around the layer, and leaves the layer out."""
 
     def model(*tensors):
-        return torch_moe(*tensors, *inputs[8:]).float() * 2
+        return torch_moe(*tensors, *scalar_arguments(inputs)).float() * 2
 
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     for _ in range(4):  # warm-up, capture, replays
         torch.compiler.cudagraph_mark_step_begin()
-        found = compiled(*inputs[:8]).clone()
+        found = compiled(*array_arguments(inputs)).clone()
         np.testing.assert_array_equal(bits(found), bits(expected.float() * 2))
 
 
 def test_a_copied_handle_computes_the_same(inputs, expected):
-    handle = copy.deepcopy(TorchMoE(ExpertWeights(*inputs[4:8])))
-    np.testing.assert_array_equal(bits(handle(*inputs[:4], *inputs[8:])), bits(expected))
+    handle = copy.deepcopy(TorchMoE(inputs.weights))
+    np.testing.assert_array_equal(bits(handle(*handle_arguments(inputs))), bits(expected))
 
 
 def test_the_backend_is_that_of_the_tensors(inputs, expected):
     """JAX's default device is the GPU, also for tensors on the CPU."""
-    assert TorchMoE(ExpertWeights(*inputs[4:8]))._layer.options.backend != "xla"
-    on_cpu = [tensor.cpu() for tensor in inputs[:8]]
-    handle = TorchMoE(ExpertWeights(*on_cpu[4:]))
+    assert TorchMoE(inputs.weights)._layer.options.backend != "xla"
+    on_cpu = LayerInputs.of(
+        *(tensor.cpu() for tensor in array_arguments(inputs)), *scalar_arguments(inputs)
+    )
+    handle = TorchMoE(on_cpu.weights)
     assert handle._layer.options.backend == "xla"
-    result = handle(*on_cpu[:4], *inputs[8:])
+    result = handle(*handle_arguments(on_cpu))
     assert not result.is_cuda
     assert relative_error(result, expected) < 0.01
 
@@ -215,15 +223,15 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
         array = to_jax(torch.zeros(1 << 20, dtype=torch.uint8, device="cuda"))
         to_torch(array + 1).sum()
 
-    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
+    handle = TorchMoE(inputs.weights)
     out = torch.empty(20, 256, dtype=torch.bfloat16, device="cuda")
     for _ in range(20):
         round_trip()
-        handle(*inputs[:4], *inputs[8:], out=out)
+        handle(*handle_arguments(inputs), out=out)
     before = used()
     for _ in range(1000):
         round_trip()
-        handle(*inputs[:4], *inputs[8:], out=out)
+        handle(*handle_arguments(inputs), out=out)
     after = used()
     assert after[0] - before[0] <= 8 << 20, f"torch: {before[0]} to {after[0]} bytes"
     assert after[1] - before[1] <= 8 << 20, f"jax: {before[1]} to {after[1]} bytes"
@@ -233,14 +241,14 @@ def test_a_thousand_round_trips_leave_memory_flat(inputs):
 def test_host_time_of_a_handle_call(record_property):
     """What a call costs the host, the GPU idle before each so that launches do not queue up."""
     inputs = torch_inputs(1, "cuda")
-    handle = TorchMoE(ExpertWeights(*inputs[4:8]))
+    handle = TorchMoE(inputs.weights)
     for _ in range(50):
-        handle(*inputs[:4], *inputs[8:])
+        handle(*handle_arguments(inputs))
     torch.cuda.synchronize()
     times = []
     for _ in range(300):
         before = time.perf_counter()
-        handle(*inputs[:4], *inputs[8:])
+        handle(*handle_arguments(inputs))
         times.append((time.perf_counter() - before) * 1e6)
         torch.cuda.synchronize()
     record_property("host_us", statistics.median(times))

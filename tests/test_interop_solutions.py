@@ -18,6 +18,7 @@ import jax_moe  # noqa: E402
 from interop import to_jax, to_torch, torch_definition  # noqa: E402
 from interop.solutions import SOLUTIONS, deepgemm, packages, sgl_library  # noqa: E402
 from tests import cuda_tools, fake_sgl_ops  # noqa: E402
+from tests.moe_inputs import array_arguments, scalar_arguments  # noqa: E402
 from tests.torch_inputs import relative_error, torch_inputs  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -73,17 +74,17 @@ def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
 )
 def test_cpu_solutions_match_the_oracle(name, bound, num_tokens):
     inputs = torch_inputs(num_tokens)
-    arrays = [to_jax(tensor) for tensor in inputs[:8]]
+    arrays = [to_jax(tensor) for tensor in array_arguments(inputs)]
     solution = SOLUTIONS[name]
     if solution.framework == "torch":
-        found = solution.run(*inputs)
+        found = solution.run(*inputs.arguments)
     else:
-        scalars = jnp.int32(inputs[8]), jnp.float32(inputs[9])
+        scalars = jnp.int32(inputs.local_expert_offset), jnp.float32(inputs.routed_scaling_factor)
         found = to_torch(jax.jit(solution.run)(*arrays, *scalars))
     assert found.dtype == torch.bfloat16
     assert found.shape == (num_tokens, 256)
     if num_tokens:
-        expected = to_torch(jax_moe.reference(*arrays, *inputs[8:]))
+        expected = to_torch(jax_moe.reference(*arrays, *scalar_arguments(inputs)))
         assert relative_error(found, expected) < bound
         assert torch.equal(found[~expected.any(dim=1)], expected[~expected.any(dim=1)])
 
@@ -97,11 +98,11 @@ def test_the_sglang_pipelines_around_their_operators(monkeypatch, name, num_toke
     """The order and arguments of the calls; the operators themselves run on a GPU only."""
     monkeypatch.setattr(sgl_library, "load", lambda: fake_sgl_ops.OPS)
     inputs = torch_inputs(num_tokens)
-    found = SOLUTIONS[name].run(*inputs)
+    found = SOLUTIONS[name].run(*inputs.arguments)
     assert found.shape == (num_tokens, 256)
     assert found.dtype == torch.bfloat16
     if num_tokens:
-        expected = torch_definition.run(*inputs)
+        expected = torch_definition.run(*inputs.arguments)
         assert relative_error(found, expected) < 0.04
         assert not found[~expected.any(dim=1)].any()
 
@@ -127,7 +128,7 @@ def steps_of(monkeypatch, name):
     copies = []
     cat = torch.cat
     monkeypatch.setattr(torch, "cat", lambda *a, **k: copies.append(1) or cat(*a, **k))
-    SOLUTIONS[name].run(*torch_inputs(4))
+    SOLUTIONS[name].run(*torch_inputs(4).arguments)
     first, last = (place for place, what in enumerate(seen) if isinstance(what, int))
     return {
         "workspace": {seen[first], seen[last]},
@@ -162,10 +163,10 @@ def test_the_sglang_pipelines_fill_what_the_published_ones_fill(monkeypatch, nam
     counter = fake_sgl_ops.FillCounter()
     monkeypatch.setattr(sgl_library, "load", lambda: counter.ops)
     with counter:
-        found = SOLUTIONS[name].run(*inputs)
+        found = SOLUTIONS[name].run(*inputs.arguments)
     strides = [((experts,), torch.int64)] * len({hidden, 2 * intermediate, intermediate})
     assert counter.fills == [*strides, ((4, hidden), torch.bfloat16)]
-    assert relative_error(found, torch_definition.run(*inputs)) < 0.04
+    assert relative_error(found, torch_definition.run(*inputs.arguments)) < 0.04
 
 
 @pytest.mark.parametrize("has_switch", [True, False])

@@ -18,6 +18,14 @@ from interop import TorchMoE, host_time, to_jax, to_torch, torch_moe  # noqa: E4
 from interop.torch_call import _compiled  # noqa: E402
 from jax_moe import ExpertWeights, memory  # noqa: E402
 from tests import moe_inputs  # noqa: E402
+from tests.moe_inputs import (  # noqa: E402
+    array_arguments,
+    handle_arguments,
+    named_arguments,
+    replaced,
+    scalar_arguments,
+    token_arguments,
+)
 from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
 
@@ -28,65 +36,68 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def expected(inputs):
-    arrays = [to_jax(tensor) for tensor in inputs[:8]]
-    return to_torch(jax_moe.apply(*arrays, *inputs[8:], backend="xla"))
+    arrays = [to_jax(tensor) for tensor in array_arguments(inputs)]
+    return to_torch(jax_moe.apply(*arrays, *scalar_arguments(inputs), backend="xla"))
 
 
 @pytest.fixture(scope="module")
 def handle(inputs):
-    return TorchMoE(ExpertWeights(*inputs[4:8]))
+    return TorchMoE(inputs.weights)
 
 
 def test_value_returning(inputs, expected):
-    result = torch_moe(*inputs)
+    result = torch_moe(*inputs.arguments)
     assert result.dtype == torch.bfloat16
     np.testing.assert_array_equal(bits(result), bits(expected))
 
 
 def test_destination_passing(inputs, expected):
     out = torch.full((20, 256), float("nan"), dtype=torch.bfloat16)
-    assert torch_moe(*inputs, out=out) is out
+    assert torch_moe(*inputs.arguments, out=out) is out
     np.testing.assert_array_equal(bits(out), bits(expected))
     wide = torch.zeros(20, 512, dtype=torch.bfloat16)
-    torch_moe(*inputs, out=wide[:, ::2])
+    torch_moe(*inputs.arguments, out=wide[:, ::2])
     np.testing.assert_array_equal(bits(wide[:, ::2]), bits(expected))
     assert not wide[:, 1::2].any()
 
 
 def test_handle_equals_function(inputs, expected, handle):
     for _ in range(2):
-        np.testing.assert_array_equal(bits(handle(*inputs[:4], *inputs[8:])), bits(expected))
+        np.testing.assert_array_equal(bits(handle(*handle_arguments(inputs))), bits(expected))
 
 
 def test_handle_follows_its_scalars(inputs, handle):
-    once = handle(*inputs[:4], 8, 2.5)
-    twice = handle(*inputs[:4], 8, 5.0)
+    once = handle(*token_arguments(inputs), 8, 2.5)
+    twice = handle(*token_arguments(inputs), 8, 5.0)
     assert relative_error(twice.float(), 2 * once.float()) < 0.01
-    elsewhere = handle(*inputs[:4], 16, 2.5)
-    expected = torch_moe(*inputs[:8], 16, 2.5)
+    elsewhere = handle(*token_arguments(inputs), 16, 2.5)
+    expected = torch_moe(*array_arguments(inputs), 16, 2.5)
     np.testing.assert_array_equal(bits(elsewhere), bits(expected))
     assert not torch.equal(elsewhere, once)
 
 
 def test_a_scalar_tensor_is_read_at_every_call(inputs, handle):
     offset, factor = torch.tensor(8), torch.tensor(2.5)
-    once = handle(*inputs[:4], offset, factor)
+    once = handle(*token_arguments(inputs), offset, factor)
     offset.fill_(16)
     factor.fill_(5.0)
-    expected = handle(*inputs[:4], 16, 5.0)
-    np.testing.assert_array_equal(bits(handle(*inputs[:4], offset, factor)), bits(expected))
+    expected = handle(*token_arguments(inputs), 16, 5.0)
+    np.testing.assert_array_equal(
+        bits(handle(*token_arguments(inputs), offset, factor)), bits(expected)
+    )
     assert not torch.equal(once, expected)
 
 
 def test_nothing_is_kept_between_calls(inputs):
     """The same memory with other values gives another result."""
-    tensors = [tensor.clone() for tensor in inputs[:8]]
-    first = torch_moe(*tensors, *inputs[8:]).clone()
-    tensors[5].mul_(0.5)  # gemm1_weights_scale, in place
-    second = torch_moe(*tensors, *inputs[8:])
+    scale = inputs.weights.gemm1_weights_scale.clone()
+    arguments = replaced(inputs, gemm1_weights_scale=scale).arguments
+    first = torch_moe(*arguments).clone()
+    scale.mul_(0.5)  # in place
+    second = torch_moe(*arguments)
     assert not torch.equal(first, second)
-    tensors[5].mul_(2.0)
-    np.testing.assert_array_equal(bits(torch_moe(*tensors, *inputs[8:])), bits(first))
+    scale.mul_(2.0)
+    np.testing.assert_array_equal(bits(torch_moe(*arguments)), bits(first))
 
 
 def test_a_call_that_cannot_fit_is_refused_before_it_is_launched(inputs, handle, monkeypatch):
@@ -97,7 +108,7 @@ def test_a_call_that_cannot_fit_is_refused_before_it_is_launched(inputs, handle,
     _compiled.cache_clear()
     try:
         for call in (torch_moe, handle):
-            arguments = inputs if call is torch_moe else (*inputs[:4], *inputs[8:])
+            arguments = inputs.arguments if call is torch_moe else handle_arguments(inputs)
             with pytest.raises(MemoryError, match=r"torch_moe: needs up to [\d,]+ bytes .* 1,000"):
                 call(*arguments)
     finally:
@@ -107,13 +118,13 @@ def test_a_call_that_cannot_fit_is_refused_before_it_is_launched(inputs, handle,
 
 def test_small_calls_are_not_asked_about(inputs, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: pytest.fail("asked"))
-    assert torch_moe(*inputs).isfinite().all()
+    assert torch_moe(*inputs.arguments).isfinite().all()
 
 
 def test_inputs_are_released(inputs):
     hidden_states = inputs.hidden_states.clone()
     watched = StorageWeakRef(hidden_states.untyped_storage())
-    result = torch_moe(*inputs[:2], hidden_states, *inputs[3:])
+    result = torch_moe(*inputs._replace(hidden_states=hidden_states).arguments)
     del hidden_states
     give_up = time.monotonic() + 20  # the layer may still be running, and reads it until it ends
     while not watched.expired() and time.monotonic() < give_up:
@@ -125,26 +136,25 @@ def test_inputs_are_released(inputs):
 
 def test_a_freed_weight_is_named(inputs):
     """FSDP frees a shard's storage and keeps its tensor."""
-    tensors = [tensor.clone() for tensor in inputs[:8]]
-    tensors[6].untyped_storage().resize_(0)
+    freed = inputs.weights.gemm2_weights.clone()
+    freed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"^gemm2_weights: .* got a null pointer"):
-        torch_moe(*tensors, *inputs[8:])
+        torch_moe(*replaced(inputs, gemm2_weights=freed).arguments)
 
 
-REQUIRED = [index for index in range(8) if index not in (1, 3)]
+REQUIRED = ["routing_logits", "hidden_states", *ExpertWeights._fields]
 
 
-@pytest.mark.parametrize("index", REQUIRED)
-def test_none_is_named(inputs, handle, index):
-    tensors = list(inputs)
-    name, tensors[index] = inputs._fields[index], None
+@pytest.mark.parametrize("name", REQUIRED)
+def test_none_is_named(inputs, handle, name):
+    changed = replaced(inputs, **{name: None})
     message = f"^{name}: expected a torch.Tensor, got NoneType"
     with pytest.raises(TypeError, match=message):
-        torch_moe(*tensors)
+        torch_moe(*changed.arguments)
 
     def with_handle() -> None:
-        used = handle if index < 4 else TorchMoE(ExpertWeights(*tensors[4:8]))
-        used(*tensors[:4], *tensors[8:])
+        used = TorchMoE(changed.weights) if name in ExpertWeights._fields else handle
+        used(*handle_arguments(changed))
 
     with pytest.raises(TypeError, match=message):
         with_handle()
@@ -152,105 +162,120 @@ def test_none_is_named(inputs, handle, index):
 
 def test_live_rows(inputs, expected, handle):
     for live in (7, 3, 7, 20):
-        out = handle(*inputs[:4], *inputs[8:], num_tokens=live)
+        out = handle(*handle_arguments(inputs), num_tokens=live)
         np.testing.assert_array_equal(bits(out[:live]), bits(expected[:live]))
         assert not out[live:].any()
 
 
 def test_unquantized_activations(inputs):
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
-    result = torch_moe(*inputs[:2], x, None, *inputs[4:])
-    arrays = [to_jax(t) for t in (*inputs[:2], x)], [to_jax(t) for t in inputs[4:8]]
-    expected = jax_moe.reference(*arrays[0], None, *arrays[1], *inputs[8:])
+    result = torch_moe(*inputs._replace(hidden_states=x, hidden_states_scale=None).arguments)
+    tokens = [to_jax(t) for t in (inputs.routing_logits, inputs.routing_bias, x)]
+    weights = [to_jax(t) for t in inputs.weights]
+    expected = jax_moe.reference(*tokens, None, *weights, *scalar_arguments(inputs))
     assert relative_error(result, to_torch(expected)) < 0.05
 
 
 def test_no_tokens(handle):
     empty = torch_inputs(0)
-    result = handle(*empty[:4], *empty[8:])
+    result = handle(*handle_arguments(empty))
     assert result.shape == (0, 256)
     assert result.dtype == torch.bfloat16
-    assert torch_moe(*empty, out=result) is result
+    assert torch_moe(*empty.arguments, out=result) is result
 
 
 def test_strided_activations_are_copied_not_misread(inputs, expected):
     scale = inputs.hidden_states_scale.t().contiguous().t()
     assert not scale.is_contiguous()
-    result = torch_moe(*inputs[:3], scale, *inputs[4:])
+    result = torch_moe(*inputs._replace(hidden_states_scale=scale).arguments)
     np.testing.assert_array_equal(bits(result), bits(expected))
 
 
 BAD = {
-    "gemm1_weights": (4, lambda t: t.float().numpy(), TypeError, "gemm1_weights: expected a"),
-    "routing_bias": (1, lambda t: t.to("meta"), ValueError, "routing_bias: expected a tensor on"),
+    "gemm1_weights": (lambda t: t.float().numpy(), TypeError, "gemm1_weights: expected a"),
+    "routing_bias": (lambda t: t.to("meta"), ValueError, "routing_bias: expected a tensor on"),
     "gemm2_weights": (
-        6, lambda t: t.to(torch.float8_e5m2), ValueError, "gemm2_weights: unsupported dtype"
+        lambda t: t.to(torch.float8_e5m2), ValueError, "gemm2_weights: unsupported dtype"
     ),
     "hidden_states_scale": (
-        3, lambda t: t.requires_grad_(), ValueError, "hidden_states_scale: requires grad"
+        lambda t: t.requires_grad_(), ValueError, "hidden_states_scale: requires grad"
     ),
-    "hidden_states": (2, lambda t: t[:, :128], ValueError, "hidden_states"),
+    "hidden_states": (lambda t: t[:, :128], ValueError, "hidden_states"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("index", "spoil", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_tensors_are_named(inputs, index, spoil, error, message):
-    tensors = list(inputs)
-    tensors[index] = spoil(tensors[index].clone())
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tensors_are_named(inputs, name):
+    spoil, error, message = BAD[name]
+    spoiled = replaced(inputs, **{name: spoil(named_arguments(inputs)[name].clone())})
     with pytest.raises(error, match=message):
-        torch_moe(*tensors)
+        torch_moe(*spoiled.arguments)
 
 
+OFFSET, FACTOR = "local_expert_offset", "routed_scaling_factor"
 SCALARS = [
-    (8, -1, ValueError, r"local_expert_offset: expected 0\.\.56, got -1"),
-    (8, 57, ValueError, r"local_expert_offset: expected 0\.\.56, got 57"),
-    (8, 1.5, TypeError, "local_expert_offset: expected an integer"),
-    (8, torch.tensor([8, 8]), ValueError, r"local_expert_offset: .* scalar, got int64 \[2\]"),
-    (9, "high", TypeError, "routed_scaling_factor: expected a real number"),
-    (9, torch.ones(2), ValueError, r"routed_scaling_factor: .* scalar, got float32 \[2\]"),
-    (9, torch.tensor(2.5, requires_grad=True), ValueError, "routed_scaling_factor: requires grad"),
-    (8, torch.tensor(8.0), TypeError, "local_expert_offset: expected an integer, got 8.0"),
-    (9, float("nan"), ValueError, "routed_scaling_factor: expected a finite float32, got nan"),
-    (9, 1e39, ValueError, r"routed_scaling_factor: expected a finite float32, got 1e\+39"),
+    (OFFSET, -1, ValueError, r"local_expert_offset: expected 0\.\.56, got -1"),
+    (OFFSET, 57, ValueError, r"local_expert_offset: expected 0\.\.56, got 57"),
+    (OFFSET, 1.5, TypeError, "local_expert_offset: expected an integer"),
+    (OFFSET, torch.tensor([8, 8]), ValueError, r"local_expert_offset: .* scalar, got int64 \[2\]"),
+    (FACTOR, "high", TypeError, "routed_scaling_factor: expected a real number"),
+    (FACTOR, torch.ones(2), ValueError, r"routed_scaling_factor: .* scalar, got float32 \[2\]"),
+    (
+        FACTOR,
+        torch.tensor(2.5, requires_grad=True),
+        ValueError,
+        "routed_scaling_factor: requires grad",
+    ),
+    (OFFSET, torch.tensor(8.0), TypeError, "local_expert_offset: expected an integer, got 8.0"),
+    (FACTOR, float("nan"), ValueError, "routed_scaling_factor: expected a finite float32, got nan"),
+    (FACTOR, 1e39, ValueError, r"routed_scaling_factor: expected a finite float32, got 1e\+39"),
     pytest.param(
-        9, 10**5000, ValueError, "routed_scaling_factor: .* integer of 16610 bits", id="huge factor"
+        FACTOR,
+        10**5000,
+        ValueError,
+        "routed_scaling_factor: .* integer of 16610 bits",
+        id="huge factor",
     ),
     pytest.param(
-        8, 10**5000, ValueError, "local_expert_offset: .* integer of 16610 bits", id="huge offset"
+        OFFSET,
+        10**5000,
+        ValueError,
+        "local_expert_offset: .* integer of 16610 bits",
+        id="huge offset",
     ),
 ]
 BOOLS = [True, np.True_, np.array(True), torch.tensor(True)]
 
 
-@pytest.mark.parametrize(("index", "value", "error", "message"), SCALARS)
-def test_bad_scalars_are_named(inputs, index, value, error, message):
-    arguments = list(inputs)
-    arguments[index] = value
+@pytest.mark.parametrize(("name", "value", "error", "message"), SCALARS)
+def test_bad_scalars_are_named(inputs, name, value, error, message):
     with pytest.raises(error, match=message):
-        torch_moe(*arguments)
+        torch_moe(*inputs._replace(**{name: value}).arguments)
 
 
 @pytest.mark.parametrize("value", BOOLS, ids=["python", "numpy", "array", "torch"])
 def test_bools_are_no_numbers(inputs, handle, value):
     """`num_tokens=True` left one live row."""
-    changing = (*inputs[:4], *inputs[8:])
+    changing = handle_arguments(inputs)
     with pytest.raises(TypeError, match="num_tokens: expected an integer, got"):
-        torch_moe(*inputs, num_tokens=value)
+        torch_moe(*inputs.arguments, num_tokens=value)
     with pytest.raises(TypeError, match="num_tokens: expected an integer, got"):
         handle(*changing, num_tokens=value)
     with pytest.raises(TypeError, match="local_expert_offset: expected an integer, got"):
-        torch_moe(*inputs[:8], value, 2.5)
+        torch_moe(*array_arguments(inputs), value, 2.5)
     with pytest.raises(TypeError, match="routed_scaling_factor: expected a real number, got"):
-        handle(*inputs[:4], 8, value)
+        handle(*token_arguments(inputs), 8, value)
 
 
 def test_integers_of_any_number_of_digits_are_named(inputs):
     with pytest.raises(ValueError, match=r"num_tokens: expected 0\.\.20, got an integer of 16610"):
-        torch_moe(*inputs, num_tokens=10**5000)
+        torch_moe(*inputs.arguments, num_tokens=10**5000)
 
 
 def test_torch_scalars_count_as_numbers(inputs, expected):
-    result = torch_moe(*inputs[:8], torch.tensor(8), torch.tensor(2.5, dtype=torch.float64))
+    result = torch_moe(
+        *array_arguments(inputs), torch.tensor(8), torch.tensor(2.5, dtype=torch.float64)
+    )
     np.testing.assert_array_equal(bits(result), bits(expected))
 
 
@@ -265,14 +290,14 @@ def test_torch_scalars_count_as_numbers(inputs, expected):
 )
 def test_bad_destinations_are_named(inputs, out):
     with pytest.raises(ValueError, match=r"out: expected bfloat16 \[20, 256\] on cpu, got"):
-        torch_moe(*inputs, out=out)
+        torch_moe(*inputs.arguments, out=out)
 
 
 def test_the_same_is_refused_without_a_handle(inputs):
     with pytest.raises(NotImplementedError, match="backend='mosaic'"):
-        torch_moe(*inputs, backend="mosaic")
+        torch_moe(*inputs.arguments, backend="mosaic")
     with pytest.raises(TypeError, match=r"config: expected a jax_moe\.MoEConfig, got dict"):
-        torch_moe(*inputs, config={})
+        torch_moe(*inputs.arguments, config={})
 
 
 def test_the_old_name_of_the_weights():
@@ -285,9 +310,9 @@ def test_the_old_name_of_the_weights():
 def test_a_destination_that_requires_grad_is_named(inputs):
     out = torch.zeros(20, 256, dtype=torch.bfloat16, requires_grad=True)
     with pytest.raises(ValueError, match="out: requires grad"):
-        torch_moe(*inputs, out=out)
+        torch_moe(*inputs.arguments, out=out)
     with torch.no_grad():
-        assert torch_moe(*inputs, out=out) is out
+        assert torch_moe(*inputs.arguments, out=out) is out
 
 
 def test_host_times_are_measured(monkeypatch):
@@ -301,4 +326,6 @@ def test_inputs_come_from_the_shared_generator():
     """The torch inputs are the NumPy ones: no second generator to keep right."""
     arrays = moe_inputs.make_inputs(5, num_experts=64)
     tensors = torch_inputs(5)
-    np.testing.assert_array_equal(moe_inputs.bits(arrays.gemm1_weights), bits(tensors[4]))
+    np.testing.assert_array_equal(
+        moe_inputs.bits(arrays.weights.gemm1_weights), bits(tensors.weights.gemm1_weights)
+    )

@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 import jax_moe  # noqa: E402
 from interop import TorchMoE, to_jax, to_torch, torch_moe, torch_moe_routed  # noqa: E402
 from jax_moe import ExpertWeights  # noqa: E402
+from tests.moe_inputs import handle_arguments, scalar_arguments, token_arguments  # noqa: E402
 from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
 
@@ -25,12 +26,12 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def handle(inputs):
-    return TorchMoE(ExpertWeights(*inputs[4:8]))
+    return TorchMoE(inputs.weights)
 
 
 @pytest.fixture(scope="module")
 def expected(inputs):
-    return torch_moe(*inputs)
+    return torch_moe(*inputs.arguments)
 
 
 BAD_WEIGHTS = {
@@ -48,11 +49,11 @@ BAD_WEIGHTS = {
 @pytest.mark.parametrize(("change", "error", "message"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
 def test_a_handle_checks_its_weights_when_it_is_made(inputs, change, error, message):
     with pytest.raises(error, match=message):
-        TorchMoE(ExpertWeights(*change(inputs[4:8])))
+        TorchMoE(ExpertWeights(*change(inputs.weights)))
 
 
 def test_a_handle_checks_its_options_when_it_is_made(inputs):
-    weights = ExpertWeights(*inputs[4:8])
+    weights = inputs.weights
     for wrong in (None, tuple(weights)):
         kind = "None" if wrong is None else "tuple"
         with pytest.raises(TypeError, match=rf"weights: .* jax_moe\.ExpertWeights .* got {kind}"):
@@ -69,23 +70,24 @@ def test_a_handle_checks_its_options_when_it_is_made(inputs):
 
 def test_a_handle_keeps_the_storages_of_its_weights(inputs, expected):
     """A weight that is given other data leaves the handle as it was made."""
-    weights = ExpertWeights(*[tensor.clone() for tensor in inputs[4:8]])
+    weights = ExpertWeights(*[tensor.clone() for tensor in inputs.weights])
     handle = TorchMoE(weights)
     for weight in weights:
         size, weight.data = weight.nbytes, torch.empty(0, dtype=weight.dtype)
         torch.full((size,), 0xFF, dtype=torch.uint8)  # NaNs, where freed memory would be taken
-    np.testing.assert_array_equal(bits(handle(*inputs[:4], *inputs[8:])), bits(expected))
+    np.testing.assert_array_equal(bits(handle(*handle_arguments(inputs))), bits(expected))
 
 
 def test_parameters_where_grad_mode_is_off(inputs, expected):
-    weights = ExpertWeights(*(torch.nn.Parameter(t, requires_grad=True) for t in inputs[4:8]))
+    weights = ExpertWeights(*(torch.nn.Parameter(t, requires_grad=True) for t in inputs.weights))
     with pytest.raises(ValueError, match="gemm1_weights: requires grad"):
         TorchMoE(weights)
     with torch.inference_mode():
-        result = TorchMoE(weights)(*inputs[:4], *inputs[8:])
+        result = TorchMoE(weights)(*handle_arguments(inputs))
         np.testing.assert_array_equal(bits(result), bits(expected))
         np.testing.assert_array_equal(
-            bits(torch_moe(*inputs[:4], *weights, *inputs[8:])), bits(expected)
+            bits(torch_moe(*token_arguments(inputs), *weights, *scalar_arguments(inputs))),
+            bits(expected),
         )
 
 
@@ -104,11 +106,11 @@ class Model(torch.nn.Module):
 
 @pytest.fixture
 def model(inputs):
-    return Model(ExpertWeights(*(tensor.clone() for tensor in inputs[4:8])))
+    return Model(ExpertWeights(*(tensor.clone() for tensor in inputs.weights)))
 
 
 def test_a_module_with_a_handle_can_be_copied(model, inputs, expected):
-    changing = (*inputs[:4], *inputs[8:])
+    changing = handle_arguments(inputs)
     again = copy.deepcopy(model)
     np.testing.assert_array_equal(bits(again(*changing)), bits(expected))
     with torch.no_grad():
@@ -127,11 +129,11 @@ def test_a_module_with_a_handle_can_be_saved(model):
 
 def test_a_copied_handle_keeps_its_options(inputs):
     config = jax_moe.MoEConfig(top_k=4, scoring="softmax", swiglu_limit=0.5)
-    weights = ExpertWeights(*inputs[4:8])
+    weights = inputs.weights
     handle = TorchMoE(weights, config=config, backend="xla", expected_rows=3.0)
     again = copy.deepcopy(handle)
     assert again._options == handle._options
-    changing = (*inputs[:4], *inputs[8:])
+    changing = handle_arguments(inputs)
     np.testing.assert_array_equal(bits(again(*changing)), bits(handle(*changing)))
 
 
@@ -139,7 +141,7 @@ def test_the_state_of_a_module_with_a_handle(model, inputs, expected):
     """The handle is no part of it; loading writes to the buffers, which the handle reads."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert set(state) == set(ExpertWeights._fields)
-    changing = (*inputs[:4], *inputs[8:])
+    changing = handle_arguments(inputs)
     with torch.no_grad():
         model.gemm1_weights_scale.zero_()
     assert not model(*changing).any()
@@ -148,14 +150,14 @@ def test_the_state_of_a_module_with_a_handle(model, inputs, expected):
 
 
 def test_a_copy_of_weights_that_could_not_be_shared(inputs, expected):
-    strided = [tensor.repeat_interleave(2, dim=0)[::2] for tensor in inputs[4:8]]
+    strided = [tensor.repeat_interleave(2, dim=0)[::2] for tensor in inputs.weights]
     again = copy.deepcopy(TorchMoE(ExpertWeights(*strided)))
-    np.testing.assert_array_equal(bits(again(*inputs[:4], *inputs[8:])), bits(expected))
+    np.testing.assert_array_equal(bits(again(*handle_arguments(inputs))), bits(expected))
 
 
 def test_gate_first_weights_of_torch(inputs, expected):
     """`from_gate_up` swaps the halves of float8 and float32 tensors, and keeps every bit."""
-    up_first = ExpertWeights(*inputs[4:8])
+    up_first = inputs.weights
     gate_first = [
         torch.cat(tuple(t.view(torch.uint8).chunk(2, dim=1))[::-1], dim=1) for t in up_first[:2]
     ]
@@ -168,7 +170,7 @@ def test_gate_first_weights_of_torch(inputs, expected):
     assert weights.gemm2_weights is up_first.gemm2_weights
     for tensor, kept in zip(gate_first, before, strict=True):
         np.testing.assert_array_equal(bits(tensor), kept)
-    result = TorchMoE(weights)(*inputs[:4], *inputs[8:])
+    result = TorchMoE(weights)(*handle_arguments(inputs))
     np.testing.assert_array_equal(bits(result), bits(expected))
     with pytest.raises(ValueError, match=r"gate_up_weights: expected \[E_local, 2\*n, m\]"):
         ExpertWeights.from_gate_up(gate_first[0][0], *gate_first[1:], *up_first[2:])
@@ -179,14 +181,14 @@ ROUTED = {"num_experts": 64}
 
 @pytest.fixture(scope="module")
 def choices(inputs):
-    logits, bias = (to_jax(tensor) for tensor in inputs[:2])
+    logits, bias = (to_jax(tensor) for tensor in (inputs.routing_logits, inputs.routing_bias))
     return [to_torch(array) for array in jax_moe.route(logits, bias, 2.5, backend="xla")]
 
 
 def test_routed(inputs, expected, handle, choices):
     """The router taken out, bit for bit the same."""
-    x, offset = inputs[2:4], inputs.local_expert_offset
-    result = torch_moe_routed(*x, *inputs[4:8], *choices, offset, **ROUTED)
+    x, offset = (inputs.hidden_states, inputs.hidden_states_scale), inputs.local_expert_offset
+    result = torch_moe_routed(*x, *inputs.weights, *choices, offset, **ROUTED)
     np.testing.assert_array_equal(bits(result), bits(expected))
     np.testing.assert_array_equal(bits(handle.routed(*x, *choices, offset, **ROUTED)), bits(result))
     out = torch.zeros_like(result)
@@ -200,13 +202,13 @@ def test_routed_by_a_router_of_torch(inputs, handle):
     weights, ids = torch.topk(inputs.routing_logits.softmax(dim=1), 8)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     result = handle.routed(x, None, ids.int(), weights, 8, **ROUTED)
-    arrays = [to_jax(tensor) for tensor in (*inputs[4:8], ids.int(), weights)]
+    arrays = [to_jax(tensor) for tensor in (*inputs.weights, ids.int(), weights)]
     oracle = jax_moe.reference_routed(to_jax(x), None, *arrays, 8, **ROUTED)
     assert relative_error(result, to_torch(oracle)) < 0.05
 
 
 def test_bad_choices_are_named(inputs, handle, choices):
-    x, (ids, weights) = inputs[2:4], choices
+    x, (ids, weights) = (inputs.hidden_states, inputs.hidden_states_scale), choices
     for bad, error, said in (
         ((ids.long(), weights), ValueError, "topk_ids: int64 needs JAX_ENABLE_X64"),
         ((ids, weights.half()), TypeError, r"topk_weights: expected float32 \[T, k\]"),
@@ -216,7 +218,7 @@ def test_bad_choices_are_named(inputs, handle, choices):
         with pytest.raises(error, match=said):
             handle.routed(*x, *bad, 8, **ROUTED)
         with pytest.raises(error, match=said):
-            torch_moe_routed(*x, *inputs[4:8], *bad, 8, **ROUTED)
+            torch_moe_routed(*x, *inputs.weights, *bad, 8, **ROUTED)
     with pytest.raises(TypeError, match="num_experts: expected an integer, got None"):
         handle.routed(*x, *choices, 8, num_experts=None)
     with pytest.raises(ValueError, match=r"local_expert_offset: expected 0\.\.56, got 57"):
@@ -231,17 +233,17 @@ def test_options_reach_the_layer(inputs):
     logits = inputs.routing_logits.bfloat16()
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     arguments = (logits, None, x, None)
-    result = TorchMoE(ExpertWeights(*inputs[4:8]), config=config)(*arguments, 8, 1.0)
-    arrays = [to_jax(tensor) for tensor in inputs[4:8]]
+    result = TorchMoE(inputs.weights, config=config)(*arguments, 8, 1.0)
+    arrays = [to_jax(tensor) for tensor in inputs.weights]
     expected = jax_moe.apply(
         to_jax(logits), None, to_jax(x), None, *arrays, 8, 1.0, config=config, backend="xla"
     )
     np.testing.assert_array_equal(bits(result), bits(to_torch(expected)))
-    same = torch_moe(*arguments, *inputs[4:8], 8, 1.0, config=config, expected_rows=3.0)
+    same = torch_moe(*arguments, *inputs.weights, 8, 1.0, config=config, expected_rows=3.0)
     assert relative_error(same, result) < 1e-2
     plain = jax_moe.MoEConfig(top_k=4, scoring="softmax", renormalize=False)
     called = {"config": plain, "swiglu_limit": 0.5, "scale_format": "ue8m0"}
-    again = torch_moe(*arguments, *inputs[4:8], 8, 1.0, **called)
+    again = torch_moe(*arguments, *inputs.weights, 8, 1.0, **called)
     np.testing.assert_array_equal(bits(again), bits(result))
     with pytest.raises(ValueError, match=r"swiglu_limit: expected None or 0\.5, as in config"):
-        TorchMoE(ExpertWeights(*inputs[4:8]), config=config, swiglu_limit=7.0)
+        TorchMoE(inputs.weights, config=config, swiglu_limit=7.0)

@@ -18,6 +18,7 @@ import jax_moe  # noqa: E402
 from interop import TorchMoE, to_jax, to_torch, torch_call, torch_moe, torch_ops  # noqa: E402  # noqa: E402
 from interop import torch_moe_routed as routed  # noqa: E402
 from jax_moe import ExpertWeights, MoEConfig  # noqa: E402
+from tests.moe_inputs import array_arguments, replaced, token_arguments  # noqa: E402
 from tests.torch_inputs import bits, torch_inputs  # noqa: E402
 
 CONFIG = MoEConfig(top_k=2, swiglu_limit=7.0, scale_format="ue8m0")
@@ -33,7 +34,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def weights(inputs):
-    return ExpertWeights(*inputs[4:8])
+    return inputs.weights
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,17 @@ def handle(weights):
 
 @pytest.fixture(scope="module")
 def expected(inputs):
-    return bits(torch_moe(*inputs, config=CONFIG))
+    return bits(torch_moe(*inputs.arguments, config=CONFIG))
 
 
 @pytest.fixture(scope="module")
 def choices(inputs):
-    chosen = jax_moe.route(*map(to_jax, inputs[:2]), 2.5, config=CONFIG, backend="xla")
+    chosen = jax_moe.route(
+        *map(to_jax, (inputs.routing_logits, inputs.routing_bias)),
+        2.5,
+        config=CONFIG,
+        backend="xla",
+    )
     return [to_torch(array) for array in chosen]
 
 
@@ -66,20 +72,22 @@ def plain(*tensors: Any) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_cold_as_one_graph(cold, inputs, expected, backend):
     compiled = torch.compile(plain, backend=backend, fullgraph=True)
-    np.testing.assert_array_equal(bits(compiled(*inputs[:8])), expected)
+    np.testing.assert_array_equal(bits(compiled(*array_arguments(inputs))), expected)
 
 
 def test_a_handle_compiles_cold_as_one_graph(cold, inputs, expected, handle):
     compiled = torch.compile(
         lambda *tensors: handle(*tensors, 0, 2.5), backend="aot_eager", fullgraph=True
     )
-    np.testing.assert_array_equal(bits(compiled(*inputs[:4])), expected)
+    np.testing.assert_array_equal(bits(compiled(*token_arguments(inputs))), expected)
 
 
 def test_the_routed_form_compiles_cold_as_one_graph(cold, inputs, expected, handle, choices):
     function = lambda *tensors: handle.routed(*tensors, 0, num_experts=8)  # noqa: E731
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    np.testing.assert_array_equal(bits(compiled(*inputs[2:4], *choices)), expected)
+    np.testing.assert_array_equal(
+        bits(compiled(inputs.hidden_states, inputs.hidden_states_scale, *choices)), expected
+    )
 
 
 def test_a_destination_is_written_to_in_a_graph(cold, inputs, expected):
@@ -88,7 +96,7 @@ def test_a_destination_is_written_to_in_a_graph(cold, inputs, expected):
 
     out = torch.zeros(4, 128, dtype=torch.bfloat16)
     compiled = torch.compile(write, backend="aot_eager", fullgraph=True)
-    assert compiled(out, *inputs[:8]) is out
+    assert compiled(out, *array_arguments(inputs)) is out
     np.testing.assert_array_equal(bits(out), expected)
 
 
@@ -96,25 +104,27 @@ def test_numbers_may_change_between_calls_of_a_graph(cold, inputs, handle):
     function = lambda offset, live, *x: handle(*x, offset, 2.5, num_tokens=live)  # noqa: E731
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     for live in (4, 1, 3):
-        found = compiled(0, live, *inputs[:4])
-        np.testing.assert_array_equal(bits(found), bits(function(0, live, *inputs[:4])))
+        found = compiled(0, live, *token_arguments(inputs))
+        np.testing.assert_array_equal(
+            bits(found), bits(function(0, live, *token_arguments(inputs)))
+        )
     with pytest.raises(ValueError, match=r"num_tokens: expected 0\.\.4, got 5"):
-        compiled(0, 5, *inputs[:4])
+        compiled(0, 5, *token_arguments(inputs))
 
 
 def test_what_is_refused_eagerly_is_refused_in_a_graph(cold, inputs):
     with pytest.raises(TypeError, match="num_tokens: expected an integer, got True"):
         torch.compile(
             lambda *x: torch_moe(*x, 0, 2.5, config=CONFIG, num_tokens=True), backend="eager"
-        )(*inputs[:8])
-    short = [*inputs[:6], inputs[6][:3], inputs[7]]
+        )(*array_arguments(inputs))
+    short = array_arguments(replaced(inputs, gemm2_weights=inputs.weights.gemm2_weights[:3]))
     with pytest.raises(ValueError, match=r"^gemm2_weights: .*\(E_local = 8 from gemm1_weights\)"):
         torch.compile(plain, backend="eager")(*short)
 
 
 def test_gradients_are_refused(cold, inputs, expected):
-    learnt = list(inputs[:8])
-    learnt[5] = learnt[5].clone().requires_grad_()
+    scale = inputs.weights.gemm1_weights_scale.clone().requires_grad_()
+    learnt = array_arguments(replaced(inputs, gemm1_weights_scale=scale))
     compiled = torch.compile(plain, backend="aot_eager")
     for function in (plain, compiled):
         with pytest.raises(ValueError, match=r"^gemm1_weights_scale: requires grad"):
@@ -142,11 +152,16 @@ def test_exported_for_any_number_of_tokens(cold, inputs, weights, expected, stri
     tokens = torch.export.Dim("T", min=1, max=64)
     shapes = ({0: tokens}, None, {0: tokens}, {1: tokens})
     program = torch.export.export(
-        Layer(weights), inputs[:4], dynamic_shapes=(shapes,), strict=strict
+        Layer(weights), token_arguments(inputs), dynamic_shapes=(shapes,), strict=strict
     )
     assert "jax_moe.moe.default" in program.graph_module.code
-    np.testing.assert_array_equal(bits(program.module()(*inputs[:4])), expected)
-    fewer = (inputs[0][:3], inputs[1], inputs[2][:3], inputs[3][:, :3].contiguous())
+    np.testing.assert_array_equal(bits(program.module()(*token_arguments(inputs))), expected)
+    fewer = (
+        inputs.routing_logits[:3],
+        inputs.routing_bias,
+        inputs.hidden_states[:3],
+        inputs.hidden_states_scale[:, :3].contiguous(),
+    )
     np.testing.assert_array_equal(bits(program.module()(*fewer)), bits(Layer(weights)(*fewer)))
 
 
@@ -168,7 +183,9 @@ def test_the_operator_takes_every_field_of_the_configuration():
 
 def test_torch_checks_of_the_operators(inputs, choices):
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(OPERATORS.moe.default, (*inputs[:8], 0, 2.5), static(), test_utils=checks)
+    torch.library.opcheck(
+        OPERATORS.moe.default, (*array_arguments(inputs), 0, 2.5), static(), test_utils=checks
+    )
     keywords = {
         name: value
         for name, value in static().items()
@@ -176,7 +193,7 @@ def test_torch_checks_of_the_operators(inputs, choices):
     }
     torch.library.opcheck(
         OPERATORS.moe_routed.default,
-        (*inputs[2:8], *choices, 0),
+        (inputs.hidden_states, inputs.hidden_states_scale, *inputs.weights, *choices, 0),
         keywords | {"num_experts": 8},
         test_utils=checks,
     )
@@ -189,7 +206,7 @@ def test_no_cuda_graph_of_torch_takes_them():
 
 def test_fake_tensors_give_fake_results(inputs, handle, choices):
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(tensor) for tensor in inputs[:8]]
+    fakes = [mode.from_tensor(tensor) for tensor in array_arguments(inputs)]
     ids, weights = (mode.from_tensor(tensor) for tensor in choices)
     with mode:
         found = [plain(*fakes), handle(*fakes[:4], 0, 2.5)]
@@ -203,24 +220,30 @@ def test_fake_tensors_give_fake_results(inputs, handle, choices):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_tracers_record_the_call(inputs, expected):
     """And no constant result."""
-    graph = make_fx(plain)(*inputs[:8])
+    graph = make_fx(plain)(*array_arguments(inputs))
     assert "jax_moe.moe.default" in graph.code
-    np.testing.assert_array_equal(bits(graph(*inputs[:8])), expected)
-    backwards = [inputs[0].flip(0), inputs[1], inputs[2].view(torch.uint8).flip(0), inputs[3]]
-    backwards[2], backwards[3] = backwards[2].view(torch.float8_e4m3fn), inputs[3].flip(1)
-    traced = torch.jit.trace(lambda *x: plain(*x, *inputs[4:8]), tuple(inputs[:4]))
-    np.testing.assert_array_equal(bits(traced(*backwards)), bits(plain(*backwards, *inputs[4:8])))
+    np.testing.assert_array_equal(bits(graph(*array_arguments(inputs))), expected)
+    backwards = (
+        inputs.routing_logits.flip(0),
+        inputs.routing_bias,
+        inputs.hidden_states.view(torch.uint8).flip(0).view(torch.float8_e4m3fn),
+        inputs.hidden_states_scale.flip(1),
+    )
+    traced = torch.jit.trace(lambda *x: plain(*x, *inputs.weights), token_arguments(inputs))
+    np.testing.assert_array_equal(
+        bits(traced(*backwards)), bits(plain(*backwards, *inputs.weights))
+    )
 
 
 def test_a_mode_of_torch_sees_the_call(inputs, expected):
     with FlopCounterMode(display=False):
-        np.testing.assert_array_equal(bits(plain(*inputs[:8])), expected)
+        np.testing.assert_array_equal(bits(plain(*array_arguments(inputs))), expected)
 
 
 def test_eager_calls_take_the_short_way(inputs, handle, choices, monkeypatch):
     monkeypatch.setattr(torch_ops, "call", lambda *_: pytest.fail("dispatched"))
-    plain(*inputs[:8])
-    handle(*inputs[:4], 0, 2.5)
-    handle.routed(*inputs[2:4], *choices, 0, num_experts=8)
+    plain(*array_arguments(inputs))
+    handle(*token_arguments(inputs), 0, 2.5)
+    handle.routed(inputs.hidden_states, inputs.hidden_states_scale, *choices, 0, num_experts=8)
     with torch.no_grad(), torch.inference_mode(), torch.autocast("cpu"):
-        plain(*inputs[:8])
+        plain(*array_arguments(inputs))

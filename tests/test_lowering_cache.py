@@ -53,21 +53,27 @@ def test_the_next_process_does_not_trace(folder):
 
 def test_a_layer_gives_the_same_bits(folder):
     inputs = make_inputs(5)
-    plain = jax_moe.apply(*inputs, config=SMALL, backend="xla", num_tokens=4)
+    plain = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla", num_tokens=4)
     assert len(list(folder.iterdir())) == 1
     jax.clear_caches()  # as another process: read from the file
-    again = jax_moe.apply(*inputs, config=SMALL, backend="xla", num_tokens=4)
+    again = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla", num_tokens=4)
     batched = jax.vmap(
-        lambda logits: jax_moe.apply(logits, *inputs[1:], config=SMALL, backend="xla")
+        lambda logits: jax_moe.apply(
+            *inputs._replace(routing_logits=logits).arguments, config=SMALL, backend="xla"
+        )
     )
     np.testing.assert_array_equal(bits(plain), bits(again))
     np.testing.assert_array_equal(
         bits(batched(jnp.stack([inputs.routing_logits] * 2))[1]),
-        bits(jax_moe.apply(*inputs, config=SMALL, backend="xla")),
+        bits(jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")),
     )
     with pytest.raises(NotImplementedError, match="forward only"):
         jax.grad(
-            lambda logits: jax_moe.apply(logits, *inputs[1:], config=SMALL).sum().astype(float)
+            lambda logits: (
+                jax_moe.apply(*inputs._replace(routing_logits=logits).arguments, config=SMALL)
+                .sum()
+                .astype(float)
+            )
         )(inputs.routing_logits)
 
 
@@ -80,7 +86,7 @@ def test_other_tilings_are_another_program(folder, monkeypatch):
             lambda *sizes: asked.append(sizes) or number,  # noqa: B023
         )
         jax.clear_caches()
-        jax_moe.apply(*inputs, config=SMALL, backend="xla")
+        jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")
     assert asked == [(256, 128, 8)] * 2
     assert len(list(folder.iterdir())) == 2
 
@@ -204,11 +210,11 @@ def test_the_kept_program_is_the_layer_itself(num_tokens, folder, monkeypatch):
         return run
 
     specs = rank_specs(num_tokens)
-    kept = h100_target.compile_for_h100(layer(), *specs)
+    kept = h100_target.compile_for_h100(layer(), *specs.arguments)
     assert len(list(folder.iterdir())) == 1
     monkeypatch.undo()
     jax.clear_caches()
-    plain = h100_target.compile_for_h100(layer(), *specs)
+    plain = h100_target.compile_for_h100(layer(), *specs.arguments)
     assert [k.name for k in kept.kernels] == [k.name for k in plain.kernels]
     assert [k.instructions for k in kept.kernels] == [k.instructions for k in plain.kernels]
     assert (kept.launches, kept.command_buffers) == (plain.launches, plain.command_buffers)

@@ -62,11 +62,13 @@ def test_layer(num_experts, num_tokens):
     hidden, _, config = MODELS[num_experts]
     x = jax.random.normal(jax.random.key(1), (num_tokens, hidden), jnp.bfloat16)
     x = jax_moe.quantize(x)
-    inputs = (*routing_inputs(num_experts, num_tokens), *x, *weights(num_experts), 0, 2.5)
-    expected = jax_moe.reference(*inputs, config=config)
+    inputs = jax_moe.LayerInputs.of(
+        *routing_inputs(num_experts, num_tokens), *x, *weights(num_experts), 0, 2.5
+    )
+    expected = jax_moe.reference(*inputs.arguments, config=config)
     for backend in ("mosaic", "triton"):
         if backends.unsupported_reason(backend) is None:
-            out = jax_moe.apply(*inputs, config=config, backend=backend)
+            out = jax_moe.apply(*inputs.arguments, config=config, backend=backend)
             assert relative_error(out, expected) <= MOST_RELATIVE_ERROR, backend
     weights.cache_clear()
 

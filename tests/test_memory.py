@@ -12,7 +12,7 @@ import pytest
 
 import jax_moe
 from jax_moe import entry, memory
-from tests.moe_inputs import SMALL, make_inputs, on_device
+from tests.moe_inputs import SMALL, array_arguments, make_inputs, on_device
 
 GIB = 2**30
 
@@ -75,7 +75,7 @@ def test_a_call_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(entry, "_jitted", lambda *_, **__: pytest.fail("launched"))
     before = len(jax.live_arrays())
     with pytest.raises(MemoryError, match=r"apply: needs up to [\d,]+ bytes .* 500 available"):
-        jax_moe.apply(*inputs, config=SMALL, backend="xla")
+        jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")
     assert len(jax.live_arrays()) == before
 
 
@@ -84,21 +84,21 @@ def test_the_bytes_cover_workspace_copies_and_result(monkeypatch, num_tokens):
     asked = []
     monkeypatch.setattr(memory, "require", lambda device, needed, what: asked.append(needed))
     for inputs in (make_inputs(num_tokens), on_device(make_inputs(num_tokens))):
-        jax_moe.apply(*inputs, config=SMALL, backend="xla")
+        jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")
     workspace = jax_moe.workspace_bytes(
         256, num_local_experts=8, hidden_size=256, intermediate_size=128, config=SMALL,
         backend="xla",
     )  # fmt: skip
     result = 2 * 256 * 256
     copies = 0 if num_tokens == 256 else 256 * (4 * 32 + 256 + 4 * 2) + 2 * num_tokens * 256
-    on_host = sum(value.nbytes for value in make_inputs(num_tokens)[:8])
+    on_host = sum(value.nbytes for value in array_arguments(make_inputs(num_tokens)))
     assert asked == [workspace + result + copies + on_host, workspace + result + copies]
 
 
 def test_a_traced_call_does_not_ask(monkeypatch):
     monkeypatch.setattr(memory, "require", lambda *_: pytest.fail("asked"))
     inputs = on_device(make_inputs(3))
-    jax.jit(lambda *a: jax_moe.apply(*a, config=SMALL, backend="xla")).lower(*inputs)
+    jax.jit(lambda *a: jax_moe.apply(*a, config=SMALL, backend="xla")).lower(*inputs.arguments)
 
 
 SMALL_AND_LARGE_CALL = """
@@ -118,7 +118,7 @@ SMALL_AND_LARGE_CALL = """
 
     def large_call_is_refused():
         try:
-            jax_moe.apply(*large, config=SMALL)
+            jax_moe.apply(*large.arguments, config=SMALL)
         except MemoryError as error:
             print(error)
         else:
@@ -127,11 +127,11 @@ SMALL_AND_LARGE_CALL = """
 
 ON_A_SMALL_GPU = """
     device = jax.devices()[0]
-    small = jax.block_until_ready(jax_moe.apply(*inputs, config=SMALL))
+    small = jax.block_until_ready(jax_moe.apply(*inputs.arguments, config=SMALL))
     used = device.memory_stats()["bytes_in_use"]
     large_call_is_refused()
     assert device.memory_stats()["bytes_in_use"] == used
-    again = jax_moe.apply(*inputs, config=SMALL)
+    again = jax_moe.apply(*inputs.arguments, config=SMALL)
     assert (np.asarray(again) == np.asarray(small)).all()
     del large
     assert memory.free_bytes(device) > 0
@@ -146,7 +146,7 @@ BESIDE_TORCH = """
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(free - 2**31, dtype=torch.uint8, device="cuda")
     large_call_is_refused()
-    jax.block_until_ready(jax_moe.apply(*inputs, config=SMALL))
+    jax.block_until_ready(jax_moe.apply(*inputs.arguments, config=SMALL))
     del held
     torch.cuda.empty_cache()
     jax.block_until_ready(jax_moe.apply(*large, config=SMALL))

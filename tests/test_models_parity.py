@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moe import ExpertWeights, nn, route
+from jax_moe import nn, route
 from jax_moe.types import LayerWeights
 from tests import numpy_oracle
 from tests.moe_inputs import make_inputs, relative_error
@@ -110,7 +110,7 @@ def _quantized(count, seed):
     inputs = make_inputs(
         1, num_experts=2 * count, num_local_experts=count, hidden_size=HIDDEN, offset=0, seed=seed
     )
-    return ExpertWeights(*inputs[4:8])
+    return inputs.weights
 
 
 def _copy(gate_up, down, weights):

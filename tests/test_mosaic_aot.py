@@ -15,7 +15,7 @@ from pallas_kernels.mosaic.hopper import zero_rows
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import h100_target
-from tests.moe_inputs import rank_specs
+from tests.moe_inputs import rank_specs, replaced
 from tests.test_kernels_interpreted import grouped_rows, weights
 
 TOKENS = (1, 80, 901, 14107)  # at least one of each tile height
@@ -42,7 +42,7 @@ def specs_of(num_tokens, dtype="float8_e4m3fn", **sizes):
 def programs():
     """For `python -m tests.h100_target tests.test_mosaic_aot:programs`."""
     for num_tokens in TOKENS:
-        yield f"T={num_tokens}", layer, rank_specs(num_tokens)
+        yield f"T={num_tokens}", layer, rank_specs(num_tokens).arguments
 
 
 # One token in bf16: the quantizer is in the graph as well.
@@ -58,7 +58,7 @@ def programs():
     ],
 )
 def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dtype):
-    report = h100_target.compile_for_h100(layer, *specs_of(num_tokens, dtype))
+    report = h100_target.compile_for_h100(layer, *specs_of(num_tokens, dtype).arguments)
     spilled = {kernel.name: kernel.spill_bytes for kernel in report.kernels if kernel.spill_bytes}
     assert spilled == {}, f"with ptxas {report.ptxas_version}:\n{report}"
     multiplying = {kernel.name for kernel in report.kernels if "QGMMA" in kernel.instructions}
@@ -79,13 +79,13 @@ def test_kernels_share_nothing_that_they_write(num_tokens):
     shared = rank_specs(num_tokens)
     specs = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-        (shared, shared[4], shared[6]),
+        (shared, shared.weights.gemm1_weights, shared.weights.gemm2_weights),
         is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
     )
 
     def two_layers(first, gemm1_weights, gemm2_weights):
-        second = (*first[:4], gemm1_weights, first[5], gemm2_weights, *first[7:])
-        return layer(*first), layer(*second)
+        second = replaced(first, gemm1_weights=gemm1_weights, gemm2_weights=gemm2_weights)
+        return layer(*first.arguments), layer(*second.arguments)
 
     with h100_target.no_compilation_cache():  # a program from there needs a GPU to be loaded
         program = jax.jit(two_layers).trace(*specs).lower().compile().as_text()
@@ -162,8 +162,15 @@ def test_a_clamp_and_powers_of_two_spill_nothing(num_tokens):
             )
             return tuple(jax_moe.up_project(*arrays, plan, **BOTH, backend="mosaic"))
 
-    ids = jax.ShapeDtypeStruct((num_tokens, 8), jnp.int32)
-    report = h100_target.compile_for_h100(up_project, ids, *rank_specs(num_tokens)[2:6])
+    ids, specs = jax.ShapeDtypeStruct((num_tokens, 8), jnp.int32), rank_specs(num_tokens)
+    report = h100_target.compile_for_h100(
+        up_project,
+        ids,
+        specs.hidden_states,
+        specs.hidden_states_scale,
+        specs.weights.gemm1_weights,
+        specs.weights.gemm1_weights_scale,
+    )
     spilled = {kernel.name: kernel.spill_bytes for kernel in report.kernels}
     assert spilled["moe_up_projection"] == 0
     assert not any(spilled.values()), spilled
@@ -189,7 +196,7 @@ def test_every_model_is_one_cuda_graph_of_kernels_that_do_not_spill(model, num_t
     def run(*arguments):
         return layer(*arguments, config=config, **options)
 
-    report = h100_target.compile_for_h100(run, *specs)
+    report = h100_target.compile_for_h100(run, *specs.arguments)
     spilled = {kernel.name: kernel.spill_bytes for kernel in report.kernels if kernel.spill_bytes}
     assert spilled == {}, f"with ptxas {report.ptxas_version}:\n{report}"
     assert report.command_buffers == 1

@@ -17,7 +17,7 @@ import pytest
 from jax import export
 from scipy import special
 
-from jax_moe import ExpertWeights, MoEConfig, nn
+from jax_moe import MoEConfig, nn
 from jax_moe.types import LayerWeights
 from tests import numpy_oracle
 from tests.moe_inputs import bits, make_inputs, relative_error
@@ -50,10 +50,10 @@ def make(config=CONFIG, seed=0):
     if config.shared_intermediate_size:
         width = config.shared_intermediate_size
         one = make_inputs(1, num_experts=2, num_local_experts=1, intermediate_size=width, **sizes)
-        shared = ExpertWeights(*one[4:8])
+        shared = one.weights
     gate = rng.standard_normal((config.num_experts, config.hidden_size)) / 16
     return LayerWeights(
-        ExpertWeights(*routed[4:8]),
+        routed.weights,
         gate.astype(ml_dtypes.bfloat16),
         routed.routing_bias.astype(np.float32) if config.has_routing_bias else None,
         shared,

@@ -13,7 +13,7 @@ import jax_moe
 from jax_moe import DEEPSEEK_V3, MoEConfig
 from tests import numpy_oracle
 from tests.backend_cases import EVERYWHERE, if_supported, running
-from tests.moe_inputs import SMALL, make_inputs, relative_error
+from tests.moe_inputs import SMALL, array_arguments, make_inputs, relative_error, scalar_arguments
 from tests.pairwise import covering, product
 
 FACTOR = 1.5
@@ -61,17 +61,23 @@ def inputs_of(row, num_tokens=41):
 def check(case, row):
     config, inputs = config_of(row), inputs_of(row)
     with running(case) as backend, if_supported(backend):
-        out = jax_moe.apply(*inputs, config=config, backend=backend)
+        out = jax_moe.apply(*inputs.arguments, config=config, backend=backend)
         if backend != "xla":  # which is what the others are compared with
-            routing = jax_moe.route(*inputs[:2], FACTOR, config=config, backend=backend)
-            expected = jax_moe.route(*inputs[:2], FACTOR, config=config, backend="xla")
+            routing = jax_moe.route(
+                inputs.routing_logits, inputs.routing_bias, FACTOR, config=config, backend=backend
+            )
+            expected = jax_moe.route(
+                inputs.routing_logits, inputs.routing_bias, FACTOR, config=config, backend="xla"
+            )
             np.testing.assert_array_equal(routing.topk_ids, expected.topk_ids)
             np.testing.assert_allclose(routing.topk_weights, expected.topk_weights, rtol=1e-6)
     staged = ml_dtypes.bfloat16 if "mosaic" in case else np.float32
-    requantized = numpy_oracle.layer(*inputs, config=config, requantize=True, staged=staged)
+    requantized = numpy_oracle.layer(
+        *inputs.arguments, config=config, requantize=True, staged=staged
+    )
     bound = TO_REQUANTIZING_ORACLE[case.removeprefix("interpreted_")]
     assert relative_error(out, requantized) < bound
-    exact = numpy_oracle.layer(*inputs, config=config)
+    exact = numpy_oracle.layer(*inputs.arguments, config=config)
     assert relative_error(out, exact) < (0.07 if row["scale_format"] == "ue8m0" else 0.06)
 
 
@@ -79,8 +85,8 @@ def check(case, row):
 def test_the_oracles_agree(scoring):
     rows = [row for row in PAIRS if row["scoring"] == scoring and row["swiglu_limit"]]
     config, inputs = config_of(rows[0]), inputs_of(rows[0])
-    oracle = jax_moe.reference(*inputs, config=config)
-    assert relative_error(oracle, numpy_oracle.layer(*inputs, config=config)) < 0.003
+    oracle = jax_moe.reference(*inputs.arguments, config=config)
+    assert relative_error(oracle, numpy_oracle.layer(*inputs.arguments, config=config)) < 0.003
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
@@ -117,10 +123,10 @@ def test_a_backend_either_has_an_option_or_names_it(backend, options):
 
     def program(config):
         def layer(*arrays):
-            return jax_moe.apply(*arrays, *inputs[8:], config=config, backend=backend)
+            return jax_moe.apply(*arrays, *scalar_arguments(inputs), config=config, backend=backend)
 
         with jax_moe.assume_device("sm_90"):
-            return str(jax.make_jaxpr(layer)(*inputs[:8]))
+            return str(jax.make_jaxpr(layer)(*array_arguments(inputs)))
 
     refusal = ""
     try:
@@ -138,7 +144,11 @@ def test_options_are_arguments_too():
     routing = jax.ShapeDtypeStruct((7, 4), np.int32), jax.ShapeDtypeStruct((7, 4), np.float32)
 
     def program(function, **static):
-        arguments = (*inputs[2:8], *routing, 8) if "num_experts" in static else inputs
+        arguments = (
+            (inputs.hidden_states, inputs.hidden_states_scale, *inputs.weights, *routing, 8)
+            if "num_experts" in static
+            else inputs
+        )
         return str(jax.make_jaxpr(lambda *arrays: function(*arrays, **static))(*arguments))
 
     for function, own in ((jax_moe.apply, {"backend": "xla"}), (jax_moe.reference, {})):
@@ -173,12 +183,21 @@ def test_bad_options_are_refused_by_name(config, options, error, message):
     inputs = make_inputs(2)
     for function in (jax_moe.apply, jax_moe.reference):
         with pytest.raises(error, match=message):
-            function(*inputs, config=MoEConfig(4, 4, 2, **config), **options)
+            function(*inputs.arguments, config=MoEConfig(4, 4, 2, **config), **options)
     if not config:
         ids, weights = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
         for function in (jax_moe.apply_routed, jax_moe.reference_routed):
             with pytest.raises(error, match=message):
-                function(*inputs[2:8], ids, weights, 8, num_experts=32, **options)
+                function(
+                    inputs.hidden_states,
+                    inputs.hidden_states_scale,
+                    *inputs.weights,
+                    ids,
+                    weights,
+                    8,
+                    num_experts=32,
+                    **options,
+                )
 
 
 def test_the_same_words_everywhere():

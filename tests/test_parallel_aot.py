@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 import jax_moe
 from tests import h100_target
-from tests.moe_inputs import rank_specs
+from tests.moe_inputs import rank_specs, sharded_arguments
 
 EXPERTS = 256
 SIZES = {"hidden_size": 7168, "intermediate_size": 2048}
@@ -26,7 +26,7 @@ def compiled(folder, hosts, devices, num_tokens, exchange, max_rows_at_once=None
     inputs = rank_specs(ranks * num_tokens, num_local=EXPERTS)
     specs = [
         jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=NamedSharding(mesh, where))
-        for spec, where in zip((*inputs[:8], inputs[9]), in_specs, strict=True)
+        for spec, where in zip(sharded_arguments(inputs), in_specs, strict=True)
     ]
     pieces = {"max_rows_at_once": max_rows_at_once}
     with jax_moe.assume_device("sm_90"):

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 import jax_moe
 from pallas_kernels.mosaic import launch, peers
-from tests.moe_inputs import SMALL, bits, make_inputs
+from tests.moe_inputs import SMALL, bits, make_inputs, sharded_arguments
 
 pytestmark = pytest.mark.gpu
 
@@ -24,9 +24,9 @@ def test_a_mesh_of_one_gives_the_bits_of_apply(kind, num_tokens):
     inputs = make_inputs(num_tokens, num_local_experts=32, offset=0)
     mesh = jax.make_mesh((1,), ("expert",), axis_types=(kind,), devices=jax.devices()[:1])
     layer = jax_moe.expert_parallel(mesh, "expert", config=SMALL, with_load=True)
-    out, load = layer(*inputs[:8], inputs[9])
+    out, load = layer(*sharded_arguments(inputs))
     apply = jax.jit(functools.partial(jax_moe.apply, config=SMALL))
-    np.testing.assert_array_equal(bits(out), bits(apply(*inputs)))
+    np.testing.assert_array_equal(bits(out), bits(apply(*inputs.arguments)))
     assert load.sum() == num_tokens * SMALL.top_k
 
 
@@ -37,12 +37,12 @@ def test_pieces_give_the_bits_of_their_own_calls(num_tokens):
     half = num_tokens // 2
     layer = jax_moe.expert_parallel(mesh, "expert", config=SMALL, max_rows_at_once=half)
     apply = jax.jit(functools.partial(jax_moe.apply, config=SMALL))
-    logits, bias, x, scale, *rest = inputs
+    logits, bias, x, scale, *rest = inputs.arguments
     parts = [
         apply(logits[rows], bias, x[rows], scale[:, rows], *rest)
         for rows in (slice(half), slice(half, None))
     ]
-    out = layer(*inputs[:8], inputs[9])
+    out = layer(*sharded_arguments(inputs))
     np.testing.assert_array_equal(bits(out), np.concatenate([bits(part) for part in parts]))
 
 

@@ -14,6 +14,7 @@ from interop.solutions import SOLUTIONS, sgl_library  # noqa: E402
 from interop.workloads import captured_routing, workloads  # noqa: E402
 from jax_moe.backends import unsupported_reason  # noqa: E402
 from tests import torch_inputs  # noqa: E402
+from tests.moe_inputs import array_arguments, scalar_arguments  # noqa: E402
 from tests.torch_inputs import bits, matched_ratio, relative_error  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("full_size_torch")]
@@ -44,33 +45,40 @@ def check(found: torch.Tensor, expected: torch.Tensor, name: str = "found") -> N
 def test_all_solutions_on_the_published_workloads(row, weights):
     """One reference run a workload; every solution that is available here is held to it."""
     inputs = torch_inputs.full_size_inputs(row, weights)
-    expected = torch_definition.run(*inputs)
-    arrays = [to_jax(tensor) for tensor in inputs[:8]]
+    expected = torch_definition.run(*inputs.arguments)
+    arrays = [to_jax(tensor) for tensor in array_arguments(inputs)]
     for backend in ("mosaic", "triton"):
         if unsupported_reason(backend) is None:
-            check(to_torch(jax_moe.apply(*arrays, *inputs[8:], backend=backend)), expected, backend)
+            check(
+                to_torch(jax_moe.apply(*arrays, *scalar_arguments(inputs), backend=backend)),
+                expected,
+                backend,
+            )
     for name in PEERS:
         if SOLUTIONS[name].unavailable_reason() is None:
-            check(SOLUTIONS[name].run(*inputs), expected, name)
+            check(SOLUTIONS[name].run(*inputs.arguments), expected, name)
 
 
 @pytest.mark.parametrize("name", ["jax_v1", "jax_v2"])
 @pytest.mark.parametrize("row", [ROWS["T=7"], ROWS["T=901"]], ids=["T=7", "T=901"])
 def test_the_published_designs_in_jax(row, name, weights):
     inputs = torch_inputs.full_size_inputs(row, weights)
-    arrays = [to_jax(tensor) for tensor in inputs[:8]]
-    scalars = jax.numpy.int32(inputs[8]), jax.numpy.float32(inputs[9])
+    arrays = [to_jax(tensor) for tensor in array_arguments(inputs)]
+    scalars = (
+        jax.numpy.int32(inputs.local_expert_offset),
+        jax.numpy.float32(inputs.routed_scaling_factor),
+    )
     found = to_torch(jax.jit(SOLUTIONS[name].run)(*arrays, *scalars))
-    check(found, torch_definition.run(*inputs))
+    check(found, torch_definition.run(*inputs.arguments))
 
 
 def test_torch_moe_at_full_size(weights):
     inputs = torch_inputs.full_size_inputs(ROWS["T=80"], weights)
-    expected = torch_definition.run(*inputs)
-    result = torch_moe(*inputs)
+    expected = torch_definition.run(*inputs.arguments)
+    result = torch_moe(*inputs.arguments)
     check(result, expected)
     out = torch.full_like(result, float("nan"))
-    torch_moe(*inputs, out=out)
+    torch_moe(*inputs.arguments, out=out)
     np.testing.assert_array_equal(bits(out), bits(result))
 
 
@@ -84,11 +92,11 @@ def test_peers_run_in_a_cuda_graph(name, weights):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            eager = solution.run(*inputs)
+            eager = solution.run(*inputs.arguments)
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = solution.run(*inputs)
+        captured = solution.run(*inputs.arguments)
     captured.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()

@@ -12,6 +12,7 @@ import jax_moe  # noqa: E402
 from interop import to_jax, to_torch, torch_definition, torch_moe  # noqa: E402
 from interop.workloads import captured_routing, workloads  # noqa: E402
 from tests import numpy_oracle  # noqa: E402
+from tests.moe_inputs import array_arguments, scalar_arguments  # noqa: E402
 from tests.torch_inputs import (  # noqa: E402
     bits,
     matched_ratio,
@@ -85,13 +86,27 @@ def test_quantization_is_bit_equal(scale):
 
 def test_each_stage_stays_within_its_bound():
     inputs = torch_inputs(70)
-    _, _, hidden, hidden_scale, w13, s13, w2, s2, offset, _ = inputs
-    arrays = [to_jax(tensor) for tensor in inputs[:8]]
-    routing = jax_moe.route(*arrays[:2], inputs[9], **XLA)
+    _, _, hidden, hidden_scale, w13, s13, w2, s2, offset, _ = inputs.arguments
+    arrays = jax_moe.LayerInputs.of(
+        *map(to_jax, array_arguments(inputs)), *scalar_arguments(inputs)
+    )
+    routing = jax_moe.route(
+        arrays.routing_logits, arrays.routing_bias, arrays.routed_scaling_factor, **XLA
+    )
+    weights = arrays.weights
     counts = {"num_local_experts": 8, "num_experts": 64}
     plan = jax_moe.plan_groups(routing.topk_ids, offset, **counts, **XLA)
-    activations = jax_moe.up_project(*arrays[2:6], plan, **XLA)
-    outputs = jax_moe.down_project(activations, *arrays[6:8], plan, **XLA)
+    activations = jax_moe.up_project(
+        arrays.hidden_states,
+        arrays.hidden_states_scale,
+        weights.gemm1_weights,
+        weights.gemm1_weights_scale,
+        plan,
+        **XLA,
+    )
+    outputs = jax_moe.down_project(
+        activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan, **XLA
+    )
     result = to_torch(jax_moe.unpermute(outputs, routing.topk_weights, plan, **XLA))
 
     pair_row = torch.tensor(np.asarray(plan.pair_row)).long()
@@ -127,10 +142,10 @@ def test_the_layer_meets_the_published_tolerance(row):
     """
     rows = max(row.num_tokens, 80)
     inputs = torch_inputs(rows, offset=row.local_expert_offset // 4, seed=row.num_tokens)
-    found = torch_moe(*inputs, num_tokens=row.num_tokens, **XLA)
+    found = torch_moe(*inputs.arguments, num_tokens=row.num_tokens, **XLA)
     assert not found[row.num_tokens :].any()
     found = found[: row.num_tokens]
-    expected = torch_definition.run(*inputs)[: row.num_tokens]
+    expected = torch_definition.run(*inputs.arguments)[: row.num_tokens]
     assert matched_ratio(found, expected) >= 0.93
     idle = ~expected.any(dim=1)
     assert torch.equal(found[idle], expected[idle])

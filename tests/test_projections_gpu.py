@@ -115,7 +115,7 @@ def test_zeros_are_those_of_the_tokens_without_a_local_pair(num_tokens, hidden_s
 @pytest.mark.parametrize("hidden_size", [384, 512])
 def test_a_layer_that_writes_its_zeros_early_gives_the_bits_of_its_stages(hidden_size):
     inputs = on_device(make_inputs(1024, hidden_size=hidden_size))
-    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs
+    logits, bias, x, x_scale, w13, s13, w2, s2, offset, factor = inputs.arguments
     on = {"backend": "mosaic"}
     routing = jax_moe.route(logits, bias, factor, config=SMALL, **on)
     counts = {"num_local_experts": 8, "num_experts": 32}
@@ -127,6 +127,6 @@ def test_a_layer_that_writes_its_zeros_early_gives_the_bits_of_its_stages(hidden
     idle = (np.asarray(plan.pair_row) < 0).all(axis=1)
     assert 0 < idle.sum() < len(idle)
     poison(NAN)
-    found = bits(jax_moe.apply(*inputs, config=SMALL, **on))
+    found = bits(jax_moe.apply(*inputs.arguments, config=SMALL, **on))
     np.testing.assert_array_equal(found, expected)
     assert (found[idle] == 0).all()

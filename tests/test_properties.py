@@ -50,12 +50,12 @@ def test_layer(layer):
     if dtype is not None:
         x = inputs.hidden_states.astype(dtype)
         inputs = inputs._replace(hidden_states=x, hidden_states_scale=None)
-    expected = numpy_oracle.layer(*inputs, config=config)
-    clear = numpy_oracle.routing_gaps(*inputs[:2], config) > 1e-6
+    expected = numpy_oracle.layer(*inputs.arguments, config=config)
+    clear = numpy_oracle.routing_gaps(inputs.routing_logits, inputs.routing_bias, config) > 1e-6
     hypothesis.assume(expected[clear].any())
     for out, tolerance in (
-        (jax_moe.reference(*inputs, config=config), 0.003),
-        (jax_moe.apply(*inputs, config=config, backend="xla"), 0.05),
+        (jax_moe.reference(*inputs.arguments, config=config), 0.003),
+        (jax_moe.apply(*inputs.arguments, config=config, backend="xla"), 0.05),
     ):
         out = np.asarray(out, np.float64)[clear]
         assert not out[(expected[clear] == 0).all(axis=1)].any()

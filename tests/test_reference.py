@@ -10,16 +10,16 @@ import pytest
 import jax_moe
 from jax_moe import DEEPSEEK_V3, MoEConfig
 from tests import numpy_oracle
-from tests.moe_inputs import SMALL, bits, make_inputs, relative_error
+from tests.moe_inputs import SMALL, bits, make_inputs, named_arrays, relative_error, replaced
 
 BF16_ROUNDING = 2e-3  # of a correctly rounded result, in the Frobenius norm
 
 
 def check(inputs, config):
-    out = jax_moe.reference(*inputs, config=config)
+    out = jax_moe.reference(*inputs.arguments, config=config)
     assert out.dtype == jax.numpy.bfloat16
     assert out.shape == inputs.hidden_states.shape
-    expected = numpy_oracle.layer(*inputs, config=config)
+    expected = numpy_oracle.layer(*inputs.arguments, config=config)
     assert relative_error(out, expected) < BF16_ROUNDING
     is_zero = (expected == 0).all(axis=1)
     assert not bits(out)[is_zero].any(), "a token without a local expert must be exactly zero"
@@ -58,12 +58,12 @@ def test_distinct_negative_and_zero_scales():
     rng = np.random.default_rng(7)
     scales = {
         name: rng.standard_normal(value.shape).astype(np.float32)
-        for name, value in inputs.arrays.items()
+        for name, value in named_arrays(inputs).items()
         if name.endswith("_scale")
     }
     scales["hidden_states_scale"][:, 3] = 0
     scales["gemm1_weights_scale"][2] = 0
-    check(inputs._replace(**scales), SMALL)
+    check(replaced(inputs, **scales), SMALL)
 
 
 def test_every_token_in_one_expert_takes_several_tiles():
@@ -75,17 +75,19 @@ def test_every_token_in_one_expert_takes_several_tiles():
 
 def test_gate_is_the_second_half():
     inputs = make_inputs(16)
-    swapped = inputs._replace(
-        gemm1_weights=np.roll(inputs.gemm1_weights, 128, axis=1),
-        gemm1_weights_scale=np.roll(inputs.gemm1_weights_scale, 1, axis=1),
+    swapped = replaced(
+        inputs,
+        gemm1_weights=np.roll(inputs.weights.gemm1_weights, 128, axis=1),
+        gemm1_weights_scale=np.roll(inputs.weights.gemm1_weights_scale, 1, axis=1),
     )
-    expected = numpy_oracle.layer(*inputs, config=SMALL)
-    assert relative_error(jax_moe.reference(*swapped, config=SMALL), expected) > 0.5
+    expected = numpy_oracle.layer(*inputs.arguments, config=SMALL)
+    assert relative_error(jax_moe.reference(*swapped.arguments, config=SMALL), expected) > 0.5
 
 
 def test_gates_far_below_zero_stay_finite():
     inputs = make_inputs(16)
     out = jax_moe.reference(
-        *inputs._replace(gemm1_weights_scale=inputs.gemm1_weights_scale * 1e4), config=SMALL
+        *replaced(inputs, gemm1_weights_scale=inputs.weights.gemm1_weights_scale * 1e4).arguments,
+        config=SMALL,
     )
     assert np.isfinite(np.asarray(out, np.float32)).all()

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax_moe
 from jax_moe import DEEPSEEK_V3, backends
 from tests.backend_cases import EVERYWHERE, running
-from tests.moe_inputs import SMALL, bits, make_inputs, on_device
+from tests.moe_inputs import SMALL, array_arguments, bits, make_inputs, on_device, replaced
 
 # Every tile height: 2, 32 and 256 rows expected of each of 32 experts.
 TOKENS = (128, 8, 1024)
@@ -44,7 +44,7 @@ def layer(backend):
 def first_bits(case, num_tokens):
     """What the first run gave."""
     with running(case) as backend:
-        return bits(layer(backend)(*inputs_of(num_tokens)))
+        return bits(layer(backend)(*inputs_of(num_tokens).arguments))
 
 
 def poison(byte):
@@ -77,7 +77,7 @@ def test_memory_filled_before_each_call_changes_no_bit(backend, byte):
     for num_tokens in (large, small, large, TOKENS[0], small):
         expected = first_bits(backend, num_tokens)
         poison(byte)
-        out = layer(backend)(*inputs_of(num_tokens))
+        out = layer(backend)(*inputs_of(num_tokens).arguments)
         np.testing.assert_array_equal(bits(out), expected)
 
 
@@ -94,7 +94,7 @@ def test_a_donated_output_full_of_nan_changes_no_bit(backend):
         out = jnp.full(inputs.hidden_states.shape, jnp.nan, jnp.bfloat16)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a CPU may not find a use for the buffer
-            result = donating(out, *inputs[:8])
+            result = donating(out, *array_arguments(inputs))
         assert out.is_deleted()
         np.testing.assert_array_equal(bits(result), first_bits(backend, TOKENS[0]))
 
@@ -105,7 +105,7 @@ def test_a_hundred_runs(case, num_tokens):
     runs = 20 if case == "xla" and num_tokens > 8 else 100  # a CPU takes its time
     expected = first_bits(case, num_tokens)
     with running(case) as backend:
-        outs = [layer(backend)(*inputs_of(num_tokens)) for _ in range(runs)]
+        outs = [layer(backend)(*inputs_of(num_tokens).arguments) for _ in range(runs)]
     different = [i for i, out in enumerate(outs) if (bits(out) != expected).any()]
     assert different == []
 
@@ -113,7 +113,7 @@ def test_a_hundred_runs(case, num_tokens):
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_jit_equals_eager(case):
     with running(case) as backend:
-        out = jax.jit(layer(backend))(*inputs_of(8))
+        out = jax.jit(layer(backend))(*inputs_of(8).arguments)
     np.testing.assert_array_equal(bits(out), first_bits(case, 8))
 
 
@@ -128,7 +128,7 @@ def test_order_of_calls_and_other_work_between_them(case):
         for _ in range(8):
             for num_tokens in orders.permutation(TOKENS):
                 busy = work(busy)
-                outs.append((num_tokens, layer(backend)(*inputs_of(num_tokens))))
+                outs.append((num_tokens, layer(backend)(*inputs_of(num_tokens).arguments)))
     for num_tokens, out in outs:
         np.testing.assert_array_equal(bits(out), first_bits(case, num_tokens))
 
@@ -139,7 +139,7 @@ def test_calls_from_several_threads(case):
 
     def call(num_tokens):
         with running(case) as backend:
-            return num_tokens, layer(backend)(*inputs_of(num_tokens))
+            return num_tokens, layer(backend)(*inputs_of(num_tokens).arguments)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for num_tokens, out in pool.map(call, TOKENS * 8):
@@ -150,7 +150,9 @@ def test_calls_from_several_threads(case):
 def test_independent_layers_in_one_program(case):
     """A CUDA graph may run them at the same time: what they share must not be written."""
     with running(case) as backend:
-        both = jax.jit(lambda *all_inputs: [layer(backend)(*inputs) for inputs in all_inputs])
+        both = jax.jit(
+            lambda *all_inputs: [layer(backend)(*inputs.arguments) for inputs in all_inputs]
+        )
         for _ in range(10):
             outs = both(*map(inputs_of, TOKENS[:2]))
             for num_tokens, out in zip(TOKENS[:2], outs, strict=True):
@@ -162,11 +164,13 @@ def test_layers_of_one_routing_in_one_program(case):
     """XLA plans them once and may run them at the same time; a K this long is cut on a GPU."""
     first = on_device(make_inputs(5, hidden_size=3584))
     other = on_device(make_inputs(5, hidden_size=3584, seed=1))
-    second = first._replace(gemm1_weights=other.gemm1_weights, gemm2_weights=other.gemm2_weights)
+    second = replaced(
+        first, gemm1_weights=other.weights.gemm1_weights, gemm2_weights=other.weights.gemm2_weights
+    )
     with running(case) as backend:
         apply = functools.partial(jax_moe.apply, config=SMALL, backend=backend)
-        expected = [bits(jax.jit(apply)(*inputs)) for inputs in (first, second)]
-        both = jax.jit(lambda a, b: (apply(*a), apply(*b)))
+        expected = [bits(jax.jit(apply)(*inputs.arguments)) for inputs in (first, second)]
+        both = jax.jit(lambda a, b: (apply(*a.arguments), apply(*b.arguments)))
         for _ in range(10):
             for out, alone in zip(both(first, second), expected, strict=True):
                 np.testing.assert_array_equal(bits(out), alone)
@@ -187,7 +191,7 @@ def test_beside_torch_on_other_streams(backend):
         with torch.cuda.stream(streams[i % 2]):
             for _ in range(4):
                 torch.mm(matrix, matrix)
-        outs.append((TOKENS[i % 3], layer(backend)(*inputs_of(TOKENS[i % 3]))))
+        outs.append((TOKENS[i % 3], layer(backend)(*inputs_of(TOKENS[i % 3]).arguments)))
     for num_tokens, out in outs:
         np.testing.assert_array_equal(bits(out), expected[num_tokens])
     torch.cuda.synchronize()
@@ -205,12 +209,13 @@ PROCESS = """
     with tempfile.TemporaryDirectory() as folder, h100_target.no_compilation_cache():
         if jax.default_backend() == "gpu":
             options["xla_dump_to"] = folder
-        lowered = jax.jit(here.layer(backend)).lower(*inputs)
+        lowered = jax.jit(here.layer(backend)).lower(*inputs.arguments)
         compiled = lowered.compile(compiler_options=options)
         if options:
             graphs = h100_target.thunks(pathlib.Path(folder))[1]
     # A graph is captured on a later call than the first.
-    found = {hashlib.sha256(bits(compiled(*inputs)).tobytes()).hexdigest() for _ in range(5)}
+    outs = [compiled(*inputs.arguments) for _ in range(5)]
+    found = {hashlib.sha256(bits(out).tobytes()).hexdigest() for out in outs}
     print(graphs, *found)
 """
 

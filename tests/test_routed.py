@@ -25,10 +25,6 @@ ON_A_GPU = [
 ]
 
 
-def layer_inputs(num_tokens, **sizes):
-    return LayerInputs.of(*make_inputs(num_tokens, **sizes))
-
-
 def routed_arguments(inputs, ids, weights):
     """The nine arguments of `apply_routed`."""
     x, scale, experts, routing, offset = inputs.routed(Routing(ids, weights))
@@ -46,7 +42,7 @@ def softmax_router(logits, top_k):
     [*itertools.product(["xla"], [3, 70]), ("interpreted_mosaic", 3), *ON_A_GPU],
 )
 def test_a_router_of_ones_own(case, num_tokens):
-    inputs = layer_inputs(num_tokens)
+    inputs = make_inputs(num_tokens)
 
     @jax.jit
     def layer(inputs):
@@ -67,10 +63,12 @@ def test_a_router_of_ones_own(case, num_tokens):
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_apply_is_route_and_apply_routed_bit_for_bit(case):
-    inputs = layer_inputs(61)
+    inputs = make_inputs(61)
     with running(case) as backend:
         whole = jax_moe.apply(*inputs.arguments, config=SMALL, backend=backend, num_tokens=50)
-        routing = jax_moe.route(*inputs[:2], FACTOR, config=SMALL, backend=backend)
+        routing = jax_moe.route(
+            inputs.routing_logits, inputs.routing_bias, FACTOR, config=SMALL, backend=backend
+        )
         out = jax_moe.apply_routed(
             *routed_arguments(inputs, *routing),
             num_experts=NUM_EXPERTS,
@@ -81,8 +79,10 @@ def test_apply_is_route_and_apply_routed_bit_for_bit(case):
 
 
 def test_the_oracles_agree_bit_for_bit():
-    inputs = layer_inputs(9)
-    routing = jax_moe.route(*inputs[:2], FACTOR, config=SMALL, backend="xla")
+    inputs = make_inputs(9)
+    routing = jax_moe.route(
+        inputs.routing_logits, inputs.routing_bias, FACTOR, config=SMALL, backend="xla"
+    )
     routed = jax_moe.reference_routed(*routed_arguments(inputs, *routing), num_experts=NUM_EXPERTS)
     whole = jax_moe.reference(*inputs.arguments, config=SMALL)
     np.testing.assert_array_equal(bits(routed), bits(whole))
@@ -90,7 +90,7 @@ def test_the_oracles_agree_bit_for_bit():
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_an_id_that_occurs_twice_counts_with_both_weights(case):
-    inputs = layer_inputs(6)
+    inputs = make_inputs(6)
     once = np.array([[8], [9], [15], [8], [10], [12]], np.int32)
     twice = np.repeat(once, 2, axis=1)
     weights = np.linspace(0.2, 1.3, 12, dtype=np.float32).reshape(6, 2)
@@ -106,7 +106,7 @@ def test_an_id_that_occurs_twice_counts_with_both_weights(case):
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_ids_that_name_no_local_expert_are_skipped_whatever_their_weight(case):
-    inputs = layer_inputs(5)  # local experts are 8..15 of 32
+    inputs = make_inputs(5)  # local experts are 8..15 of 32
     ids = np.array([[8, -1], [16, 7], [2**31 - 1, 15], [-(2**31), 32], [9, 40]], np.int32)
     local = (ids >= 8) & (ids < 16)
     weights = np.where(local, np.float32(0.7), np.float32("nan"))
@@ -124,7 +124,7 @@ def test_ids_that_name_no_local_expert_are_skipped_whatever_their_weight(case):
 
 
 def test_experts_past_the_last_are_skipped_under_a_range_that_overhangs():
-    inputs = layer_inputs(2)
+    inputs = make_inputs(2)
     ids = np.array([[31, 33], [35, 30]], np.int32)  # 30 and 31 exist, 33 and 35 do not
     weights = np.ones((2, 2), np.float32)
 
@@ -145,7 +145,7 @@ def test_experts_past_the_last_are_skipped_under_a_range_that_overhangs():
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_expected_rows_choose_the_tile_and_not_the_result(case):
-    inputs = layer_inputs(40)
+    inputs = make_inputs(40)
     routing = softmax_router(inputs.routing_logits, 3)
     arguments = routed_arguments(inputs, *routing)
     with running(case) as backend:
@@ -164,22 +164,23 @@ def test_expected_rows_choose_the_tile_and_not_the_result(case):
 
 
 def test_it_transforms_as_apply_does():
-    inputs = layer_inputs(4)
+    inputs = make_inputs(4)
     routing = Routing(*map(np.asarray, softmax_router(inputs.routing_logits, 3)))
-    arguments = routed_arguments(inputs, *routing)
     call = {"num_experts": NUM_EXPERTS, "backend": "xla"}
 
     def layer(x, ids, weights):
-        return jax_moe.apply_routed(x, *arguments[1:6], ids, weights, 8, **call)
+        changed = inputs._replace(hidden_states=x)
+        return jax_moe.apply_routed(*routed_arguments(changed, ids, weights), **call)
 
     batch = jax.tree.map(lambda a: np.stack([a, a]), (inputs.hidden_states, *routing))
     plain = bits(layer(inputs.hidden_states, *routing))
     np.testing.assert_array_equal(bits(jax.vmap(layer)(*batch))[1], plain)
     exported = export.export(jax.jit(layer))(inputs.hidden_states, *routing)
     np.testing.assert_array_equal(bits(exported.call(inputs.hidden_states, *routing)), plain)
-    empty = (np.zeros((0, 256), jnp.bfloat16), None, *arguments[2:6])
+    x = np.zeros((0, 256), jnp.bfloat16)
+    empty = inputs._replace(hidden_states=x, hidden_states_scale=None)
     none = np.zeros((0, 3), np.int32), np.zeros((0, 3), np.float32)
-    assert jax_moe.apply_routed(*empty, *none, 8, **call).shape == (0, 256)
+    assert jax_moe.apply_routed(*routed_arguments(empty, *none), **call).shape == (0, 256)
     with pytest.raises(NotImplementedError, match="forward only"):
         jax.grad(lambda w: layer(inputs.hidden_states, routing[0], w).astype(float).sum())(
             routing.topk_weights
@@ -203,7 +204,7 @@ def test_it_transforms_as_apply_does():
     ],
 )
 def test_bad_input_is_refused_by_name(change, error, message):
-    inputs = layer_inputs(4)
+    inputs = make_inputs(4)
     names = [*inspect.signature(jax_moe.apply_routed).parameters][:9]
     ids, weights = np.zeros((4, 3), np.int32), np.ones((4, 3), np.float32)
     arguments = dict(zip(names, routed_arguments(inputs, ids, weights), strict=True))
@@ -222,9 +223,8 @@ def test_the_workspace_depends_on_k():
 
 
 def test_values_travel_by_name():
-    inputs = make_inputs(3)
-    named = LayerInputs.of(*inputs)
-    assert named.arguments == tuple(inputs)
+    named = make_inputs(3)
+    assert LayerInputs.of(*named.arguments) == named
     weights = named.weights.check()
     assert (weights.num_local_experts, weights.hidden_size, weights.intermediate_size) == (
         8,
@@ -242,7 +242,7 @@ def test_values_travel_by_name():
 
 
 def test_weights_of_hugging_face_have_the_gate_first():
-    weights = LayerInputs.of(*make_inputs(1)).weights
+    weights = make_inputs(1).weights
     swapped = [np.concatenate(np.split(a, 2, axis=1)[::-1], axis=1) for a in weights[:2]]
     for kind in (np.asarray, jnp.asarray):
         given = map(kind, (*swapped, *weights[2:]))
@@ -269,7 +269,7 @@ def test_a_router_and_the_layer_after_it_are_one_graph():
     pytest.importorskip("jax_cuda13_plugin")
     from tests.h100_target import compile_for_h100
 
-    inputs = LayerInputs.of(*rank_specs(1, num_local=8, hidden=1024, intermediate=512))
+    inputs = rank_specs(1, num_local=8, hidden=1024, intermediate=512)
 
     def layer(inputs):
         arguments = routed_arguments(inputs, *softmax_router(inputs.routing_logits, 8))

@@ -128,7 +128,9 @@ def test_every_kernel_of_a_backend_runs_under_the_tools(backend, monkeypatch):
     monkeypatch.setattr(triton_backend, "_run", noting_triton)
     with jax_moe.assume_device("sm_90"):
         for inputs in sanitizer_target.layers():
-            jax.eval_shape(lambda *a: jax_moe.apply(*a, config=SMALL, backend=backend), *inputs)
+            jax.eval_shape(
+                lambda *a: jax_moe.apply(*a, config=SMALL, backend=backend), *inputs.arguments
+            )
     names = kernels_of_the_tree()[backend]
     assert len(names) >= 7
     assert names <= traced

@@ -23,11 +23,12 @@ SHARD_MAP = """
     import functools, jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     import jax_moe
-    from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
+    from tests.moe_inputs import (
+        SMALL, array_arguments, bits, make_inputs, on_device, relative_error)
 
     assert jax.device_count() == 4
     inputs = on_device(make_inputs(33, num_local_experts=32, offset=0))
-    whole = jax_moe.apply(*inputs, config=SMALL, backend="xla")
+    whole = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")
 
     def rank(*arrays):
         offset = jax.lax.axis_index("expert") * arrays[4].shape[0]
@@ -35,7 +36,7 @@ SHARD_MAP = """
         return jax.lax.psum(part.astype(jnp.float32), "expert")
 
     def placed(mesh, specs):
-        pairs = zip(inputs[:8], specs, strict=True)
+        pairs = zip(array_arguments(inputs), specs, strict=True)
         return [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in pairs]
 
     mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
@@ -44,7 +45,7 @@ SHARD_MAP = """
         layer = jax.shard_map(
             rank, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma
         )
-        assert relative_error(jax.jit(layer)(*inputs[:8]), whole) < 5e-3
+        assert relative_error(jax.jit(layer)(*array_arguments(inputs)), whole) < 5e-3
 
     # The axes of `jax.make_mesh` are Explicit unless it is told otherwise.
     explicit = jax.make_mesh((4,), ("expert",))
@@ -76,32 +77,33 @@ SHARD_MAP = """
         in_specs=(P("expert"), P(), P("expert"), P(None, "expert"), P(), P(), P(), P()),
         out_specs=P("expert"),
     )
-    whole = jax_moe.apply(*inputs, config=SMALL, backend="xla")
-    assert relative_error(jax.jit(tokens)(*inputs[:8]), whole) < 1e-3
+    whole = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")
+    assert relative_error(jax.jit(tokens)(*array_arguments(inputs)), whole) < 1e-3
     oracle = jax.shard_map(
         lambda *arrays: jax_moe.reference(*arrays, 8, 2.5, config=SMALL),
         mesh=mesh,
         in_specs=(P("expert"), P(), P("expert"), P(None, "expert"), P(), P(), P(), P()),
         out_specs=P("expert"),
     )
-    assert relative_error(jax.jit(oracle)(*inputs[:8]), whole) < 0.03
+    assert relative_error(jax.jit(oracle)(*array_arguments(inputs)), whole) < 0.03
 """
 
 X64 = """
     import jax, jax.numpy as jnp, numpy as np
     import jax_moe
-    from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
+    from tests.moe_inputs import (
+        SMALL, array_arguments, bits, make_inputs, on_device, relative_error)
 
     assert jnp.arange(3).dtype == jnp.int64
     inputs = make_inputs(64)
-    out = jax_moe.apply(*inputs, config=SMALL, backend="xla")
+    out = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")
     assert out.dtype == jnp.bfloat16
     jitted = jax.jit(lambda offset, factor: jax_moe.apply(
-        *inputs[:8], offset, factor, config=SMALL, backend="xla"))
+        *array_arguments(inputs), offset, factor, config=SMALL, backend="xla"))
     assert (bits(jitted(8, 2.5)) == bits(out)).all()
     assert not bits(jitted(2**32 + 8, 2.5)).any(), "a 64-bit offset must not wrap"
     assert not bits(jitted(-(2**32) + 8, 2.5)).any()
-    assert relative_error(jax_moe.reference(*inputs, config=SMALL), out) < 0.03
+    assert relative_error(jax_moe.reference(*inputs.arguments, config=SMALL), out) < 0.03
     plan = jax_moe.plan_groups(
         np.zeros((3, 4), np.int32), 8, num_local_experts=8, num_experts=32, backend="xla")
     assert {leaf.dtype.name for leaf in plan} == {"int32"}

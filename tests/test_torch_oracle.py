@@ -11,7 +11,7 @@ import pytest
 import jax_moe
 from jax_moe import MoEConfig
 from tests import numpy_oracle
-from tests.moe_inputs import make_inputs, relative_error
+from tests.moe_inputs import array_arguments, make_inputs, relative_error, scalar_arguments
 
 torch = pytest.importorskip("torch")
 
@@ -59,13 +59,16 @@ def test_layers(hidden_states):
     if hidden_states == "bf16":
         x = np.random.default_rng(5).standard_normal((23, 256)).astype(ml_dtypes.bfloat16)
         inputs = inputs._replace(hidden_states=x, hidden_states_scale=None)
-    arrays = [None if a is None else to_tensor(a) for a in inputs[:8]]
-    out = torch_oracle.run(*arrays, *inputs[8:], **options_of(config)).float().numpy()
-    assert relative_error(out, numpy_oracle.layer(*inputs, config=config)) < 0.003
+    arrays = [None if a is None else to_tensor(a) for a in array_arguments(inputs)]
+    out = torch_oracle.run(*arrays, *scalar_arguments(inputs), **options_of(config)).float().numpy()
+    assert relative_error(out, numpy_oracle.layer(*inputs.arguments, config=config)) < 0.003
 
 
 def test_the_definition_is_the_default():
     inputs = make_inputs(9, num_experts=64)
-    arrays = [to_tensor(array) for array in inputs[:8]]
-    out = torch_oracle.run(*arrays, *inputs[8:]).float()
-    assert relative_error(out, torch_definition.run(*arrays, *inputs[8:]).float()) < 0.003
+    arrays = [to_tensor(array) for array in array_arguments(inputs)]
+    out = torch_oracle.run(*arrays, *scalar_arguments(inputs)).float()
+    assert (
+        relative_error(out, torch_definition.run(*arrays, *scalar_arguments(inputs)).float())
+        < 0.003
+    )

@@ -148,7 +148,7 @@ def test_the_layer_is_one_cuda_graph_within_its_memory(num_tokens, kernels):
             return jax_moe.apply(*arguments, backend="triton")
 
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
-    report = h100_target.compile_for_h100(layer, *rank_specs(num_tokens))
+    report = h100_target.compile_for_h100(layer, *rank_specs(num_tokens).arguments)
     assert len(report.kernels) == kernels
     assert [k.name for k in report.kernels if k.spill_bytes] == []
     assert report.command_buffers == 1

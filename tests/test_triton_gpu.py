@@ -24,7 +24,7 @@ from pallas_kernels.triton import (
 from pallas_kernels.triton import plan as plan_kernels
 from pallas_kernels.triton.launch import call
 from pallas_kernels.tuning.table_format import DEEPSEEK_V3
-from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
+from tests.moe_inputs import SMALL, array_arguments, bits, make_inputs, on_device, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -70,7 +70,7 @@ def launched_by_both(make_launch, *arrays, only=None, **limits):
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_jax_and_torch_launch_the_same_bits(num_tokens):
     inputs = on_device(inputs_of(num_tokens))
-    logits, bias, x, x_scale, w13, s13, w2, s2 = inputs[:8]
+    logits, bias, x, x_scale, w13, s13, w2, s2 = array_arguments(inputs)
     sizes = {"num_local_experts": 16, "num_experts": 32}
     groups = {"top_k": SMALL.top_k, "n_group": SMALL.n_group, "topk_group": SMALL.topk_group}
     launched_by_both(group_quant.launch, x.astype(jnp.bfloat16))
@@ -109,10 +109,10 @@ def test_the_sizes_here_meet_every_tiling():
 @pytest.mark.parametrize("num_tokens", [1, 15, *TOKENS])
 def test_layer_agrees_with_the_plain_backend_and_with_itself(num_tokens):
     inputs = on_device(inputs_of(num_tokens))
-    found = jax_moe.apply(*inputs, config=SMALL, backend="triton")
-    expected = jax_moe.apply(*inputs, config=SMALL, backend="xla")
+    found = jax_moe.apply(*inputs.arguments, config=SMALL, backend="triton")
+    expected = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla")
     assert relative_error(found, expected) < 1.5e-2
-    again = jax_moe.apply(*inputs, config=SMALL, backend="triton")
+    again = jax_moe.apply(*inputs.arguments, config=SMALL, backend="triton")
     np.testing.assert_array_equal(bits(found), bits(again))
 
 
@@ -123,9 +123,9 @@ def test_all_tokens_on_one_expert_and_on_none(num_tokens):
     logits[:, [9, 30, 31]] = 4.0  # one local expert of 8..23, two of other ranks
     inputs = on_device(inputs._replace(routing_logits=logits, routing_bias=logits[0] * 0))
     config = jax_moe.MoEConfig(top_k=3, n_group=1, topk_group=1)
-    found = jax_moe.apply(*inputs, config=config, backend="triton")
-    expected = jax_moe.apply(*inputs, config=config, backend="xla")
+    found = jax_moe.apply(*inputs.arguments, config=config, backend="triton")
+    expected = jax_moe.apply(*inputs.arguments, config=config, backend="xla")
     assert relative_error(found, expected) < 1.5e-2
     nothing = inputs._replace(routing_logits=jnp.where(jnp.arange(32) == 9, -9.0, logits))
     only_others = jax_moe.MoEConfig(top_k=2, n_group=1, topk_group=1)
-    assert not bits(jax_moe.apply(*nothing, config=only_others, backend="triton")).any()
+    assert not bits(jax_moe.apply(*nothing.arguments, config=only_others, backend="triton")).any()

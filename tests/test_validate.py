@@ -13,13 +13,21 @@ import pytest
 
 import jax_moe
 from jax_moe import MoEConfig
-from tests.moe_inputs import E4M3, SMALL, Inputs, bits, make_inputs, on_device
+from tests.moe_inputs import (
+    E4M3,
+    SMALL,
+    bits,
+    make_inputs,
+    named_arrays,
+    on_device,
+    replaced,
+)
 
 INPUTS = make_inputs(5, hidden_size=384, intermediate_size=128)
 
 
 def call(function=jax_moe.apply, *, config=SMALL, **changes):
-    return function(*INPUTS._replace(**changes), config=config)
+    return function(*replaced(INPUTS, **changes).arguments, config=config)
 
 
 def refuses(error, *said, function=jax_moe.apply, **changes):
@@ -42,26 +50,26 @@ def test_the_inputs_are_good():
 
 
 @pytest.mark.parametrize("function", [jax_moe.apply, jax_moe.reference])
-@pytest.mark.parametrize("name", list(INPUTS.arrays))
+@pytest.mark.parametrize("name", list(named_arrays(INPUTS)))
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, ml_dtypes.float8_e5m2, np.bool_, object])
 def test_dtypes(function, name, dtype):
-    wrong = np.zeros(INPUTS.arrays[name].shape, dtype)
+    wrong = np.zeros(named_arrays(INPUTS)[name].shape, dtype)
     wanted = {"routing_bias": "bfloat16 or float32", "hidden_states": "float8_e4m3fn or bfloat16"}
-    expected = wanted.get(name) or np.dtype(INPUTS.arrays[name].dtype).name
+    expected = wanted.get(name) or np.dtype(named_arrays(INPUTS)[name].dtype).name
     refuses(TypeError, f"{name}: expected {expected}", "got", function=function, **{name: wrong})
 
 
-FULL_WIDTH = sorted(set(INPUTS.arrays) - {"routing_logits", "routing_bias", "hidden_states"})
+FULL_WIDTH = sorted(set(named_arrays(INPUTS)) - {"routing_logits", "routing_bias", "hidden_states"})
 
 
 @pytest.mark.parametrize("name", FULL_WIDTH)
 def test_half_precision_scales_and_e4m3fnuz_weights(name):
-    value = INPUTS.arrays[name]
+    value = named_arrays(INPUTS)[name]
     dtype = ml_dtypes.float8_e4m3fnuz if value.dtype == E4M3 else np.float16
     refuses(TypeError, f"{name}: expected", np.dtype(dtype).name, **{name: value.astype(dtype)})
 
 
-@pytest.mark.parametrize("name", list(INPUTS.arrays))
+@pytest.mark.parametrize("name", list(named_arrays(INPUTS)))
 @pytest.mark.parametrize("value", [None, [[1.0]], 3.0, "text"])
 def test_things_that_are_no_arrays(name, value):
     if name == "routing_bias" and value is None:
@@ -70,9 +78,9 @@ def test_things_that_are_no_arrays(name, value):
     refuses(TypeError, f"{name}: expected a JAX or NumPy array", kind, **{name: value})
 
 
-@pytest.mark.parametrize("name", list(INPUTS.arrays))
+@pytest.mark.parametrize("name", list(named_arrays(INPUTS)))
 def test_ranks(name):
-    value = INPUTS.arrays[name]
+    value = named_arrays(INPUTS)[name]
     refuses(ValueError, f"{name}: expected rank {value.ndim}", **{name: value[None]})
     refuses(ValueError, f"{name}: expected rank {value.ndim}", **{name: np.asarray(value[0])})
 
@@ -97,7 +105,7 @@ def test_ranks(name):
     ],
 )
 def test_shapes(name, axis, said):
-    value = INPUTS.arrays[name]
+    value = named_arrays(INPUTS)[name]
     wrong = np.concatenate([value, value], axis=axis)
     found = f"got {np.dtype(value.dtype).name} {list(wrong.shape)}"
     refuses(ValueError, f"{name}: expected", said, found, f"axis {axis} differs", **{name: wrong})
@@ -107,7 +115,7 @@ def test_sizes_that_are_no_multiple_of_the_block():
     narrow = INPUTS.hidden_states[:, :200]
     refuses(ValueError, "hidden_states: expected H", "128, got 200", hidden_states=narrow)
     refuses(ValueError, "hidden_states: expected H", "got 0", hidden_states=narrow[:, :0])
-    weights = INPUTS.gemm1_weights[:, :192]
+    weights = INPUTS.weights.gemm1_weights[:, :192]
     refuses(ValueError, "gemm1_weights: expected I", "128, got 96", gemm1_weights=weights)
     refuses(ValueError, "gemm1_weights: expected", gemm1_weights=weights[:, :191])
 
@@ -131,13 +139,13 @@ def test_a_square_activation_scale_is_taken_as_block_major():
                 routing_logits=square.routing_logits[t : t + 1],
                 hidden_states=square.hidden_states[t : t + 1],
                 hidden_states_scale=square.hidden_states_scale[:, t : t + 1],
-            ),
+            ).arguments,
             config=SMALL,
         )
         for t in range(3)
     ]
     np.testing.assert_array_equal(
-        bits(jax_moe.apply(*square, config=SMALL)), bits(np.stack(one)[:, 0])
+        bits(jax_moe.apply(*square.arguments, config=SMALL)), bits(np.stack(one)[:, 0])
     )
 
 
@@ -163,7 +171,7 @@ def test_offsets_that_are_no_integers(offset):
 
 @pytest.mark.parametrize("name", ["routing_logits", "gemm1_weights_scale"])
 def test_foreign_byte_order(name):
-    value = INPUTS.arrays[name]
+    value = named_arrays(INPUTS)[name]
     said = f"got big-endian float32 {list(value.shape)}"
     refuses(TypeError, f"{name}: expected float32", said, **{name: value.astype(">f4")})
     assert call(local_expert_offset=np.array(8, ">i4")).shape == (5, 384)  # a scalar has a value
@@ -203,7 +211,9 @@ def test_factors_that_are_no_numbers(factor):
 def test_integers_of_more_digits_than_python_prints(name):
     counts = {"local_expert_offset": 0, "num_local_experts": 8, "num_experts": 32}
     if name == "num_tokens":
-        call = functools.partial(jax_moe.apply, *INPUTS, config=SMALL, num_tokens=10**5000)
+        call = functools.partial(
+            jax_moe.apply, *INPUTS.arguments, config=SMALL, num_tokens=10**5000
+        )
     else:
         counts[name] = 10**5000
         call = functools.partial(jax_moe.plan_groups, np.zeros((1, 2), np.int32), **counts)
@@ -271,7 +281,7 @@ def test_a_config_that_is_none():
 
 def test_more_local_experts_than_experts():
     wrong = make_inputs(5, num_experts=32, num_local_experts=33, hidden_size=384)
-    changes = dict(zip(Inputs._fields[4:8], wrong[4:8], strict=True))
+    changes = wrong.weights._asdict()
     refuses(ValueError, "gemm1_weights: expected E_local in 1..E = 1..32, got 33", **changes)
 
 
@@ -300,24 +310,24 @@ def test_as_many_logits_as_int32_offsets_reach():
 @pytest.mark.parametrize("backend", ["cuda", "", None, "XLA"])
 def test_unknown_backends(backend):
     with pytest.raises(ValueError, match="backend: expected one of 'auto', 'mosaic'"):
-        jax_moe.apply(*INPUTS, config=SMALL, backend=backend)
+        jax_moe.apply(*INPUTS.arguments, config=SMALL, backend=backend)
 
 
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (6, ValueError), (2.0, TypeError)])
 def test_num_tokens(value, error):
     with pytest.raises(error, match="num_tokens: expected"):
-        jax_moe.apply(*INPUTS, config=SMALL, num_tokens=value)
+        jax_moe.apply(*INPUTS.arguments, config=SMALL, num_tokens=value)
 
 
 def test_tracers_are_checked_the_same():
     wrong = INPUTS._replace(hidden_states_scale=INPUTS.hidden_states_scale.T)
     with pytest.raises(ValueError, match="transposed"):
-        jax.jit(functools.partial(jax_moe.apply, config=SMALL))(*wrong)
+        jax.jit(functools.partial(jax_moe.apply, config=SMALL))(*wrong.arguments)
 
 
 def test_stages():
     good = on_device(INPUTS)
-    _, _, x, x_scale, w13, s13, w2, s2, offset, _ = good
+    _, _, x, x_scale, w13, s13, w2, s2, offset, _ = good.arguments
     with pytest.raises(TypeError, match="x: expected bfloat16 or float16 or float32"):
         jax_moe.quantize(x)
     with pytest.raises(ValueError, match="x: expected C to be a positive multiple of 128"):

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from interop.workloads import Workload, captured_routing
-from tests.moe_inputs import Inputs, make_inputs
+from jax_moe import LayerInputs
+from tests.moe_inputs import array_arguments, make_inputs, scalar_arguments
 
 _AS_BYTES = {
     np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
@@ -25,7 +26,7 @@ def to_tensor(array: np.ndarray, device: str = "cpu") -> torch.Tensor:
     return torch.tensor(array.view(carrier), device=device).view(dtype)
 
 
-def torch_inputs(num_tokens: int, device: str = "cpu", **sizes: Any) -> Inputs:
+def torch_inputs(num_tokens: int, device: str = "cpu", **sizes: Any) -> LayerInputs:
     """`make_inputs` for the published configuration (64 experts in 8 groups), as tensors.
 
     The logits lie on the bf16 grid, so that some scores tie.
@@ -33,8 +34,10 @@ def torch_inputs(num_tokens: int, device: str = "cpu", **sizes: Any) -> Inputs:
     sizes = {"num_experts": 64, "num_local_experts": 8, "offset": 8} | sizes
     inputs = make_inputs(num_tokens, **sizes)
     logits = inputs.routing_logits.astype(ml_dtypes.bfloat16).astype(np.float32)
-    arrays = [logits, *inputs[1:8]]
-    return Inputs(*(to_tensor(array, device) for array in arrays), *inputs[8:])
+    arrays = [*array_arguments(inputs._replace(routing_logits=logits))]
+    return LayerInputs.of(
+        *(to_tensor(array, device) for array in arrays), *scalar_arguments(inputs)
+    )
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -85,11 +88,11 @@ def full_size_weights(seed: int = 0) -> list[torch.Tensor]:
     return tensors
 
 
-def full_size_inputs(row: Workload, weights: list[torch.Tensor], seed: int = 0) -> Inputs:
+def full_size_inputs(row: Workload, weights: list[torch.Tensor], seed: int = 0) -> LayerInputs:
     """A published workload at full size on the GPU, with captured-like routing."""
     logits, bias = captured_routing(row.num_tokens, np.random.default_rng([seed, row.num_tokens]))
     generator = torch.Generator("cuda").manual_seed(seed + row.num_tokens)
     x = torch.randn(row.num_tokens, 7168, generator=generator, device="cuda")
     activations = quantize(x)
     routing = to_tensor(logits, "cuda"), to_tensor(bias, "cuda")
-    return Inputs(*routing, *activations, *weights, row.local_expert_offset, 2.5)
+    return LayerInputs.of(*routing, *activations, *weights, row.local_expert_offset, 2.5)

@@ -21,7 +21,7 @@ from pallas_kernels.triton import down_projection, group_quant, routing, unpermu
 from pallas_kernels.triton import plan as plan_kernels
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from tests import numpy_oracle
-from tests.moe_inputs import SMALL, bits, make_inputs, relative_error
+from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced
 
 # The interpreter computes with NumPy, which remarks on every infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -213,9 +213,15 @@ def test_plan_of_one_expert_that_takes_all_and_of_none(num_tokens, expert):
 
 def layer(inputs, config, tiling, num_sms=2, **epilogue):
     """The stages one after the other, and what came out of each."""
-    x, x_scale, w13, s13, w2, s2 = (to_torch(a) for a in inputs[2:8])
-    ids, weights = route(inputs[0], inputs[1], inputs[9], config)
-    plan = plan_of(ids, inputs[8], len(w13), inputs[0].shape[1], tiling.block_m)
+    x, x_scale, w13, s13, w2, s2 = (
+        to_torch(a) for a in (inputs.hidden_states, inputs.hidden_states_scale, *inputs.weights)
+    )
+    ids, weights = route(
+        inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, config
+    )
+    plan = plan_of(
+        ids, inputs.local_expert_offset, len(w13), inputs.routing_logits.shape[1], tiling.block_m
+    )
     tiles = (to_torch(plan.tile_expert), to_torch(plan.num_tiles))
     limits = {"config": tiling, "num_sms": num_sms}
     up = launch_torch(
@@ -244,7 +250,15 @@ def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size, 
     plan, up, down, out = layer(inputs, SMALL, tiling, **epilogue)
     on_jax = GroupPlan(*map(jnp.asarray, plan))
     live = plan.row_token >= 0
-    expected = jax_moe.up_project(*inputs[2:6], on_jax, backend="xla", **epilogue)
+    expected = jax_moe.up_project(
+        inputs.hidden_states,
+        inputs.hidden_states_scale,
+        inputs.weights.gemm1_weights,
+        inputs.weights.gemm1_weights_scale,
+        on_jax,
+        backend="xla",
+        **epilogue,
+    )
     assert relative_error(up[1][:, live], np.asarray(expected.scales)[:, live]) < 1e-5
     dequantized, expected_dequantized = (
         q.values.astype(np.float32) * np.repeat(np.asarray(q.scales).T, 128, axis=1)
@@ -252,9 +266,18 @@ def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size, 
     )
     assert relative_error(dequantized[live], expected_dequantized[live]) < 1e-3
     up = Quantized(*map(jnp.asarray, up))
-    expected = np.asarray(jax_moe.down_project(up, *inputs[6:8], on_jax, backend="xla"), np.float32)
+    expected = np.asarray(
+        jax_moe.down_project(
+            up,
+            inputs.weights.gemm2_weights,
+            inputs.weights.gemm2_weights_scale,
+            on_jax,
+            backend="xla",
+        ),
+        np.float32,
+    )
     assert relative_error(down[live].astype(np.float32), expected[live]) < 4e-3
-    expected = jax_moe.apply(*inputs, config=SMALL, backend="xla", **epilogue)
+    expected = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla", **epilogue)
     assert relative_error(out, expected) < 4e-3
     assert not bits(out)[(plan.pair_row < 0).all(axis=1)].any()
 
@@ -293,12 +316,13 @@ def test_nan_stays_with_its_token_and_its_expert(epilogue):
         13, num_experts=16, num_local_experts=4, hidden_size=128, intermediate_size=128, offset=4
     )
     clean_plan, _, _, clean = layer(inputs, SMALL, MatmulConfig(16, swap_ab=True), **epilogue)
-    poisoned = inputs._replace(
+    poisoned = replaced(
+        inputs,
         hidden_states_scale=inputs.hidden_states_scale.copy(),
-        gemm1_weights_scale=inputs.gemm1_weights_scale.copy(),
+        gemm1_weights_scale=inputs.weights.gemm1_weights_scale.copy(),
     )
     poisoned.hidden_states_scale[:, 0] = np.nan  # padding rows read token 0
-    poisoned.gemm1_weights_scale[2] = np.nan
+    poisoned.weights.gemm1_weights_scale[2] = np.nan
     _, _, _, out = layer(poisoned, SMALL, MatmulConfig(16, swap_ab=True), **epilogue)
     first, last = clean_plan.group_offsets[2:4]
     reached = np.isin(np.arange(13), clean_plan.row_token[first:last]) | (np.arange(13) == 0)
