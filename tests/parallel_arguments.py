@@ -43,9 +43,10 @@ def call(count=4, placement=None, num_tokens=None, changes=None, **options):
 
 def test_high_precision_sends_16_bits_and_brings_float32_home():
     x = np.random.default_rng(1).standard_normal((12, 256), np.float32).astype(jnp.bfloat16)
-    given = [*changed(hidden_states=x, hidden_states_scale=None)]
+    inputs = inputs_of(CASE)._replace(hidden_states=x, hidden_states_scale=None)
+    given = sharded_arguments(inputs)
     layer = LITTLE(mesh(), "expert", precision="high", expected_rows=2.0)
-    oracle = jax_moe.reference(*given[:8], 0, given[8], config=SMALL)
+    oracle = jax_moe.reference(*inputs.arguments, config=SMALL)
     assert relative_error(layer(*given), oracle) <= 0.004
     program = str(jax.make_jaxpr(layer)(*given))
     assert re.search(r"u16\[12,256\]\S* = all_gather", program)

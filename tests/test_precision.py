@@ -15,7 +15,7 @@ import jax_moe
 from jax_moe import MoEConfig
 from jax_moe.backends import xla
 from tests.backend_cases import EVERYWHERE, if_supported, running
-from tests.moe_inputs import SMALL, bits, make_inputs, relative_error
+from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced
 
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 # The oracle's own bf16 result is 0.0017 off the exact one, and so is every bf16 result.
@@ -37,7 +37,9 @@ def matched_ratio(found, expected, tolerance=0.01):
 
 
 def high(inputs, backend="xla", config=SMALL, **options):
-    return jax_moe.apply(*inputs, config=config, backend=backend, precision="high", **options)
+    return jax_moe.apply(
+        *inputs.arguments, config=config, backend=backend, precision="high", **options
+    )
 
 
 def slow(*values):
@@ -53,7 +55,7 @@ def test_the_oracle_is_met(case, kind, num_tokens):
     inputs = inputs_of(kind, num_tokens)
     with running(case) as backend, if_supported(backend):
         out = high(inputs, backend)
-    oracle = jax_moe.reference(*inputs, config=SMALL)
+    oracle = jax_moe.reference(*inputs.arguments, config=SMALL)
     assert relative_error(out, oracle) <= BOUND
     assert matched_ratio(out, oracle) >= 0.95
 
@@ -62,8 +64,8 @@ def test_the_oracle_is_met(case, kind, num_tokens):
 @pytest.mark.parametrize("kind", ["e4m3", "bf16"])
 def test_fast_errs_more(kind):
     inputs = inputs_of(kind)
-    fast = jax_moe.apply(*inputs, config=SMALL, backend="xla", precision="fast")
-    oracle = jax_moe.reference(*inputs, config=SMALL)
+    fast = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla", precision="fast")
+    oracle = jax_moe.reference(*inputs.arguments, config=SMALL)
     assert relative_error(fast, oracle) > 4 * relative_error(high(inputs), oracle)
 
 
@@ -72,7 +74,7 @@ def test_fast_is_the_default():
 
     def program(**options):
         layer = functools.partial(jax_moe.apply, config=SMALL, backend="xla", **options)
-        return str(jax.make_jaxpr(layer)(*inputs))
+        return str(jax.make_jaxpr(layer)(*inputs.arguments))
 
     assert program() == program(precision="fast")
     assert program() != program(precision="high")
@@ -87,13 +89,14 @@ def test_magnitudes_far_beyond_f16(case, size):
     inputs = inputs_of("bf16")
     # One half of the gated product grows with the other, so the weights shrink to match.
     x = np.asarray(inputs.hidden_states, np.float32) * np.float32(size)
-    inputs = inputs._replace(
+    inputs = replaced(
+        inputs,
         hidden_states=x.astype(ml_dtypes.bfloat16),
-        gemm2_weights_scale=inputs.gemm2_weights_scale / np.float32(max(size, 1 / size)),
+        gemm2_weights_scale=inputs.weights.gemm2_weights_scale / np.float32(max(size, 1 / size)),
     )
     with running(case) as backend, if_supported(backend):
         out = np.asarray(high(inputs, backend), np.float64)
-    oracle = np.asarray(jax_moe.reference(*inputs, config=SMALL), np.float64)
+    oracle = np.asarray(jax_moe.reference(*inputs.arguments, config=SMALL), np.float64)
     assert np.isfinite(oracle).all()
     assert np.isfinite(out).all()
     if size >= 1:  # small ones reach float32's denormals, which the CPU drops
@@ -111,7 +114,8 @@ def test_a_broken_token_does_not_touch_the_others(case):
     others = [t for t in range(41) if t not in (4, 6)]
     np.testing.assert_array_equal(bits(out)[others], bits(whole)[others])
     oracle = np.asarray(
-        jax_moe.reference(*inputs._replace(hidden_states=broken), config=SMALL), np.float32
+        jax_moe.reference(*inputs._replace(hidden_states=broken).arguments, config=SMALL),
+        np.float32,
     )
     np.testing.assert_array_equal(np.isnan(out)[4], np.isnan(oracle)[4])
     assert not np.isfinite(np.asarray(out, np.float32)[6]).all() or (oracle[6] == 0).all()
@@ -135,25 +139,47 @@ def test_the_clamp_works():
     inputs = inputs_of("bf16")
     config = MoEConfig(4, 4, 2, swiglu_limit=0.5)
     out = high(inputs, config=config)
-    assert relative_error(out, jax_moe.reference(*inputs, config=config)) <= BOUND
+    assert relative_error(out, jax_moe.reference(*inputs.arguments, config=config)) <= BOUND
     assert relative_error(out, high(inputs)) > 0.01
 
 
 def test_the_stages_are_the_layer():
     inputs = inputs_of("bf16")
-    route = jax_moe.route(*inputs[:2], inputs.routed_scaling_factor, config=SMALL, backend="xla")
+    route = jax_moe.route(
+        inputs.routing_logits,
+        inputs.routing_bias,
+        inputs.routed_scaling_factor,
+        config=SMALL,
+        backend="xla",
+    )
     ids, weights = route
     plan = jax_moe.plan_groups(ids, 8, num_local_experts=8, num_experts=32, backend="xla")
     on_xla = {"backend": "xla", "precision": "high"}
     rows = jax_moe.quantize(inputs.hidden_states, **on_xla)
     assert rows.values.dtype == jnp.float16
-    activations = jax_moe.up_project(*rows, *inputs[4:6], plan, **on_xla)
+    activations = jax_moe.up_project(
+        *rows, inputs.weights.gemm1_weights, inputs.weights.gemm1_weights_scale, plan, **on_xla
+    )
     assert activations.values.dtype == jnp.float16
-    expert_outputs = jax_moe.down_project(activations, *inputs[6:8], plan, backend="xla")
+    expert_outputs = jax_moe.down_project(
+        activations,
+        inputs.weights.gemm2_weights,
+        inputs.weights.gemm2_weights_scale,
+        plan,
+        backend="xla",
+    )
     assert expert_outputs.dtype == jnp.float32
     out = jax_moe.unpermute(expert_outputs, weights, plan, backend="xla")
     np.testing.assert_array_equal(bits(out), bits(high(inputs)))
-    routed = jax_moe.apply_routed(*inputs[2:8], *route, 8, num_experts=32, **on_xla)
+    routed = jax_moe.apply_routed(
+        inputs.hidden_states,
+        inputs.hidden_states_scale,
+        *inputs.weights,
+        *route,
+        8,
+        num_experts=32,
+        **on_xla,
+    )
     np.testing.assert_array_equal(bits(routed), bits(out))
 
 
@@ -184,12 +210,12 @@ def test_under_jit_vmap_and_export():
     layer = functools.partial(
         jax_moe.apply, config=SMALL, backend="xla", precision="high", expected_rows=1.0
     )
-    whole = layer(*inputs)
-    np.testing.assert_array_equal(bits(jax.jit(layer)(*inputs)), bits(whole))
+    whole = layer(*inputs.arguments)
+    np.testing.assert_array_equal(bits(jax.jit(layer)(*inputs.arguments)), bits(whole))
     stacked = np.stack([inputs.hidden_states] * 2)
-    mapped = jax.vmap(lambda x: layer(*inputs[:2], x, *inputs[3:]))(stacked)
+    mapped = jax.vmap(lambda x: layer(*inputs._replace(hidden_states=x).arguments))(stacked)
     np.testing.assert_array_equal(bits(mapped)[1], bits(whole))
-    program = export.export(jax.jit(lambda x: layer(*inputs[:2], x, *inputs[3:])))
+    program = export.export(jax.jit(lambda x: layer(*inputs._replace(hidden_states=x).arguments)))
     exported = export.deserialize(program(inputs.hidden_states).serialize())
     np.testing.assert_array_equal(bits(exported.call(inputs.hidden_states)), bits(whole))
 
@@ -204,7 +230,7 @@ def test_the_workspace_counts_the_wider_rows():
     inputs = inputs_of("bf16", 16)
     wide = jax_moe.workspace_bytes(16, config=SMALL, backend="xla", precision="high", **sizes)
     layer = jax.jit(functools.partial(jax_moe.apply, config=SMALL, backend="xla", precision="high"))
-    memory = layer.lower(*inputs).compile().memory_analysis()
+    memory = layer.lower(*inputs.arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= wide
 
 
@@ -212,7 +238,7 @@ def test_a_wrong_precision_is_refused_by_name():
     inputs = make_inputs(2)
     message = r"precision: expected one of \('fast', 'high'\), got 'best'"
     with pytest.raises(ValueError, match=message):
-        jax_moe.apply(*inputs, config=SMALL, precision="best")
+        jax_moe.apply(*inputs.arguments, config=SMALL, precision="best")
     with pytest.raises(ValueError, match=message):
         jax_moe.quantize(np.zeros((1, 128), np.float32), precision="best")
     with pytest.raises(ValueError, match=message):
@@ -221,11 +247,26 @@ def test_a_wrong_precision_is_refused_by_name():
         )
     ids, weights = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
     with pytest.raises(ValueError, match=r"precision: .*got \['high'\]"):
-        jax_moe.apply_routed(*inputs[2:8], ids, weights, 8, num_experts=32, precision=["high"])
+        jax_moe.apply_routed(
+            inputs.hidden_states,
+            inputs.hidden_states_scale,
+            *inputs.weights,
+            ids,
+            weights,
+            8,
+            num_experts=32,
+            precision=["high"],
+        )
     plan = jax_moe.plan_groups(ids, 0, num_local_experts=8, num_experts=32, backend="xla")
     x = np.zeros((2, 256), np.float16), np.ones((2, 2), np.float32)
     with pytest.raises(TypeError, match="hidden_states: expected float8_e4m3fn"):
-        jax_moe.up_project(*x, *inputs[4:6], plan, backend="xla")
+        jax_moe.up_project(
+            *x,
+            inputs.weights.gemm1_weights,
+            inputs.weights.gemm1_weights_scale,
+            plan,
+            backend="xla",
+        )
 
 
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
@@ -234,10 +275,12 @@ def test_a_backend_has_it_or_names_it(backend):
     layer = functools.partial(jax_moe.apply, config=SMALL, backend=backend)
     with jax_moe.assume_device("sm_90"):
         try:
-            wide = str(jax.make_jaxpr(functools.partial(layer, precision="high"))(*inputs))
+            wide = str(
+                jax.make_jaxpr(functools.partial(layer, precision="high"))(*inputs.arguments)
+            )
         except NotImplementedError as error:
             refusal = str(error)
         else:
-            assert wide != str(jax.make_jaxpr(layer)(*inputs))
+            assert wide != str(jax.make_jaxpr(layer)(*inputs.arguments))
             return
     assert refusal.startswith(f"backend='{backend}': precision='high' is not supported")
