@@ -45,5 +45,6 @@ def launch_torch(launch: Launch) -> list[torch.Tensor]:
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            enable_fp_fusion=launch.fuse_products,
         )
     return outputs

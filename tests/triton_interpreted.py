@@ -107,9 +107,11 @@ def test_quantize_at_the_edges(scale_format):
 
 
 def route(logits, bias, factor, config):
-    scalars = {"top_k": config.top_k, "n_group": config.n_group, "topk_group": config.topk_group}
+    names = ("top_k", "n_group", "topk_group", "scoring", "renormalize")
+    options = {name: getattr(config, name) for name in names}
     factor = torch.tensor(factor, dtype=torch.float32)
-    return run(routing.launch(to_torch(logits), to_torch(bias), factor, **scalars))
+    bias = None if bias is None else to_torch(bias)
+    return run(routing.launch(to_torch(logits), bias, factor, **options))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,29 @@ def test_routing_equals_the_plain_backend(num_experts, config):
     logits = np.round(rng.standard_normal((8, num_experts)) * 8).astype(np.float32) / 8
     bias = np.where(np.arange(num_experts) % 3, 0.25, 0.5).astype(ml_dtypes.bfloat16)
     logits[3, 1::2], logits[4], logits[5, :3], logits[6] = np.nan, np.nan, np.inf, -1e4
+    ids, weights = route(logits, bias, 2.5, config)
+    expected = jax_moe.route(logits, bias, 2.5, config=config, backend="xla")
+    np.testing.assert_array_equal(ids, expected.topk_ids)
+    np.testing.assert_allclose(weights, expected.topk_weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "has_bias", "config"),
+    [
+        (72, False, MoEConfig(3, 3, 2, scoring="softmax")),
+        (40, True, MoEConfig(4, scoring="softmax", renormalize=False)),
+        (16, True, MoEConfig(8, 4, 2, scoring="sqrtsoftplus")),
+        (64, False, MoEConfig(4, 4, 2, scoring="sqrtsoftplus")),
+        (64, False, MoEConfig(4, 4, 2)),
+    ],
+)
+def test_other_routers_equal_the_plain_backend(num_experts, has_bias, config):
+    rng = np.random.default_rng(1)
+    logits = (rng.standard_normal((7, num_experts)) * 3).astype(np.float32)
+    logits[0] = np.round(logits[0] * 8) / 8  # ties
+    logits[1, 1::2], logits[2], logits[3, :3] = np.nan, np.nan, np.inf
+    logits[4] *= np.float32(1e-40)
+    bias = (rng.standard_normal(num_experts) / 10).astype(np.float32) if has_bias else None
     ids, weights = route(logits, bias, 2.5, config)
     expected = jax_moe.route(logits, bias, 2.5, config=config, backend="xla")
     np.testing.assert_array_equal(ids, expected.topk_ids)

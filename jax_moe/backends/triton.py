@@ -43,16 +43,17 @@ def route(
     config: MoEConfig,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route`."""
-    require_defaults(
-        NAME,
-        scoring=(config.scoring, "sigmoid"),
-        renormalize=(config.renormalize, True),
+    launch = routing.launch(
+        routing_logits.astype(jnp.float32),
+        routing_bias,
+        routed_scaling_factor,
+        top_k=config.top_k,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        scoring=config.scoring,
+        renormalize=config.renormalize,
     )
-    if routing_bias is None:
-        raise NotImplementedError(f"backend={NAME!r}: routing_bias=None is not supported")
-    logits = routing_logits.astype(jnp.float32)
-    counts = {"top_k": config.top_k, "n_group": config.n_group, "topk_group": config.topk_group}
-    return Routing(*_run(routing.launch(logits, routing_bias, routed_scaling_factor, **counts)))
+    return Routing(*_run(launch))
 
 
 def quantize(

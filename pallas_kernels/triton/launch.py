@@ -28,6 +28,7 @@ class Launch:
         constants: The kernel's `tl.constexpr` parameters by name.
         num_warps: Warps of a program.
         num_stages: Buffers of the software pipeline.
+        fuse_products: Whether a product and the sum after it may be rounded once for both.
     """
 
     kernel: Any
@@ -38,6 +39,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    fuse_products: bool = True
 
 
 def call(launch: Launch, compute_capability: int | None = None) -> list[jax.Array]:
@@ -62,6 +64,7 @@ def call(launch: Launch, compute_capability: int | None = None) -> list[jax.Arra
         grid=launch.grid,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        enable_fp_fusion=launch.fuse_products,
         compute_capability=compute_capability,
         **{outputs: list(launch.outputs)},
         **launch.constants,

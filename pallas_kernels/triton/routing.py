@@ -1,4 +1,7 @@
-"""Group-limited sigmoid top-k (arXiv:2412.19437, section 2.1.2), one program a token."""
+"""Group-limited top-k (arXiv:2412.19437, section 2.1.2), one program per token.
+
+Other scores than the sigmoid with a bias are those of `pallas_kernels.scores`, to the last bit.
+"""
 
 from typing import Any
 
@@ -7,6 +10,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.triton import scores as formulas
 from pallas_kernels.triton.launch import Launch
 
 _LOWEST = tl.constexpr(-(2**31))  # the rank of what cannot be chosen
@@ -60,6 +64,11 @@ def routing_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    LOG_BLOCK_E: tl.constexpr,
+    SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
 ):
     """One token; experts as a tile [groups, members], both rounded up to powers of two."""
     token = tl.program_id(0).to(tl.int64)
@@ -67,16 +76,40 @@ def routing_kernel(
     members = tl.arange(0, BLOCK_S)[None, :]
     exists = (groups[:, None] < N_GROUP) & (members < GROUP_SIZE)
     experts = tl.where(exists, groups[:, None] * GROUP_SIZE + members, N_GROUP * GROUP_SIZE)
-    scores = _sigmoid(
-        tl.load(logits + token * (N_GROUP * GROUP_SIZE) + experts, mask=exists, other=0.0)
-    )
-    biased = scores + tl.load(bias + experts, mask=exists, other=0.0).to(tl.float32)
+    x = tl.load(logits + token * (N_GROUP * GROUP_SIZE) + experts, mask=exists, other=0.0)
+    best_logit, sum_of_all = 0.0, 1.0
+    if SCORING == "softmax":
+        every = tl.arange(0, BLOCK_E)
+        row = tl.load(
+            logits + token * (N_GROUP * GROUP_SIZE) + every,
+            mask=every < N_GROUP * GROUP_SIZE,
+            other=float("nan"),
+        )
+        best_logit = formulas.largest(row)
+        sum_of_all = formulas.total(row, best_logit, BLOCK_E, LOG_BLOCK_E)
+    if SCORING == "sigmoid" and HAS_BIAS:
+        scores = _sigmoid(x)
+    else:
+        scores = formulas.score(x, best_logit, sum_of_all, SCORING)
+    if HAS_BIAS:
+        biased = scores + tl.load(bias + experts, mask=exists, other=0.0).to(tl.float32)
+        if SCORING != "sigmoid":
+            biased = formulas.without_denormals(biased)
+    else:  # every score rises with its logit, which is not rounded
+        biased = formulas.without_denormals(x)
     ranks = tl.where(exists, _rank(biased), _LOWEST)
 
     first, position = _best_of_groups(ranks, members, BLOCK_S)
     others = tl.where(members == position[:, None], _LOWEST, ranks)
     second = tl.max(others, axis=1)
-    total = _flip(first).to(tl.float32, bitcast=True) + _flip(second).to(tl.float32, bitcast=True)
+    first_value = _flip(first).to(tl.float32, bitcast=True)
+    second_value = _flip(second).to(tl.float32, bitcast=True)
+    if not HAS_BIAS:  # these are logits
+        first_value = formulas.score(first_value, best_logit, sum_of_all, SCORING)
+        second_value = formulas.score(second_value, best_logit, sum_of_all, SCORING)
+    total = first_value + second_value
+    if SCORING != "sigmoid" or not HAS_BIAS:
+        total = formulas.without_denormals(total)
     group_ranks = tl.where(groups < N_GROUP, _rank(total), _LOWEST)
     kept = groups < 0
     for _ in tl.static_range(TOPK_GROUP):
@@ -98,7 +131,9 @@ def routing_kernel(
         chosen = tl.where(choices == choice, score, chosen)
         ranks = tl.where(experts == expert, _LOWEST, ranks)
 
-    weights = tl.div_rn(chosen, tl.sum(chosen, axis=0) + 1e-20) * tl.load(factor)
+    if RENORMALIZE:
+        chosen = tl.div_rn(chosen, tl.sum(chosen, axis=0) + 1e-20)
+    weights = chosen * tl.load(factor)
     pairs = token * TOP_K + choices
     tl.store(topk_ids + pairs, ids, mask=choices < TOP_K)
     tl.store(topk_weights + pairs, weights, mask=choices < TOP_K)
@@ -112,22 +147,33 @@ def launch(
     top_k: int,
     n_group: int,
     topk_group: int,
+    scoring: str = "sigmoid",
+    renormalize: bool = True,
 ) -> Launch:
     """The launch that makes `topk_ids` i32[T,k] and `topk_weights` f32[T,k].
 
     Args:
         routing_logits: f32[T,E].
-        routing_bias: bf16 or f32[E].
+        routing_bias: bf16 or f32[E], or None.
         routed_scaling_factor: f32[], in device memory.
         top_k: Experts of a token.
         n_group: Groups of experts, evenly dividing E.
         topk_group: Groups kept.
+        scoring: "sigmoid", "softmax" or "sqrtsoftplus".
+        renormalize: Whether the weights of a token are divided by their sum.
     """
     num_tokens, num_experts = routing_logits.shape
     group_size = num_experts // n_group
+    has_bias = routing_bias is not None
+    block = triton.next_power_of_2(num_experts)
     return Launch(
         kernel=routing_kernel,
-        inputs=(routing_logits, routing_bias, routed_scaling_factor),
+        # Without a bias anything stands in its place, unread.
+        inputs=(
+            routing_logits,
+            routing_bias if has_bias else routing_logits,
+            routed_scaling_factor,
+        ),
         scalars=(),
         outputs=(
             jax.ShapeDtypeStruct((num_tokens, top_k), jnp.int32),
@@ -142,6 +188,12 @@ def launch(
             "BLOCK_G": triton.next_power_of_2(n_group),
             "BLOCK_S": triton.next_power_of_2(group_size),
             "BLOCK_K": triton.next_power_of_2(top_k),
+            "BLOCK_E": block,
+            "LOG_BLOCK_E": block.bit_length() - 1,
+            "SCORING": scoring,
+            "HAS_BIAS": has_bias,
+            "RENORMALIZE": renormalize,
         },
         num_warps=1 if num_experts <= 512 else 4,
+        fuse_products=scoring == "sigmoid" and has_bias,
     )
