@@ -12,6 +12,7 @@ a data set the routing is a stand-in (`bench.routing`), drawn once per workload,
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,20 +132,21 @@ def specs(num_tokens: int, sizes: Sizes) -> LayerInputs:
     experts, hidden, intermediate = sizes[1:]
     blocks, inner_blocks = hidden // BLOCK, intermediate // BLOCK
     f32, e4m3 = jnp.float32, jnp.float8_e4m3fn
+    shape: Any = jax.ShapeDtypeStruct  # which stands for an array
     weights = ExpertWeights(
-        gemm1_weights=jax.ShapeDtypeStruct((experts, 2 * intermediate, hidden), e4m3),
-        gemm1_weights_scale=jax.ShapeDtypeStruct((experts, 2 * inner_blocks, blocks), f32),
-        gemm2_weights=jax.ShapeDtypeStruct((experts, hidden, intermediate), e4m3),
-        gemm2_weights_scale=jax.ShapeDtypeStruct((experts, blocks, inner_blocks), f32),
+        gemm1_weights=shape((experts, 2 * intermediate, hidden), e4m3),
+        gemm1_weights_scale=shape((experts, 2 * inner_blocks, blocks), f32),
+        gemm2_weights=shape((experts, hidden, intermediate), e4m3),
+        gemm2_weights_scale=shape((experts, blocks, inner_blocks), f32),
     )
     return LayerInputs(
-        routing_logits=jax.ShapeDtypeStruct((num_tokens, sizes.num_experts), f32),
-        routing_bias=jax.ShapeDtypeStruct((sizes.num_experts,), jnp.bfloat16),
-        hidden_states=jax.ShapeDtypeStruct((num_tokens, hidden), e4m3),
-        hidden_states_scale=jax.ShapeDtypeStruct((blocks, num_tokens), f32),
+        routing_logits=shape((num_tokens, sizes.num_experts), f32),
+        routing_bias=shape((sizes.num_experts,), jnp.bfloat16),
+        hidden_states=shape((num_tokens, hidden), e4m3),
+        hidden_states_scale=shape((blocks, num_tokens), f32),
         weights=weights,
-        local_expert_offset=jax.ShapeDtypeStruct((), jnp.int32),
-        routed_scaling_factor=jax.ShapeDtypeStruct((), f32),
+        local_expert_offset=shape((), jnp.int32),
+        routed_scaling_factor=shape((), f32),
     )
 
 

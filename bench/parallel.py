@@ -28,7 +28,7 @@ import jax_moe
 from bench import environment, tables
 from bench.workloads import FULL, REDUCED, Sizes
 from interop import plot_style
-from jax_moe import LayerInputs
+from jax_moe import ExpertWeights, LayerInputs
 from jax_moe.io.files import write_atomically
 
 AXIS = "expert"
@@ -107,11 +107,11 @@ def make_inputs(
 
     out_specs = (P(None, AXIS), *specs)
     make = jax.shard_map(rank, mesh=mesh, in_specs=(), out_specs=out_specs, check_vma=False)
-    logits, *arrays = jax.jit(make)()
+    logits, x, scale, *weights = jax.jit(make)()
     everywhere = NamedSharding(mesh, P())
     bias = jax.device_put(np.zeros(sizes.num_experts, np.float32), everywhere)
     factor = jax.device_put(np.float32(FACTOR), everywhere)
-    return LayerInputs.of(logits, bias, *arrays, 0, factor)
+    return LayerInputs(logits, bias, x, scale, ExpertWeights(*weights), 0, factor)
 
 
 def routing(inputs: LayerInputs, index: Any = 0) -> LayerInputs:

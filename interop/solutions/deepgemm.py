@@ -30,7 +30,7 @@ def run(*arguments: Any, alignment: int | None = None) -> Any:
     """
     import torch
 
-    inputs = LayerInputs.of(*arguments)
+    inputs: Any = LayerInputs.of(*arguments)  # of PyTorch's tensors
     hidden = inputs.hidden_states
     gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale = inputs.weights
     num_tokens, hidden_size = hidden.shape

@@ -37,10 +37,12 @@ def run(inputs: jax_moe.LayerInputs, activate: Activation) -> BFloat16[Array, "T
     local = topk_ids - inputs.local_expert_offset
     is_local = (local >= 0) & (local < num_local_experts)
     pairs = jnp.clip(local, 0, num_local_experts - 1).reshape(-1, 1)
-    counts = {"num_local_experts": num_local_experts, "num_experts": num_local_experts}
-    plan = jax_moe.plan_groups(pairs, 0, **counts)
+    plan = jax_moe.plan_groups(
+        pairs, 0, num_local_experts=num_local_experts, num_experts=num_local_experts
+    )
 
     source = jnp.maximum(plan.row_token, 0) // top_k
+    assert inputs.hidden_states_scale is not None
     rows = lax.optimization_barrier(
         (inputs.hidden_states[source], inputs.hidden_states_scale[:, source])
     )

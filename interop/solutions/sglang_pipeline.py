@@ -30,8 +30,9 @@ def run(inputs: LayerInputs, workspace_bytes: int, activate: Activation) -> Any:
     """
     import torch
 
-    hidden_states, factor = inputs.hidden_states, inputs.routed_scaling_factor
-    gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale = inputs.weights
+    tensors: Any = inputs  # PyTorch's
+    hidden_states, factor = tensors.hidden_states, tensors.routed_scaling_factor
+    gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale = tensors.weights
     ops = sgl_library.load()
     num_tokens, hidden_size = hidden_states.shape
     num_local_experts, _, intermediate_size = gemm2_weights.shape
@@ -43,8 +44,8 @@ def run(inputs: LayerInputs, workspace_bytes: int, activate: Activation) -> Any:
         return torch.empty(shape, dtype=dtype, device=hidden_states.device)
 
     weights, ids = ops.moe_fused_gate.default(
-        inputs.routing_logits,
-        inputs.routing_bias.float(),
+        tensors.routing_logits,
+        tensors.routing_bias.float(),
         N_GROUP,
         TOPK_GROUP,
         TOP_K,
@@ -53,7 +54,7 @@ def run(inputs: LayerInputs, workspace_bytes: int, activate: Activation) -> Any:
         False,
     )
     # The published expert map: pairs of other ranks land on the first or last expert, weight 0.
-    shifted = ids - inputs.local_expert_offset
+    shifted = ids - tensors.local_expert_offset
     local = shifted.clamp(0, num_local_experts - 1)
     # In place: torch.where with a number would first fill a tensor with it.
     weights = (weights * factor).masked_fill_(shifted != local, 0.0)
@@ -76,7 +77,7 @@ def run(inputs: LayerInputs, workspace_bytes: int, activate: Activation) -> Any:
     rows = empty(num_pairs, hidden_size, dtype=hidden_states.dtype)
     row_scale = empty(num_pairs, hidden_size // BLOCK, dtype=torch.float32)
     ops.shuffle_rows.default(hidden_states, pair_source, rows)
-    scales = inputs.hidden_states_scale.t().contiguous()
+    scales = tensors.hidden_states_scale.t().contiguous()
     ops.shuffle_rows.default(scales, pair_source, row_scale)
 
     # As published: what the GEMMs only write into, and strides of one length, serve both of them.
