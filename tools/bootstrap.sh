@@ -6,16 +6,18 @@ cd "$(dirname "$0")/.."
 
 JAX=${JAX:-0.11.2} # what the kernels are developed and measured with
 VENV=${VENV:-.venv}
+wanted="jax==$JAX"
 if [ "$JAX" = 0.11.2 ]; then
   EXTRAS=${EXTRAS:-cuda13,triton,torch,bench,dev}
-else # the GPU extras are bound to the JAX that the kernels lower on; torch and Triton stay
+else # the extra cuda13 is bound to the JAX that the Mosaic kernels lower on
   EXTRAS=${EXTRAS:-triton,torch,bench,dev}
+  wanted="jax[cuda13]==$JAX"
 fi
 UNFINISHED=$VENV/.installing # there while an install runs; left behind by one that was interrupted
 python=$VENV/bin/python
 
 holds_all() {
-  "$python" tools/check_pins.py --deep --extras "$EXTRAS" --also "jax==$JAX"
+  "$python" tools/check_pins.py --deep --extras "$EXTRAS" --also "$wanted"
 }
 
 exec 9>"$VENV.lock" # two makes at once must not install into the same folder
@@ -34,7 +36,7 @@ if [ -e "$UNFINISHED" ] || ! holds_all >/dev/null 2>&1; then
   touch "$UNFINISHED"
   quiet=--quiet # a terminal gets pip's progress bars
   [ -t 1 ] && quiet=
-  "$python" -m pip install $quiet --disable-pip-version-check --editable ".[$EXTRAS]" "jax==$JAX"
+  "$python" -m pip install $quiet --disable-pip-version-check --editable ".[$EXTRAS]" "$wanted"
   holds_all
   rm "$UNFINISHED"
 fi

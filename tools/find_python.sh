@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prints the path of a Python >= 3.12 that can make virtual environments; 3.12 is preferred.
+# Prints the path of a Python >= 3.12 that can make virtual environments; 3.12 is preferred, or the
+# first of PYTHON_VERSIONS that is there.
 # Candidates are executed: a python3.12 on PATH may be a pyenv shim whose version is not selected.
 set -euo pipefail
 
@@ -9,7 +10,7 @@ usable() {
 
 candidates() {
   local version root
-  for version in 3.12 3.13 3.14; do
+  for version in ${PYTHON_VERSIONS:-3.12 3.13 3.14}; do
     type -aP "python$version" || true
     for root in "${PYENV_ROOT:-}" "${HOME:-}/.pyenv"; do
       compgen -G "$root/versions/$version*/bin/python$version" || true
