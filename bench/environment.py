@@ -27,13 +27,14 @@ _PACKAGES = (
     "sgl-deep-gemm",
     "numpy",
 )
-_EXTRA = {
+_NEEDED = {
     "absl": "absl-py",
+    "jaxtyping": "jaxtyping",
     "matplotlib": "matplotlib",
     "safetensors": "safetensors",
     "tqdm": "tqdm",
 }
-"""What the extra `bench` adds to the library's own dependencies: modules, and their packages."""
+"""Modules, and their packages: what the extra `bench` brings to an environment that has JAX."""
 _GPU_STATE = (
     "name",
     "driver_version",
@@ -73,8 +74,8 @@ def prepare_process(environ: Any = os.environ) -> None:
 
 
 def lacking_packages() -> list[str]:
-    """Packages of the extra `bench` that are not installed."""
-    return [name for module, name in _EXTRA.items() if importlib.util.find_spec(module) is None]
+    """Packages that `pip install '.[bench]'` would add."""
+    return [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
 
 
 def has_gpu_driver() -> bool:

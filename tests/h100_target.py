@@ -45,6 +45,9 @@ runtime_version { major: 13 } dnn_version_info { major: 9 minor: 12 }
 platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+JAX = "0.11.2"
+ONLY_THIS_JAX = f"the ahead-of-time harness reads what JAX {JAX} dumps"
+
 # Thunks that contain others or only order them; every other thunk is one launch.
 _CONTROL_THUNKS = {"kCommandBuffer", "kSequential", "kConditional", "kWhile", "kWaitForStreams"}
 
@@ -166,6 +169,8 @@ def _compile(
     """The program and (name, PTX, shared memory bytes) of its kernels; XLA dumps to `scratch`."""
     import jax
 
+    if jax.__version__ != JAX:
+        raise NotImplementedError(f"{ONLY_THIS_JAX}, got {jax.__version__}")
     sharding = h100_sharding()
 
     def on_h100(leaf: Any) -> Any:
