@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 from collections.abc import Iterator
 
@@ -22,50 +23,36 @@ if not has_gpu_driver():
         h100_target.prepare_environment()
 
 
-OF_KERNELS = {
+LOOK_FOR_RACES = {
     "test_kernels_interpreted",
-    "test_kernels_lowering",
     "test_ladder",
     "test_many_experts",
-    "test_mosaic_aot",
-    "test_parallel_aot",
     "test_parallel_kernels",
     "test_zero_rows",
 }
-"""Files that call the Mosaic kernels without asking the backend whether they run on this JAX."""
-
-
-def refusals() -> list[str]:
-    """What the errors say of tests that cannot run on this JAX; none on the one developed with."""
-    import jax
-
-    if jax.__version__ == h100_target.JAX:
-        return []
-    from jax_moe.backends import mosaic
-    from pallas_kernels.mosaic import hopper
-
-    reason = mosaic.unsupported_reason("gpu", hopper.COMPUTE_CAPABILITY)
-    return [h100_target.ONLY_THIS_JAX, *([reason] if reason else [])]
+"""Files whose kernels are interpreted with a look for races, which is another look in JAX 0.12."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """Skips tests that fail because this JAX is another one, by the reason that they meet."""
+    """Skips what asks the ahead-of-time harness on a JAX whose dumps it cannot read."""
     try:
         return (yield)
     except Exception as error:
-        for reason in refusals():
-            if reason in str(error):
-                pytest.skip(reason)
+        if h100_target.ONLY_THIS_JAX in str(error):
+            pytest.skip(str(error))
         raise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests on a machine without a GPU, and kernels that this JAX does not lower."""
-    if len(found := refusals()) > 1:
+    """Skips `gpu` tests on a machine without a GPU, and looks for races on another JAX."""
+    from jax_moe import jax_window  # now: importing JAX reads the environment
+
+    if jax_window.release(importlib.metadata.version("jax")) >= (0, 12):
+        reason = "the interpreter of JAX 0.12 reports races that the one of 0.11 does not"
         for item in items:
-            if item.path.stem in OF_KERNELS:
-                item.add_marker(pytest.mark.skip(reason=found[-1]))
+            if item.path.stem in LOOK_FOR_RACES:
+                item.add_marker(pytest.mark.skip(reason=reason))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -12,7 +12,6 @@ import pytest
 
 import jax_moe
 from jax_moe import backends, jax_window
-from jax_moe.backends import mosaic
 from jax_moe.device import Device, device_of, interpret_params
 from tests.moe_inputs import SMALL, make_inputs
 
@@ -90,15 +89,6 @@ def test_a_missing_dependency_is_a_reason_not_an_error(monkeypatch):
         assert "No module named 'mosaic_runtime'" in jax_moe.describe()
 
 
-def test_another_jax_is_a_reason_for_the_kernels_that_need_this_one(monkeypatch, kernels):
-    del kernels["mosaic"]
-    monkeypatch.setattr(jax, "__version__", "0.12.0")
-    assert backends.select("auto", HOPPER) == "triton"
-    assert backends.select("auto", CPU) == "xla"
-    with pytest.raises(NotImplementedError, match=r"up_projection do not lower.* got 0\.12\.0"):
-        backends.select("mosaic", HOPPER)
-
-
 @pytest.mark.parametrize("version", ["0.11.1", "0.11.2", "0.12.0.1", "0.12.0.dev2026"])
 def test_a_jax_of_the_window_is_no_warning(monkeypatch, version):
     monkeypatch.setattr(jax, "__version__", version)
@@ -114,13 +104,13 @@ def test_another_jax_is_one_warning_that_names_the_window(monkeypatch, version):
     assert backends.select("xla", CPU) == "xla"
 
 
-def test_the_package_asks_for_the_window_and_gpus_for_what_the_kernels_need():
+def test_the_package_asks_for_the_window_and_gpus_for_what_is_measured():
     project = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())
     oldest = ".".join(map(str, jax_window.OLDEST))
-    (major, minor), (_, refused) = jax_window.NEWEST, mosaic._FIRST_REFUSED_JAX
+    major, minor = jax_window.NEWEST
     assert f"jax>={oldest},<{major}.{minor + 1}" in project["project"]["dependencies"]
     for extra in ("cuda12", "cuda13"):
-        wanted = [f"jax[{extra}]>={oldest},<{major}.{refused}"]
+        wanted = [f"jax[{extra}]>={oldest},<0.12"]
         assert project["project"]["optional-dependencies"][extra] == wanted
 
 

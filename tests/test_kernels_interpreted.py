@@ -39,7 +39,7 @@ INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_devi
 # reuses it. On the GPU the mbarrier hand-off of the slot orders the two.
 SCALES_OF_A_REUSED_SLOT = {"accumulate.<locals>.step", "_copy_tokens"}
 # The last rows of an odd count are quantized by two blocks, to the same bits.
-OVERLAPPING_ROWS = {"_kernel"}
+OVERLAPPING_ROWS = {"store"}  # `layouts.store`
 
 
 def run(kernel, *args, known_races=frozenset(), **options):

@@ -9,7 +9,7 @@ VENV=${VENV:-.venv}
 wanted="jax==$JAX"
 if [ "$JAX" = 0.11.2 ]; then
   EXTRAS=${EXTRAS:-cuda13,triton,torch,bench,dev}
-else # the extra cuda13 is bound to the JAX that the Mosaic kernels lower on
+else # the extra cuda13 is bound to the JAX that the kernels ran on
   EXTRAS=${EXTRAS:-triton,torch,bench,dev}
   wanted="jax[cuda13]==$JAX"
 fi

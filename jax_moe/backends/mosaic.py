@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe import jax_window
 from jax_moe.backends import precision_of, require_defaults
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import interpret_params
@@ -30,18 +28,12 @@ from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 NAME = "mosaic"
 KEEPS_LOWERED = True  # Pallas lowers these kernels in Python, which takes seconds
 
-# From there on Mosaic refuses stores of less than 4 bytes per thread, such as those of e4m3 values
-# and scales in these two kernels; the other kernels lower.
-_FIRST_REFUSED_JAX = (0, 12)
-_REFUSED_KERNELS = "group_quant and up_projection"
 
 _INTERPRETED_SMS = 2
 
 
 def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
     """Why the kernels cannot run there: they are built on Hopper's wgmma and TMA."""
-    if jax_window.release(jax.__version__) >= _FIRST_REFUSED_JAX:
-        return f"{_REFUSED_KERNELS} do not lower on JAX 0.12: needs jax 0.11, got {jax.__version__}"
     if platform == "gpu" and compute_capability == hopper.COMPUTE_CAPABILITY:
         return None
     return f"needs an NVIDIA GPU of compute capability {hopper.COMPUTE_CAPABILITY} (Hopper)"

@@ -87,8 +87,8 @@ def _kernel(x_gmem, values_gmem, scales_gmem, *, rows, scale_format, interpret):
         values, scale = _quantize_by_powers_of_two(x)
     else:
         values, scale = quantize_rows(x, layout, interpret)
-    values_gmem[at] = values
-    scales_gmem[column, pl.ds(first, rows)] = scale
+    layouts.store(values_gmem, at, values)
+    layouts.store(scales_gmem, (column, pl.ds(first, rows)), scale)
 
 
 def quantize_rows(x, layout, interpret):

@@ -24,6 +24,18 @@ def row_per_warp(columns: int) -> plgpu.Layout:
     )
 
 
+def store(ref, index, values) -> None:
+    """`ref[index] = values` in global memory, however narrow what a thread has of it.
+
+    JAX 0.12 refuses stores of less than 4 bytes per thread, or of less than whole sectors of 32
+    bytes, unless they are asked for; JAX 0.11 knows no such question.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref.at[index], values, optimized=False)
+    else:
+        ref[index] = values
+
+
 def iota(shape: tuple[int, ...], dimension: int, layout: plgpu.Layout):
     """`i32` iota along `dimension`, held in `layout`."""
     return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, dimension), layout)

@@ -162,8 +162,9 @@ def _weight_major_epilogue(
         row = pl.ds(tile.row + first + warpgroup * mine, mine)
         for i, half in enumerate(halves):
             column = tile.column * QUANT_BLOCK + i * CONSUMER_ROWS
-            outputs.values[row, pl.ds(column, CONSUMER_ROWS)] = _to_e4m3(half * inverse)
-        outputs.scales[tile.column, row] = scale
+            at = (row, pl.ds(column, CONSUMER_ROWS))
+            layouts.store(outputs.values, at, _to_e4m3(half * inverse))
+        layouts.store(outputs.scales, (tile.column, row), scale)
         _sync_consumers(staging.consumers)
 
 
@@ -184,7 +185,7 @@ def _token_major_epilogue(
         plgpu.commit_smem()
         columns = pl.ds(tile.column * QUANT_BLOCK + first, CONSUMER_ROWS)
         plgpu.copy_smem_to_gmem(mine, outputs.values.at[rows, columns])
-    outputs.scales[tile.column, rows] = scale
+    layouts.store(outputs.scales, (tile.column, rows), scale)
 
 
 def _swiglu(accumulators, limit: float | None):
