@@ -186,9 +186,11 @@ def layer(
         num_local_experts=inputs.weights.num_local_experts,
         num_experts=options.num_experts,
         expected_rows=options.rows_per_expert(inputs.tokens),
+        precision=options.precision,
     )
     if stages.layer is not None:
-        return stages.layer(inputs, plan, **options.epilogue)
+        output = {"output_dtype": options.output_dtype} if options.precision == "high" else {}
+        return stages.layer(inputs, plan, **options.epilogue, **output)
     return _matmuls(inputs, plan, options, stages)
 
 

@@ -146,6 +146,7 @@ def plan_groups(
     num_local_experts: int,
     num_experts: int,
     expected_rows: float | None = None,
+    precision: Precision = "fast",
     backend: str = "auto",
 ) -> GroupPlan:
     """Sorts the local (token, expert) pairs by expert, each expert padded to whole tiles.
@@ -158,6 +159,8 @@ def plan_groups(
         num_local_experts: E_local, static.
         num_experts: E, static.
         expected_rows: As in `jax_moe.apply`.
+        precision: Of the matmuls that the plan is for: the tiles of "high" are smaller on some
+            backends.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -185,6 +188,7 @@ def plan_groups(
         "num_local_experts": num_local_experts,
         "num_experts": num_experts,
         "expected_rows": even_rows(num_tokens, top_k, num_experts) if rows is None else rows,
+        "precision": checked_precision(precision),
     }
     return _run("plan_groups", backend, topk_ids, offset, **static)
 

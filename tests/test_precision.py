@@ -143,22 +143,28 @@ def test_the_clamp_works():
     assert relative_error(out, high(inputs)) > 0.01
 
 
-def test_the_stages_are_the_layer():
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_the_stages_are_the_layer(case):
+    with running(case) as backend, if_supported(backend):
+        check_stages(backend)
+
+
+def check_stages(backend):
     inputs = inputs_of("bf16")
+    on_it = {"backend": backend, "precision": "high"}
     route = jax_moe.route(
         inputs.routing_logits,
         inputs.routing_bias,
         inputs.routed_scaling_factor,
         config=SMALL,
-        backend="xla",
+        backend=backend,
     )
     ids, weights = route
-    plan = jax_moe.plan_groups(ids, 8, num_local_experts=8, num_experts=32, backend="xla")
-    on_xla = {"backend": "xla", "precision": "high"}
-    rows = jax_moe.quantize(inputs.hidden_states, **on_xla)
+    plan = jax_moe.plan_groups(ids, 8, num_local_experts=8, num_experts=32, **on_it)
+    rows = jax_moe.quantize(inputs.hidden_states, **on_it)
     assert rows.values.dtype == jnp.float16
     activations = jax_moe.up_project(
-        *rows, inputs.weights.gemm1_weights, inputs.weights.gemm1_weights_scale, plan, **on_xla
+        *rows, inputs.weights.gemm1_weights, inputs.weights.gemm1_weights_scale, plan, **on_it
     )
     assert activations.values.dtype == jnp.float16
     expert_outputs = jax_moe.down_project(
@@ -166,11 +172,11 @@ def test_the_stages_are_the_layer():
         inputs.weights.gemm2_weights,
         inputs.weights.gemm2_weights_scale,
         plan,
-        backend="xla",
+        backend=backend,
     )
     assert expert_outputs.dtype == jnp.float32
-    out = jax_moe.unpermute(expert_outputs, weights, plan, backend="xla")
-    np.testing.assert_array_equal(bits(out), bits(high(inputs)))
+    out = jax_moe.unpermute(expert_outputs, weights, plan, backend=backend)
+    np.testing.assert_array_equal(bits(out), bits(high(inputs, backend)))
     routed = jax_moe.apply_routed(
         inputs.hidden_states,
         inputs.hidden_states_scale,
@@ -178,7 +184,7 @@ def test_the_stages_are_the_layer():
         *route,
         8,
         num_experts=32,
-        **on_xla,
+        **on_it,
     )
     np.testing.assert_array_equal(bits(routed), bits(out))
 

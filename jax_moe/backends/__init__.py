@@ -67,10 +67,11 @@ class Backend(Protocol):
         num_local_experts: int,
         num_experts: int,
         expected_rows: float,
+        precision: Precision = "fast",
     ) -> GroupPlan:
         """Local pairs to expert-major rows; ids outside 0..num_experts-1 are skipped.
 
-        `expected_rows`, those an expert is likely to get, chooses `block_m`.
+        `expected_rows`, those an expert is likely to get, and `precision` choose `block_m`.
         """
 
     def up_project(

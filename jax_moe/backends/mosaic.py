@@ -14,6 +14,7 @@ from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 from jax_moe.backends import precision_of, require_defaults
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import interpret_params
+from jax_moe.numerics import scaled_f16
 from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
 from pallas_kernels.mosaic import group_quant, hopper, permute, routing, tilings
 from pallas_kernels.mosaic import plan as plan_kernels
@@ -30,6 +31,8 @@ KEEPS_LOWERED = True  # Pallas lowers these kernels in Python, which takes secon
 
 
 _INTERPRETED_SMS = 2
+
+_CHOOSE = {"fast": tilings.choose, "high": tilings.choose_widened}
 
 
 def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
@@ -65,8 +68,12 @@ def route(
 def quantize(
     x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", precision: Precision = "fast"
 ) -> Quantized:
-    """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
-    _require_fast(precision)
+    """Rows to e4m3 or f16 with one scale per 128 columns; see `jax_moe.quantize`.
+
+    f16 is left to XLA, which makes one pass or two of it.
+    """
+    if precision == "high":
+        return Quantized(*scaled_f16(x))
     return group_quant.quantize(x, scale_format=scale_format, interpret=interpret_params())
 
 
@@ -77,22 +84,26 @@ def plan_groups(
     num_local_experts: int,
     num_experts: int,
     expected_rows: float,
+    precision: Precision = "fast",
 ) -> GroupPlan:
     """Local pairs to expert-major rows; see `jax_moe.plan_groups`."""
+    block_m = tilings.block_m(expected_rows)
+    if precision == "high":
+        block_m = min(block_m, tilings.MAX_WIDENED_BLOCK_M)
     return GroupPlan(
         *plan_kernels.plan_groups(
             topk_ids,
             jnp.asarray(local_expert_offset),
             num_local_experts=num_local_experts,
             num_experts=num_experts,
-            block_m=tilings.block_m(expected_rows),
+            block_m=block_m,
             interpret=interpret_params(),
         )
     )
 
 
 def up_project(
-    hidden_states: Float8e4m3fn[Array, "T H"],
+    hidden_states: Float[Array, "T H"],
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
@@ -103,9 +114,8 @@ def up_project(
     precision: Precision = "fast",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    _require_fast(precision)
     activations, _ = _up(
-        Quantized(hidden_states, hidden_states_scale),
+        _rows(Quantized(hidden_states, hidden_states_scale), precision),
         gemm1_weights,
         gemm1_weights_scale,
         plan,
@@ -122,27 +132,37 @@ def layer(
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
     precision: Precision = "fast",
-) -> BFloat16[Array, "T H"]:
+    output_dtype: str = "bfloat16",
+) -> Float[Array, "T H"]:
     """The three stages after the plan.
 
     Where the up-projection has a warp to spare, it writes the zeros of tokens without a local
     expert meanwhile, and `unpermute` the other tokens only.
     """
-    _require_fast(precision)
     weights = inputs.weights
+    rows = _rows(inputs.rows, precision)
     activations, zeroed = _up(
-        inputs.rows,
+        rows,
         weights.gemm1_weights,
         weights.gemm1_weights_scale,
         plan,
         swiglu_limit=swiglu_limit,
         scale_format=scale_format,
-        side_job=_zeroing(weights.gemm1_weights, plan),
+        side_job=_zeroing(weights.gemm1_weights, plan, precision),
     )
     expert_outputs = down_project(
         activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan
     )
-    return unpermute(expert_outputs, inputs.routing.topk_weights, plan, zeroed)
+    return unpermute(
+        expert_outputs, inputs.routing.topk_weights, plan, zeroed, output_dtype=output_dtype
+    )
+
+
+def _rows(rows: Quantized, precision: Precision) -> Quantized:
+    """What the up-projection takes: e4m3 is exact in f16."""
+    if precision == "high":
+        return rows._replace(values=rows.values.astype(jnp.float16))
+    return rows
 
 
 def _up(
@@ -168,7 +188,7 @@ def _up(
         plan,
         weights,
         weights_scale,
-        config=_up_config(weights, plan),
+        config=_up_config(weights, plan, precision_of(tokens.values)),
         swiglu_limit=swiglu_limit,
         scale_format=scale_format,
         gather_rows=gathers,
@@ -177,15 +197,15 @@ def _up(
     )
 
 
-def _up_config(weights: Array, plan: GroupPlan) -> MatmulConfig:
+def _up_config(weights: Array, plan: GroupPlan, precision: Precision) -> MatmulConfig:
     num_local_experts, columns, hidden_size = weights.shape
-    chosen = tilings.choose(plan.block_m, hidden_size, columns // 2, num_local_experts)
+    chosen = _CHOOSE[precision](plan.block_m, hidden_size, columns // 2, num_local_experts)
     return _on_this_device(chosen.up_projection)
 
 
-def _zeroing(weights: Array, plan: GroupPlan) -> SideJob | None:
+def _zeroing(weights: Array, plan: GroupPlan, precision: Precision) -> SideJob | None:
     """The work of writing the output's zeros, where the up-projection has a warp for it."""
-    config = _up_config(weights, plan)
+    config = _up_config(weights, plan, precision)
     gathers = tilings.gathers(plan.block_m)
     spare = has_spare_warps(config, gathered=gathers, interpret=interpret_params())
     if not spare or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
@@ -198,11 +218,11 @@ def down_project(
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
-) -> BFloat16[Array, "M H"]:
+) -> Float[Array, "M H"]:
     """GEMM2; see `jax_moe.down_project`."""
-    _require_fast(precision_of(activations.values))
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
-    chosen = tilings.choose(plan.block_m, hidden_size, intermediate_size, num_local_experts)
+    choose = _CHOOSE[precision_of(activations.values)]
+    chosen = choose(plan.block_m, hidden_size, intermediate_size, num_local_experts)
     return down_projection(
         activations,
         plan,
@@ -214,15 +234,21 @@ def down_project(
 
 
 def unpermute(
-    expert_outputs: BFloat16[Array, "M H"],
+    expert_outputs: Float[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
     zeroed: BFloat16[Array, "T H"] | None = None,
-) -> BFloat16[Array, "T H"]:
+    *,
+    output_dtype: str = "bfloat16",
+) -> Float[Array, "T H"]:
     """Weighted sum per token; see `jax_moe.unpermute`. Zeros in `zeroed` are there already."""
-    _require_fast(precision_of(expert_outputs))
     return unpermute_kernel.unpermute(
-        expert_outputs, topk_weights, plan.pair_row, zeroed=zeroed, interpret=interpret_params()
+        expert_outputs,
+        topk_weights,
+        plan.pair_row,
+        zeroed=zeroed,
+        output_dtype=output_dtype,
+        interpret=interpret_params(),
     )
 
 
@@ -238,24 +264,22 @@ def workspace_bytes(
 
     Live at once are the activations and either the gathered rows or the expert outputs.
     """
-    _require_fast(precision)
     rows = max_rows(num_tokens, top_k, num_local_experts, tilings.MAX_BLOCK_M)
-    bytes_of_quantized = 1 + 4 / QUANT_BLOCK
+    wider = 2 if precision == "high" else 1
+    bytes_of_quantized = wider + 4 / QUANT_BLOCK
     activations = rows * intermediate_size * bytes_of_quantized
     gathered = rows * hidden_size * bytes_of_quantized
-    outputs = rows * hidden_size * 2
+    outputs = wider * rows * hidden_size * 2
     plan = 4 * (2 * rows + 4 * num_tokens * top_k)
     partials = tilings.partials_bytes(hidden_size, intermediate_size, num_local_experts)
-    return int(activations + max(gathered, outputs)) + plan + partials + 2**20
+    # With "high", f16 tokens, and what XLA makes them from.
+    tokens = num_tokens * hidden_size * 8 if precision == "high" else 0
+    return int(activations + max(gathered, outputs)) + tokens + plan + partials + 2**20
 
 
 def tiling_table(hidden_size: int, intermediate_size: int, num_local_experts: int) -> object:
     """The tilings in use for these sizes."""
     return tilings.table(hidden_size, intermediate_size, num_local_experts)
-
-
-def _require_fast(precision: Precision) -> None:
-    require_defaults(NAME, precision=(precision, "fast"))
 
 
 def _on_this_device(config: MatmulConfig) -> MatmulConfig:

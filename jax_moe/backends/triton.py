@@ -71,8 +71,10 @@ def plan_groups(
     num_local_experts: int,
     num_experts: int,
     expected_rows: float,
+    precision: Precision = "fast",
 ) -> GroupPlan:
     """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
+    _require_fast(precision)
     num_tokens = topk_ids.shape[0]
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     counts = None

@@ -73,6 +73,7 @@ def plan_groups(
     num_local_experts: int,
     num_experts: int,
     expected_rows: float,
+    precision: Precision = "fast",
 ) -> GroupPlan:
     """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
     num_tokens, top_k = topk_ids.shape

@@ -270,6 +270,7 @@ def _run(
     max_rows_at_once = workspace.rows_at_once(max_rows_at_once, group.count)
     chosen = backends.select(backend, ranks.device())
     kind = exchanges.select(exchange, group, chosen)
+    exchanges.require_fast(kind, precision)
     if tokens == 0:
         out = jnp.zeros(inputs.hidden_states.shape, jnp.bfloat16)
         load = lax.psum(jnp.zeros(num_experts, jnp.int32), group.axes)

@@ -14,6 +14,7 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int32
 
+from jax_moe.config import Precision
 from jax_moe.device import has_context, interpret_params
 from jax_moe.parallel.collectives import Collectives, Nothing
 from jax_moe.parallel.nvlink import NVLink
@@ -129,6 +130,18 @@ def select(name: str, ranks: Ranks, backend: str, mesh: jax.sharding.Mesh | None
     if reason := unsupported_reason(name, ranks, backend, mesh):
         raise NotImplementedError(f"exchange={name!r}: {reason}")
     return name
+
+
+def require_fast(name: str, precision: Precision) -> None:
+    """Refuses what the kernels of an exchange do not have.
+
+    Raises:
+        NotImplementedError: It moves FP8 rows and bf16 sums only.
+    """
+    if precision != "fast" and name == "nvlink":
+        raise NotImplementedError(
+            f"exchange={name!r}: precision={precision!r} is not supported, only 'fast'"
+        )
 
 
 def make(name: str, ranks: Ranks, num_local_experts: int) -> Exchange:

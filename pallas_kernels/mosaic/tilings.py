@@ -6,6 +6,8 @@ The tables are data (`pallas_kernels.tuning`): one that the user measured on thi
 
 from __future__ import annotations
 
+import dataclasses
+
 from pallas_kernels import device
 from pallas_kernels.mosaic import hopper, tiling_check
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
@@ -15,6 +17,11 @@ from pallas_kernels.tuning.cache import Chosen, Gpu
 from pallas_kernels.tuning.table_format import Kernels, Pair, Sizes, Table
 
 MAX_BLOCK_M, gathers = tiling_check.MAX_BLOCK_M, tiling_check.gathers
+
+MAX_WIDENED_BLOCK_M = 64
+"""Tokens of the largest tile of 16-bit rows: its weights take registers of their own."""
+
+_STAGES = {16: (5, 5), 64: (4, 3)}  # of 16-bit rows, up- and down-projection
 
 KERNELS = Kernels("mosaic", MatmulConfig, (16, 64, 128), tiling_check.check)
 
@@ -39,6 +46,40 @@ def choose(
         num_local_experts: E_local.
     """
     return table(hidden_size, intermediate_size, num_local_experts)[block_m]
+
+
+def choose_widened(
+    block_m: int, hidden_size: int, intermediate_size: int, num_local_experts: int
+) -> Pair[MatmulConfig]:
+    """Tiles and pipelines for rows of 16 bits: those of FP8 rows, with the stages that fit.
+
+    Args:
+        block_m: Of the plan, at most `MAX_WIDENED_BLOCK_M`.
+        hidden_size: H.
+        intermediate_size: I.
+        num_local_experts: E_local.
+
+    Raises:
+        ValueError: The plan was made for FP8 rows.
+    """
+    if block_m > MAX_WIDENED_BLOCK_M:
+        raise ValueError(
+            f'plan: expected one of plan_groups(precision="high"), of tiles of up to '
+            f"{MAX_WIDENED_BLOCK_M} rows, got {block_m}"
+        )
+    pair = choose(block_m, hidden_size, intermediate_size, num_local_experts)
+    return Pair(
+        *(_widened(config, most) for config, most in zip(pair, _STAGES[block_m], strict=True))
+    )
+
+
+def _widened(config: MatmulConfig, most: int) -> MatmulConfig:
+    return dataclasses.replace(
+        config,
+        num_stages=min(config.num_stages, most),
+        stages_per_fill=min(config.stages_per_fill, 2),
+        scheduler="static",
+    )
 
 
 def partials_bytes(hidden_size: int, intermediate_size: int, num_local_experts: int) -> int:

@@ -27,40 +27,47 @@ _ROWS_AT_ONCE = 8
 
 
 def unpermute(
-    expert_outputs: BFloat16[Array, "M H"],
+    expert_outputs: Float[Array, "M H"],
     topk_weights: Float[Array, "T k"],
     pair_row: Int32[Array, "T k"],
     *,
     zeroed: BFloat16[Array, "T H"] | None = None,
+    output_dtype: str = "bfloat16",
     interpret=None,
-) -> BFloat16[Array, "T H"]:
+) -> Float[Array, "T H"]:
     """`out[t] = sum over local k of topk_weights[t, k] * expert_outputs[pair_row[t, k]]`.
 
     Args:
-        expert_outputs: `bf16[M, H]`, H a multiple of 128.
+        expert_outputs: `bf16[M, H]` or `f32[M, H]`, H a multiple of 128.
         topk_weights: `f32[T, k]`.
         pair_row: `i32[T, k]`, -1 where the pair is not local.
         zeroed: The result as far as it is known, from `zero_rows`; written in place.
+        output_dtype: "bfloat16", or "float32" where sums of several ranks are added up.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `bf16[T, H]`.
+        `bf16[T, H]` or `f32[T, H]`.
     """
     if zeroed is not None:
         return _sum_into(zeroed, expert_outputs, topk_weights, pair_row, interpret)
     num_tokens = pair_row.shape[0]
     hidden_size = expert_outputs.shape[1]
     few = num_tokens <= _FEW_TOKENS
-    vector = math.gcd(hidden_size // 128, 8)
+    vector = _vector(expert_outputs)
     kernel = launch.kernel(
         _sum_part if few else _sum_row,
-        out_type=jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((num_tokens, hidden_size), output_dtype),
         grid=(hidden_size // (128 * vector) if few else 1, num_tokens),
         grid_names=("part", "token"),  # CUDA allows 2^31 of the last
         kernel_name="moe_unpermute",
         interpret=interpret,
     )
     return kernel(expert_outputs, topk_weights, pair_row)
+
+
+def _vector(rows) -> int:
+    """Neighbouring elements per thread: 16 bytes where the columns allow it."""
+    return math.gcd(rows.shape[1] // 128, 16 // rows.dtype.itemsize)
 
 
 def _sum_into(zeroed, expert_outputs, topk_weights, pair_row, interpret):
@@ -87,7 +94,7 @@ def _sum_row_if_local(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
 def _sum_row(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
     token = lax.axis_index("token")
     hidden_size = out_gmem.shape[1]
-    layout = plgpu.Layout.WG_STRIDED((hidden_size,), math.gcd(hidden_size // 128, 8))
+    layout = plgpu.Layout.WG_STRIDED((hidden_size,), _vector(expert_gmem))
     total = plgpu.layout_cast(jnp.zeros((hidden_size,), jnp.float32), layout)
     rows, weights = _pairs(token, pair_row_gmem, weight_gmem)
     for row, weight in zip(rows, weights, strict=True):
@@ -97,12 +104,12 @@ def _sum_row(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
             return total + values.astype(jnp.float32) * weight
 
         total = lax.cond(row >= 0, add, lambda total: total, total)
-    out_gmem[token] = total.astype(jnp.bfloat16)
+    out_gmem[token] = total.astype(out_gmem.dtype)
 
 
 def _sum_part(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
     token, part = lax.axis_index("token"), lax.axis_index("part")
-    vector = math.gcd(out_gmem.shape[1] // 128, 8)
+    vector = _vector(expert_gmem)
     shape = (128 * vector,)
     columns = pl.ds(part * shape[0], shape[0])
     layout = plgpu.Layout.WG_STRIDED(shape, vector)
@@ -123,7 +130,7 @@ def _sum_part(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):
 
     total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
     total = lax.cond(largest >= 0, add_rows, lambda total: total, total)
-    out_gmem[token, columns] = total.astype(jnp.bfloat16)
+    out_gmem[token, columns] = total.astype(out_gmem.dtype)
 
 
 def _smaller_unsigned(row, largest):

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.hopper import widened
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, MatmulShape, is_token_major
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline
 from pallas_kernels.mosaic.hopper.tile_queue import Tile
@@ -80,6 +81,16 @@ def accumulate(
             scale = lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
             return accumulator[...] * scale
 
+        def widened_product():
+            scale = lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
+            return scale * widened.product(
+                pipeline.weights.at[stage, i, my_rows],
+                pipeline.x.at[stage, pl.ds(0, width)],
+                interpreted=shape.is_interpreted,
+            )
+
+        if shape.is_widened:
+            return widened_product()
         return pl.run_scoped(multiply, plgpu.ACC(sum_shape, jnp.float32))
 
     def weight_scales(k):

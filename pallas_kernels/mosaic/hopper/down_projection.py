@@ -1,9 +1,10 @@
-"""Down-projection: block-scaled grouped matmul with a plain bf16 result.
+"""Down-projection: block-scaled grouped matmul with a plain bf16 result, of f16 rows f32.
 
 epilogue, per weight block:
     weight-major  f32[64, tokens] -> bf16, transposed on the way to shared memory
                   (stmatrix.trans) -> TMA store of [tokens, 64]
     token-major   f32[64 tokens, 128] -> bf16 -> two TMA stores of [64, 64]
+    f16 rows      as weight-major, in f32, transposed in registers
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
+from pallas_kernels.mosaic.hopper.widened import is_widened, row_bytes, transposed
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
 from pallas_kernels.types import GroupPlan, Quantized
 
@@ -33,11 +35,11 @@ def down_projection(
     *,
     config: MatmulConfig,
     interpret=None,
-) -> BFloat16[Array, "M H"]:
-    """`rows @ gemm2_weights[expert].T`, f32 sums, one cast to bf16.
+) -> Float[Array, "M H"]:
+    """`rows @ gemm2_weights[expert].T`, f32 sums, one cast to bf16; none of f16 rows.
 
     Args:
-        rows: Activations `[M, I]`, in the order of the plan.
+        rows: Activations `[M, I]`, e4m3 or f16, in the order of the plan.
         plan: Where the rows of each expert lie.
         gemm2_weights: `e4m3[E, H, I]`.
         gemm2_weights_scale: `f32[E, H/128, I/128]`.
@@ -45,7 +47,7 @@ def down_projection(
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `bf16[M, H]`; padding rows hold anything.
+        `bf16[M, H]`, of f16 rows `f32[M, H]`; padding rows hold anything.
 
     Raises:
         ValueError: The configuration does not fit the GPU or the plan.
@@ -58,8 +60,10 @@ def down_projection(
         min(config.block_m, CONSUMER_ROWS),
         CONSUMER_ROWS,
     )
-    config.check_smem(blocks, math.prod(staged) * 2)
-    out_tiles = (plgpu.TilingTransform((8, CONSUMER_ROWS)), plgpu.SwizzleTransform(128))
+    dtype = jnp.dtype(jnp.float32 if is_widened(rows) else jnp.bfloat16)
+    config.check_smem(blocks, math.prod(staged) * dtype.itemsize, row_bytes(rows))
+    tile_columns = 128 // dtype.itemsize
+    out_tiles = (plgpu.TilingTransform((8, tile_columns)), plgpu.SwizzleTransform(128))
     out, _ = grouped_matmul(
         rows,
         plan,
@@ -71,8 +75,8 @@ def down_projection(
         epilogue=Epilogue(
             weight_major=_weight_major_epilogue,
             token_major=_token_major_epilogue,
-            out_type=jax.ShapeDtypeStruct((plan.row_token.shape[0], hidden_size), jnp.bfloat16),
-            staging_types=plgpu.SMEM(staged, jnp.bfloat16, transforms=out_tiles),
+            out_type=jax.ShapeDtypeStruct((plan.row_token.shape[0], hidden_size), dtype),
+            staging_types=plgpu.SMEM(staged, dtype, transforms=out_tiles),
         ),
         name="moe_down_projection",
         interpret=interpret,
@@ -86,7 +90,8 @@ def _weight_major_epilogue(accumulators, tile, width, out, staging):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     buffers = itertools.count()
     for i, accumulator in enumerate(accumulators):
-        values = accumulator.astype(jnp.bfloat16)
+        is_wide = staging.dtype == jnp.float32
+        values = transposed(accumulator) if is_wide else accumulator.astype(jnp.bfloat16)
         column = (tile.column * len(accumulators) + i) * QUANT_BLOCK + warpgroup * CONSUMER_ROWS
         for first in range(0, width, staging.shape[2]):
             tokens = min(width - first, staging.shape[2])

@@ -4,6 +4,7 @@ Hopper's TMA cannot gather, so the producer's threads copy the rows themselves (
 128-column step of a tile at a time, to where TMA would have put them:
 
     thread t     16-byte chunk t % 8 of rows t / 8, t / 8 + 16, ...; the scale of row t
+                 (rows of 16 bits: chunks t % 8 and t % 8 + 8, which lie in two swizzled halves)
 
 A step is committed `GATHER_DELAY` steps later, when its copies have landed. The interpreter has no
 `cp.async`; there, callers gather the rows first.
@@ -34,6 +35,8 @@ GATHER_DELAY = 2
 
 _CHUNK = 16
 _CHUNKS = QUANT_BLOCK // _CHUNK
+_COPY_CHUNK = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16;"
+_COPY_OTHER_HALF = "cp.async.cg.shared.global.L2::128B [$0+1024], [$1+128], 16;"
 _COPY_SCALE = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.ca.shared.global [$0], [$1], 4; }"
 
 
@@ -49,17 +52,18 @@ def copy_rows(
     """Starts copying one 128-column step of a tile.
 
     Args:
-        tokens: `e4m3[T, K]` and `f32[K/128, T]` in global memory.
+        tokens: `e4m3[T, K]` or `f16[T, K]` and `f32[K/128, T]` in global memory.
         row_token: `i32[M]`, the token of each row; -1 (padding) copies token 0.
         row: The tile's first row.
         k: The step.
-        stage_smem: `e4m3[block_m, 128]`, tiled and swizzled by `transforms`.
+        stage_smem: `[block_m, 128]` of the same dtype, tiled and swizzled by `transforms`.
         scales_smem: `f32[block_m or more]`.
         width: Rows to copy, at most 128.
         transforms: Of `stage_smem`.
     """
     x, x_scales = tokens
     num_tokens, num_columns = x.shape
+    itemsize = x.dtype.itemsize
     refs = (plgpu.RefType(),) * 3
     splat = plgpu.Layout.WG_SPLAT
 
@@ -70,22 +74,30 @@ def copy_rows(
         chunk = arith.remui(thread, constant(_CHUNKS))
         first = arith.divui(thread, constant(_CHUNKS))
 
+        def line(inside):
+            if itemsize == 1:
+                return arith.muli(inside, constant(QUANT_BLOCK))
+            # Eight rows have 16 lines of 128 bytes: first those of columns 0 to 63.
+            of_eight = arith.muli(arith.divui(inside, constant(8)), constant(16 * 128))
+            return arith.addi(of_eight, arith.muli(arith.andi(inside, constant(7)), constant(128)))
+
         def token_of(inside):
             return arith.maxsi(load_i32(row_token, arith.addi(row, inside)), constant(0))
 
         column = arith.addi(
-            arith.muli(k, constant(QUANT_BLOCK)), arith.muli(chunk, constant(_CHUNK))
+            arith.muli(k, constant(QUANT_BLOCK)), arith.muli(chunk, constant(_CHUNK // itemsize))
         )
         for i in range(-(-width * _CHUNKS // 128)):
             inside = arith.addi(first, constant(i * 128 // _CHUNKS))
-            source = global_address(x, flat(token_of(inside), num_columns, column), 1)
+            start = flat(token_of(inside), num_columns, column)
+            source = global_address(x, start, itemsize)
             # 128-byte swizzle: the chunk's index xor the row's, modulo 8.
             swizzled = arith.xori(chunk, arith.andi(inside, constant(_CHUNKS - 1)))
-            offset = arith.addi(
-                arith.muli(inside, constant(QUANT_BLOCK)), arith.muli(swizzled, constant(_CHUNK))
-            )
+            offset = arith.addi(line(inside), arith.muli(swizzled, constant(_CHUNK)))
             target = arith.addi(shared_address(stage), offset)
-            asm("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", [target, source], "r,l")
+            asm(_COPY_CHUNK, [target, source], "r,l")
+            if itemsize == 2:  # the other 64 columns, 128 bytes on, are 8 lines on in the stage
+                asm(_COPY_OTHER_HALF, [target, source], "r,l")
 
         token = token_of(arith.remui(thread, constant(width)))
         source = global_address(x_scales, flat(k, num_tokens, token), 4)

@@ -20,7 +20,8 @@ technical report, section 3.3.2).
 
 CTAs are persistent; `tile_scheduler` has the order of tiles, `pipeline` the stages, `gather` the
 copies of rows that lie anywhere (TMA makes the others), `split_k` the sums of tiles that are split
-along K, `side_job` what the producer's spare warps may do meanwhile.
+along K, `widened` what is otherwise for rows of 16 bits, `side_job` what the producer's spare warps
+may do meanwhile.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from pallas_kernels.mosaic.hopper.tile_scheduler import (
     TileOrder,
     TileScheduler,
 )
+from pallas_kernels.mosaic.hopper.widened import is_widened
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import GroupPlan, Quantized
 
@@ -86,7 +88,8 @@ def grouped_matmul(
     """Runs an epilogue on every tile of `rows @ weights[expert].T`.
 
     Args:
-        rows: The left side, `[M, K]` in the order of the plan, or tokens `[T, K]` to gather.
+        rows: The left side, `[M, K]` in the order of the plan, or tokens `[T, K]` to gather; e4m3,
+            or f16, which the weights are widened to (`widened`).
         plan: Where the rows of each expert lie.
         weights: `e4m3[E, N, K]`.
         weights_scale: `f32[E, N/128, K/128]`.
@@ -119,6 +122,7 @@ def grouped_matmul(
         num_steps=rows.values.shape[1] // QUANT_BLOCK,
         gathered=gather_rows,
         interpret=interpret,
+        widened=is_widened(rows),
     )
     if side_job and not shape.is_dynamic:
         raise ValueError(f"side_job: expected None where no warp is spare, got one with {config}")

@@ -36,9 +36,10 @@ def scales_per_stage(block_m: int) -> int:
     return max(block_m, _MIN_SCALES)
 
 
-def stage_bytes(block_m: int, num_blocks: int) -> int:
-    """Shared memory of a stage without its barriers."""
-    return (block_m + num_blocks * QUANT_BLOCK) * QUANT_BLOCK + 4 * scales_per_stage(block_m)
+def stage_bytes(block_m: int, num_blocks: int, row_bytes: int = 1) -> int:
+    """Shared memory of a stage without its barriers; `row_bytes` is the size of a row's element."""
+    rows = row_bytes * block_m + num_blocks * QUANT_BLOCK
+    return rows * QUANT_BLOCK + 4 * scales_per_stage(block_m)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,9 @@ class MatmulConfig:
         """Whether some tiles have their tokens on the 64-row side of `wgmma`."""
         return any(is_token_major(width) for width in (*self.tail_widths, self.block_m))
 
-    def check_smem(self, num_blocks: int, epilogue_bytes: int) -> None:
+    def check_smem(self, num_blocks: int, epilogue_bytes: int, row_bytes: int = 1) -> None:
         """Raises ValueError if the pipeline and the epilogue do not fit in shared memory."""
-        stages = self.num_stages * stage_bytes(self.block_m, num_blocks)
+        stages = self.num_stages * stage_bytes(self.block_m, num_blocks, row_bytes)
         needed = stages + epilogue_bytes + QUEUE_BYTES + _BARRIER_BYTES
         if needed > SMEM_BYTES:
             raise ValueError(f"{self}: needs {needed} bytes of shared memory of {SMEM_BYTES}")
@@ -151,6 +152,8 @@ class MatmulShape:
         is_gathered: Whether the producer gathers the rows, instead of TMA.
         is_dynamic: Whether a warp of the producer schedules, which leaves two without work.
         is_split: Whether the last tiles may be split along K.
+        is_widened: Whether rows have 16 bits, and the weights are widened to f16 in registers.
+        is_interpreted: Whether the interpreter runs the kernel.
     """
 
     config: MatmulConfig
@@ -161,6 +164,8 @@ class MatmulShape:
     is_gathered: bool
     is_dynamic: bool
     is_split: bool
+    is_widened: bool = False
+    is_interpreted: bool = False
 
     @property
     def block_m(self) -> int:
@@ -202,6 +207,7 @@ def matmul_shape(
     num_steps: int,
     gathered: bool,
     interpret: Any,
+    widened: bool = False,
 ) -> MatmulShape:
     """The shape of a matmul on the GPU that is compiled for.
 
@@ -212,10 +218,16 @@ def matmul_shape(
         num_steps: Steps of K.
         gathered: Whether the producer gathers the rows.
         interpret: Interpreter parameters, or None for the GPU.
+        widened: Whether rows have 16 bits.
 
     Raises:
-        ValueError: The configuration does not fit the GPU, or rows that are gathered.
+        ValueError: The configuration does not fit the GPU, or the rows.
     """
+    if widened and config.has_token_major_tiles:
+        raise ValueError(
+            f"config: expected tiles of fewer than {NUM_CONSUMERS * CONSUMER_ROWS} tokens where "
+            f"rows have 16 bits, got block_m={config.block_m}, tail_widths={config.tail_widths}"
+        )
     available = num_sms()
     sms = available if config.sms is None else config.sms
     if sms > available:
@@ -229,6 +241,8 @@ def matmul_shape(
         is_gathered=gathered,
         is_dynamic=has_spare_warps(config, gathered=gathered, interpret=interpret),
         is_split=config.segments(num_steps) > 1 and interpret is None,
+        is_widened=widened,
+        is_interpreted=interpret is not None,
     )
     if gathered and config.num_stages < shape.stages_per_fill + GATHER_DELAY:
         raise ValueError(

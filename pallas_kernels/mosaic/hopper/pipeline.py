@@ -26,6 +26,7 @@ from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import Quantized
 
 _F8_TILES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+_F16_TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 class Pipeline(NamedTuple):
@@ -140,7 +141,11 @@ def pipeline_types(shape: MatmulShape) -> Pipeline:
     e4m3 = jnp.float8_e4m3fn
     weights = (num_stages, num_blocks, QUANT_BLOCK, QUANT_BLOCK)
     return Pipeline(
-        x=plgpu.SMEM((num_stages, block_m, QUANT_BLOCK), e4m3, transforms=_F8_TILES),
+        x=plgpu.SMEM(
+            (num_stages, block_m, QUANT_BLOCK),
+            jnp.float16 if shape.is_widened else e4m3,
+            transforms=_F16_TILES if shape.is_widened else _F8_TILES,
+        ),
         x_scales=plgpu.SMEM((num_stages, scales_per_stage(block_m)), jnp.float32),
         weights=plgpu.SMEM(weights, e4m3, transforms=_F8_TILES),
         first_full=plgpu.Barrier(num_arrivals=token_arrivals + copies, num_barriers=num_stages),
@@ -161,8 +166,9 @@ def _copy_tokens(pipeline: Pipeline, rows: Quantized, tile, width: int, ks, stag
 
 
 def _gather_tokens(pipeline: Pipeline, operands: Operands, tile, width: int, ks, stages) -> None:
+    tiles = _F8_TILES if operands.rows.values.dtype == jnp.float8_e4m3fn else _F16_TILES
     for k, stage in zip(ks, stages, strict=True):
         to = pipeline.x.at[stage], pipeline.x_scales.at[stage]
         gather.copy_rows(
-            operands.rows, operands.row_token, tile.row, k, *to, width, transforms=_F8_TILES
+            operands.rows, operands.row_token, tile.row, k, *to, width, transforms=tiles
         )

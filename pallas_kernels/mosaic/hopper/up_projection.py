@@ -11,6 +11,9 @@ token-major epilogue:
     consumer w    clamp, silu(gate) * up, f32[64 tokens, 128] -> bf16, amax over the 128 columns
                   -> scale -> e4m3 -> TMA store
 
+f16 rows, 32 tokens at a time:
+    as weight-major, but f32 -> shared memory, amax -> power of two -> f16 -> global memory
+
 The clamp is there with a `swiglu_limit` only. Scales of the format "ue8m0" are taken from the bits
 of amax, see `group_quant.power_of_two_scale`.
 """
@@ -34,10 +37,13 @@ from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
 from pallas_kernels.mosaic.hopper.side_job import SideJob
+from pallas_kernels.mosaic.hopper.widened import is_widened, transposed
+from pallas_kernels.mosaic.hopper.widened import power_of_two_scale as widened_scale
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import GroupPlan, Quantized, ScaleFormat
 
 _STAGED_TOKENS = 64
+_WIDE_STAGED_TOKENS = 32
 
 
 class _Activation(NamedTuple):
@@ -71,21 +77,21 @@ def up_projection(
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
 
     Args:
-        rows: Activations `[M, H]` in the order of the plan, or of tokens `[T, H]`.
+        rows: Activations `[M, H]` in the order of the plan, or of tokens `[T, H]`; e4m3 or f16.
         plan: Where the rows of each expert lie.
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
         config: Tile and pipeline; its `block_m` is that of the plan.
         swiglu_limit: Cuts the gate off above it, and the other half on both sides; NaN stays. None
             for no clamp.
-        scale_format: Of the result's scales.
+        scale_format: Of the result's scales; those of an f16 result are always powers of two.
         gather_rows: Whether `rows` are tokens.
         side_job: As for `grouped_matmul`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `e4m3[M, I]` and `f32[I/128, M]`, padding rows hold anything; and what `side_job` gives,
-        None without one.
+        `e4m3[M, I]`, of f16 rows `f16[M, I]`, and `f32[I/128, M]`, padding rows hold anything; and
+        what `side_job` gives, None without one.
 
     Raises:
         ValueError: The configuration does not fit the GPU, the plan or `side_job`.
@@ -95,6 +101,8 @@ def up_projection(
     num_columns = intermediate_size // QUANT_BLOCK
     shape: Any = jax.ShapeDtypeStruct
     activation = _Activation(swiglu_limit, scale_format)
+    wide = is_widened(rows)
+    weight_major = _widened_epilogue if wide else _weight_major_epilogue
     return grouped_matmul(
         rows,
         plan,
@@ -104,13 +112,13 @@ def up_projection(
         num_columns=num_columns,
         weight_blocks=lambda column: (column, num_columns + column),
         epilogue=Epilogue(
-            weight_major=functools.partial(_weight_major_epilogue, activation),
+            weight_major=functools.partial(weight_major, activation),
             token_major=functools.partial(_token_major_epilogue, activation),
             out_type=Quantized(
-                shape((num_rows, intermediate_size), jnp.float8_e4m3fn),
+                shape((num_rows, intermediate_size), jnp.float16 if wide else jnp.float8_e4m3fn),
                 shape((num_columns, num_rows), jnp.float32),
             ),
-            staging_types=_staging_types(config),
+            staging_types=_widened_staging_types(config) if wide else _staging_types(config),
         ),
         name="moe_up_projection",
         gather_rows=gather_rows,
@@ -133,6 +141,17 @@ def _staging_types(config: MatmulConfig) -> _Staging:
         token_major=plgpu.SMEM(
             token_major, jnp.float8_e4m3fn, transforms=(tiling, plgpu.SwizzleTransform(64))
         ),
+        consumers=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+    )
+
+
+def _widened_staging_types(config: MatmulConfig) -> _Staging:
+    staged = (NUM_CONSUMERS, min(config.block_m, _WIDE_STAGED_TOKENS), CONSUMER_ROWS)
+    config.check_smem(2, math.prod(staged) * 4, row_bytes=2)
+    tiles = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    return _Staging(
+        weight_major=plgpu.SMEM(staged, jnp.float32, transforms=tiles),
+        token_major=(),
         consumers=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
     )
 
@@ -168,6 +187,34 @@ def _weight_major_epilogue(
         _sync_consumers(staging.consumers)
 
 
+def _widened_epilogue(
+    activation: _Activation, accumulators, tile, width, outputs: Quantized, staging: _Staging
+):
+    """Weights x tokens, staged in f32: what their scale is, is known once a row is together."""
+    warpgroup = lax.axis_index("warpgroup")
+    layout = layouts.row_per_warp(CONSUMER_ROWS)
+    activated = transposed(_activated(accumulators, activation.swiglu_limit))
+    staged = staging.weight_major
+    for first in range(0, width, staged.shape[1]):
+        tokens = min(width - first, staged.shape[1])
+        staged.at[warpgroup, pl.ds(0, tokens)].T[...] = activated[:, first : first + tokens]
+        _sync_consumers(staging.consumers)
+        mine = tokens // NUM_CONSUMERS
+        halves = [
+            plgpu.load(staged.at[i, pl.ds(warpgroup * mine, mine)], layout=layout)
+            for i in range(NUM_CONSUMERS)
+        ]
+        amax = functools.reduce(lax.max, [jnp.max(jnp.abs(half), axis=1) for half in halves])
+        scale, inverse = widened_scale(amax)
+        inverse = lax.broadcast_in_dim(inverse, (mine, CONSUMER_ROWS), [0])
+        row = pl.ds(tile.row + first + warpgroup * mine, mine)
+        for i, half in enumerate(halves):
+            column = pl.ds(tile.column * QUANT_BLOCK + i * CONSUMER_ROWS, CONSUMER_ROWS)
+            outputs.values[row, column] = (half * inverse).astype(jnp.float16)
+        outputs.scales[tile.column, row] = scale
+        _sync_consumers(staging.consumers)
+
+
 def _token_major_epilogue(
     activation: _Activation, accumulators, tile, width, outputs: Quantized, staging: _Staging
 ):
@@ -189,10 +236,14 @@ def _token_major_epilogue(
 
 
 def _swiglu(accumulators, limit: float | None):
+    return _activated(accumulators, limit).astype(jnp.bfloat16)
+
+
+def _activated(accumulators, limit: float | None):
     up, gate = accumulators
     if limit is not None:  # minimum and maximum both keep NaN
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return (gate * jax.nn.sigmoid(gate) * up).astype(jnp.bfloat16)
+    return gate * jax.nn.sigmoid(gate) * up
 
 
 def _scale_of(amax, scale_format: ScaleFormat):
