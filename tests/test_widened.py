@@ -29,7 +29,7 @@ from tests.test_kernels_interpreted import (
 )
 
 # Weights that were read to registers: as their scales, ordered by the mbarrier of the slot.
-REUSED_SLOTS = SCALES_OF_A_REUSED_SLOT | {"product", "Pipeline.produce", "widened_product"}
+REUSED_SLOTS = SCALES_OF_A_REUSED_SLOT | {"product", "Pipeline.produce"}
 
 
 def f16_rows(sizes, block_m, columns):
