@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.backends import precision_of, require_defaults
+from jax_moe.backends import precision_of
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import interpret_params
 from jax_moe.numerics import scaled_f16
