@@ -210,8 +210,8 @@ def _widened_epilogue(
         row = pl.ds(tile.row + first + warpgroup * mine, mine)
         for i, half in enumerate(halves):
             column = pl.ds(tile.column * QUANT_BLOCK + i * CONSUMER_ROWS, CONSUMER_ROWS)
-            outputs.values[row, column] = (half * inverse).astype(jnp.float16)
-        outputs.scales[tile.column, row] = scale
+            layouts.store(outputs.values, (row, column), (half * inverse).astype(jnp.float16))
+        layouts.store(outputs.scales, (tile.column, row), scale)
         _sync_consumers(staging.consumers)
 
 
