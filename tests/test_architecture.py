@@ -72,6 +72,58 @@ def test_kernels_use_the_words_of_the_field():
             assert not PRIVATE_WORDS.search(line), f"{path.name}:{number}: {line.strip()}"
 
 
+NAMES = {"inputs", "INPUTS", "arguments"}
+
+
+def positions(source):
+    """Numbers in brackets after a tuple of the layer's arguments."""
+
+    def is_number(node):
+        node = node.operand if isinstance(node, ast.UnaryOp) else node
+        return isinstance(node, ast.Constant) and isinstance(node.value, int)
+
+    def is_arguments(node):
+        if isinstance(node, ast.Call):
+            node = node.func
+            return isinstance(node, ast.Name) and node.id in {"make_inputs", "rank_specs"}
+        if isinstance(node, ast.Attribute):
+            return node.attr == "arguments"
+        return isinstance(node, ast.Name) and node.id in NAMES
+
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Subscript) and is_arguments(node.value)
+        for index in [node.slice]
+        if (
+            is_number(index)
+            if not isinstance(index, ast.Slice)
+            else any(part is not None and is_number(part) for part in (index.lower, index.upper))
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["inputs[0]", "f(*inputs[4:8])", "arguments[-1]", "inputs.arguments[:8]", "make_inputs(3)[2]"],
+)
+def test_the_rule_sees_a_position(source):
+    assert positions(source)
+
+
+def test_arguments_of_the_layer_go_by_name():
+    """`jax_moe.LayerInputs` and `RoutedInputs` name them."""
+    assert positions("inputs[number] = arguments[name]; inputs.hidden_states[:3]; ten[0]") == []
+    folders = (*FLOORS, "tests", "tools", "examples")
+    found = {
+        str(path.relative_to(ROOT)): wrong
+        for folder in folders
+        for path in files(folder)
+        if (wrong := positions(path.read_text()))
+    }
+    assert found == {}
+
+
 def test_every_public_name_is_documented():
     public = [name for name in dir(jax_moe) if name[0] != "_" and callable(getattr(jax_moe, name))]
     assert {"apply", "reference", "route", "quantize", "describe"} <= set(public)

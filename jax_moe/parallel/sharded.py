@@ -1,6 +1,7 @@
 """The layer as a function of global arrays, and what can be asked about a mesh beforehand."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -196,11 +197,17 @@ def _program(static: _Static, check_vma: bool) -> Callable[..., Any]:
 
 def _resharded(given: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
     """Arguments as their specs say."""
-    arguments = tuple(
-        None if value is None else jax.sharding.reshard(value, NamedSharding(mesh, spec))
-        for value, spec in zip((*given[0], *given[1:]), (*specs[0], *specs[1:]), strict=True)
+
+    def reshard(value: Any, spec: Any) -> Any:
+        return None if value is None else jax.sharding.reshard(value, NamedSharding(mesh, spec))
+
+    arguments, num_tokens, placement = given
+    of_arguments, of_num_tokens, of_placement = specs
+    return (
+        tuple(itertools.starmap(reshard, zip(arguments, of_arguments, strict=True))),
+        reshard(num_tokens, of_num_tokens),
+        reshard(placement, of_placement),
     )
-    return arguments[:-2], *arguments[-2:]
 
 
 def _one_per_rank(num_tokens: Any, count: int) -> Any:

@@ -211,18 +211,18 @@ def _config[C](kind: type[C], value: Any, where: str) -> C:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """JSON's value as an annotation says: bool, int, str, None, a tuple or a choice of such."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, hints = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        if isinstance(value, str) and value in arguments:
+        if isinstance(value, str) and value in hints:
             return value
-        raise ValueError(f"{where}: expected one of {list(arguments)}, got {value!r:.100}")
+        raise ValueError(f"{where}: expected one of {list(hints)}, got {value!r:.100}")
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+        if value is None and type(None) in hints:
             return None
-        return _typed(value, next(one for one in arguments if one is not type(None)), where)
+        return _typed(value, next(one for one in hints if one is not type(None)), where)
     elif origin is tuple:
         if isinstance(value, list):
-            return tuple(_typed(item, arguments[0], where) for item in value)
+            return tuple(_typed(item, hints[0], where) for item in value)
     elif type(value) is hint and (hint in (bool, str) or abs(value) <= _MAX_INTEGER):
         return value
     raise ValueError(f"{where}: expected {hint}, got {value!r:.100}")
