@@ -9,6 +9,7 @@ from bench import interpreter, ragged_dot
 from bench.results import REFERENCE
 from interop.solutions.base import Solution
 from jax_moe import LayerInputs, MoEConfig, backends, models
+from jax_moe.config import Precision
 from jax_moe.device import device_of
 from jax_moe.models import Model
 
@@ -22,6 +23,10 @@ _UNFUSED = _FUSED | {
     "SwiGLU": "float32, after GEMM1",
     "Intermediate quantization": "jnp, after SwiGLU",
 }
+
+
+_IN_16_BITS = {"Intermediate quantization": "none: f16 under powers of two"}
+_HIGH = "_high"
 
 
 def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mapping[str, Solution]:
@@ -52,6 +57,16 @@ def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mappin
             ("xla", "plain jnp, any device"),
         )
     ]
+    ours += [
+        _jax_moe(
+            f"jax_moe_{name}{_HIGH}",
+            name,
+            config,
+            f"jax_moe.apply on {name}, activations in 16 bits",
+            precision="high",
+        )
+        for name in ("mosaic", "xla")
+    ]
     peers = dict(SOLUTIONS)
     if model != models.DEEPSEEK_V3:
         peers = {name: _unavailable_for(model, one) for name, one in peers.items()}
@@ -63,11 +78,14 @@ def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mappin
 def default_names(on_gpu: bool) -> tuple[str, ...]:
     """What a run without `--solutions` measures: everything on a GPU, the basics on a CPU.
 
-    `jax_moe` is left out, since it would repeat the backend that it means.
+    `jax_moe` is left out, since it would repeat the backend that it means, and those of
+    `precision="high"` are there by name only.
     """
     interpreted = interpreter.SOLUTION.name
     if on_gpu:
-        return tuple(name for name in registry() if name not in ("jax_moe", interpreted))
+        left_out = ("jax_moe", interpreted)
+        names = (name for name in registry() if name not in left_out)
+        return tuple(name for name in names if not name.endswith(_HIGH))
     return (REFERENCE, "jax_moe_xla", interpreted)
 
 
@@ -91,20 +109,27 @@ def _unavailable_for(model: Model, solution: Solution) -> Solution:
     return dataclasses.replace(solution, unavailable_reason=lambda: reason)
 
 
-def _jax_moe(name: str, backend: str, config: MoEConfig, description: str) -> Solution:
+def _jax_moe(
+    name: str, backend: str, config: MoEConfig, description: str, precision: Precision = "fast"
+) -> Solution:
+    design = _UNFUSED if backend == "xla" else _FUSED
+    if precision == "high":
+        design = design | _IN_16_BITS
     return Solution(
         name=name,
         framework="jax",
         description=description,
-        run=functools.partial(jax_moe.apply, backend=backend, config=config),
+        run=functools.partial(jax_moe.apply, backend=backend, config=config, precision=precision),
         unavailable_reason=functools.partial(backends.unsupported_reason, backend),
-        workspace_bound=functools.partial(_workspace_bound, backend, config),
+        workspace_bound=functools.partial(_workspace_bound, backend, config, precision),
         compile_ahead=backend != "xla",  # XLA times its matmuls to choose them
-        design=_UNFUSED if backend == "xla" else _FUSED,
+        design=design,
     )
 
 
-def _workspace_bound(backend: str, config: MoEConfig, inputs: LayerInputs) -> int:
+def _workspace_bound(
+    backend: str, config: MoEConfig, precision: Precision, inputs: LayerInputs
+) -> int:
     return jax_moe.workspace_bytes(
         inputs.tokens,
         num_local_experts=inputs.weights.num_local_experts,
@@ -112,4 +137,5 @@ def _workspace_bound(backend: str, config: MoEConfig, inputs: LayerInputs) -> in
         intermediate_size=inputs.weights.intermediate_size,
         backend=backend,
         config=config,
+        precision=precision,
     )

@@ -15,6 +15,8 @@ STYLES = {
     "jax_moe_mosaic": ("#0072B2", "o"),
     "jax_moe_triton": ("#D55E00", "s"),
     "jax_moe_xla": ("#009E73", "^"),
+    "jax_moe_mosaic_high": ("#2A5C8A", "8"),
+    "jax_moe_xla_high": ("#00664A", "H"),
     "mosaic_interpreted": ("#80B9D9", "o"),
     "jax_ragged_dot": ("#5B4BBF", "*"),
     "jax_v1": ("#56B4E9", "<"),
