@@ -14,6 +14,7 @@ from jax import export
 import jax_moe
 from jax_moe import MoEConfig
 from jax_moe.backends import xla
+from jax_moe.parallel import exchange
 from tests.backend_cases import EVERYWHERE, if_supported, running
 from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced
 
@@ -273,6 +274,14 @@ def test_a_wrong_precision_is_refused_by_name():
             plan,
             backend="xla",
         )
+
+
+def test_an_exchange_without_it_names_it():
+    message = "exchange='nvlink': precision='high' is not supported, only 'fast'"
+    with pytest.raises(NotImplementedError, match=message):
+        exchange.require_fast("nvlink", "high")
+    exchange.require_fast("nvlink", "fast")
+    exchange.require_fast("collectives", "high")
 
 
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
