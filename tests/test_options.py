@@ -147,7 +147,7 @@ def test_options_are_arguments_too():
         arguments = (
             (inputs.hidden_states, inputs.hidden_states_scale, *inputs.weights, *routing, 8)
             if "num_experts" in static
-            else inputs
+            else inputs.arguments
         )
         return str(jax.make_jaxpr(lambda *arrays: function(*arrays, **static))(*arguments))
 
