@@ -180,7 +180,9 @@ def test_a_distinct_scale_everywhere_is_exact(case):
     np.put_along_axis(logits, choices, np.float32(50), axis=1)  # both sigmoids are 1
     out = apply(
         case,
-        (logits, np.zeros(8, np.float32), x, x_scale, w13, s13, w2, s2, 0, 2.0),
+        jax_moe.LayerInputs.of(
+            logits, np.zeros(8, np.float32), x, x_scale, w13, s13, w2, s2, 0, 2.0
+        ),
         MoEConfig(2, 1, 1),
     )
     token, expert = np.arange(tokens), choices[:, 0]
