@@ -79,7 +79,7 @@ def route(
     Raises:
         TypeError: An argument is no array, or of the wrong dtype.
         ValueError: A shape does not fit, or the groups do not fit the experts.
-        NotImplementedError: The backend does not run on this device, or has no such router.
+        NotImplementedError: The backend does not run on this device.
     """
     validate.routing(routing_logits, routing_bias, config, {})
     validate.whole(routing_logits=routing_logits, routing_bias=routing_bias)

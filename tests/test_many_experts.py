@@ -36,14 +36,17 @@ def compile_plan(num_experts, num_local_experts, top_k, num_tokens, block_m):
     return h100_target.compile_for_h100(run, *arrays).kernels
 
 
-def compile_routing(num_experts, top_k, n_group, topk_group, num_tokens):
-    def run(logits, bias, factor):
-        return routing.route(
-            logits, bias, factor, top_k=top_k, n_group=n_group, topk_group=topk_group
-        )
+def router_specs(num_tokens, num_experts):
+    return specs(((num_tokens, num_experts), F32), ((num_experts,), BF16), ((), F32))
 
-    arrays = specs(((num_tokens, num_experts), F32), ((num_experts,), BF16), ((), F32))
-    return h100_target.compile_for_h100(run, *arrays).kernels
+
+def compile_routing(num_experts, top_k, n_group, topk_group, num_tokens, has_bias=True, **options):
+    groups = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
+
+    def run(logits, bias, factor):
+        return routing.route(logits, bias if has_bias else None, factor, **groups, **options)
+
+    return h100_target.compile_for_h100(run, *router_specs(num_tokens, num_experts)).kernels
 
 
 def compile_triton_plan(num_experts, num_local_experts, top_k, num_tokens, block_m):
@@ -59,14 +62,16 @@ def compile_triton_plan(num_experts, num_local_experts, top_k, num_tokens, block
     return h100_target.compile_triton_kernels(run, *arrays)
 
 
-def compile_triton_routing(num_experts, top_k, n_group, topk_group, num_tokens):
+def compile_triton_routing(
+    num_experts, top_k, n_group, topk_group, num_tokens, has_bias=True, **options
+):
     groups = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
 
-    def run(*arrays):
-        return call(triton_routing.launch(*arrays, **groups), 90)
+    def run(logits, bias, factor):
+        bias = bias if has_bias else None
+        return call(triton_routing.launch(logits, bias, factor, **groups, **options), 90)
 
-    arrays = specs(((num_tokens, num_experts), F32), ((num_experts,), BF16), ((), F32))
-    return h100_target.compile_triton_kernels(run, *arrays)
+    return h100_target.compile_triton_kernels(run, *router_specs(num_tokens, num_experts))
 
 
 def check(kernels, names):
@@ -85,9 +90,9 @@ def check_plan(num_experts, num_local_experts, top_k, num_tokens):
     check(compile_triton_plan(*sizes), names)
 
 
-def check_routing(*sizes):
-    check(compile_routing(*sizes), ["moe_routing"])
-    check(compile_triton_routing(*sizes), ["routing_kernel"])
+def check_routing(*sizes, **options):
+    check(compile_routing(*sizes, **options), ["moe_routing"])
+    check(compile_triton_routing(*sizes, **options), ["routing_kernel"])
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,22 @@ def test_plan(num_local_experts, top_k, num_tokens):
 @pytest.mark.parametrize(("num_experts", "top_k"), [(384, 8), (1024, 16)])
 def test_routing(num_experts, top_k):
     check_routing(num_experts, top_k, 1, 1, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrtsoftplus"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "n_group", "topk_group"),
+    [(128, 8, 1, 1), (256, 8, 8, 4), (384, 8, 1, 1), (512, 10, 1, 1)],
+)
+def test_routing_by_other_scores(scoring, has_bias, num_experts, top_k, n_group, topk_group):
+    sizes = (num_experts, top_k, n_group, topk_group, 64)
+    options = {"scoring": scoring, "has_bias": has_bias, "renormalize": has_bias}
+    mosaic, triton = compile_routing(*sizes, **options), compile_triton_routing(*sizes, **options)
+    for kernel in (*mosaic, *triton):
+        assert kernel.spill_bytes == 0, kernel
+    check(mosaic, ["moe_routing"])
 
 
 @pytest.mark.slow

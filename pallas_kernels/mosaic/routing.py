@@ -8,7 +8,7 @@
 
 Up to 256 experts are held in registers at once (`_choose_unrolled`). Of more, or for many groups or
 choices, 128 at a time are merged into what each lane has found best (`routing_loop`), so that code
-and registers stay bounded.
+and registers stay bounded; only a softmax's total is written out for all experts.
 
 Other scores are those of `pallas_kernels.scores`, to the last bit. Without a bias every score rises
 with its logit, which is then the key itself; only the sums of groups need scores.
