@@ -50,18 +50,16 @@ def route(
     config: MoEConfig,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route`."""
-    return Routing(
-        *routing.route(
-            routing_logits.astype(jnp.float32),
-            routing_bias,
-            routed_scaling_factor,
-            top_k=config.top_k,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            scoring=config.scoring,
-            renormalize=config.renormalize,
-            interpret=interpret_params(),
-        )
+    return routing.route(
+        routing_logits.astype(jnp.float32),
+        routing_bias,
+        routed_scaling_factor,
+        top_k=config.top_k,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        scoring=config.scoring,
+        renormalize=config.renormalize,
+        interpret=interpret_params(),
     )
 
 
@@ -90,15 +88,13 @@ def plan_groups(
     block_m = tilings.block_m(expected_rows)
     if precision == "high":
         block_m = min(block_m, tilings.MAX_WIDENED_BLOCK_M)
-    return GroupPlan(
-        *plan_kernels.plan_groups(
-            topk_ids,
-            jnp.asarray(local_expert_offset),
-            num_local_experts=num_local_experts,
-            num_experts=num_experts,
-            block_m=block_m,
-            interpret=interpret_params(),
-        )
+    return plan_kernels.plan_groups(
+        topk_ids,
+        jnp.asarray(local_expert_offset),
+        num_local_experts=num_local_experts,
+        num_experts=num_experts,
+        block_m=block_m,
+        interpret=interpret_params(),
     )
 
 

@@ -23,7 +23,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import launch, layouts, routing_loop
 from pallas_kernels.mosaic import scores as formulas
@@ -31,6 +31,7 @@ from pallas_kernels.mosaic.indexed_memory import load_at, store_at
 from pallas_kernels.mosaic.rounding import reciprocals
 from pallas_kernels.mosaic.topk import NOT_A_NUMBER, TAKEN, across, from_key, to_key, to_lanes, top
 from pallas_kernels.shapes import cdiv
+from pallas_kernels.types import Routing
 
 _WIDTH = 32  # an expert per lane, so a group of 32 is one register
 _MAX_UNROLLED = {"num_experts": 256, "n_group": 16, "top_k": 16}
@@ -47,7 +48,7 @@ def route(
     scoring: str = "sigmoid",
     renormalize: bool = True,
     interpret=None,
-) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
+) -> Routing:
     """Chooses `top_k` experts per token from its `topk_group` best groups.
 
     A group's score is the sum of its two best `score(logit) + bias`; the bias takes part in
@@ -89,11 +90,8 @@ def route(
         interpret=interpret,
     )
     bias = () if routing_bias is None else (routing_bias,)
-    return kernel(
-        routing_logits,
-        *bias,
-        jnp.reshape(routed_scaling_factor, (1,)).astype(jnp.float32),
-    )
+    factor = jnp.reshape(routed_scaling_factor, (1,)).astype(jnp.float32)
+    return Routing(*kernel(routing_logits, *bias, factor))
 
 
 def _sigmoid(logits, *, layout, interpret):
