@@ -95,7 +95,7 @@ def test_a_traced_offset_out_of_range_skips_experts_that_do_not_exist(inputs):
 def test_varying_token_counts_compile_at_most_ten_programs(traces):
     inputs = make_inputs(256, hidden_size=128)
     with jax.log_compiles(False), _counting_compilations() as compilations:
-        for n in (*range(1, 40), *range(41, 256, 8), 256):  # each bucket's ends are among them
+        for n in (*range(1, 18), 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 200, 255, 256):
             inputs_n = inputs._replace(
                 routing_logits=inputs.routing_logits[:n],
                 hidden_states=inputs.hidden_states[:n],
@@ -314,10 +314,10 @@ def test_the_oracle_of_no_token():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda rows: rows[:3], ValueError, r"expert_outputs: expected bfloat16 \[M, H\]"),
+        (lambda rows: rows[:3], ValueError, r"expert_outputs: expected .*\[M, H\]"),
         (lambda rows: rows[:, :100], ValueError, "positive multiple of 128, got 100"),
         (lambda rows: rows[0], ValueError, "expert_outputs: expected rank 2"),
-        (lambda rows: rows.astype(jnp.float32), TypeError, "expert_outputs: expected bfloat16"),
+        (lambda rows: rows.astype(jnp.float16), TypeError, "expert_outputs: expected bfloat16"),
         (lambda rows: None, TypeError, "expert_outputs: expected a JAX or NumPy array"),
     ],
 )

@@ -8,9 +8,8 @@ from tests import barrier_mutations
 from tests.barrier_mutations import UNREACHED, places_in_the_source, record, remove, verdicts
 
 
-@pytest.mark.parametrize(
-    "operation", ["barrier_wait", pytest.param("wait_smem_to_gmem", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["barrier_wait", "wait_smem_to_gmem"])
 def test_a_removal_is_caught(operation):
     sites = record(first_only=True)
     assert {site.operation for site in sites} >= {"barrier_arrive", "barrier_wait", "commit_smem"}

@@ -68,7 +68,7 @@ def test_the_rule_sees_a_row_that_is_multiplied_in_32_bits():
     assert narrow_products(f"mov.u32 \t%r1, %tid.x;\nmul.lo.s32 \t%r3, %r1, {HIDDEN};") == []
 
 
-@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("mosaic", marks=pytest.mark.slow)])
 def test_rows_are_found_in_64_bits(backend):
     """The kernels' code for an H100, at sizes whose element counts do not fit in int32."""
     assert min(PAIRS * HIDDEN, LOCAL * HIDDEN * INTERMEDIATE) > 2**31

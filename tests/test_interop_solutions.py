@@ -194,6 +194,7 @@ def test_worst_case_rows_hold_every_routing():
         assert deepgemm.max_rows(-(-pairs // 8), 8, 64) >= needed
 
 
+@pytest.mark.slow
 def test_deepgemm_glue_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}

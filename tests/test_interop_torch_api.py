@@ -315,6 +315,7 @@ def test_a_destination_that_requires_grad_is_named(inputs):
         assert torch_moe(*inputs.arguments, out=out) is out
 
 
+@pytest.mark.slow
 def test_host_times_are_measured(monkeypatch):
     monkeypatch.setattr(host_time, "REPEATS", 2)
     costs = host_time.measure("cpu")

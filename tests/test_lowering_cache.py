@@ -197,7 +197,8 @@ def test_when_layers_are_kept(tmp_path, monkeypatch, cache_at):
     assert lowering_cache._folder() is None
 
 
-@pytest.mark.parametrize("num_tokens", [80, pytest.param(14107, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [80, 14107])
 def test_the_kept_program_is_the_layer_itself(num_tokens, folder, monkeypatch):
     """For an H100: the same instructions, in one CUDA graph, and no copy between them."""
     monkeypatch.setattr(lowering_cache, "_PLATFORM", "cuda")

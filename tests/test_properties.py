@@ -14,7 +14,7 @@ from tests import numpy_oracle
 from tests.moe_inputs import bits, make_inputs, relative_error
 from tests.test_plan import check_plan, make_plan
 
-FEW_COMPILES = hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
+FEW_COMPILES = hypothesis.settings(max_examples=2, deadline=None, derandomize=True)
 MANY = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
 

@@ -106,6 +106,7 @@ def test_the_plan_is_that_of_the_layer(num_tokens, block_m):
         np.testing.assert_array_equal(plan.pair_row, expected.pair_row)
 
 
+@pytest.mark.slow
 def test_both_matmuls_are_measured_and_the_fastest_tiling_kept():
     bar = Bar()
     # Start, then 3 stages of the up-projection; start, then 3 of the down-projection.
