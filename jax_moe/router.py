@@ -1,7 +1,9 @@
 """The router in `jax.numpy`: what the oracle and the plain backend share, and kernels match.
 
-The ids are the same on every backend, bit for bit: what is compared is either a logit itself or one
-of the formulas of `pallas_kernels.scores`.
+What is compared is either a logit itself or one of the formulas of `pallas_kernels.scores`, so the
+ids are the same on every backend, bit for bit. One router is the exception: of a sigmoid with a
+bias the kernels take the GPU's own exponential, and experts whose keys lie within 2 ulp may trade
+places.
 """
 
 import jax.numpy as jnp
