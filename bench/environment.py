@@ -147,6 +147,16 @@ def device(sizes: "workloads.Sizes | None" = None) -> Mapping[str, Any]:
     }
 
 
+def about() -> dict[str, Any]:
+    """What each file of results says of where its figures come from."""
+    return {
+        "device": dict(device()),
+        "versions": versions(),
+        "gpu_state": gpu_state(),
+        "git_commit": git_commit(),
+    }
+
+
 def _tuned(capability: str, sizes: "workloads.Sizes | None") -> list[str]:
     from pallas_kernels.mosaic import tilings as mosaic
     from pallas_kernels.tuning.table_format import DEEPSEEK_V3, Sizes

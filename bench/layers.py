@@ -41,7 +41,7 @@ _OFFSET = 0
 _REPEATS = 5
 _MOST_ERROR = 0.01  # of a scan against the same steps one by one; XLA may fuse the sums otherwise
 _SPARE_BYTES = 6 * 2**30  # for what the program needs besides the weights
-_OURS = "moe_"  # what the names of all our kernels begin with
+_OURS = "moe_"  # what the names of all kernels of the Mosaic backend begin with
 _HEADER = (
     "weights", "layers", "T", "us per layer", "of it: our kernels", "others", "no kernel", "error",
 )  # fmt: skip
@@ -249,13 +249,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 def write(rows: Sequence[Row], folder: Path) -> None:
     """`layers.json`: device, versions, commit, and the rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        "device": dict(environment.device()),
-        "versions": environment.versions(),
-        "gpu_state": environment.gpu_state(),
-        "git_commit": environment.git_commit(),
-        "config": str(DEEPSEEK_V3),
-    }
+    about = environment.about() | {"config": str(DEEPSEEK_V3)}
     with write_atomically(folder / "layers.json", "w") as file:
         json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
 

@@ -238,13 +238,10 @@ def table(rows: Sequence[Row]) -> list[str]:
 def write(rows: Sequence[Row], folder: Path) -> None:
     """`parallel.json`, and `parallel.png` where layers were timed."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        "device": dict(environment.device()),
-        "versions": environment.versions(),
-        "git_commit": environment.git_commit(),
-    }
     with write_atomically(folder / "parallel.json", "w") as file:
-        json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
+        json.dump(
+            {"about": environment.about(), "rows": [row._asdict() for row in rows]}, file, indent=1
+        )
     timed = [row for row in rows if row.layer_us is not None and row.local_us is not None]
     if not timed:
         return

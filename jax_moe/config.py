@@ -105,6 +105,12 @@ class MoEConfig:
 
         return cls(**huggingface.read(config).router)
 
+    @property
+    def routing_options(self) -> dict[str, Any]:
+        """The fields that a router takes, by name."""
+        names = ("top_k", "n_group", "topk_group", "scoring", "renormalize")
+        return {name: getattr(self, name) for name in names}
+
     def merged(
         self, scale_format: object, swiglu_limit: object
     ) -> tuple[ScaleFormat, float | None]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float16, Float32
 
-from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.shapes import F16_EXPONENT, QUANT_BLOCK
 
 
 def matmul(x: Float32[Array, "R K"], weight: Float32[Array, "N K"]) -> Float32[Array, "R N"]:
@@ -42,8 +42,7 @@ def power_of_two_scales(scales: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     return jnp.where(jnp.isnan(scales), scales, rounded)
 
 
-_F16_EXPONENT = 14  # of a row's largest magnitude, once scaled: f16 ends below 2^16
-_LARGEST = 2.0 ** (_F16_EXPONENT + 1) - 16  # the largest f16 below 2^15
+_LARGEST = 2.0 ** (F16_EXPONENT + 1) - 16  # the largest f16 below 2^15
 
 
 def scaled_f16(
@@ -68,7 +67,7 @@ def scaled_f16(
     # Magnitudes as integers: XLA's float maximum over many rows may drop a NaN on a CPU.
     magnitude = lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
     blocks = jnp.where(magnitude < 1 << 23, 0.0, blocks)
-    exponent = jnp.maximum((magnitude.max(axis=2) >> 23) - _F16_EXPONENT, 1)
+    exponent = jnp.maximum((magnitude.max(axis=2) >> 23) - F16_EXPONENT, 1)
     scales = lax.bitcast_convert_type(exponent << 23, jnp.float32)
     inverse = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
     values = blocks * inverse[:, :, None]

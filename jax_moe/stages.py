@@ -324,7 +324,7 @@ def unpermute(
     sizes: validate.Sizes = {}
     validate.array("topk_weights", topk_weights, "T k", validate.F32, sizes)
     validate.plan(plan, sizes)
-    validate.array("expert_outputs", expert_outputs, "M H", validate.BIAS, sizes)
+    validate.array("expert_outputs", expert_outputs, "M H", validate.EXPERT_OUTPUTS, sizes)
     validate.blocked("H", sizes)
     validate.whole(expert_outputs=expert_outputs, topk_weights=topk_weights, plan=plan)
     debug.check_plan(plan)

@@ -29,6 +29,7 @@ F32 = (np.dtype(np.float32),)
 I32 = (np.dtype(np.int32),)
 BF16 = (np.dtype(jnp.bfloat16),)
 BIAS = (*BF16, *F32)
+EXPERT_OUTPUTS = BIAS
 F16 = (np.dtype(np.float16),)
 UNQUANTIZED = (*BF16, *F16, *F32)
 ROWS = {"fast": E4M3, "high": E4M3 + F16}  # with scales, by precision

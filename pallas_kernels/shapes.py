@@ -3,6 +3,9 @@
 QUANT_BLOCK = 128
 """Edge of a quantization block: 1x128 for activations, 128x128 for weights."""
 
+F16_EXPONENT = 14
+"""Of the largest magnitude of a row's 128 columns in f16, once its power of two is taken off."""
+
 
 def cdiv(a: int, b: int) -> int:
     """`a / b`, rounded up."""

@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
+import pytest
 
 import jax_moe
 from jax_moe import MoEConfig, buckets
@@ -43,6 +44,17 @@ def layers(draw):
 @FEW_COMPILES
 @hypothesis.given(layers())
 def test_layer(layer):
+    check_layer(layer)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.given(layers())
+def test_more_layers(layer):
+    check_layer(layer)
+
+
+def check_layer(layer):
     config, sizes, skew, dtype = layer
     inputs = make_inputs(**sizes)
     bias = np.random.default_rng(sizes["seed"]).standard_normal(sizes["num_experts"])

@@ -107,11 +107,9 @@ def test_quantize_at_the_edges(scale_format):
 
 
 def route(logits, bias, factor, config):
-    names = ("top_k", "n_group", "topk_group", "scoring", "renormalize")
-    options = {name: getattr(config, name) for name in names}
     factor = torch.tensor(factor, dtype=torch.float32)
     bias = None if bias is None else to_torch(bias)
-    return run(routing.launch(to_torch(logits), bias, factor, **options))
+    return run(routing.launch(to_torch(logits), bias, factor, **config.routing_options))
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,7 @@ def route(
         routing_logits.astype(jnp.float32),
         routing_bias,
         routed_scaling_factor,
-        top_k=config.top_k,
-        n_group=config.n_group,
-        topk_group=config.topk_group,
-        scoring=config.scoring,
-        renormalize=config.renormalize,
+        **config.routing_options,
     )
     return Routing(*_run(launch))
 

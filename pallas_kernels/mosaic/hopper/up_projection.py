@@ -102,7 +102,6 @@ def up_projection(
     shape: Any = jax.ShapeDtypeStruct
     activation = _Activation(swiglu_limit, scale_format)
     wide = is_widened(rows)
-    weight_major = _widened_epilogue if wide else _weight_major_epilogue
     return grouped_matmul(
         rows,
         plan,
@@ -112,7 +111,7 @@ def up_projection(
         num_columns=num_columns,
         weight_blocks=lambda column: (column, num_columns + column),
         epilogue=Epilogue(
-            weight_major=functools.partial(weight_major, activation),
+            weight_major=functools.partial(_weight_major_epilogue, activation),
             token_major=functools.partial(_token_major_epilogue, activation),
             out_type=Quantized(
                 shape((num_rows, intermediate_size), jnp.float16 if wide else jnp.float8_e4m3fn),
@@ -162,8 +161,10 @@ def _weight_major_epilogue(
     """Weights x tokens: a token's 128 columns lie in both consumers, which synchronize for it."""
     warpgroup = lax.axis_index("warpgroup")
     layout = layouts.row_per_warp(CONSUMER_ROWS)
-    activated = _swiglu(accumulators, activation.swiglu_limit)
     staged = staging.weight_major
+    wide = staged.dtype == jnp.float32  # f16 is rounded once, when the row's scale is known
+    activated = _swiglu(accumulators, activation.swiglu_limit)
+    activated = transposed(activated) if wide else activated.astype(staged.dtype)
     chunk = staged.shape[1]
     for first in range(0, width, chunk):
         tokens = min(width - first, chunk)
@@ -176,41 +177,15 @@ def _weight_major_epilogue(
         ]
         halves = [half.astype(jnp.float32) for half in halves]
         amax = functools.reduce(lax.max, [jnp.max(jnp.abs(half), axis=1) for half in halves])
-        scale, inverse = _scale_of(amax, activation.scale_format)
+        scale, inverse = widened_scale(amax) if wide else _scale_of(amax, activation.scale_format)
         inverse = lax.broadcast_in_dim(inverse, (mine, CONSUMER_ROWS), [0])
         row = pl.ds(tile.row + first + warpgroup * mine, mine)
         for i, half in enumerate(halves):
             column = tile.column * QUANT_BLOCK + i * CONSUMER_ROWS
             at = (row, pl.ds(column, CONSUMER_ROWS))
-            layouts.store(outputs.values, at, _to_e4m3(half * inverse))
-        layouts.store(outputs.scales, (tile.column, row), scale)
-        _sync_consumers(staging.consumers)
-
-
-def _widened_epilogue(
-    activation: _Activation, accumulators, tile, width, outputs: Quantized, staging: _Staging
-):
-    """Weights x tokens, staged in f32: what their scale is, is known once a row is together."""
-    warpgroup = lax.axis_index("warpgroup")
-    layout = layouts.row_per_warp(CONSUMER_ROWS)
-    activated = transposed(_activated(accumulators, activation.swiglu_limit))
-    staged = staging.weight_major
-    for first in range(0, width, staged.shape[1]):
-        tokens = min(width - first, staged.shape[1])
-        staged.at[warpgroup, pl.ds(0, tokens)].T[...] = activated[:, first : first + tokens]
-        _sync_consumers(staging.consumers)
-        mine = tokens // NUM_CONSUMERS
-        halves = [
-            plgpu.load(staged.at[i, pl.ds(warpgroup * mine, mine)], layout=layout)
-            for i in range(NUM_CONSUMERS)
-        ]
-        amax = functools.reduce(lax.max, [jnp.max(jnp.abs(half), axis=1) for half in halves])
-        scale, inverse = widened_scale(amax)
-        inverse = lax.broadcast_in_dim(inverse, (mine, CONSUMER_ROWS), [0])
-        row = pl.ds(tile.row + first + warpgroup * mine, mine)
-        for i, half in enumerate(halves):
-            column = pl.ds(tile.column * QUANT_BLOCK + i * CONSUMER_ROWS, CONSUMER_ROWS)
-            layouts.store(outputs.values, (row, column), (half * inverse).astype(jnp.float16))
+            values = half * inverse
+            values = values.astype(jnp.float16) if wide else _to_e4m3(values)
+            layouts.store(outputs.values, at, values)
         layouts.store(outputs.scales, (tile.column, row), scale)
         _sync_consumers(staging.consumers)
 
@@ -220,7 +195,8 @@ def _token_major_epilogue(
 ):
     """Tokens x weights: consumer w holds its 64 tokens' 128 columns and waits for no other."""
     warpgroup = lax.axis_index("warpgroup")
-    activated = _swiglu(accumulators, activation.swiglu_limit).astype(jnp.float32)
+    activated = _swiglu(accumulators, activation.swiglu_limit)
+    activated = activated.astype(jnp.bfloat16).astype(jnp.float32)
     scale, inverse = _scale_of(jnp.max(jnp.abs(activated), axis=1), activation.scale_format)
     quantized = _to_e4m3(activated * lax.broadcast_in_dim(inverse, activated.shape, [0]))
     rows = pl.ds(tile.row + warpgroup * CONSUMER_ROWS, CONSUMER_ROWS)
@@ -236,10 +212,6 @@ def _token_major_epilogue(
 
 
 def _swiglu(accumulators, limit: float | None):
-    return _activated(accumulators, limit).astype(jnp.bfloat16)
-
-
-def _activated(accumulators, limit: float | None):
     up, gate = accumulators
     if limit is not None:  # minimum and maximum both keep NaN
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

@@ -15,10 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.shapes import F16_EXPONENT
 from pallas_kernels.types import Quantized
-
-ROW_EXPONENT = 14
-"""Of a block's largest magnitude in f16, once its power of two is taken off."""
 
 _MANTISSA_BITS = 23
 _EXPONENT_BIAS = 127
@@ -79,7 +77,7 @@ def power_of_two_scale(amax):
         `f32[r]` twice, both exact; the scale is 2^-126 at least.
     """
     exponent = lax.bitcast_convert_type(amax, jnp.int32) >> _MANTISSA_BITS
-    exponent = lax.max(exponent - ROW_EXPONENT, 1)
+    exponent = lax.max(exponent - F16_EXPONENT, 1)
     scale = lax.bitcast_convert_type(exponent << _MANTISSA_BITS, jnp.float32)
     inverse = (2 * _EXPONENT_BIAS - exponent) << _MANTISSA_BITS
     return scale, lax.bitcast_convert_type(inverse, jnp.float32)
