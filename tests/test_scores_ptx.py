@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,6 +68,29 @@ def test_the_bits_are_those_of_the_formula(name):
     with np.errstate(all="ignore"):
         found = run(getattr(in_kernels, f"PTX_{name.upper()}"), x)
     expected = np.asarray(jax.jit(getattr(scores, name))(x))
+    is_nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(found), is_nan)
+    np.testing.assert_array_equal(found[~is_nan].view(np.uint32), expected[~is_nan].view(np.uint32))
+
+
+@pytest.mark.parametrize("num_experts", [5, 32, 72, 256, 300])
+def test_a_softmax_adds_in_the_order_of_the_formula(num_experts):
+    """A row per warp, an expert per lane and register; past the last one anything may stand."""
+    logits = np.random.default_rng(1).standard_normal((4, num_experts)).astype(np.float32) * 4
+    logits[1, ::3], logits[2], logits[3, 0] = np.nan, -np.inf, np.inf
+    width = -(-num_experts // 32) * 32
+    padded = np.pad(logits, ((0, 0), (0, width - num_experts)), constant_values=50)
+    lane = np.tile(np.arange(32, dtype=np.int32), (4, 1))
+
+    def in_a_kernel(padded):
+        def read(start):
+            return padded[:, start : start + 32]
+
+        score = in_kernels.softmax(read, num_experts, lane, True)
+        return jnp.concatenate([score(read(start)) for start in range(0, width, 32)], axis=1)
+
+    found = np.asarray(jax.jit(in_a_kernel)(padded))[:, :num_experts]
+    expected = np.asarray(jax.jit(scores.softmax)(logits))
     is_nan = np.isnan(expected)
     np.testing.assert_array_equal(np.isnan(found), is_nan)
     np.testing.assert_array_equal(found[~is_nan].view(np.uint32), expected[~is_nan].view(np.uint32))

@@ -147,6 +147,8 @@ def test_other_routers_equal_the_plain_backend(num_experts, has_bias, config):
     logits[0] = np.round(logits[0] * 8) / 8  # ties
     logits[1, 1::2], logits[2], logits[3, :3] = np.nan, np.nan, np.inf
     logits[4] *= np.float32(1e-40)
+    group = num_experts // config.n_group
+    logits[5, :group], logits[5, 1] = np.nan, 9  # its group's sum is no number
     bias = (rng.standard_normal(num_experts) / 10).astype(np.float32) if has_bias else None
     ids, weights = route(logits, bias, 2.5, config)
     expected = jax_moe.route(logits, bias, 2.5, config=config, backend="xla")
