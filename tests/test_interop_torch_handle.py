@@ -225,6 +225,28 @@ def test_bad_choices_are_named(inputs, handle, choices):
         handle.routed(*x, *choices, 57, **ROUTED)
 
 
+def test_precision_reaches_the_layer(inputs):
+    """By function, by handle and after a router of one's own, and nothing of "fast" is left."""
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
+    arguments, scalars = (inputs.routing_logits, inputs.routing_bias, x, None), (8, 2.5)
+    on_jax = [None if one is None else to_jax(one) for one in (*arguments, *inputs.weights)]
+    expected = jax_moe.apply(*on_jax, *scalars, precision="high", backend="xla")
+    fast = torch_moe(*arguments, *inputs.weights, *scalars)
+    assert 0.01 < relative_error(fast, to_torch(expected)) < 0.1
+    found = torch_moe(*arguments, *inputs.weights, *scalars, precision="high")
+    np.testing.assert_array_equal(bits(found), bits(to_torch(expected)))
+    found = TorchMoE(inputs.weights, precision="high")(*arguments, *scalars)
+    np.testing.assert_array_equal(bits(found), bits(to_torch(expected)))
+    routing = [to_torch(one) for one in jax_moe.route(*on_jax[:2], scalars[1], backend="xla")]
+    num_experts = inputs.routing_logits.shape[1]
+    found = torch_moe_routed(
+        x, None, *inputs.weights, *routing, 8, num_experts=num_experts, precision="high"
+    )
+    np.testing.assert_array_equal(bits(found), bits(to_torch(expected)))
+    with pytest.raises(ValueError, match=r"precision: expected one of .*got 'best'"):
+        TorchMoE(inputs.weights, precision="best")
+
+
 def test_options_reach_the_layer(inputs):
     """A softmax router on bf16 logits without a bias, with clamp and power-of-two scales."""
     config = jax_moe.MoEConfig(

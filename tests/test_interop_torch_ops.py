@@ -90,6 +90,21 @@ def test_the_routed_form_compiles_cold_as_one_graph(cold, inputs, expected, hand
     )
 
 
+def test_precision_is_kept_in_a_graph(cold, inputs, weights, expected, choices):
+    handle = TorchMoE(weights, config=CONFIG, precision="high")
+    x = inputs.hidden_states, inputs.hidden_states_scale
+    whole = handle(*token_arguments(inputs), 0, 2.5)
+    routed = handle.routed(*x, *choices, 0, num_experts=8)
+    assert (bits(whole) != expected).any()
+    found = torch.compile(lambda *a: handle(*a, 0, 2.5), backend="eager", fullgraph=True)(
+        *token_arguments(inputs)
+    )
+    np.testing.assert_array_equal(bits(found), bits(whole))
+    function = lambda *a: handle.routed(*a, 0, num_experts=8)  # noqa: E731
+    found = torch.compile(function, backend="eager", fullgraph=True)(*x, *choices)
+    np.testing.assert_array_equal(bits(found), bits(routed))
+
+
 def test_a_destination_is_written_to_in_a_graph(cold, inputs, expected):
     def write(out: torch.Tensor, *tensors: Any) -> torch.Tensor:
         return torch_moe(*tensors, 0, 2.5, config=CONFIG, out=out)

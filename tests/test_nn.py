@@ -68,19 +68,20 @@ def hidden(*shape, seed=1):
     return x.astype(ml_dtypes.bfloat16)
 
 
-def numpy_layer(params, x, config=CONFIG):
+def numpy_layer(params, x, config=CONFIG, requantize=True):
     rows = np.asarray(x, np.float64).reshape(-1, config.hidden_size)
     x32 = rows.astype(np.float32)
     logits = (rows @ np.asarray(params.gate_weight, np.float64).T).astype(np.float32)
     out = numpy_oracle.layer(
         logits, params.e_score_correction_bias, x32, None, *params.experts, 0,
-        config.routed_scaling_factor, config=config.router, requantize=True,
+        config.routed_scaling_factor, config=config.router, requantize=requantize,
     )  # fmt: skip
     if params.shared_experts is not None:
         nothing = np.zeros((len(rows), 1), np.float32)
         shared = numpy_oracle.layer(
-            nothing, None, x32, None, *params.shared_experts, 0, 1.0, config=ONE, requantize=True
-        )
+            nothing, None, x32, None, *params.shared_experts, 0, 1.0,
+            config=ONE, requantize=requantize,
+        )  # fmt: skip
         if config.has_shared_gate:
             shared *= special.expit(rows @ np.asarray(params.shared_gate, np.float64).T)
         out = out + shared
@@ -103,6 +104,15 @@ def test_against_numpy_with_and_without_fusion():
     fused = nn.fuse_shared(params, CONFIG)
     assert fused.experts.num_local_experts == 10
     assert relative_error(jitted()(fused, x), expected) < 0.006
+
+
+def test_precision_is_that_of_routed_and_shared_experts():
+    params, x = make(), hidden(15)
+    exact = numpy_layer(params, x, requantize=False)
+    assert relative_error(jitted()(params, x), exact) > 0.02
+    assert relative_error(jitted(precision="high")(params, x), exact) < 0.004
+    with pytest.raises(ValueError, match=r"precision: expected one of .*got 'best'"):
+        nn.moe_layer(params, x, config=CONFIG, precision="best")
 
 
 def test_plain_layers_without_bias_or_shared_experts():

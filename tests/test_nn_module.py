@@ -28,6 +28,15 @@ def test_it_is_the_pure_function_of_its_variables():
     np.testing.assert_array_equal(load, expected_load)
 
 
+def test_its_precision_is_that_of_the_function():
+    params, x = jax.tree.map(jnp.asarray, make()), hidden(15)
+    layer = nn.DeepSeekMoE.from_weights(CONFIG, params, backend="xla", precision="high")
+    expected = jitted(precision="high")(params, x)
+    np.testing.assert_array_equal(
+        bits(nnx.jit(lambda layer, x: layer(x))(layer, x)), bits(expected)
+    )
+
+
 def test_random_weights_kinds_of_variables_and_sharding():
     layer = nn.DeepSeekMoE(CONFIG, rngs=nnx.Rngs(0), backend="xla")
     trained = nnx.to_flat_state(nnx.state(layer, nnx.Param))
