@@ -15,7 +15,8 @@ DIFF = "--- mutation diff ---\n--- a\n+++ b\n@@ -1 +1 @@\n-    a = b + c\n+    a
 def test_every_module_and_its_tests_exist():
     for module, tests in mutants.MODULES.items():
         assert (ROOT / module).is_file()
-        assert all((ROOT / "tests" / name).is_file() for name in tests)
+        for name, _, function in (test.partition("::") for test in tests):
+            assert f"def {function}" in (ROOT / "tests" / name).read_text()
 
 
 def test_annotations_are_found_and_code_is_not():

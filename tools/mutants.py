@@ -4,9 +4,9 @@
     make mutants ARGS="--count 30"
 
 cosmic-ray makes the changes (another operator, another number, a condition turned round), in a copy
-of the checkout under `out/mutants/tree`. Each is judged by the test files of its module alone. A
-change that makes them fail or hang is killed; one that survives is a test that is missing, or
-changes nothing that anybody could see: `EXPLAINED` in `tests/mutants_explained.py` says why.
+of the checkout under `out/mutants/tree`. Each is judged by the tests of its module alone. A change
+that makes them fail or hang is killed; one that survives is a test that is missing, or changes
+nothing that anybody could see: `EXPLAINED` in `tests/mutants_explained.py` says why.
 
 Changes inside annotations are left out: nothing evaluates them.
 """
@@ -29,20 +29,34 @@ SEED, COUNT = 20261129, 300
 TIMEOUT_S = 240.0
 _CHECKOUT = "JAX_MOE_MUTANTS_OF"  # where the unchanged files are, for the test command
 
+_INTERPRETED = "test_kernels_interpreted.py::"
 MODULES: dict[str, tuple[str, ...]] = {
     "jax_moe/router.py": ("test_routing.py", "test_options.py"),
     "pallas_kernels/scores.py": ("test_scores.py", "test_routing.py"),
-    "pallas_kernels/mosaic/routing.py": ("test_routing.py", "test_kernels_interpreted.py"),
-    "pallas_kernels/mosaic/plan.py": ("test_plan.py", "test_kernels_interpreted.py"),
-    "pallas_kernels/mosaic/group_quant.py": ("test_quantize.py", "test_kernels_interpreted.py"),
-    "pallas_kernels/mosaic/unpermute.py": ("test_kernels_interpreted.py", "test_zero_rows.py"),
+    "pallas_kernels/mosaic/routing.py": (
+        _INTERPRETED + "test_routing",
+        "test_routing.py::test_lanes_past_the_last_expert_are_never_chosen",
+        "test_routing.py::test_the_interpreted_kernel_gives_the_ids_of_the_plain_backend",
+        "test_many_experts.py",
+    ),
+    "pallas_kernels/mosaic/plan.py": (_INTERPRETED + "test_plan", "test_many_experts.py"),
+    "pallas_kernels/mosaic/group_quant.py": (
+        _INTERPRETED + "test_group_quant_bits",
+        _INTERPRETED + "test_group_quant_by_powers_of_two",
+        _INTERPRETED + "test_up_projection",
+    ),
+    "pallas_kernels/mosaic/unpermute.py": (
+        _INTERPRETED + "test_combine",
+        _INTERPRETED + "test_outputs_are_jax_arrays",
+        "test_zero_rows.py",
+    ),
     "bench/correctness.py": ("test_bench_correctness.py",),
     "bench/timers.py": ("test_bench_timing.py", "test_bench_execution.py"),
     "interop/dlpack.py": ("test_interop_dlpack.py",),
     "jax_moe/validate.py": ("test_validate.py",),
     "jax_moe/scalars.py": ("test_validate.py",),
 }
-"""What is changed, and the files of `tests/` that judge it, the quickest first."""
+"""What is changed, and what of `tests/` judges it, as pytest's ids, the quickest first."""
 
 
 class Mutant(NamedTuple):
@@ -234,9 +248,9 @@ def judge() -> int:
     changed = [
         name for name in MODULES if (tree / name).read_bytes() != (original / name).read_bytes()
     ]
-    files = dict.fromkeys(test for name in changed or MODULES for test in MODULES[name])
+    tests = dict.fromkeys(test for name in changed or MODULES for test in MODULES[name])
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not gpu and not slow"]
-    command += ["-p", "no:cacheprovider", *(f"tests/{name}" for name in files)]
+    command += ["-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)]
     return subprocess.run(command, cwd=tree, check=False).returncode
 
 
