@@ -73,6 +73,11 @@ _TIMER = flags.DEFINE_enum(
     "timer", None, ["gpu", "wall"], "Whose times count. Default: gpu if there is one and torch."
 )
 _WALL_TIME = flags.DEFINE_bool("wall_time", True, "Also take host times in a --timer=gpu run.")
+_COOL_DOWN = flags.DEFINE_float(
+    "cool_down", 0.2, "Idle seconds before each row's timed calls. Default without a GPU: 0.",
+    lower_bound=0, upper_bound=60,
+)  # fmt: skip
+_SUSTAINED = flags.DEFINE_bool("sustained", False, "Also time calls back to back for 0.5 s.")
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
@@ -104,7 +109,7 @@ _SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of
 _OF_DOCUMENTS = ("documents", "report", "breakdown")
 _OURS = [one.name for one in list(vars().values()) if isinstance(one, flags.FlagHolder)]
 
-for _name in ("rtol", "atol", "required_matched_ratio"):
+for _name in ("rtol", "atol", "required_matched_ratio", "cool_down"):
     flags.register_validator(_name, math.isfinite, "expected a finite number")
 
 
@@ -133,6 +138,8 @@ def _settings() -> Settings:
     timer = _TIMER.value or ("wall" if missing else "gpu")
     if _BREAKDOWN.value and timer != "gpu":
         raise ValueError(f"--breakdown: kernel times need --timer=gpu, {missing or 'got wall'}")
+    if _SUSTAINED.value and timer != "gpu":
+        raise ValueError(f"--sustained: needs --timer=gpu, {missing or 'got wall'}")
     if _SOLUTIONS.value is not None:
         names = tuple(_SOLUTIONS.value)
         if _BACKEND.value != "auto" and not {"jax_moe", "all"} & set(names):
@@ -160,6 +167,8 @@ def _settings() -> Settings:
         tolerance=Tolerance(_RTOL.value, _ATOL.value, _RATIO.value),
         timer=timer,
         wall_time=_WALL_TIME.value,
+        cool_down=0.0 if few and not _COOL_DOWN.present else _COOL_DOWN.value,
+        sustained=_SUSTAINED.value,
         scaling=_SCALING.value,
         on_gpu=on_gpu,
         output=output,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import breakdown, comparison, header, plots, report
-from bench.results import PASS, Results, writing
+from bench.results import PASS, Results, Row, writing
 from bench.run_folder import REPORT
 from bench.settings import Settings
 from bench.tables import aligned, markdown
@@ -61,10 +61,17 @@ def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> li
         return [f"The breakdown of {len(rows)} rows is in {_breakdown_name(settings)}."]
     for row in rows:
         cells = [breakdown.HEADER, *breakdown.table(row, settings.sizes, results.roofline, top_k)]
-        title = f"{row.solution}, T={row.num_tokens}"
+        title = f"{row.solution}, T={row.num_tokens}{_clock_text(row)}"
         lines += [f"### {title}" if in_markdown else title, ""]
         lines += [*(markdown(cells, left=2) if in_markdown else aligned(cells, left=2)), ""]
     return lines or ["No kernel times were taken: a breakdown needs --timer=gpu."]
+
+
+def _clock_text(row: Row) -> str:
+    if row.clock is None:
+        return ""
+    states = {True: ", power cap active", False: ", power cap not active", None: ""}
+    return f": SM clock {row.clock.sm_mhz:.0f} MHz{states[row.clock.power_capped]}"
 
 
 def write_all(results: Results, settings: Settings, options: Options) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from bench.results import Results
 from bench.settings import Settings
+from bench.sm_clock import SUSTAINED_S
 from bench.workloads import FULL
 from interop.workloads import definition
 from jax_moe import models
@@ -72,6 +73,8 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
         ),
         ("Timing", _timing_text(settings)),
     ]
+    if text := _clock_text(results, settings):
+        found.append(("SM clock", text))
     if tuned := device.get("tuned"):
         found.append(("Tilings", f"of {', '.join(tuned)}: this user's own, not the shipped ones"))
     if state:
@@ -103,7 +106,23 @@ def _timing_text(settings: Settings) -> str:
     return (
         f"{clocks}{flush}; trials: {settings.num_trials}, {settings.iterations} calls each (fewer "
         f"if slower than 10 ms) after {settings.warmup} untimed"
+        + (f"; {settings.cool_down:g} s idle before each row's first" if settings.cool_down else "")
     )
+
+
+def _clock_text(results: Results, settings: Settings) -> str:
+    if not any(row.clock for row in results.rows.values()):
+        return ""
+    text = (
+        "SM MHz is cycles over the GPU's timer between two probe kernels around each call, in a "
+        "pass of its own after the timed calls; `cap`: the power cap was active right after one"
+    )
+    if settings.sustained:
+        text += (
+            f"; sust. us is per call, back to back for {SUSTAINED_S} s from probe to probe, L2 not "
+            "flushed, with the clock meanwhile"
+        )
+    return text
 
 
 def _definition(settings: Settings) -> str:

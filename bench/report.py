@@ -5,16 +5,24 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench.results import PASS, REFERENCE, Results, Row
+from bench.sm_clock import Reading
 from bench.tables import aligned
 
 _DASH = "-"
 
 
 class Column(NamedTuple):
-    """A column of the row table: its title and how it shows a row."""
+    """A column of the row table.
+
+    Attributes:
+        title: Its head.
+        show: How it shows a row.
+        spread_of: Of which clock it is a percentile: the terminal shows those of the run's timer.
+    """
 
     title: str
     show: Callable[[Results, Row], str]
+    spread_of: str | None = None
 
 
 def _optional(pattern: str, value: float | None) -> str:
@@ -53,6 +61,19 @@ def _calls(results: Results, row: Row) -> str:
     return str(times.n) if times else _DASH
 
 
+def _clock(name: str) -> Callable[[Results, Row], str]:
+    def show(_: Results, row: Row) -> str:
+        reading = getattr(row, name)
+        return _DASH if reading is None else clock_text(reading)
+
+    return show
+
+
+def clock_text(reading: Reading) -> str:
+    """MHz, marked where the power cap held the clock down."""
+    return f"{reading.sm_mhz:.0f}" + (" cap" if reading.power_capped else "")
+
+
 def _megabytes(name: str) -> Callable[[Results, Row], str]:
     def show(_: Results, row: Row) -> str:
         found = getattr(row, name)
@@ -68,11 +89,14 @@ COLUMNS = (
     Column("sum form", _checked("matched_ratio_sum", "{:.4f}")),
     Column("rel.err", _checked("relative_error", "{:.4f}")),
     Column("GPU us", _spread("gpu", "median")),
-    Column("p10", _spread("gpu", "p10")),
-    Column("p90", _spread("gpu", "p90")),
+    Column("p10", _spread("gpu", "p10"), "gpu"),
+    Column("p90", _spread("gpu", "p90"), "gpu"),
+    Column("SM MHz", _clock("clock")),
+    Column("sust. us", lambda _, row: _us(row.sustained.us if row.sustained else None)),
+    Column("at MHz", _clock("sustained")),
     Column("wall us", _spread("wall", "median")),
-    Column("p10", _spread("wall", "p10")),
-    Column("p90", _spread("wall", "p90")),
+    Column("p10", _spread("wall", "p10"), "wall"),
+    Column("p90", _spread("wall", "p90"), "wall"),
     Column("n", _calls),
     Column("TFLOP/s", lambda results, row: _rate(results.figures(row).tflops)),
     Column("TB/s", lambda results, row: _rate(results.figures(row).tb_per_s)),
@@ -100,9 +124,15 @@ def _heading(results: Results, row: Row) -> str:
     )
 
 
-def grouped(results: Results) -> list[tuple[str, list[list[str]]]]:
-    """For each workload a heading and its rows with all columns, titles first."""
-    columns = _shown_columns(results)
+def grouped(results: Results, *, brief: bool = False) -> list[tuple[str, list[list[str]]]]:
+    """For each workload a heading and its rows with all columns, titles first.
+
+    Args:
+        results: What to show.
+        brief: Without the percentiles of the clock that is not the run's timer.
+    """
+    left_out = {"gpu": "wall", "wall": "gpu"}[results.timer] if brief else ""
+    columns = [one for one in _shown_columns(results) if one.spread_of != left_out]
     titles = [column.title for column in columns]
     return [
         (
@@ -114,8 +144,8 @@ def grouped(results: Results) -> list[tuple[str, list[list[str]]]]:
 
 
 def terminal_table(results: Results) -> str:
-    """Every row with all its columns, grouped by workload, at most about 160 characters wide."""
-    groups = grouped(results)
+    """Every row with its columns, grouped by workload, at most about 170 characters wide."""
+    groups = grouped(results, brief=True)
     titles = groups[0][1][0]
     title, *lines = aligned([titles, *(line for _, (_, *rest) in groups for line in rest)], left=2)
     shown = [title]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from bench.correctness import Check
 from bench.roofline import Roofline
 from bench.routing import LocalLoad
+from bench.sm_clock import Reading
 from bench.timers import Statistics
 from bench.work import Work
 from jax_moe.io.files import shown, write_atomically
@@ -66,6 +67,8 @@ class Row:
         launches: Launch calls by the host per call; a CUDA graph counts once.
         busy_us: Median time of a call in which some kernel ran.
         kernels: Where the GPU time goes, in order of the first start.
+        clock: The SM clock during the calls that `gpu` is of; None where it was not read.
+        sustained: Time and clock of calls back to back; None where not asked for.
     """
 
     solution: str
@@ -86,6 +89,8 @@ class Row:
     launches: int | None = None
     busy_us: float | None = None
     kernels: tuple[KernelTime, ...] = ()
+    clock: Reading | None = None
+    sustained: Reading | None = None
 
     def time(self, timer: str) -> Statistics | None:
         """The times by "gpu" or "wall"."""
@@ -250,7 +255,9 @@ def _plain(value: Any) -> Any:
 
 def _row(fields: dict[str, Any]) -> Row:
     parts = {"load": LocalLoad, "work": Work, "check": Check, "gpu": Statistics, "wall": Statistics}
-    known = {key: value for key, value in fields.items() if key != "figures"}
+    parts |= {"clock": Reading, "sustained": Reading}
+    added = {"clock": None, "sustained": None}  # which older files lack
+    known = added | {key: value for key, value in fields.items() if key != "figures"}
     for name, kind in parts.items():
         known[name] = kind(**known[name]) if known[name] is not None else None
     known["kernels"] = tuple(KernelTime(**kernel) for kernel in known["kernels"])

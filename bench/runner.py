@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import logging
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 import jax_moe
-from bench import correctness, execution, inputs, roofline, routing
+from bench import correctness, execution, inputs, roofline, routing, sm_clock
 from bench.correctness import Check
 from bench.gpu_clock import GpuClock, Sample, busy_us
 from bench.results import ERROR, PASS, WRONG, FileError, KernelTime, Results, Row
@@ -21,6 +23,7 @@ from interop.solutions.base import Solution
 from interop.workloads import Workload
 from jax_moe import ExpertWeights, LayerInputs
 
+_LOG = logging.getLogger(__name__)
 MAX_KERNELS = 40  # names kept per row; the reference launches thousands of kernels
 
 
@@ -202,6 +205,8 @@ def _measured(
             if found.problem:
                 break
             calls = calls_to_time(warm_up(bound, settings.warmup), settings.iterations)
+            if case is prepared.cases[0]:
+                time.sleep(settings.cool_down)  # whatever ran before this row, it starts alike
             if session:
                 session.record(bound, calls)
             else:
@@ -221,7 +226,8 @@ def _measured(
     if trace:
         trace(bound, solution, prepared.workload, clock)
     if session:
-        return dataclasses.replace(row, **_gpu_fields(session.samples))
+        timed = dataclasses.replace(row, **_gpu_fields(session.samples))
+        return dataclasses.replace(timed, **_clock_fields(settings, solution, bound, timed))
     return dataclasses.replace(row, wall=statistics_of(times))
 
 
@@ -250,6 +256,8 @@ def without_times(row: Row, status: str, problem: str) -> Row:
         launches=None,
         busy_us=None,
         kernels=(),
+        clock=None,
+        sustained=None,
     )
 
 
@@ -266,6 +274,22 @@ def _gpu_fields(samples: Sequence[Sample]) -> dict[str, Any]:
         "busy_us": statistics.median(busy_us(sample) for sample in samples),
         "kernels": kernel_times(samples),
     }
+
+
+def _clock_fields(
+    settings: Settings, solution: Solution, bound: Execution, row: Row
+) -> dict[str, Any]:
+    """The SM clock of a row that is timed already; none where it cannot be read."""
+    found: dict[str, Any] = {}
+    if not (row.gpu and row.busy_us):
+        return found
+    try:
+        found["clock"] = sm_clock.during(bound, solution.framework, row.busy_us)
+        if settings.sustained:
+            found["sustained"] = sm_clock.sustained(bound, solution.framework, row.gpu.median)
+    except Exception as error:  # the row is right, and its times are
+        _LOG.warning("%s T=%d: no SM clock: %s", row.solution, row.num_tokens, one_line(error))
+    return found
 
 
 def kernel_times(samples: Sequence[Sample]) -> tuple[KernelTime, ...]:

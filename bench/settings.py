@@ -22,6 +22,7 @@ _FLAGS = (
     "warmup",
     "iterations",
     "num_trials",
+    "cool_down",
 )
 
 
@@ -44,6 +45,8 @@ class Settings:
         tolerance: When an output is right.
         timer: "gpu" or "wall": what speedups and rates are computed from.
         wall_time: Whether a "gpu" run also takes host times, in a pass of its own.
+        cool_down: Seconds in which nothing runs before the first timed call of each row.
+        sustained: Whether a "gpu" run also times calls back to back.
         scaling: Powers of two instead of the 19 workloads.
         on_gpu: Whether JAX's default device is a GPU.
         output: Folder of results and reports; None makes one in `out/bench`.
@@ -63,6 +66,8 @@ class Settings:
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
     timer: str = "gpu"
     wall_time: bool = True
+    cool_down: float = 0.2
+    sustained: bool = False
     scaling: bool = False
     on_gpu: bool = True
     output: Path | None = None
@@ -119,7 +124,11 @@ class Settings:
         for name, value in self.tolerance._asdict().items():
             if value != getattr(default.tolerance, name):
                 words.append(f"--{name}={value}")
-        switches = {"--scaling": self.scaling, "--nowall_time": not self.wall_time}
+        switches = {
+            "--scaling": self.scaling,
+            "--nowall_time": not self.wall_time,
+            "--sustained": self.sustained,
+        }
         words += [flag for flag, is_on in switches.items() if is_on]
         for name, value in others.items():
             if value is True:

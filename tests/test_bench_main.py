@@ -80,6 +80,7 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
         "--warmup=2",
         "--iterations=7",
         "--num_trials=4",
+        "--cool_down=0.5",
         "--rtol=0.01",
         "--atol=0.02",
         "--required_matched_ratio=0.5",
@@ -117,6 +118,7 @@ def test_an_alias_is_its_model_and_a_data_set_is_the_definition_s(asked, capsys,
         ("--solutions=a,,b", "--solutions: expected names"),
         ("--output=~nobody_here/x", "--output: ~nobody_here/x: "),
         ("--breakdown", "--breakdown: kernel times need --timer=gpu, needs a GPU, JAX found cpu"),
+        ("--sustained", "--sustained: needs --timer=gpu, needs a GPU, JAX found cpu"),
         ("--solutions=jax_moe_xla,jax_v1 --backend=xla", "--backend=xla: is what the solution "),
         ("stray", "unexpected argument 'stray'"),
     ],
@@ -140,6 +142,7 @@ def test_flags_that_contradict_the_machine_or_each_other(asked, capsys, flag, me
         "--atol=inf",
         "--required_matched_ratio=1.1",
         "--num_trials=0",
+        "--cool_down=-1",
         "--inputs=other",
         "--timer=sundial",
         "--backend=cuda",
@@ -234,7 +237,12 @@ def test_list_names_every_solution_and_says_why_not():
 @pytest.mark.timing
 def test_a_gpu_run_has_both_clocks_the_roofline_and_one_launch_a_call(tmp_path):
     flags = ["--solutions=jax_moe", "--workloads=80", "--iterations=10", "--num_trials=2"]
-    flags += [f"--output={tmp_path}", f"--profile={tmp_path / 'traces'}", "--breakdown"]
+    flags += [
+        f"--output={tmp_path}",
+        f"--profile={tmp_path / 'traces'}",
+        "--breakdown",
+        "--sustained",
+    ]
     command = [sys.executable, "bench_main.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == session.OK, done.stdout[-2000:] + done.stderr[-2000:]
@@ -245,6 +253,11 @@ def test_a_gpu_run_has_both_clocks_the_roofline_and_one_launch_a_call(tmp_path):
     assert 0 < ours["busy_us"] <= ours["gpu"]["median"] < ours["wall"]["median"]
     assert 0 < ours["figures"]["roofline_fraction"] < 1
     assert ours["figures"]["speedup"] > 1
+    for one in rows.values():  # both frameworks' streams
+        for reading in (one["clock"], one["sustained"]):
+            assert 500 < reading["sm_mhz"] < 2500
+            assert reading["us"] > 0.5 * one["busy_us"]
+            assert reading["power_capped"] in (True, False)
     names = " ".join(kernel["name"] for kernel in ours["kernels"])
     assert "up_projection" in names
     assert "down_projection" in names

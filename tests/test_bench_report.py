@@ -1,15 +1,18 @@
 """Tables, breakdown and plots of made-up GPU rows, where every figure is known."""
 
+import dataclasses
+import json
 import math
 import re
 
 import matplotlib.image
 import pytest
 
-from bench import breakdown, documents, header, plots, report
+from bench import breakdown, documents, header, plots, report, saved
 from bench.results import WRONG, KernelTime, Results
 from bench.roofline import Roofline
 from bench.settings import Settings
+from bench.sm_clock import Reading
 from bench.timers import Statistics
 from bench.workloads import FULL, select
 from interop.comparison_factors import FACTORS
@@ -121,7 +124,7 @@ def test_the_terminal_table_fits_and_a_wrong_row_has_no_speed(results):
         "0.9800",
         "0.9900",
         "0.0230",
-        *["-"] * 10,
+        *["-"] * 8,
         "3.0",
         "-",
     ]
@@ -145,6 +148,51 @@ def test_temporary_memory_stands_beside_its_bound(results):
     assert max(map(len, table.splitlines())) <= 160
     list(documents.write_all(found, settings, documents.Options()))
     assert "| 3.0 | 81.4 |" in (settings.output / "results.md").read_text()
+
+
+def test_clocks_have_columns_where_they_were_read(results):
+    found, settings = results
+    assert "MHz" not in report.terminal_table(found)
+    ours = row(
+        "jax_moe_mosaic", 7, 125, workspace_bound=81_429_376,
+        kernels=(KernelTime("moe_up_projection", 100.0, 1),), busy_us=110.0,
+        clock=Reading(127.0, 1560.4, True, 20), sustained=Reading(118.0, 1310.0, None, 4000),
+    )  # fmt: skip
+    found.rows[ours.solution, ours.uuid] = ours
+    settings = dataclasses.replace(settings, sustained=True)
+    table = report.terminal_table(found)
+    assert max(map(len, table.splitlines())) <= 175
+    (_, (titles, *lines)), *_ = report.grouped(found)
+    cells = dict(zip(titles, next(x for x in lines if x[0] == ours.solution), strict=True))
+    assert (cells["SM MHz"], cells["sust. us"], cells["at MHz"]) == ("1560 cap", "118.0", "1310")
+    written = documents.write_all(found, settings, documents.Options(breakdown=True))
+    texts = {path.name: path.read_text() for path in written if path.suffix == ".md"}
+    assert "- SM clock: SM MHz is cycles over the GPU's timer" in texts["results.md"]
+    assert "back to back for 0.5 s" in texts["results.md"]
+    assert "0.2 s idle before each row's first" in texts["results.md"]
+    title = "### jax_moe_mosaic, T=7: SM clock 1560 MHz, power cap active\n"
+    assert title in texts["results_breakdown.md"]
+
+
+def test_a_file_from_before_a_field_was_added_is_read(results):
+    found, settings = results
+    found.write()
+    content = json.loads(found.path.read_text())
+    added = {"settings": ("cool_down", "sustained")}
+    for part, names in added.items():
+        for name in names:
+            del content[part][name]
+    for one in content["rows"]:
+        del one["clock"], one["sustained"]
+    content["asked"] = {
+        "solutions": settings.solutions, "workloads": ["all"], "report": False, "breakdown": False,
+    }  # fmt: skip
+    found.path.write_text(json.dumps(content))
+    again = saved.read(settings.output)
+    assert again.results.rows == found.rows
+    assert again.settings.cool_down == 0
+    list(documents.write_all(again.results, again.settings, again.options))
+    assert "idle before" not in (settings.output / "results.md").read_text()
 
 
 def test_documents_hold_what_a_reader_needs(results):

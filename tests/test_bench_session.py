@@ -66,6 +66,7 @@ def real_oracle():
 
 def settings(tmp_path, *names, **fields):
     few = {"warmup": 1, "iterations": 2, "num_trials": 2, "timer": "wall", "on_gpu": False}
+    few["cool_down"] = 0.0
     return Settings(
         solutions=names, output=tmp_path / "out", **{**few, "workloads": ("1",), **fields}
     )
