@@ -3,11 +3,14 @@
     FOLDER/workloads/**/<definition>.jsonl     one workload a line
     FOLDER/blob/.../*.safetensors              `routing_logits` and `routing_bias`
 
+Only the default definition has routing tensors; the others draw all of their inputs.
+
 Nothing outside of the folder is opened, whatever a path says or a symlink points to. Everything is
 checked before it is used; what does not fit is a `ValueError` that names the file and the entry.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +18,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Float32
 
-from interop.workloads import Workload, definition
+from interop import definitions
+from interop.definitions import Definition
+from interop.workloads import Workload
 from jax_moe.io.files import confined_files, data_set_root, read_bytes, read_lines, shown
 from jax_moe.io.safetensors_header import check_header
 from jax_moe.io.strict_json import check_fields, number
@@ -25,15 +30,6 @@ MAX_LINE_BYTES = 2**20
 _MAX_FACTOR = float(np.finfo(np.float32).max)
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _UUID = re.compile(r"[0-9A-Za-z-]{1,64}")
-_RANDOM = (
-    "hidden_states",
-    "hidden_states_scale",
-    "gemm1_weights",
-    "gemm1_weights_scale",
-    "gemm2_weights",
-    "gemm2_weights_scale",
-)
-_SCALARS = ("local_expert_offset", "routed_scaling_factor")
 _BLOBS = ("routing_logits", "routing_bias")
 
 
@@ -45,19 +41,57 @@ class BlobRef(NamedTuple):
 
 
 class DatasetWorkload(NamedTuple):
-    """One line of the workload file, checked; the files it names are not yet opened."""
+    """One line of the workload file, checked; the files it names are not yet opened.
+
+    Attributes:
+        workload: Its `blob` is empty where nothing comes from a file.
+        routed_scaling_factor: Factor of all weights.
+        blobs: Where the inputs that come from a file lie, by name.
+    """
 
     workload: Workload
     routed_scaling_factor: float
-    routing_logits: BlobRef
-    routing_bias: BlobRef
+    blobs: Mapping[str, BlobRef]
 
 
-def read_workloads(folder: str | Path) -> tuple[DatasetWorkload, ...]:
-    """Reads the definition's workload file of a data set folder.
+def definition_of(root: Path) -> Definition:
+    """The definition that a data set is of: the first known one with workloads there.
+
+    Args:
+        root: The data set, resolved.
+
+    Returns:
+        The default one if there are workloads of none.
+
+    Raises:
+        ValueError: The folder of workloads leads out of the data set.
+    """
+    for one in definitions.ALL:
+        if confined_files(root, "workloads", f"{one.name}.jsonl"):
+            return one
+    return definitions.DEFAULT
+
+
+def input_types(definition: Definition) -> dict[str, str]:
+    """How workloads give each input: "random", "scalar" or "safetensors"."""
+    return {
+        name: "scalar"
+        if one["shape"] is None
+        else "safetensors"
+        if definition.is_default and name in _BLOBS
+        else "random"
+        for name, one in definition.record["inputs"].items()
+    }
+
+
+def read_workloads(
+    folder: str | Path, definition: Definition = definitions.DEFAULT
+) -> tuple[DatasetWorkload, ...]:
+    """Reads a definition's workload file of a data set folder.
 
     Args:
         folder: The data set's root.
+        definition: Whose.
 
     Returns:
         The workloads in the file's order.
@@ -66,14 +100,14 @@ def read_workloads(folder: str | Path) -> tuple[DatasetWorkload, ...]:
         ValueError: The folder or file is missing, leaves the folder, or a line does not fit.
     """
     root = data_set_root(folder)
-    name = definition()["name"]
+    name = definition.name
     found = confined_files(root, "workloads", f"{name}.jsonl")
     if not found:
         raise ValueError(f"{shown(root)}: no workloads/**/{name}.jsonl in this data set")
     rows: dict[str, DatasetWorkload] = {}
     for path in found:
         for where, line in read_lines(root, path, MAX_LINE_BYTES):
-            row = _workload(line, where)
+            row = _workload(line, definition, where)
             if row.workload.uuid in rows:
                 raise ValueError(f"{where}: uuid {row.workload.uuid} appears twice")
             rows[row.workload.uuid] = row
@@ -83,7 +117,7 @@ def read_workloads(folder: str | Path) -> tuple[DatasetWorkload, ...]:
 def read_routing(
     folder: str | Path, row: DatasetWorkload
 ) -> tuple[Float32[np.ndarray, "T 256"], BFloat16[np.ndarray, " 256"]]:
-    """Reads the routing tensors of a workload.
+    """Reads the routing tensors of a workload of the default definition.
 
     Args:
         folder: The data set's root, as for `read_workloads`.
@@ -96,39 +130,44 @@ def read_routing(
         ValueError: A file is missing, leaves the folder, is broken, or holds something else.
     """
     root = data_set_root(folder)
-    experts = definition()["axes"]["num_experts"]["value"]
+    experts = definitions.DEFAULT.num_experts
     shape = (row.workload.num_tokens, experts)
     where = f"workload {row.workload.uuid}"
-    logits = _tensor(root, row.routing_logits, "F32", shape, f"{where}: routing_logits")
-    bias = _tensor(root, row.routing_bias, "BF16", (experts,), f"{where}: routing_bias")
+    logits = _tensor(root, row.blobs["routing_logits"], "F32", shape, f"{where}: routing_logits")
+    bias = _tensor(root, row.blobs["routing_bias"], "BF16", (experts,), f"{where}: routing_bias")
     return logits, bias
 
 
-def _workload(line: dict[str, Any], where: str) -> DatasetWorkload:
+def _workload(line: dict[str, Any], definition: Definition, where: str) -> DatasetWorkload:
     check_fields(line, ("definition", "workload"), ("solution", "evaluation"), where)
-    if line["definition"] != definition()["name"]:
-        raise ValueError(
-            f"{where}: definition {line['definition']!r} is not {definition()['name']!r}"
-        )
+    if line["definition"] != definition.name:
+        raise ValueError(f"{where}: definition {line['definition']!r} is not {definition.name!r}")
     row = check_fields(line["workload"], ("uuid", "axes", "inputs"), (), f"{where}: workload")
     if not isinstance(row["uuid"], str) or not _UUID.fullmatch(row["uuid"]):
         raise ValueError(f"{where}: uuid: expected letters, digits and dashes, got {row['uuid']!r}")
     axes = check_fields(row["axes"], ("seq_len",), (), f"{where}: axes")
     tokens = _integer(axes["seq_len"], 0, MAX_TOKENS, f"{where}: seq_len")
-    inputs = check_fields(row["inputs"], (*_RANDOM, *_SCALARS, *_BLOBS), (), f"{where}: inputs")
-    for name in _RANDOM:
-        spec = check_fields(inputs[name], ("type",), (), f"{where}: {name}")
-        if spec["type"] != "random":
-            raise ValueError(f"{where}: {name}: expected type 'random', got {spec['type']!r}")
-    offset, factor = (_scalar(inputs[name], f"{where}: {name}") for name in _SCALARS)
-    sizes = definition()["axes"]
-    last = sizes["num_experts"]["value"] - sizes["num_local_experts"]["value"]
-    offset = _integer(offset, 0, last, f"{where}: local_expert_offset")
-    factor = number(factor, -_MAX_FACTOR, _MAX_FACTOR, f"{where}: routed_scaling_factor")
-    logits, bias = (_blob(inputs[name], f"{where}: {name}") for name in _BLOBS)
-    return DatasetWorkload(
-        Workload(row["uuid"], tokens, offset, Path(logits.path).name), factor, logits, bias
+    types = input_types(definition)
+    inputs = check_fields(row["inputs"], tuple(types), (), f"{where}: inputs")
+    scalars, blobs = dict(definition.scalars), {}
+    for name, kind in types.items():
+        entry = f"{where}: {name}"
+        if kind == "scalar":
+            scalars[name] = _scalar(inputs[name], entry)
+        elif kind == "safetensors":
+            blobs[name] = _blob(inputs[name], entry)
+        elif check_fields(inputs[name], ("type",), (), entry)["type"] != "random":
+            raise ValueError(f"{entry}: expected type 'random', got {inputs[name]['type']!r}")
+    last = definition.num_experts - definition.num_local_experts
+    offset = _integer(scalars["local_expert_offset"], 0, last, f"{where}: local_expert_offset")
+    factor = number(
+        scalars["routed_scaling_factor"],
+        -_MAX_FACTOR,
+        _MAX_FACTOR,
+        f"{where}: routed_scaling_factor",
     )
+    blob = Path(blobs["routing_logits"].path).name if blobs else ""
+    return DatasetWorkload(Workload(row["uuid"], tokens, offset, blob), factor, blobs)
 
 
 def _integer(value: Any, low: int, high: int, where: str) -> int:

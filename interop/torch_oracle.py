@@ -1,19 +1,18 @@
-"""The layer with every option in PyTorch, one formula per line: a second oracle.
+"""The layer with every option in float32 PyTorch, self-contained, one formula per line.
 
-It shares no code with `jax_moe` and calls PyTorch's own sigmoid, softmax and softplus.
-`torch_definition` is the same layer as flashinfer-bench defines it, without options.
+A second oracle: it shares no code with the JAX packages and calls PyTorch's own sigmoid, softmax
+and softplus. It is also the reference source of the definitions of flashinfer-bench that have no
+published workloads; `torch_definition` is that of the one that has.
 """
 
 from __future__ import annotations
 
 import torch
 
-from interop.torch_definition import dequantize
-
 BLOCK = 128
 
 
-def run(
+def layer(
     routing_logits: torch.Tensor,
     routing_bias: torch.Tensor | None,
     hidden_states: torch.Tensor,
@@ -45,7 +44,7 @@ def run(
         gemm2_weights_scale: f32[E_local,H/128,I/128].
         local_expert_offset: Global id of the first local expert.
         routed_scaling_factor: Factor of all weights.
-        top_k: As the other options, as in `jax_moe.MoEConfig`.
+        top_k: Experts per token.
         n_group: Groups of experts.
         topk_group: Groups kept.
         scoring: "sigmoid", "softmax" or "sqrtsoftplus".
@@ -95,7 +94,7 @@ def route(
     scoring: str = "sigmoid",
     renormalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The router alone; arguments as in `run`.
+    """The router alone; arguments as in `layer`.
 
     Returns:
         `topk_ids` i64[T,k], best first, and `topk_weights` f32[T,k].
@@ -140,3 +139,10 @@ def best(keys: torch.Tensor, count: int, last: torch.Tensor | None = None) -> to
             moved = below.gather(-1, order).to(torch.uint8).sort(dim=-1, stable=True).indices
             order = order.gather(-1, moved)
     return order[..., :count]
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Float32 of one expert's matrix [N, K] with a scale per block of 128x128."""
+    n, k = scales.shape
+    blocks = values.float().view(n, BLOCK, k, BLOCK)
+    return (blocks * scales[:, None, :, None]).view(values.shape)

@@ -131,16 +131,16 @@ def test_memory_is_measured_on_a_gpu_only(folder, capsys, monkeypatch):
 def test_memory_of_each_solution_is_written(exported, folder, monkeypatch):
     """The GPU's part is replaced; processes beside this one are started by the pool's default."""
     shutil.copytree(exported / "blob", folder / "blob")
-    monkeypatch.setattr(workspace, "_check_machine", lambda: None)
+    monkeypatch.setattr(workspace, "_check_machine", lambda _: None)
     monkeypatch.setattr(workspace, "_zeros", lambda names, _: dict.fromkeys(names))
     monkeypatch.setattr(workspace, "_arguments", lambda folder, row, weights: [row.workload.uuid])
     monkeypatch.setattr(workspace, "_torch_peak", lambda name, uuids: sum(map(len, uuids)))
     monkeypatch.setattr(workspace, "_jax_temporary", json.dumps)  # importable by name
     monkeypatch.setattr(workspace.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(workspace.solutions, "records", lambda: RECORDS)
-    with pytest.raises(TypeError, match="takes 1 positional argument but 2"):
+    monkeypatch.setattr(workspace.solutions, "records", lambda _: RECORDS)
+    with pytest.raises(TypeError, match="takes 1 positional argument but 3"):
         workspace.measure(folder)
-    monkeypatch.setattr(workspace.solutions, "records", lambda: RECORDS[:2])
+    monkeypatch.setattr(workspace.solutions, "records", lambda _: RECORDS[:2])
     path = workspace.measure(folder)
     assert json.loads(path.read_text()) == {
         name: {row.uuid: 36 for row in workloads.workloads()} for name in ("sglang_v1", "sglang_v2")

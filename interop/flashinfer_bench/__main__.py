@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from interop import interruption
+from interop import definitions, interruption
 from interop.flashinfer_bench import record, run
 from jax_moe.io.files import shown
 
@@ -34,24 +35,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
+    if arguments.command == "list":
+        print(_listed())
+        return 0
     folder = Path(arguments.folder).expanduser()
     # Each command imports what it alone needs: safetensors, tqdm or matplotlib.
     if arguments.command == "export":
-        from interop.flashinfer_bench.export import export
+        from interop.flashinfer_bench.export import export, export_each
 
-        print(export(folder, dataset=_folder(arguments.dataset), seed=arguments.seed))
-    elif arguments.command == "run":
+        options: dict[str, Any] = {"dataset": _folder(arguments.dataset), "seed": arguments.seed}
+        if arguments.definitions is None:
+            print(export(folder, **options))
+        else:
+            names = [name.strip() for name in arguments.definitions.split(",")]
+            print(*export_each(folder, names, **options), sep="\n")
+        return 0
+    output = _folder(getattr(arguments, "output", None))
+    if not (several := _data_sets(folder)):
+        return _dispatch_one(arguments, extra, folder, output)
+    return max(
+        _dispatch_one(arguments, extra, one, output and output / one.name) for one in several
+    )
+
+
+def _dispatch_one(
+    arguments: argparse.Namespace, extra: list[str], folder: Path, output: Path | None
+) -> int:
+    if arguments.command == "run":
         settings = record.Settings(*(getattr(arguments, n) for n in record.Settings._fields))
         return run.run(folder, settings, tokens=_tokens(arguments.tokens), extra=extra)
-    elif arguments.command == "workspace":
+    if arguments.command == "workspace":
         from interop.flashinfer_bench import workspace
 
         print(workspace.measure(folder))
     else:
         from interop.flashinfer_bench.report import report
 
-        print(report(folder, _folder(arguments.output)))
+        print(report(folder, output))
     return 0
+
+
+def _data_sets(folder: Path) -> list[Path]:
+    """The data sets that `export --definitions` left in a folder; none if it is one itself."""
+    if (folder / "workloads").exists():
+        return []
+    found = [folder / one.name for one in definitions.ALL]
+    return [one for one in found if (one / "workloads").is_dir()]
+
+
+def _listed() -> str:
+    lines = [
+        f"{one.name}\n    {one.weight_bytes / 1e9:.1f} GB of weights; {one.source}"
+        for one in definitions.ALL
+    ]
+    return "\n".join(lines)
 
 
 def _folder(name: str | None) -> Path | None:
@@ -69,15 +106,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m interop.flashinfer_bench")
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
-        "export": "write definition, 19 workloads, routing blobs and solutions",
+        "list": "list the definitions that can be exported, and where each was read",
+        "export": "write definition, workloads, routing blobs and solutions",
         "run": "run flashinfer-bench on the folder; unknown options are passed on to it",
         "workspace": "measure each solution's peak temporary memory for the report (GPU)",
         "report": "write the published document from the folder's traces",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text)
+        if name == "list":
+            continue
         command.add_argument("folder", metavar="DIR")
         if name == "export":
+            command.add_argument(
+                "--definitions", help="names from `list`, or all: a data set each, DIR/NAME"
+            )
             command.add_argument("--dataset", help="flashinfer-trace folder with the real blobs")
             command.add_argument("--seed", type=int, default=0, help="of the stand-in blobs")
         elif name == "run":

@@ -1,14 +1,16 @@
-"""Writes a flashinfer-trace data set: definition, 19 workloads, routing blobs, our solutions.
+"""Writes a flashinfer-trace data set of one definition: workloads, routing blobs, our solutions.
 
-The published routing blobs are not part of this project. Without `dataset` each workload gets a
-stand-in drawn from the moments of one captured routing, with a seed; its file name, its metadata
-and the folder's README say so. With `dataset`, a published folder, its workloads and blobs are
-copied.
+The default definition has 19 published workloads. Their routing blobs are not part of this project.
+Without `dataset` each workload gets a stand-in drawn from the moments of one captured routing, with
+a seed; its file name, its metadata and the folder's README say so. With `dataset`, a published
+folder, its workloads and blobs are copied.
+
+The other definitions have no published workloads: theirs are few token counts, and every input is
+one that flashinfer-bench draws.
 """
 
 import json
-from collections.abc import Iterator
-from importlib import resources
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,39 +18,45 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import BFloat16, Float32
 
-from interop.dataset import read_routing, read_workloads
+from interop import definitions
+from interop.dataset import input_types, read_routing, read_workloads
+from interop.definitions import Definition
 from interop.flashinfer_bench import record, solutions
 from interop.host_routing import topk_ids
 from interop.workloads import (
     ROUTED_SCALING_FACTOR,
     Workload,
     captured_routing,
-    definition,
     workloads,
 )
 from jax_moe.io.files import confined, naming, shown, write_atomically
 
 _MAX_DRAWS = 64
-_SCALARS = ("local_expert_offset", "routed_scaling_factor")
-_BLOBS = ("routing_logits", "routing_bias")
+RANDOM_TOKENS = (1, 64, 1024)
 
 
 class _Row(NamedTuple):
-    """A workload with its routing and where that comes from."""
+    """A workload with its routing, if that comes from a file, and where from."""
 
     workload: Workload
     factor: float
-    logits: Float32[np.ndarray, "T E"]
-    bias: BFloat16[np.ndarray, " E"]
+    routing: tuple[Float32[np.ndarray, "T E"], BFloat16[np.ndarray, " E"]] | None
     blob_name: str
     source: str
 
 
-def export(folder: str | Path, *, dataset: str | Path | None = None, seed: int = 0) -> Path:
+def export(
+    folder: str | Path,
+    definition: Definition = definitions.DEFAULT,
+    *,
+    dataset: str | Path | None = None,
+    seed: int = 0,
+) -> Path:
     """Writes the data set; files of an earlier export are replaced, others left alone.
 
     Args:
         folder: Where to, created if missing. Nothing is written outside of it.
+        definition: Of which.
         dataset: A flashinfer-trace folder with the real blobs; None draws stand-ins.
         seed: Of the stand-ins.
 
@@ -56,42 +64,75 @@ def export(folder: str | Path, *, dataset: str | Path | None = None, seed: int =
         The folder.
 
     Raises:
-        ValueError: `dataset` is broken (see `interop.dataset`), a symlink leads out of `folder`,
-            or the folder holds traces, which are of what was exported before.
+        ValueError: `dataset` is broken (see `interop.dataset`) or given for a definition that has
+            no published workloads, a symlink leads out of `folder`, or the folder holds traces,
+            which are of what was exported before.
     """
+    if dataset is not None and not definition.is_default:
+        raise ValueError(f"--dataset: has workloads of {definitions.DEFAULT.name} only")
     root = Path(folder)
     with naming(root):
         root.mkdir(parents=True, exist_ok=True)
         root = root.resolve()
     if record.has_traces(root):
         raise ValueError(f"{shown(root)}: holds traces of an earlier export; use another folder")
-    name, op_type = definition()["name"], definition()["op_type"]
-    rows = list(_drawn(seed)) if dataset is None else _copied(dataset)
+    name, op_type = definition.name, definition.record["op_type"]
+    if not definition.is_default:
+        rows = _random(definition)
+    else:
+        rows = list(_drawn(seed)) if dataset is None else _copied(dataset)
     blobs = f"blob/workloads/{op_type}/{name}"
     for row in rows:
-        tensors = {"routing_logits": row.logits, "routing_bias": row.bias}
-        content = safetensors.numpy.save(tensors, {"source": row.source})
-        _write(root, f"{blobs}/{row.blob_name}", content)
-    lines = "".join(
-        json.dumps(_workload_line(row, f"./{blobs}/{row.blob_name}")) + "\n" for row in rows
-    )
-    _write(root, f"workloads/{op_type}/{name}.jsonl", lines)
-    _write(root, f"definitions/{op_type}/{name}.json", _json(_definition()))
-    for one in solutions.records():
+        if row.routing is not None:
+            tensors = dict(zip(("routing_logits", "routing_bias"), row.routing, strict=True))
+            content = safetensors.numpy.save(tensors, {"source": row.source})
+            _write(root, f"{blobs}/{row.blob_name}", content)
+    lines = (_workload_line(definition, row, f"./{blobs}/{row.blob_name}") for row in rows)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    _write(root, f"workloads/{op_type}/{name}.jsonl", text)
+    _write(root, f"definitions/{op_type}/{name}.json", _json(_definition(definition)))
+    for one in solutions.records(definition):
         path = f"solutions/{one['author']}/{op_type}/{name}/{one['name']}.json"
         _write(root, path, _json(one))
-    _write(root, "README.md", _readme(rows))
+    _write(root, "README.md", _readme(definition, rows))
     return root
+
+
+def export_each(folder: str | Path, names: Sequence[str], **options: Any) -> list[Path]:
+    """Writes a data set per definition, in a folder of its name: solutions' names are unique there.
+
+    Args:
+        folder: Where to.
+        names: Of the definitions; "all" stands for all of them.
+        options: As for `export`.
+
+    Returns:
+        The folders.
+
+    Raises:
+        ValueError: A name is unknown; then nothing has been written. Else as for `export`.
+    """
+    chosen = definitions.ALL if "all" in names else tuple(definitions.get(name) for name in names)
+    return [export(Path(folder) / one.name, one, **options) for one in chosen]
+
+
+def _random(definition: Definition) -> list[_Row]:
+    """Workloads whose inputs flashinfer-bench draws."""
+    offset, factor = (
+        definition.scalars[name] for name in ("local_expert_offset", "routed_scaling_factor")
+    )
+    return [
+        _Row(Workload(f"random-{tokens}", tokens, int(offset), ""), factor, None, "", "")
+        for tokens in RANDOM_TOKENS
+    ]
 
 
 def _drawn(seed: int) -> Iterator[_Row]:
     for row in workloads():
-        logits, bias = _draw(row, seed)
         yield _Row(
             workload=row,
             factor=ROUTED_SCALING_FACTOR,
-            logits=logits,
-            bias=bias,
+            routing=_draw(row, seed),
             blob_name=f"stand_in_{row.uuid}.safetensors",
             source=f"stand-in drawn from captured moments, seed {seed}; not the published blob",
         )
@@ -99,7 +140,7 @@ def _drawn(seed: int) -> Iterator[_Row]:
 
 def _draw(row: Workload, seed: int) -> tuple[Any, Any]:
     """The first draw with at least min(T, 2) local pairs: an empty layer would measure nothing."""
-    num_local = definition()["axes"]["num_local_experts"]["value"]
+    num_local = definitions.DEFAULT.num_local_experts
     for attempt in range(_MAX_DRAWS):
         key = [seed, row.num_tokens, row.local_expert_offset, attempt]
         logits, bias = captured_routing(row.num_tokens, np.random.default_rng(key))
@@ -118,27 +159,28 @@ def _copied(dataset: str | Path) -> list[_Row]:
         _Row(
             workload=row.workload,
             factor=row.routed_scaling_factor,
-            logits=logits,
-            bias=bias,
+            routing=routing,
             blob_name=f"{row.workload.uuid}.safetensors",
             source="copied from the data set folder that was given to the export",
         )
-        for row, (logits, bias) in rows
+        for row, routing in rows
     ]
 
 
-def _workload_line(row: _Row, blob: str) -> dict[str, Any]:
-    scalars = dict(zip(_SCALARS, (row.workload.local_expert_offset, row.factor), strict=True))
-    inputs: dict[str, Any] = {}
-    for name in definition()["inputs"]:
-        if name in scalars:
-            inputs[name] = {"type": "scalar", "value": scalars[name]}
-        elif name in _BLOBS:
-            inputs[name] = {"type": "safetensors", "path": blob, "tensor_key": name}
-        else:
-            inputs[name] = {"type": "random"}
+def _workload_line(definition: Definition, row: _Row, blob: str) -> dict[str, Any]:
+    scalars = {
+        "local_expert_offset": row.workload.local_expert_offset,
+        "routed_scaling_factor": row.factor,
+    }
+    inputs: dict[str, dict[str, Any]] = {}
+    for name, kind in input_types(definition).items():
+        inputs[name] = {"type": kind}
+        if kind == "scalar":
+            inputs[name]["value"] = scalars[name]
+        elif kind == "safetensors":
+            inputs[name] |= {"path": blob, "tensor_key": name}
     return {
-        "definition": definition()["name"],
+        "definition": definition.name,
         "workload": {
             "uuid": row.workload.uuid,
             "axes": {"seq_len": row.workload.num_tokens},
@@ -149,24 +191,36 @@ def _workload_line(row: _Row, blob: str) -> dict[str, Any]:
     }
 
 
-def _definition() -> dict[str, Any]:
-    source = resources.files("interop").joinpath("torch_definition.py").read_text("utf-8")
+def _definition(definition: Definition) -> dict[str, Any]:
+    router = "DeepSeek-V3" if definition.is_default else definition.router["scoring"]
+    part = "one expert-parallel rank" if _is_rank(definition) else "all experts"
     return {
-        **definition(),
-        "description": "FP8 block-scaled MoE with DeepSeek-V3 routing, one expert-parallel rank; "
+        **definition.record,
+        "description": f"FP8 block-scaled MoE with {router} routing, {part}; "
         "the reference source is jax-moe's own, ties go to the lowest expert id",
-        "reference": source,
+        "reference": definition.reference(),
     }
 
 
-def _readme(rows: list[_Row]) -> str:
-    sources = sorted({row.source for row in rows})
+def _is_rank(definition: Definition) -> bool:
+    return definition.num_local_experts < definition.num_experts
+
+
+def _readme(definition: Definition, rows: list[_Row]) -> str:
+    sources = "; ".join(sorted({row.source for row in rows}))
     return "\n".join(
         (
-            f"# {definition()['name']}",
+            f"# {definition.name}",
             "",
-            "Written by `python -m interop.flashinfer_bench export`. Routing blobs: "
-            f"{'; '.join(sources)}.",
+            "Written by `python -m interop.flashinfer_bench export`. "
+            + (
+                f"Routing blobs: {sources}."
+                if sources
+                else f"Inputs and their order: {definition.source}. The workloads are jax-moe's "
+                "own, their inputs drawn by flashinfer-bench."
+            ),
+            f"The weights take {definition.weight_bytes / 1e9:.1f} GB; flashinfer-bench holds a "
+            "set per trial and clones one before each call.",
             "The solutions import the jax-moe packages: install them or put them on PYTHONPATH.",
             "",
         )

@@ -8,7 +8,6 @@ from typing import Any
 from interop import comparison_report
 from interop.flashinfer_bench import record, solutions, workspace
 from interop.flashinfer_bench.traces import Traces, read_traces
-from interop.workloads import definition
 from jax_moe.io.files import data_set_root
 
 _UNKNOWN = "not recorded"
@@ -31,6 +30,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
     traces = read_traces(root)
     called = record.read(root)
     sizes = workspace.read(root)
+    routing = "from the folder's blobs" if traces.definition.is_default else "drawn by it too"
     results = {
         name: {
             uuid: row._replace(workspace_bytes=sizes.get(name, {}).get(uuid))
@@ -46,7 +46,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         command=called.get("command", _UNKNOWN),
         designs=solutions.designs(),
         title=f"{', '.join(traces.hardware)}, speedup over the definition's reference inside "
-        f"flashinfer-bench, means\ninputs of flashinfer-bench, routing from the folder's blobs",
+        f"flashinfer-bench, means\ninputs of flashinfer-bench, routing {routing}",
         name="flashinfer_bench",
     )
     return document
@@ -54,7 +54,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def _ordered(traces: Traces) -> list[str]:
     """The exported order first: its first solution is the baseline of the ratios."""
-    exported = [solution["name"] for solution in solutions.records()]
+    exported = [solution["name"] for solution in solutions.records(traces.definition)]
     known = [name for name in exported if name in traces.results]
     return known + [name for name in traces.results if name not in exported]
 
@@ -68,7 +68,7 @@ def _header(traces: Traces, called: Mapping[str, Any]) -> dict[str, str]:
     ratios = ", ".join(f"{name} {ratio:.4f}" for name, ratio in traces.matched_ratio.items())
     config = ("warmup_runs", "iterations", "num_trials", "timeout")
     return {
-        "Definition": f"`{definition()['name']}`",
+        "Definition": f"`{traces.definition.name}`",
         "Date": " to ".join(dict.fromkeys((min(traces.dates), max(traces.dates)))),
         "Device": ", ".join(traces.hardware),
         "Tolerances": _pairs(settings, ("rtol", "atol", "required_matched_ratio")),

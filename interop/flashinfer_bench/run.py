@@ -14,11 +14,11 @@ from pathlib import Path
 import interop
 from interop import folder_lock
 from interop.checkout import git_commit
-from interop.dataset import DatasetWorkload, read_workloads
+from interop.dataset import DatasetWorkload, definition_of, read_workloads
+from interop.definitions import Definition
 from interop.flashinfer_bench import record, solutions
 from interop.flashinfer_bench.record import PUBLISHED, Settings
 from interop.flashinfer_bench.traces import read_solutions, workload_lines
-from interop.workloads import definition
 from jax_moe.io.files import confined, confined_file, confined_files, data_set_root, shown
 
 
@@ -29,7 +29,7 @@ def run(
     tokens: Sequence[int] = (),
     extra: Sequence[str] = (),
 ) -> int:
-    """Runs the three solutions; the benchmark appends its traces to the folder.
+    """Runs the folder's solutions; the benchmark appends its traces to the folder.
 
     The benchmark writes its traces when all workloads are done. `tokens` runs only the workloads
     with these token counts, so that a long run can be cut into pieces.
@@ -61,47 +61,51 @@ def _is_installed() -> bool:
 
 
 def _run(root: Path, settings: Settings, tokens: Sequence[int], extra: Sequence[str]) -> int:
-    rows = read_workloads(root)
-    _check_folder(root, rows)
+    definition = definition_of(root)
+    rows = read_workloads(root, definition)
+    _check_folder(root, definition, rows)
     if tokens:
         rows = tuple(row for row in rows if row.workload.num_tokens in tokens)
         if not rows:
             raise ValueError(f"--tokens: no workload of {shown(root)} has one of {sorted(tokens)}")
     called = {
-        "command": shlex.join(_command(Path("DIR"), settings, extra)),
+        "command": shlex.join(_command(Path("DIR"), definition, settings, extra)),
         "settings": settings._asdict(),
         "versions": _versions(),
     }
     record.keep(root, called)
     with tempfile.TemporaryDirectory() as scratch:
-        view = _view(root, Path(scratch), {row.workload.uuid for row in rows}) if tokens else root
-        command = _command(view, settings, extra)
+        uuids = {row.workload.uuid for row in rows}
+        view = _view(root, definition, Path(scratch), uuids) if tokens else root
+        command = _command(view, definition, settings, extra)
         arguments = [sys.executable, "-c", "from flashinfer_bench.cli.main import cli; cli()"]
         environment = _environment(root)
         return subprocess.run(arguments + command[1:], env=environment, check=False).returncode
 
 
-def _check_folder(root: Path, rows: Sequence[DatasetWorkload]) -> None:
+def _check_folder(root: Path, definition: Definition, rows: Sequence[DatasetWorkload]) -> None:
     """Refuses what would make the benchmark read, run or write something outside of the folder."""
     read_solutions(root)
-    name, op_type = definition()["name"], definition()["op_type"]
+    name, op_type = definition.name, definition.record["op_type"]
     read = {"definitions": "*.json", "workloads": "*.jsonl", "solutions": "*.json"}
     for folder, pattern in {**read, "traces": "*.jsonl"}.items():
         for path in confined_files(root, folder, pattern):
             confined_file(root, path)
-    blobs = [ref.path for row in rows for ref in (row.routing_logits, row.routing_bias)]
+    blobs = [ref.path for row in rows for ref in row.blobs.values()]
     for relative in (f"traces/{op_type}/{name}.jsonl", "blob", ".cache/jax", *blobs):
         confined(root, root / relative)
 
 
-def _command(folder: Path, settings: Settings, extra: Sequence[str]) -> list[str]:
-    names = [solution["name"] for solution in solutions.records()]
+def _command(
+    folder: Path, definition: Definition, settings: Settings, extra: Sequence[str]
+) -> list[str]:
+    names = [solution["name"] for solution in solutions.records(definition)]
     options = [
         text
         for field, value in settings._asdict().items()
         for text in (f"--{field.replace('_', '-')}", str(value))
     ]
-    selection = ["--definitions", definition()["name"], "--solutions", *names]
+    selection = ["--definitions", definition.name, "--solutions", *names]
     return ["flashinfer-bench", "run", "--local", str(folder), *selection, *options, *extra]
 
 
@@ -117,15 +121,14 @@ def _environment(root: Path) -> dict[str, str]:
     }
 
 
-def _view(root: Path, view: Path, uuids: set[str]) -> Path:
+def _view(root: Path, definition: Definition, view: Path, uuids: set[str]) -> Path:
     """A folder that shows the data set with some workloads only; its traces are the data set's."""
     (root / "traces").mkdir(exist_ok=True)
     for name in ("definitions", "solutions", "blob", "traces"):
         (view / name).symlink_to(root / name, target_is_directory=True)
-    name = definition()["name"]
     lines = (line for _, line in workload_lines(root))
     kept = [json.dumps(line) + "\n" for line in lines if line["workload"]["uuid"] in uuids]
-    copy = view / "workloads" / definition()["op_type"] / f"{name}.jsonl"
+    copy = view / "workloads" / definition.record["op_type"] / f"{definition.name}.jsonl"
     copy.parent.mkdir(parents=True)
     copy.write_text("".join(kept), "utf-8")
     return view

@@ -1,15 +1,15 @@
 """The solutions that flashinfer-bench runs: small Python sources that call this project's packages.
 
 The packages must be installed or on PYTHONPATH of the benchmark's process. Each source is called
-with the definition's ten inputs, positionally, and returns the output. None keeps anything between
-calls.
+with the definition's inputs, positionally, and returns the output. None keeps anything between
+calls. sglang's two are for the default definition: their router is that one.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from interop import solutions
-from interop.workloads import definition
+from interop import definitions, solutions
+from interop.definitions import Definition
 
 AUTHOR = "jax-moe"
 
@@ -38,11 +38,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import torch
 
 from interop import torch_moe
+from jax_moe import MoEConfig
 
 
 {signature}
     output = torch_moe(
         {arguments},
+        config=MoEConfig({options}),
         backend="mosaic",
     )
     # JAX launches on a stream of its own: return only when the result exists, whatever the clock.
@@ -58,14 +60,22 @@ _JAX_MOE_DESIGN = {
 }
 
 
-def records() -> tuple[dict[str, Any], ...]:
-    """The solutions in flashinfer-bench's schema, the baseline of the ratios first."""
-    v1, v2 = solutions.SOLUTIONS["sglang_v1"], solutions.SOLUTIONS["sglang_v2"]
+def records(definition: Definition = definitions.DEFAULT) -> tuple[dict[str, Any], ...]:
+    """The solutions in flashinfer-bench's schema, the baseline of the ratios first.
+
+    Args:
+        definition: For which.
+    """
     jax_description = "FP8 block-scaled mixture of experts, Pallas Mosaic GPU kernels"
+    ours = _record(definition, "jax_moe_mosaic", jax_description, _JAX_SOURCE, ("torch", "jax"))
+    if not definition.is_default:
+        return (ours,)
+    v1, v2 = solutions.SOLUTIONS["sglang_v1"], solutions.SOLUTIONS["sglang_v2"]
+    needs = ("torch", "sglang-kernel")
     return (
-        _record("sglang_v1", v1.description, _TORCH_SOURCE, ("torch", "sglang-kernel")),
-        _record("sglang_v2", v2.description, _TORCH_SOURCE, ("torch", "sglang-kernel")),
-        _record("jax_moe_mosaic", jax_description, _JAX_SOURCE, ("torch", "jax")),
+        _record(definition, "sglang_v1", v1.description, _TORCH_SOURCE, needs),
+        _record(definition, "sglang_v2", v2.description, _TORCH_SOURCE, needs),
+        ours,
     )
 
 
@@ -76,18 +86,22 @@ def designs() -> Mapping[str, Mapping[str, str]]:
 
 
 def _record(
-    name: str, description: str, source: str, dependencies: tuple[str, ...]
+    definition: Definition,
+    name: str,
+    description: str,
+    source: str,
+    dependencies: tuple[str, ...],
 ) -> dict[str, Any]:
-    inputs = list(definition()["inputs"])
     content = source.format(
         name=name,
         description=description,
-        signature=_SIGNATURE.format(arguments=",\n    ".join(inputs)),
-        arguments=",\n        ".join(inputs),
+        signature=_SIGNATURE.format(arguments=",\n    ".join(definition.record["inputs"])),
+        arguments=",\n        ".join(definition.arguments),
+        options=definition.options,
     )
     return {
         "name": name,
-        "definition": definition()["name"],
+        "definition": definition.name,
         "author": AUTHOR,
         "description": description,
         "spec": {

@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from interop.comparison_analysis import PASSED, Measurement
-from interop.dataset import MAX_LINE_BYTES, read_workloads
-from interop.workloads import Workload, definition
+from interop.dataset import MAX_LINE_BYTES, definition_of, read_workloads
+from interop.definitions import Definition
+from interop.workloads import Workload
 from jax_moe.io.files import confined_files, data_set_root, read_lines, read_object, shown
 from jax_moe.io.strict_json import check_fields, number, one_line
 
@@ -38,6 +39,7 @@ class Traces(NamedTuple):
     """What a folder's traces say.
 
     Attributes:
+        definition: Which the folder is of.
         workloads: All workloads of the folder, in file order.
         results: Solution -> workload uuid -> measurement, for the solutions that have traces, in
             the order of their first trace.
@@ -47,6 +49,7 @@ class Traces(NamedTuple):
         matched_ratio: The smallest share of matched elements of each solution; where reported.
     """
 
+    definition: Definition
     workloads: tuple[Workload, ...]
     results: Mapping[str, Mapping[str, Measurement]]
     dates: tuple[str, ...]
@@ -67,7 +70,7 @@ def workload_lines(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: See the module.
     """
-    for path in confined_files(root, "workloads", f"{definition()['name']}.jsonl"):
+    for path in confined_files(root, "workloads", f"{definition_of(root).name}.jsonl"):
         yield from read_lines(root, path, MAX_LINE_BYTES)
 
 
@@ -84,10 +87,11 @@ def read_solutions(folder: str | Path) -> dict[str, dict[str, Any]]:
         ValueError: See the module.
     """
     root = data_set_root(folder)
+    definition = definition_of(root)
     found: dict[str, dict[str, Any]] = {}
     for path in confined_files(root, "solutions", "*.json"):
         solution = read_object(root, path)
-        _check_solution(solution, shown(path))
+        _check_solution(solution, definition, shown(path))
         if solution["name"] in found:
             raise ValueError(f"{shown(path)}: solution {solution['name']!r} appears twice")
         found[solution["name"]] = solution
@@ -107,7 +111,8 @@ def read_traces(folder: str | Path) -> Traces:
         ValueError: See the module; also if there is no trace.
     """
     root = data_set_root(folder)
-    workloads = tuple(row.workload for row in read_workloads(root))
+    definition = definition_of(root)
+    workloads = tuple(row.workload for row in read_workloads(root, definition))
     given = [line["workload"] for _, line in workload_lines(root)]
     known = {"solution": read_solutions(root), "uuid": {line["uuid"]: line for line in given}}
     results: dict[str, dict[str, Measurement]] = {}
@@ -116,7 +121,7 @@ def read_traces(folder: str | Path) -> Traces:
     libraries: dict[str, tuple[str, ...]] = {}
     matched: dict[str, float] = {}
     for where, trace in _traces(root):
-        name, uuid, evaluation = _check_trace(trace, known, where)
+        name, uuid, evaluation = _check_trace(trace, definition, known, where)
         rows = results.setdefault(name, {})
         if uuid in rows:
             raise ValueError(f"{where}: {name!r} has two traces for workload {uuid}")
@@ -134,9 +139,9 @@ def read_traces(folder: str | Path) -> Traces:
             matched[name] = min(matched.get(name, 1.0), ratio)
     if not results:
         raise ValueError(
-            f"{shown(root)}: no traces/**/{definition()['name']}.jsonl with a measured trace"
+            f"{shown(root)}: no traces/**/{definition.name}.jsonl with a measured trace"
         )
-    return Traces(workloads, results, tuple(dates), tuple(hardware), libraries, matched)
+    return Traces(definition, workloads, results, tuple(dates), tuple(hardware), libraries, matched)
 
 
 def _date(timestamp: Any, where: str) -> str:
@@ -168,11 +173,11 @@ def _traces(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from read_lines(root, path, _MAX_TRACE_BYTES)
 
 
-def _check_solution(solution: dict[str, Any], where: str) -> None:
+def _check_solution(solution: dict[str, Any], definition: Definition, where: str) -> None:
     required = ("name", "definition", "author", "spec", "sources")
     check_fields(solution, required, ("description",), where)
     one_line(solution["name"], f"{where}: name")
-    if solution["definition"] != definition()["name"]:
+    if solution["definition"] != definition.name:
         raise ValueError(f"{where}: unknown definition {solution['definition']!r}")
     spec = check_fields(solution["spec"], _SPEC, _SPEC_OPTIONAL, f"{where}: spec")
     sources = solution["sources"]
@@ -198,10 +203,13 @@ def _is_confined(path: str) -> bool:
 
 
 def _check_trace(
-    trace: dict[str, Any], known: Mapping[str, Mapping[str, Any]], where: str
+    trace: dict[str, Any],
+    definition: Definition,
+    known: Mapping[str, Mapping[str, Any]],
+    where: str,
 ) -> tuple[str, str, Mapping[str, Any]]:
     check_fields(trace, ("definition", "workload", "solution", "evaluation"), (), where)
-    if trace["definition"] != definition()["name"]:
+    if trace["definition"] != definition.name:
         raise ValueError(f"{where}: unknown definition {trace['definition']!r}")
     workload = check_fields(trace["workload"], ("uuid", "axes", "inputs"), (), f"{where}: workload")
     for label, value in (("solution", trace["solution"]), ("uuid", workload["uuid"])):

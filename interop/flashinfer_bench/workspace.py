@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interop.dataset import DatasetWorkload, read_routing, read_workloads
+from interop import definitions
+from interop.dataset import DatasetWorkload, definition_of, read_routing, read_workloads
+from interop.definitions import Definition
 from interop.flashinfer_bench import solutions
 from interop.processes import spawned
 from interop.solutions import SOLUTIONS, packages
-from interop.workloads import definition
 from jax_moe.io.files import data_set_root, read_object, write_atomically
 from jax_moe.io.strict_json import check_fields
 
@@ -38,25 +39,29 @@ def measure(folder: str | Path) -> Path:
     """
     from tqdm import tqdm
 
-    rows = read_workloads(folder)
-    _check_machine()
-    found: dict[str, dict[str, int]] = {r["name"]: {} for r in solutions.records()}
+    definition = definition_of(data_set_root(folder))
+    rows = read_workloads(folder, definition)
+    names = [record["name"] for record in solutions.records(definition)]
+    _check_machine(names)
+    found: dict[str, dict[str, int]] = {name: {} for name in names}
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
     with spawned(processes) as pool:
         compiling = {
-            (name, row.workload.uuid): pool.submit(_jax_temporary, name, row.workload.num_tokens)
+            (name, row.workload.uuid): pool.submit(
+                _jax_temporary, definition.name, name, row.workload.num_tokens
+            )
             for name in found
             for row in reversed(rows)  # the largest take longest
             if name not in SOLUTIONS
         }
-        weights = _zeros(("gemm1_weights", "gemm2_weights"), 0)
+        here = [name for name in found if name in SOLUTIONS]  # of the default definition only
+        weights = _zeros(("gemm1_weights", "gemm2_weights"), 0) if here else {}
         for row in tqdm(rows, desc="workspace"):
-            arguments = _arguments(folder, row, weights)
+            arguments = _arguments(folder, row, weights) if here else []
             for name in found:
                 uuid = row.workload.uuid
-                here = name in SOLUTIONS
                 found[name][uuid] = (
-                    _torch_peak(name, arguments) if here else compiling[name, uuid].result()
+                    _torch_peak(name, arguments) if name in here else compiling[name, uuid].result()
                 )
     path = Path(folder) / RECORD
     with write_atomically(path) as file:
@@ -64,27 +69,21 @@ def measure(folder: str | Path) -> Path:
     return path
 
 
-def _check_machine() -> None:
-    names = [record["name"] for record in solutions.records()]
+def _check_machine(names: list[str]) -> None:
     reasons = {name: SOLUTIONS[name].unavailable_reason() for name in names if name in SOLUTIONS}
     for name, reason in {"workspace": packages.hopper_unavailable(), **reasons}.items():
         if reason is not None:
             raise ValueError(f"{name}: {reason}")
 
 
-def _axes(num_tokens: int) -> dict[str, int]:
-    return {name: axis.get("value", num_tokens) for name, axis in definition()["axes"].items()}
-
-
 def _zeros(names: tuple[str, ...], num_tokens: int) -> dict[str, Any]:
     """Zeros on the GPU for the named inputs: memory does not depend on values, routing aside."""
     import torch
 
-    axes = _axes(num_tokens)
-    inputs = definition()["inputs"]
+    inputs, shapes = _inputs(definitions.DEFAULT), definitions.DEFAULT.shapes(num_tokens)
     return {
         name: torch.zeros(
-            [axes[axis] for axis in inputs[name]["shape"]],
+            shapes[name],
             dtype=getattr(torch, inputs[name]["dtype"]),
             device="cuda",
         )
@@ -103,9 +102,13 @@ def _arguments(folder: str | Path, row: DatasetWorkload, weights: dict[str, Any]
         "local_expert_offset": row.workload.local_expert_offset,
         "routed_scaling_factor": row.routed_scaling_factor,
     }
-    missing = tuple(name for name in definition()["inputs"] if name not in given)
-    given |= _zeros(missing, row.workload.num_tokens)
-    return [given[name] for name in definition()["inputs"]]
+    inputs = _inputs(definitions.DEFAULT)
+    given |= _zeros(tuple(name for name in inputs if name not in given), row.workload.num_tokens)
+    return [given[name] for name in inputs]
+
+
+def _inputs(definition: Definition) -> Mapping[str, Mapping[str, Any]]:
+    return definition.record["inputs"]
 
 
 def _torch_peak(name: str, arguments: list[Any]) -> int:
@@ -121,18 +124,26 @@ def _torch_peak(name: str, arguments: list[Any]) -> int:
     return torch.cuda.max_memory_allocated() - before - output.nbytes
 
 
-def _jax_temporary(name: str, num_tokens: int) -> int:
+def _jax_temporary(definition_name: str, name: str, num_tokens: int) -> int:
     import jax
 
     import jax_moe
 
-    axes = _axes(num_tokens)
-    specs = [
-        jax.ShapeDtypeStruct([axes[axis] for axis in one["shape"] or ()], one["dtype"])
-        for one in definition()["inputs"].values()
-    ]
-    apply = functools.partial(jax_moe.apply, backend=name.removeprefix("jax_moe_"))
-    analysis = jax.jit(apply).lower(*specs).compile().memory_analysis()
+    definition = definitions.get(definition_name)
+    shapes = definition.shapes(num_tokens)
+    specs = {
+        name: jax.ShapeDtypeStruct(shapes[name], one["dtype"])
+        for name, one in _inputs(definition).items()
+    }
+    constants: dict[str, Any] = {"routing_bias": None, **definition.scalars}
+    layer: Any = jax_moe.apply
+    apply = functools.partial(
+        layer,
+        backend=name.removeprefix("jax_moe_"),
+        config=jax_moe.MoEConfig(**definition.router),
+        **{name: value for name, value in constants.items() if name not in specs},
+    )
+    analysis = jax.jit(apply).lower(**specs).compile().memory_analysis()
     if analysis is None:
         raise RuntimeError("this device reports no memory analysis")
     return analysis.temp_size_in_bytes
@@ -149,8 +160,9 @@ def read(folder: str | Path) -> Mapping[str, Mapping[str, int]]:
     if not path.exists(follow_symlinks=False):
         return {}
     found = read_object(root, path)
-    names = tuple(record["name"] for record in solutions.records())
-    uuids = tuple(row.workload.uuid for row in read_workloads(root))
+    definition = definition_of(root)
+    names = tuple(record["name"] for record in solutions.records(definition))
+    uuids = tuple(row.workload.uuid for row in read_workloads(root, definition))
     check_fields(found, (), names, str(path))
     for name, sizes in found.items():
         check_fields(sizes, (), uuids, f"{path}: {name}")
