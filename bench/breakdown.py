@@ -9,7 +9,10 @@ from bench.work import BF16_BYTES, Work, gemm_bytes, quantized_row_bytes
 from bench.workloads import Sizes
 from jax_moe import DEEPSEEK_V3
 
-HEADER = ("kernel", "stage", "us", "share", "launches", "TB/s", "TFLOP/s", "of its floor")
+HEADER = (
+    "kernel", "stage", "us", "share", "launches", "TB/s", "TFLOP/s", "of its unpromoted floor",
+    "of its promoted floor",
+)  # fmt: skip
 
 # Our kernels' names, whichever backend; other solutions' kernels have time and share only.
 _STAGES = {
@@ -113,7 +116,7 @@ def table(
         for stage in stages(row, sizes, top_k)
     ]
     idle = max(total - row.busy_us, 0.0)
-    lines.append(["(no kernel running)", "-", f"{idle:.1f}", f"{idle / total:.1%}", *["-"] * 4])
+    lines.append(["(no kernel running)", "-", f"{idle:.1f}", f"{idle / total:.1%}", *["-"] * 5])
     lines.append(
         ["call", "all", f"{total:.1f}", "100.0%", str(row.launches), *_whole(row, roofline)]
     )
@@ -122,7 +125,7 @@ def table(
 
 def _rates(stage: Stage, roofline: Roofline | None) -> list[str]:
     if stage.work is None or stage.kernel.us <= 0:
-        return ["-", "-", "-"]
+        return ["-"] * 4
     return _cells(stage.work, stage.kernel.us, roofline)
 
 
@@ -131,12 +134,9 @@ def _whole(row: Row, roofline: Roofline | None) -> list[str]:
 
 
 def _cells(work: Work, us: float, roofline: Roofline | None) -> list[str]:
-    fraction = "-"
-    if roofline:
-        floor = work.floor_us(roofline.read_bytes_per_s, roofline.fp8_flops_per_s)
-        fraction = f"{floor / us:.1%}"
+    fractions = [f"{floor / us:.1%}" if floor else "-" for floor in work.floors(roofline)]
     flops = f"{work.flops / us / 1e6:.1f}" if work.flops else "-"
-    return [f"{work.bytes / us / 1e6:.3f}", flops, fraction]
+    return [f"{work.bytes / us / 1e6:.3f}", flops, *fractions]
 
 
 def rows_to_show(results: Results) -> list[Row]:

@@ -8,7 +8,7 @@ from bench import breakdown, comparison, header, plots, report
 from bench.results import PASS, Results, Row, writing
 from bench.run_folder import REPORT
 from bench.settings import Settings
-from bench.tables import aligned, markdown
+from bench.tables import aligned, markdown, without_empty
 from bench.workloads import WORKLOADS
 from jax_moe.io.files import write_atomically
 
@@ -60,7 +60,8 @@ def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> li
     if not in_markdown and len(rows) > _TERMINAL_BREAKDOWNS:
         return [f"The breakdown of {len(rows)} rows is in {_breakdown_name(settings)}."]
     for row in rows:
-        cells = [breakdown.HEADER, *breakdown.table(row, settings.sizes, results.roofline, top_k)]
+        table = breakdown.table(row, settings.sizes, results.roofline, top_k)
+        cells = without_empty([breakdown.HEADER, *table])
         title = f"{row.solution}, T={row.num_tokens}{_clock_text(row)}"
         lines += [f"### {title}" if in_markdown else title, ""]
         lines += [*(markdown(cells, left=2) if in_markdown else aligned(cells, left=2)), ""]

@@ -82,9 +82,15 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
     if roofline := results.roofline:
         rates = (
             f"{roofline.read_bytes_per_s / 1e12:.3f} TB/s and "
-            f"{roofline.fp8_flops_per_s / 1e12:.0f} TFLOP/s: {roofline.probes}"
+            f"{roofline.fp8_flops_per_s / 1e12:.0f} TFLOP/s: {roofline.probes}; in the column "
+            "`unpromoted` this floor over the time"
         )
-        found.append(("Roofline", rates))
+        found.append(("Unpromoted floor", rates))
+        if roofline.promoted_probe:
+            flops = roofline.promoted_flops_per_s
+            rate = f"{flops / 1e12:.0f} TFLOP/s" if flops else "not measured"
+            text = f"{rate}: {roofline.promoted_probe}; likewise in `promoted`"
+            found.append(("Promoted floor", text))
     return found
 
 

@@ -8,8 +8,9 @@ import jax
 
 import jax_moe
 from bench import correctness, inputs
+from bench.failures import one_line
 from bench.results import ERROR, PASS, WRONG, Row
-from bench.runner import new_row, one_line, prepare, without_times
+from bench.runner import new_row, prepare, without_times
 from bench.settings import Settings
 from bench.workloads import select
 from interop.solutions.base import Solution

@@ -29,6 +29,7 @@ from jaxtyping import Array, BFloat16, Float32
 
 import jax_moe
 from bench import environment, gpu_clock, inputs, tables
+from bench.failures import one_line
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, Sizes
 from interop.workloads import ROUTED_SCALING_FACTOR
@@ -198,7 +199,7 @@ def measure(
         row = row._replace(wall_us=_wall_us(lambda: compiled(model), iterations) / layers)
         return _with_kernels(row, clock, lambda: compiled(model)) if clock else row
     except Exception as problem:
-        return row._replace(problem=f"{type(problem).__name__}: {problem}".splitlines()[0][:200])
+        return row._replace(problem=one_line(problem))
 
 
 def _wall_us(call: Callable[[], Any], iterations: int) -> float:

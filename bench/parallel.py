@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moe
 from bench import environment, tables
+from bench.failures import one_line
 from bench.workloads import FULL, REDUCED, Sizes
 from interop import plot_style
 from jax_moe import ExpertWeights, LayerInputs
@@ -200,7 +201,7 @@ def measure(
                 continue
             row = row._replace(layer_us=microseconds(layer, inputs, calls), local_us=local_us)
         except Exception as problem:
-            row = row._replace(problem=f"{type(problem).__name__}: {problem}".splitlines()[0][:200])
+            row = row._replace(problem=one_line(problem))
         rows.append(row)
     return rows
 

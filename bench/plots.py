@@ -1,4 +1,4 @@
-"""Time against tokens with the roofline, and how much of the roofline each solution reaches."""
+"""Time against tokens with both floors, and how much of the unpromoted one each reaches."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def is_worthwhile(results: Results) -> bool:
 
 
 def write(results: Results, path: Path) -> None:
-    """Draws a PNG: median time against T, log-log, and below the fraction of the roofline by row.
+    """Draws a PNG: median time against T, log-log, and the unpromoted floor's share of it by row.
 
     Args:
         results: Rows with times; the others are left out. Without a roofline there is one panel.
@@ -68,10 +68,11 @@ def _draw_times(axes: Any, results: Results) -> None:
         ]
         if points:
             axes.plot(*plot_style.curve(points), **plot_style.style(name))
-    floors = {row.num_tokens: results.figures(row).floor_us for row in rows}
-    points = [(tokens, floor) for tokens, floor in floors.items() if floor]
-    if points:
-        axes.plot(*plot_style.curve(points), "k--", marker="_", label="floor (roofline)")
+    floors = {row.num_tokens: row.work.floors(results.roofline) for row in rows}
+    for place, (name, line) in enumerate((("unpromoted floor", "k--"), ("promoted floor", "k:"))):
+        points = [(tokens, us) for tokens, both in floors.items() if (us := both[place])]
+        if points:
+            axes.plot(*plot_style.curve(points), line, marker="_", label=name)
     axes.set(xlabel="tokens T", ylabel=f"{results.timer.replace('gpu', 'GPU')} time (us)")
     for axis in (axes.xaxis, axes.yaxis):
         plot_style.log_axis(axis)
@@ -94,10 +95,10 @@ def _draw_fractions(axes: Any, results: Results) -> None:
             axes.plot(*line, **plot_style.style(name))
     labels = [_plain_number(rows[0].num_tokens) for rows in groups]
     axes.set_xticks(range(len(groups)), labels, rotation=45)
-    axes.set(xlabel="tokens T", ylabel="fraction of the roofline", ylim=(0, 1.05))
+    axes.set(xlabel="tokens T", ylabel="unpromoted floor / time", ylim=(0, 1.05))
     axes.axhline(1, color="k", linestyle="--", linewidth=1.2)
     axes.grid(True, alpha=0.3)
 
 
 def _fraction(results: Results, row: Row) -> float | None:
-    return results.figures(row).roofline_fraction
+    return results.figures(row).unpromoted_fraction

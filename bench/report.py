@@ -17,12 +17,12 @@ class Column(NamedTuple):
     Attributes:
         title: Its head.
         show: How it shows a row.
-        spread_of: Of which clock it is a percentile: the terminal shows those of the run's timer.
+        documents_only: In runs of these timers the terminal leaves it out, for want of room.
     """
 
     title: str
     show: Callable[[Results, Row], str]
-    spread_of: str | None = None
+    documents_only: tuple[str, ...] = ()
 
 
 def _optional(pattern: str, value: float | None) -> str:
@@ -86,21 +86,22 @@ COLUMNS = (
     Column("solution", lambda _, row: row.solution),
     Column("status", lambda _, row: row.status),
     Column("matched", _checked("matched_ratio", "{:.4f}")),
-    Column("sum form", _checked("matched_ratio_sum", "{:.4f}")),
+    Column("sum form", _checked("matched_ratio_sum", "{:.4f}"), ("gpu", "wall")),
     Column("rel.err", _checked("relative_error", "{:.4f}")),
     Column("GPU us", _spread("gpu", "median")),
-    Column("p10", _spread("gpu", "p10"), "gpu"),
-    Column("p90", _spread("gpu", "p90"), "gpu"),
+    Column("p10", _spread("gpu", "p10"), ("wall",)),
+    Column("p90", _spread("gpu", "p90"), ("wall",)),
     Column("SM MHz", _clock("clock")),
     Column("sust. us", lambda _, row: _us(row.sustained.us if row.sustained else None)),
     Column("at MHz", _clock("sustained")),
     Column("wall us", _spread("wall", "median")),
-    Column("p10", _spread("wall", "p10"), "wall"),
-    Column("p90", _spread("wall", "p90"), "wall"),
+    Column("p10", _spread("wall", "p10"), ("gpu",)),
+    Column("p90", _spread("wall", "p90"), ("gpu",)),
     Column("n", _calls),
     Column("TFLOP/s", lambda results, row: _rate(results.figures(row).tflops)),
     Column("TB/s", lambda results, row: _rate(results.figures(row).tb_per_s)),
-    Column("roofline", _figure("roofline_fraction", "{:.1%}")),
+    Column("unpromoted", _figure("unpromoted_fraction", "{:.1%}")),
+    Column("promoted", _figure("promoted_fraction", "{:.1%}")),
     Column("temp MB", _megabytes("workspace_bytes")),
     Column("bound MB", _megabytes("workspace_bound")),
     Column("speedup", _figure("speedup", "{:.2f}x")),
@@ -114,8 +115,8 @@ def _shown_columns(results: Results) -> list[Column]:
 
 
 def _heading(results: Results, row: Row) -> str:
-    floor = results.figures(row).floor_us
-    bound = "" if floor is None else f", floor {_us(floor)} us"
+    floors = zip(("unpromoted", "promoted"), row.work.floors(results.roofline), strict=True)
+    bound = "".join(f", {name} floor {_us(floor)} us" for name, floor in floors if floor)
     return (
         f"T={row.num_tokens} offset={row.local_expert_offset} {row.uuid[:8]}: {row.load.pairs} "
         f"local pairs on {row.load.active_experts} experts (at most {row.load.max_per_expert} on "
@@ -129,10 +130,11 @@ def grouped(results: Results, *, brief: bool = False) -> list[tuple[str, list[li
 
     Args:
         results: What to show.
-        brief: Without the percentiles of the clock that is not the run's timer.
+        brief: Without the columns that are for documents only.
     """
-    left_out = {"gpu": "wall", "wall": "gpu"}[results.timer] if brief else ""
-    columns = [one for one in _shown_columns(results) if one.spread_of != left_out]
+    columns = _shown_columns(results)
+    if brief:
+        columns = [one for one in columns if results.timer not in one.documents_only]
     titles = [column.title for column in columns]
     return [
         (
@@ -161,11 +163,11 @@ def comparison(results: Results) -> list[list[str]]:
         The header, the workloads, and a last line with each solution's geometric mean of time over
         floor, or of time where there is no floor, over the workloads that all of them passed.
         Solutions that are checked but not timed have no column, workloads of theirs alone no line.
+        The floor of the means is the unpromoted one.
     """
     untimed = {row.solution for row in results.rows.values() if _is_untimed(results, row)}
     names = [name for name in results.solutions() if name not in untimed]
-    has_floor = results.roofline is not None
-    header = ["T", "offset", "pairs", "experts", *(["floor us"] if has_floor else [])]
+    header = ["T", "offset", "pairs", "experts", *_floor_titles(results)]
     lines = [header + [f"{name} us" for name in names]]
     for _, rows in results.workloads():
         by_name = {row.solution: row for row in rows if row.solution in names}
@@ -175,10 +177,22 @@ def comparison(results: Results) -> list[list[str]]:
         load = first.load
         cells = [first.num_tokens, first.local_expert_offset, load.pairs, load.active_experts]
         line = [str(cell) for cell in cells]
-        line += [_us(results.figures(first).floor_us)] if has_floor else []
+        line += _floor_cells(results, first)
         lines.append(line + [_time_cell(results, by_name.get(name)) for name in names])
     blank = [""] * (len(header) - 1)
     return [*lines, _geomeans(results, names, blank)]
+
+
+def _floor_titles(results: Results) -> list[str]:
+    """Of the floors that the run's probes give."""
+    if results.roofline is None:
+        return []
+    promoted = ["promoted floor us"] if results.roofline.promoted_flops_per_s else []
+    return ["unpromoted floor us", *promoted]
+
+
+def _floor_cells(results: Results, row: Row) -> list[str]:
+    return [_us(floor) for floor in row.work.floors(results.roofline) if floor is not None]
 
 
 def _is_untimed(results: Results, row: Row) -> bool:
@@ -198,7 +212,10 @@ def _geomeans(results: Results, names: Sequence[str], blank: list[str]) -> list[
         for _, rows in results.workloads()
     ]
     common = [rows for rows in timed if all(name in rows for name in names)]
-    cells = [f"geomean of {len(common)}" + (" / floor" if results.roofline else ""), *blank]
+    cells = [
+        f"geomean of {len(common)}" + (" / unpromoted floor" if results.roofline else ""),
+        *blank,
+    ]
     for name in names:
         values = [_relative(results, rows[name]) for rows in common]
         mean = statistics.geometric_mean(values) if values else None
@@ -208,7 +225,7 @@ def _geomeans(results: Results, names: Sequence[str], blank: list[str]) -> list[
 
 def _relative(results: Results, row: Row) -> float:
     times = row.time(results.timer)
-    floor = results.figures(row).floor_us
+    floor = results.figures(row).unpromoted_floor_us
     return (times.median if times else float("nan")) / (floor or 1.0)
 
 
@@ -218,19 +235,10 @@ def against_peers(results: Results) -> list[list[str]]:
     Returns:
         The header and the workloads that both passed; the header alone if there are none.
     """
-    lines = [
-        [
-            "T",
-            "floor us",
-            "ours",
-            "us",
-            "/ floor",
-            "- floor us",
-            "fastest other",
-            "us",
-            "other / ours",
-        ]
-    ]
+    titles = _floor_titles(results)
+    ratios = [f"/ {title.removesuffix(' us')}" for title in titles]
+    less = [f"- {title}" for title in titles[:1]]
+    lines = [["T", *titles, "ours", "us", *ratios, *less, "fastest other", "us", "other / ours"]]
     for _, rows in results.workloads():
         timed = {row.solution: times.median for row in rows if (times := row.time(results.timer))}
         ours = {name: us for name, us in timed.items() if name.startswith("jax_moe")}
@@ -238,15 +246,15 @@ def against_peers(results: Results) -> list[list[str]]:
         if not ours or not others:
             continue
         best, peer = min(ours, key=lambda n: timed[n]), min(others, key=lambda n: timed[n])
-        floor = results.figures(rows[0]).floor_us
+        floors = [floor for floor in rows[0].work.floors(results.roofline) if floor]
         lines.append(
             [
                 str(rows[0].num_tokens),
-                _us(floor),
+                *_floor_cells(results, rows[0]),
                 best,
                 _us(timed[best]),
-                _optional("{:.2f}", timed[best] / floor if floor else None),
-                _us(timed[best] - floor if floor else None),
+                *(f"{timed[best] / floor:.2f}" for floor in floors),
+                *(_us(timed[best] - floor) for floor in floors[:1]),
                 peer,
                 _us(timed[peer]),
                 f"{timed[peer] / timed[best]:.2f}x",

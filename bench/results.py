@@ -98,13 +98,29 @@ class Row:
 
 
 class Figures(NamedTuple):
-    """What follows from a row and the device; None where it cannot be computed."""
+    """What follows from a row and the device; None where it cannot be computed.
 
-    floor_us: float | None
-    roofline_fraction: float | None
-    tflops: float | None
-    tb_per_s: float | None
-    speedup: float | None
+    Attributes:
+        unpromoted_floor_us: The least time at the FP8 rate of `torch._scaled_mm`.
+        promoted_floor_us: The least time at that of FP8 matmuls with promotion.
+        unpromoted_fraction: Of the time of the run's timer, the unpromoted floor.
+        promoted_fraction: The same of the promoted floor.
+        tflops: TFLOP/s of the row's work.
+        tb_per_s: TB/s of it.
+        speedup: Over the reference.
+    """
+
+    unpromoted_floor_us: float | None
+    promoted_floor_us: float | None
+    unpromoted_fraction: float | None = None
+    promoted_fraction: float | None = None
+    tflops: float | None = None
+    tb_per_s: float | None = None
+    speedup: float | None = None
+
+
+def _share(floor_us: float | None, us: float) -> float | None:
+    return floor_us / us if floor_us else None
 
 
 def _nothing() -> None:
@@ -141,18 +157,17 @@ class Results:
         self.write()
 
     def figures(self, row: Row) -> Figures:
-        """Rates, fraction of the roofline and speedup of a row."""
-        floor = None
-        if self.roofline:
-            floor = row.work.floor_us(self.roofline.read_bytes_per_s, self.roofline.fp8_flops_per_s)
+        """Floors, rates and speedup of a row."""
+        floors = row.work.floors(self.roofline)
         time = row.time(self.timer)
         if time is None:
-            return Figures(floor, None, None, None, None)
+            return Figures(*floors)
         reference = self.rows.get((REFERENCE, row.uuid))
         reference_time = reference.time(self.timer) if reference else None
         return Figures(
-            floor_us=floor,
-            roofline_fraction=floor / time.median if floor else None,
+            *floors,
+            unpromoted_fraction=_share(floors.unpromoted_us, time.median),
+            promoted_fraction=_share(floors.promoted_us, time.median),
             tflops=row.work.flops / time.median / 1e6,
             tb_per_s=row.work.bytes / time.median / 1e6,
             speedup=reference_time.median / time.median if reference_time else None,

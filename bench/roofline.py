@@ -1,11 +1,17 @@
-"""What this device can do, measured in the same run: how fast it reads, how fast FP8 multiplies."""
+"""What this device can do, measured in the same run: how fast it reads, how fast FP8 multiplies.
+
+FP8 has two rates: that of `torch._scaled_mm`, which no kernel reaches that promotes sums, and that
+of matmuls with promotion (`bench.promoted`). Hence two floors, the unpromoted and the promoted one.
+"""
 
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from bench import promoted
 from bench.gpu_clock import GpuClock
 from bench.timers import Execution, no_wait
+from bench.workloads import Sizes
 
 _READ_ELEMENTS = 400 * 2**20  # of 4 bytes: 1.68 GB
 _READ_BLOCK = 8192
@@ -13,24 +19,29 @@ _MATMUL_SIZE = 8192
 
 
 class Roofline(NamedTuple):
-    """The two rates that every floor is computed from.
+    """The rates that every floor is computed from.
 
     Attributes:
         read_bytes_per_s: Streaming read.
-        fp8_flops_per_s: Dense e4m3 matrix multiplication.
-        probes: How each was measured.
+        fp8_flops_per_s: Dense e4m3 matrix multiplication without promotion.
+        probes: How both were measured.
+        promoted_flops_per_s: The same with promotion, at the layer's shapes; None if not measured.
+        promoted_probe: How it was measured; empty if nobody tried.
     """
 
     read_bytes_per_s: float
     fp8_flops_per_s: float
     probes: str
+    promoted_flops_per_s: float | None = None
+    promoted_probe: str = ""
 
 
-def measure(clock: GpuClock | None) -> Roofline | None:
+def measure(clock: GpuClock | None, sizes: Sizes | None = None) -> Roofline | None:
     """Probes the GPU that torch and JAX share.
 
     Args:
         clock: Kernel times come from it; None takes CUDA events instead.
+        sizes: Of the layer whose matmuls are probed with promotion, if there is a clock.
 
     Returns:
         The rates, or None where torch, Triton or an FP8 GPU is missing.
@@ -45,7 +56,7 @@ def measure(clock: GpuClock | None) -> Roofline | None:
     time_us = _by_clock(clock) if clock else _by_events
     read_us, read_bytes = min(time_us(_streaming_read(), 8)), 4 * _READ_ELEMENTS
     matmul_us, flops = statistics.median(time_us(_fp8_matmul(), 20)), 2 * _MATMUL_SIZE**3
-    return Roofline(
+    found = Roofline(
         read_bytes_per_s=1e6 * read_bytes / read_us,
         fp8_flops_per_s=1e6 * flops / matmul_us,
         probes=(
@@ -54,6 +65,10 @@ def measure(clock: GpuClock | None) -> Roofline | None:
             f"of 20; {'kernel time by the profiler' if clock else 'CUDA events'}"
         ),
     )
+    if clock is None or sizes is None:
+        return found
+    rate = promoted.measure(clock, sizes)
+    return found._replace(promoted_flops_per_s=rate.flops_per_s, promoted_probe=rate.probe)
 
 
 def _by_clock(clock: GpuClock) -> Callable[[Execution, int], list[float]]:

@@ -13,6 +13,7 @@ import jax
 import jax_moe
 from bench import correctness, execution, inputs, roofline, routing, sm_clock
 from bench.correctness import Check
+from bench.failures import one_line
 from bench.gpu_clock import GpuClock, Sample, busy_us
 from bench.results import ERROR, PASS, WRONG, FileError, KernelTime, Results, Row
 from bench.settings import Settings
@@ -81,7 +82,7 @@ def run(
         if clock_name == "gpu":
             clock = GpuClock()
         if clock_name == settings.timer:
-            results.roofline = roofline.measure(clock)
+            results.roofline = roofline.measure(clock, settings.sizes)
         for workload in workloads:
             open_ = [one for one in solutions.values() if (one.name, workload.uuid) not in done]
             prepared = None
@@ -259,12 +260,6 @@ def without_times(row: Row, status: str, problem: str) -> Row:
         clock=None,
         sustained=None,
     )
-
-
-def one_line(error: Exception) -> str:
-    """An exception's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
 
 
 def _gpu_fields(samples: Sequence[Sample]) -> dict[str, Any]:

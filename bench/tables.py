@@ -5,6 +5,13 @@ from collections.abc import Sequence
 Cells = Sequence[Sequence[str]]
 
 
+def without_empty(cells: Cells) -> list[list[str]]:
+    """Leaves out the columns that have nothing but dashes under their title."""
+    columns = zip(*cells, strict=True)
+    kept = [column for column in columns if any(cell != "-" for cell in column[1:])]
+    return [list(line) for line in zip(*kept, strict=True)]
+
+
 def aligned(cells: Cells, left: int = 1) -> list[str]:
     """Pads cells to columns.
 

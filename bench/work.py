@@ -3,11 +3,25 @@
 from typing import NamedTuple
 
 from bench.gaussian import BLOCK
+from bench.roofline import Roofline
 from bench.routing import LocalLoad
 from bench.workloads import Sizes
 from interop.workloads import Workload
 
 SCALE_BYTES, BF16_BYTES = 4, 2
+
+
+class Floors(NamedTuple):
+    """The least times of a work, in us.
+
+    Attributes:
+        unpromoted_us: Of bytes over the read rate and FLOPs over the rate of `torch._scaled_mm`,
+            the larger.
+        promoted_us: The same with the rate of FP8 matmuls that promote their sums.
+    """
+
+    unpromoted_us: float | None
+    promoted_us: float | None
 
 
 class Work(NamedTuple):
@@ -21,6 +35,16 @@ class Work(NamedTuple):
 
     bytes: int
     flops: int
+
+    def floors(self, roofline: Roofline | None) -> Floors:
+        """The unpromoted and the promoted floor; None where a rate was not measured."""
+        if roofline is None:
+            return Floors(None, None)
+        read, promoted = roofline.read_bytes_per_s, roofline.promoted_flops_per_s
+        return Floors(
+            unpromoted_us=self.floor_us(read, roofline.fp8_flops_per_s),
+            promoted_us=self.floor_us(read, promoted) if promoted else None,
+        )
 
     def floor_us(self, read_bytes_per_s: float, fp8_flops_per_s: float) -> float:
         """The least time at these two rates; no launch, routing or unpermute time is in it."""

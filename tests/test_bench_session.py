@@ -101,7 +101,7 @@ def test_a_right_solution_passes_and_everything_is_recorded(
     assert row["figures"]["tflops"] == pytest.approx(
         row["work"]["flops"] / row["wall"]["median"] / 1e6
     )
-    assert row["figures"]["roofline_fraction"] is None
+    assert row["figures"]["unpromoted_fraction"] is None
     assert content["complete"] is True
     assert content["device"]["platform"] == "cpu"
     assert content["settings"]["seed"] == 0
