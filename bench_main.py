@@ -6,6 +6,7 @@ python bench_main.py --solutions=jax_moe,deepgemm --workloads=1,80,14107
 python bench_main.py --solutions=sglang_v1,sglang_v2,jax_moe --report
 python bench_main.py --scaling --breakdown --output=out/scaling
 python bench_main.py --model=kimi-k2 --solutions=jax_moe
+python bench_main.py --shared_expert                   # what it adds to the layer
 python bench_main.py --documents=out/bench/latest      # write a run's documents again
 """
 
@@ -27,7 +28,16 @@ environment.prepare_process()  # before jax and torch are imported
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from bench import gpu_clock, inputs, layers, parallel, routing, session, solutions  # noqa: E402
+from bench import (  # noqa: E402
+    gpu_clock,
+    inputs,
+    layers,
+    parallel,
+    routing,
+    session,
+    shared_expert,
+    solutions,
+)
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
@@ -103,6 +113,9 @@ _RANKS = flags.DEFINE_integer(
 )
 _LAYERS = flags.DEFINE_integer(
     "layers", None, "Time the layer so many times in one scan instead.", lower_bound=1
+)
+_SHARED_EXPERT = flags.DEFINE_bool(
+    "shared_expert", False, "Time what --model's shared expert adds to its layer instead."
 )
 _SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of the workloads.")
 
@@ -213,6 +226,9 @@ def main(argv: Sequence[str]) -> int:
                 return parallel.run(_RANKS.value, _folder(_OUTPUT))
             if _LAYERS.value is not None:
                 return layers.run(_LAYERS.value, (), _folder(_OUTPUT) or Path("out/layers"))
+            if _SHARED_EXPERT.value:
+                folder = _folder(_OUTPUT) or Path("out/shared_expert")
+                return shared_expert.run(_MODEL.value, (), folder)
             environment.enable_compilation_cache()
             return session.execute(
                 _settings(),
