@@ -73,15 +73,16 @@ def stage_work(stage: str, row: Row, sizes: Sizes, top_k: int = DEEPSEEK_V3.top_
     return Work(moved[stage], multiplied.get(stage, 0))
 
 
+def stage_of(kernel: str) -> str:
+    """The stage that a kernel of ours belongs to, by its name; empty for others."""
+    return next((stage for stage, pattern in _STAGES.items() if re.search(pattern, kernel)), "")
+
+
 def stages(row: Row, sizes: Sizes, top_k: int = DEEPSEEK_V3.top_k) -> list[Stage]:
     """The kernels of a row in order, each with its stage."""
     found = []
     for kernel in row.kernels:
-        name = ""
-        if row.solution.startswith("jax_moe"):
-            name = next(
-                (s for s, pattern in _STAGES.items() if re.search(pattern, kernel.name)), ""
-            )
+        name = stage_of(kernel.name) if row.solution.startswith("jax_moe") else ""
         work = stage_work(name, row, sizes, top_k) if name else None
         found.append(Stage(kernel, name, work))
     return found

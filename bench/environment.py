@@ -64,6 +64,7 @@ def prepare_process(environ: Any = os.environ) -> None:
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {_COMMAND_BUFFERS}".strip()
     for name, value in (
         ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9"),  # the most, not what is taken; 0.75 otherwise
         ("KINETO_LOG_LEVEL", "5"),  # one line per profiling session otherwise
         ("OMP_WAIT_POLICY", "PASSIVE"),  # torch's spinning threads would stall JAX's on a CPU
     ):

@@ -88,7 +88,7 @@ def _jax_binder(solution: Solution, reload: bool, programs: Programs) -> Binder:
             programs[key] = compiled_program(jitted.lower(*prepared).compile(), jitted)
         program = programs[key]
         if key not in loaded:
-            loaded[key] = _function(program, solution.run, reload)
+            loaded[key] = load(program, solution.run, reload=reload)
         run = loaded[key]
         jax.block_until_ready(run(*prepared))
         return Execution(
@@ -101,7 +101,14 @@ def _jax_binder(solution: Solution, reload: bool, programs: Programs) -> Binder:
     return bind
 
 
-def _function(program: Program, run: Callable[..., Any], reload: bool) -> Callable[..., jax.Array]:
+def load(program: Program, run: Callable[..., Any], *, reload: bool) -> Callable[..., jax.Array]:
+    """What calls a compiled program.
+
+    Args:
+        program: From `compiled_program`.
+        run: What was compiled, to be compiled again where the program cannot be loaded anew.
+        reload: Load it anew, though it is there.
+    """
     if program.jitted is not None and not reload:
         return program.jitted
     if program.serialized is not None and reload:

@@ -8,8 +8,8 @@ residual connection does. Twice: with one set of weights for all steps, and with
 as many layers as the memory holds. Every step has a routing of its own.
 
 Wall time is the host's, of the whole program, per step; L2 is as the step before left it. On a GPU
-with torch its profiler adds where the time of a step goes: our kernels, others (the residual's sum,
-the loop's bookkeeping), and the time in which none runs. On a CPU times mean nothing.
+with torch its profiler adds where the time of a step goes (`bench.scan_parts`). On a CPU times mean
+nothing.
 """
 
 import argparse
@@ -28,9 +28,13 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float32
 
 import jax_moe
-from bench import environment, gpu_clock, inputs, tables
+from bench import environment, execution, gpu_clock, inputs, scan_parts, sm_clock
 from bench.failures import one_line
-from bench.timers import Execution
+from bench.results import KernelTime, plain
+from bench.runner import kernel_times
+from bench.scan_parts import Parts
+from bench.sm_clock import Reading
+from bench.timers import Execution, warm_up
 from bench.workloads import FULL, REDUCED, Sizes
 from interop.workloads import ROUTED_SCALING_FACTOR
 from jax_moe import DEEPSEEK_V3, ExpertWeights
@@ -42,10 +46,7 @@ _OFFSET = 0
 _REPEATS = 5
 _MOST_ERROR = 0.01  # of a scan against the same steps one by one; XLA may fuse the sums otherwise
 _SPARE_BYTES = 6 * 2**30  # for what the program needs besides the weights
-_OURS = "moe_"  # what the names of all kernels of the Mosaic backend begin with
-_HEADER = (
-    "weights", "layers", "T", "us per layer", "of it: our kernels", "others", "no kernel", "error",
-)  # fmt: skip
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 class Row(NamedTuple):
@@ -56,10 +57,10 @@ class Row(NamedTuple):
         layers: L, the steps of the scan.
         tokens: T.
         wall_us: Median of the host's time.
-        kernels_us: In which kernels of ours ran, by the profiler; None without one.
-        others_us: In which only other kernels ran.
-        idle_us: In which none ran.
+        parts: Of what it is made, by the profiler; None without one.
+        kernels: Of one program, in order of the first start.
         launches: Launch calls by the host per program; a CUDA graph counts once.
+        clock: The SM clock of programs back to back, without a profiler.
         temporary_bytes: Of the compiled program, if XLA says.
         error: Against the steps one by one, relative, in the Frobenius norm.
         problem: Why there are no times.
@@ -69,10 +70,10 @@ class Row(NamedTuple):
     layers: int
     tokens: int
     wall_us: float | None = None
-    kernels_us: float | None = None
-    others_us: float | None = None
-    idle_us: float | None = None
+    parts: Parts | None = None
+    kernels: tuple[KernelTime, ...] = ()
     launches: int | None = None
+    clock: Reading | None = None
     temporary_bytes: int | None = None
     error: float | None = None
     problem: str = ""
@@ -174,32 +175,31 @@ def layers_that_fit(layers: int, sizes: Sizes, memory: int | None) -> int:
     return max(1, min(layers, int((memory - _SPARE_BYTES) / a_layer) - 1))
 
 
-def measure(
-    num_tokens: int,
-    layers: int,
-    sizes: Sizes,
-    *,
-    own: bool,
-    clock: gpu_clock.GpuClock | None,
-    iterations: int,
-) -> Row:
-    """Checks and times one program."""
-    row = Row("own" if own else "one", layers, num_tokens)
+class Measured(NamedTuple):
+    """A row, and its program to be loaded again; None if there is none."""
+
+    row: Row
+    program: execution.Program | None
+
+
+def measure(num_tokens: int, layers: int, sizes: Sizes, *, own: bool, iterations: int) -> Measured:
+    """Checks and times one program by the host's clock; no profiler may be attached."""
+    row, program = Row("own" if own else "one", layers, num_tokens), None
     try:
         model = make_model(num_tokens, layers, sizes, own=own)
-        compiled = jax.jit(scanned).lower(model).compile()
-        memory = compiled.memory_analysis()
-        row = row._replace(temporary_bytes=getattr(memory, "temp_size_in_bytes", None))
+        jitted = jax.jit(scanned)
+        compiled = jitted.lower(model).compile()
+        program = execution.compiled_program(compiled, jitted)
         found = np.asarray(compiled(model), np.float32)
         expected = np.asarray(one_by_one(model), np.float32)
         error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-        row = row._replace(error=error)
+        row = row._replace(error=error, temporary_bytes=program.workspace_bytes)
         if not error <= _MOST_ERROR:
-            return row._replace(problem="wrong")  # a wrong result has no speed
-        row = row._replace(wall_us=_wall_us(lambda: compiled(model), iterations) / layers)
-        return _with_kernels(row, clock, lambda: compiled(model)) if clock else row
+            return Measured(row._replace(problem="wrong"), None)  # a wrong result has no speed
+        wall_us = _wall_us(lambda: compiled(model), iterations) / layers
+        return Measured(row._replace(wall_us=wall_us), program)
     except Exception as problem:
-        return row._replace(problem=one_line(problem))
+        return Measured(row._replace(problem=one_line(problem)), None)
 
 
 def _wall_us(call: Callable[[], Any], iterations: int) -> float:
@@ -215,36 +215,32 @@ def _wall_us(call: Callable[[], Any], iterations: int) -> float:
     return float(np.median(found))
 
 
-def _with_kernels(row: Row, clock: gpu_clock.GpuClock, call: Callable[[], Any]) -> Row:
-    """The row with the median call's kernels by whose they are."""
-    samples = clock.time(Execution(call, jax.block_until_ready, "jit", None), 5, cold=False)
-    sample = sorted(samples, key=lambda one: one.span_us)[len(samples) // 2]
-    ours = sample._replace(kernels=tuple(k for k in sample.kernels if _OURS in k.name))
-    busy, of_ours = gpu_clock.busy_us(sample), gpu_clock.busy_us(ours)
-    return row._replace(
-        kernels_us=of_ours / row.layers,
-        others_us=(busy - of_ours) / row.layers,
-        idle_us=(sample.span_us - busy) / row.layers,
-        launches=sample.launches,
-    )
+def with_kernels(measured: Measured, sizes: Sizes, clock: gpu_clock.GpuClock) -> Row:
+    """The row with the parts of the median call, and the SM clock.
 
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as text, then what went wrong."""
-    cells = [list(_HEADER)]
-    for row in rows:
-        times = (row.wall_us, row.kernels_us, row.others_us, row.idle_us)
-        cells.append(
-            [
-                row.weights,
-                str(row.layers),
-                str(row.tokens),
-                *("-" if us is None else f"{us:.1f}" for us in times),
-                "-" if row.error is None else f"{row.error:.5f}",
-            ]
+    The program is loaded again: a profiler sees into what was built while it was attached.
+    """
+    row, program = measured
+    if program is None or row.wall_us is None:
+        return row
+    what, wall_us = f"{row.weights} weights, T={row.tokens}", row.wall_us
+    try:
+        model = make_model(row.tokens, row.layers, sizes, own=row.weights == "own")
+        run = execution.load(program, scanned, reload=True)
+        bound = Execution(lambda: run(model), jax.block_until_ready, "jit", None)
+        warm_up(bound, 3)
+        samples = clock.time(bound, 5, cold=False)
+        sample = sorted(samples, key=lambda one: one.span_us)[len(samples) // 2]
+        return row._replace(
+            parts=scan_parts.parts_of(sample, row.layers, wall_us),
+            kernels=kernel_times([sample]),
+            launches=sample.launches,
+            clock=sm_clock.unless_it_fails(
+                what, lambda: sm_clock.sustained(bound, "jax", wall_us * row.layers)
+            ),
         )
-    problems = [f"{row.weights} T={row.tokens}: {row.problem}" for row in rows if row.problem]
-    return [*tables.aligned(cells), *problems]
+    except Exception as problem:
+        return row._replace(problem=one_line(problem))
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
@@ -252,7 +248,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = environment.about() | {"config": str(DEEPSEEK_V3)}
     with write_atomically(folder / "layers.json", "w") as file:
-        json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
+        json.dump({"about": about, "rows": [plain(row) for row in rows]}, file, indent=1)
 
 
 def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
@@ -272,19 +268,26 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
     layers = layers or (LAYERS if on_gpu else FEW_LAYERS)
     if not on_gpu:
         print("CPU at reduced size: results are checked, times mean nothing", flush=True)
-    clock = None if gpu_clock.unavailable_reason() else gpu_clock.GpuClock()
+    iterations = 3 if on_gpu else 1
     fitting = layers_that_fit(layers, sizes, environment.device()["memory_bytes"])
-    rows: list[Row] = []
+    found: list[Measured] = []
     for own, steps in ((False, layers), (True, fitting)):
         for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
-            rows.append(
-                measure(
-                    num_tokens, steps, sizes, own=own, clock=clock, iterations=3 if on_gpu else 1
-                )
-            )
-            print(f"{rows[-1].weights} weights, T={num_tokens}: done", flush=True)
+            one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)
+            while own and _OUT_OF_MEMORY in one.row.problem and steps > 1:
+                steps -= max(1, steps // 10)  # what fits depends on what else the device holds
+                one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)
+            found.append(one)
+            print(f"{one.row.weights} weights, T={num_tokens}: timed", flush=True)
+            write([one.row for one in found], folder)
+    rows = [one.row for one in found]
+    if gpu_clock.unavailable_reason() is None:
+        clock = gpu_clock.GpuClock()
+        for place, one in enumerate(found):
+            rows[place] = with_kernels(one, sizes, clock)
+            print(f"{one.row.weights} weights, T={one.row.tokens}: profiled", flush=True)
             write(rows, folder)
-    print("\n".join(table(rows)))
+    print("\n".join(scan_parts.table(rows)))
     print(f"wrote {folder / 'layers.json'}")
     return 1 if any(row.problem for row in rows) else 0
 

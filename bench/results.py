@@ -196,10 +196,10 @@ class Results:
             "schema": SCHEMA,
             "timer": self.timer,
             **self.about,
-            "roofline": _plain(self.roofline),
+            "roofline": plain(self.roofline),
             "unavailable": self.unavailable,
             "rows": [
-                _plain(row) | {"figures": _plain(self.figures(row))} for row in self.rows.values()
+                plain(row) | {"figures": plain(self.figures(row))} for row in self.rows.values()
             ],
         }
         with writing(self.path), write_atomically(self.path) as file:
@@ -257,14 +257,14 @@ def _difference(found: Any, wanted: Any) -> str:
     return f"{found!r}, now {wanted!r}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Named tuples and dataclasses as objects, for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if hasattr(value, "_asdict"):
-        return {key: _plain(item) for key, item in value._asdict().items()}
+        return {key: plain(item) for key, item in value._asdict().items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,6 @@ from interop.solutions.base import Solution
 from interop.workloads import Workload
 from jax_moe import ExpertWeights, LayerInputs
 
-_LOG = logging.getLogger(__name__)
 MAX_KERNELS = 40  # names kept per row; the reference launches thousands of kernels
 
 
@@ -274,16 +272,18 @@ def _gpu_fields(samples: Sequence[Sample]) -> dict[str, Any]:
 def _clock_fields(
     settings: Settings, solution: Solution, bound: Execution, row: Row
 ) -> dict[str, Any]:
-    """The SM clock of a row that is timed already; none where it cannot be read."""
+    """The SM clock of a row that is timed already; None where it cannot be read."""
     found: dict[str, Any] = {}
-    if not (row.gpu and row.busy_us):
-        return found
-    try:
-        found["clock"] = sm_clock.during(bound, solution.framework, row.busy_us)
-        if settings.sustained:
-            found["sustained"] = sm_clock.sustained(bound, solution.framework, row.gpu.median)
-    except Exception as error:  # the row is right, and its times are
-        _LOG.warning("%s T=%d: no SM clock: %s", row.solution, row.num_tokens, one_line(error))
+    what, framework = f"{row.solution} T={row.num_tokens}", solution.framework
+    if busy := row.busy_us:
+        found["clock"] = sm_clock.unless_it_fails(
+            what, lambda: sm_clock.during(bound, framework, busy)
+        )
+    if found.get("clock") and settings.sustained and row.gpu:
+        call_us = row.gpu.median
+        found["sustained"] = sm_clock.unless_it_fails(
+            what, lambda: sm_clock.sustained(bound, framework, call_us)
+        )
     return found
 
 

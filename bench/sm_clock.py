@@ -11,6 +11,7 @@ JAX's stream is not torch's, so each framework launches the stamps as its own ke
 """
 
 import functools
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -21,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import nvml
+from bench.failures import one_line
 from bench.gpu_clock import ClockError
 from bench.timers import Execution, calls_to_time, flusher
 from interop.solutions.base import Framework
 
+_LOG = logging.getLogger(__name__)
 SUSTAINED_S = 0.5
 _CALLS = 20
 _WAIT_NS = 1_000_000  # for the host to launch a call
@@ -46,6 +49,15 @@ class Reading(NamedTuple):
     sm_mhz: float
     power_capped: bool | None
     calls: int
+
+
+def unless_it_fails(what: str, read: Callable[[], Reading]) -> Reading | None:
+    """The reading; None, and a warning about `what`, where there is none: times do without."""
+    try:
+        return read()
+    except Exception as error:
+        _LOG.warning("%s: no SM clock: %s", what, one_line(error))
+        return None
 
 
 class Interval(NamedTuple):

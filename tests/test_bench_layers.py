@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 import jax_moe
-from bench import gpu_clock, layers
+from bench import gpu_clock, layers, scan_parts, sm_clock
+from bench.sm_clock import Reading
 from bench.workloads import FULL, REDUCED, Sizes
 from jax_moe import ExpertWeights
 from tests import h100_target
@@ -27,7 +29,7 @@ def test_layers_are_checked_and_said_not_to_be_timed(tmp_path, capsys):
         assert (row["layers"], row["tokens"], row["problem"]) == (2, 3, "")
         assert row["error"] < 0.01
         assert row["wall_us"] > 0
-        assert row["kernels_us"] is None
+        assert row["parts"] is None
 
 
 def test_own_weights_differ_from_layer_to_layer():
@@ -44,9 +46,10 @@ def test_own_weights_differ_from_layer_to_layer():
 
 def test_a_wrong_scan_has_no_time(monkeypatch):
     monkeypatch.setattr(layers, "scanned", lambda model: model.hidden_states)
-    row = layers.measure(3, 2, REDUCED, own=False, clock=None, iterations=1)
-    assert (row.problem, row.wall_us) == ("wrong", None)
-    assert layers.table([row])[-1] == "one T=3: wrong"
+    measured = layers.measure(3, 2, REDUCED, own=False, iterations=1)
+    assert (measured.row.problem, measured.row.wall_us) == ("wrong", None)
+    assert scan_parts.table([measured.row])[-1] == "one T=3: wrong"
+    assert layers.with_kernels(measured, REDUCED, clock=None) == measured.row
 
 
 @pytest.mark.parametrize(
@@ -56,23 +59,73 @@ def test_as_many_layers_as_the_memory_holds(memory, expected):
     assert layers.layers_that_fit(61, FULL, memory) == expected
 
 
-def test_kernels_are_split_by_whose_they_are():
-    def kernel(name, start, us):
-        return gpu_clock.Kernel(name, start, us)
+def kernel(name, start, us):
+    return gpu_clock.Kernel(name, start, us)
 
-    kernels = (
-        kernel("moe_up_projection_kernel", 0.0, 6.0),
-        kernel("add_fusion", 5.0, 3.0),
-        kernel("moe_unpermute_kernel", 10.0, 2.0),
+
+KERNELS = (
+    kernel("loop_broadcast_fusion", 0.0, 1.0),
+    kernel("moe_group_quant_mosaic_gpu_kernel", 1.0, 3.0),
+    kernel("moe_routing_mosaic_gpu_kernel", 3.0, 2.0),  # the quantization alone: 2 us
+    kernel("moe_up_projection_mosaic_gpu_kernel", 6.0, 8.0),
+    kernel("loop_add_fusion", 7.0, 1.0),  # hidden
+    kernel("moe_unpermute_mosaic_gpu_kernel", 15.0, 2.0),
+    kernel("wrapped_add", 16.0, 3.0),
+    kernel("loop_compare_fusion", 22.0, 2.0),
+)
+
+
+def test_the_parts_of_a_layer_add_up_to_its_time():
+    parts = scan_parts.parts_of(gpu_clock.Sample(24.0, 6, KERNELS), layers=2, wall_us=14.0)
+    assert parts == scan_parts.Parts(
+        layer=6.0, quantize=1.0, adds=1.0, other=1.5, idle=2.5, outside=2.0, kernels=4.0
     )
+    assert sum(parts[:-1]) == pytest.approx(14.0)
+
+
+def test_a_profiled_row_says_what_its_time_is_made_of(monkeypatch):
+    """The second pass, with a made-up profiler, on a program that is loaded again."""
+    sample = gpu_clock.Sample(24.0, 6, KERNELS)
 
     class Clock:
-        def time(self, execution, iterations, cold):
+        def time(self, execution, iterations, *, cold):
             assert not cold
-            return [gpu_clock.Sample(12.0, 1, kernels)] * iterations
+            execution.block(execution.call())
+            return [sample._replace(span_us=24.0 + i) for i in (0, -1, 9, -2, 8)][:iterations]
 
-    row = layers._with_kernels(layers.Row("one", 2, 1), Clock(), lambda: None)
-    assert (row.kernels_us, row.others_us, row.idle_us, row.launches) == (4.0, 1.0, 1.0, 1)
+    reading = Reading(13.0, 1700.0, True, 100)
+    monkeypatch.setattr(sm_clock, "sustained", lambda *_: reading)
+    measured = layers.measure(3, 2, REDUCED, own=True, iterations=1)
+    assert measured.row.wall_us > 0
+    measured = measured._replace(row=measured.row._replace(wall_us=14.0))
+    row = layers.with_kernels(measured, REDUCED, Clock())
+    assert row.parts == scan_parts.parts_of(sample, 2, 14.0)
+    assert (row.launches, row.clock, row.problem) == (6, reading, "")
+    title, line, *explained = scan_parts.table([row])
+    cells = dict(zip(re.split(r"\s{2,}", title), re.split(r"\s{2,}", line), strict=True))
+    assert (cells["us per layer"], cells["layer"], cells["outside"]) == ("14.0", "6.0", "2.0")
+    assert (cells["launches"], cells["SM MHz"]) == ("3.0", "1700 cap")
+    assert explained[-1].startswith("own T=3, per layer: moe_group_quant_mosaic_gpu_kernel 1.50 us")
+    assert "moe_up" not in explained[-1]
+
+
+def test_fewer_layers_are_tried_where_the_memory_is_taken(monkeypatch, tmp_path):
+    tried = []
+
+    def measure(tokens, steps, sizes, *, own, iterations):
+        tried.append((own, tokens, steps))
+        full = own and steps > 25
+        problem = "XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory" if full else ""
+        row = layers.Row("own" if own else "one", steps, tokens, problem=problem)
+        return layers.Measured(row, None)
+
+    monkeypatch.setattr(layers, "measure", measure)
+    assert layers.run(30, (1, 16), tmp_path) == 0
+    assert tried == [
+        *((False, tokens, 30) for tokens in (1, 16)),
+        *((True, 1, steps) for steps in (30, 27, 25)),
+        (True, 16, 25),
+    ]
 
 
 @pytest.mark.parametrize("flag", ["--layers=0", "--layers=x", "--tokens=1,0"])
