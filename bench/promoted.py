@@ -13,7 +13,7 @@ by DeepGEMM where it is there, and by our own kernels; the faster one counts.
 import functools
 import statistics
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from bench.gaussian import BLOCK, key_for, quantized_gaussian
 from bench.gpu_clock import GpuClock, Sample
 from bench.timers import Execution, no_wait
 from bench.workloads import Sizes
-from interop.solutions import deepgemm
+from interop.solutions import deepgemm, deepgemm_dense
 from jax_moe import ExpertWeights, Quantized, backends
 from jax_moe.device import device_of
 
@@ -128,22 +128,14 @@ def of_deepgemm(operands: Operands) -> list[Probe]:
 
 
 def _dense(rows: Quantized, weights: Array, weights_scale: Array) -> Probe:
-    import deep_gemm
-    import torch
-
     from interop import dlpack
 
     jax.block_until_ready((rows, weights, weights_scale))
     values, scales, *right = map(dlpack.to_torch, (*rows, weights, weights_scale))
     dense = tuple(one[0] for one in right)
-    out = torch.empty(len(values), len(dense[0]), dtype=torch.bfloat16, device=values.device)
-
-    def call() -> Any:
-        deep_gemm.fp8_gemm_nt((values, scales.t()), dense, out)
-        return out
-
+    call = functools.partial(deepgemm_dense.gemm, values, scales.t(), *dense)
     execution = _warmed(Execution(call, no_wait, "eager", None))
-    found = dlpack.to_jax(out)[:_CHECKED_ROWS]
+    found = dlpack.to_jax(call())[:_CHECKED_ROWS]
     return Probe(execution, found, _product(rows, weights, weights_scale))
 
 

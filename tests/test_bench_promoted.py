@@ -47,7 +47,7 @@ def deep_gemm(monkeypatch):
     torch = pytest.importorskip("torch")
     package = types.SimpleNamespace(factor=1.0)
 
-    def fp8_gemm_nt(a, b, out):
+    def fp8_gemm_nt(a, b, out, compiled_dims):
         (x, x_scale), (w, w_scale) = a, b
         assert x_scale.shape == (len(x), x.shape[1] // 128)
         assert x_scale.stride() == (1, len(x))  # as DeepGEMM's TMA reads it

@@ -60,11 +60,22 @@ def run(
 
     if hasattr(deep_gemm, "set_pdl"):
         deep_gemm.set_pdl(True)  # off by default: its launch then overlaps the previous kernel
-    _gemm(x, x_scale, w13, w13_scale)
-    return _gemm(activations, activations_scale, w2, w2_scale)
+    gemm(x, x_scale, w13, w13_scale)
+    return gemm(activations, activations_scale, w2, w2_scale)
 
 
-def _gemm(values: Any, scales: Any, weights: Any, weights_scale: Any) -> Any:
+def gemm(values: Any, scales: Any, weights: Any, weights_scale: Any) -> Any:
+    """One of DeepGEMM's dense matmuls.
+
+    Args:
+        values: e4m3[M,K].
+        scales: f32[M,K/128], columns contiguous and aligned to 16 bytes.
+        weights: e4m3[N,K].
+        weights_scale: f32[N/128,K/128].
+
+    Returns:
+        bf16[M,N].
+    """
     import deep_gemm
     import torch
 
