@@ -41,6 +41,7 @@ from bench import (  # noqa: E402
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
+from bench.workloads import sizes_of  # noqa: E402
 from interop import interruption  # noqa: E402
 from jax_moe import backends, models  # noqa: E402
 
@@ -54,6 +55,9 @@ _WORKLOADS = flags.DEFINE_list(
 )
 _MODEL = flags.DEFINE_enum(
     "model", models.DEEPSEEK_V3.name, models.names(), "Whose rank is measured, by sizes and router."
+)
+_NUM_LOCAL_EXPERTS = flags.DEFINE_integer(
+    "num_local_experts", None, "Of the rank; a divisor of all. Default: the model's.", lower_bound=1
 )
 _BACKEND = flags.DEFINE_enum(
     "backend", "auto", ["auto", *backends.NAMES], "What the solution jax_moe runs."
@@ -145,6 +149,12 @@ def _settings() -> Settings:
         raise ValueError(
             f"--dataset: holds {models.DEEPSEEK_V3.name}'s routing, got --model={_MODEL.value}"
         )
+    if (local := _NUM_LOCAL_EXPERTS.value) is not None:
+        if _INPUTS.value == "dataset":
+            raise ValueError("--num_local_experts: the workloads of --dataset are of ranks of 32")
+        experts = sizes_of(models.get(_MODEL.value), reduced=not on_gpu).num_experts
+        if experts % local:
+            raise ValueError(f"--num_local_experts: expected a divisor of {experts}, got {local}")
     missing = gpu_clock.unavailable_reason()
     if _TIMER.value == "gpu" and missing:
         raise ValueError(f"--timer=gpu: {missing}")
@@ -169,6 +179,7 @@ def _settings() -> Settings:
         solutions=names,
         workloads=tuple(_WORKLOADS.value),
         model=models.get(_MODEL.value).name,
+        num_local_experts=local,
         backend=_BACKEND.value,
         inputs=_INPUTS.value,
         dataset=None if dataset is None else str(dataset),

@@ -13,6 +13,7 @@ from jax_moe import models
 CPU_ITERATIONS = 3
 _FLAGS = (
     "model",
+    "num_local_experts",
     "backend",
     "inputs",
     "dataset",
@@ -34,6 +35,7 @@ class Settings:
         solutions: Names, as chosen.
         workloads: Uuid prefixes, token counts or "all".
         model: Whose rank is measured, a name of `jax_moe.models`.
+        num_local_experts: E_local of the rank; None is the model's.
         backend: What `jax_moe` runs.
         inputs: One of `bench.inputs.KINDS`.
         dataset: Folder of `inputs="dataset"`.
@@ -55,6 +57,7 @@ class Settings:
     solutions: tuple[str, ...]
     workloads: tuple[str, ...] = ("all",)
     model: str = models.DEEPSEEK_V3.name
+    num_local_experts: int | None = None
     backend: str = "auto"
     inputs: str = "realistic"
     dataset: str | None = None
@@ -79,8 +82,9 @@ class Settings:
 
     @property
     def sizes(self) -> Sizes:
-        """The model's on a GPU, reduced on a CPU."""
-        return sizes_of(self.measured, reduced=not self.on_gpu)
+        """The model's on a GPU, reduced on a CPU; E_local as given."""
+        sizes = sizes_of(self.measured, reduced=not self.on_gpu)
+        return sizes._replace(num_local_experts=self.num_local_experts or sizes.num_local_experts)
 
     @property
     def passes(self) -> tuple[str, ...]:

@@ -35,12 +35,12 @@ def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mappin
     Args:
         backend: What `jax_moe` runs.
         model: Whose rank is computed. Solutions that know only DeepSeek-V3's definition are not
-            available for others.
+            available for others; DeepGEMM's glue takes other sizes and most routers.
 
     Returns:
         Name to solution.
     """
-    from interop.solutions import SOLUTIONS
+    from interop.solutions import SOLUTIONS, deepgemm
 
     meant = backends.select("auto", device_of()) if backend == "auto" else backend
     config = model.config
@@ -70,6 +70,7 @@ def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mappin
     peers = dict(SOLUTIONS)
     if model != models.DEEPSEEK_V3:
         peers = {name: _unavailable_for(model, one) for name, one in peers.items()}
+        peers |= {one.name: one for one in deepgemm.solutions(config)}
     first = {REFERENCE: peers.pop(REFERENCE)}
     ours += [interpreter.SOLUTION, ragged_dot.solution(config)]
     return first | {one.name: one for one in ours} | peers

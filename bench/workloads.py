@@ -19,8 +19,9 @@ class Sizes(NamedTuple):
     intermediate_size: int
 
     def offset(self, workload: Workload) -> int:
-        """First local expert of the workload's rank."""
-        return workload.local_expert_offset // _LOCAL_EXPERTS * self.num_local_experts
+        """First local expert of the workload's rank, of as many ranks as there are."""
+        ranks = self.num_experts // self.num_local_experts
+        return workload.local_expert_offset // _LOCAL_EXPERTS % ranks * self.num_local_experts
 
 
 def sizes_of(model: Model, *, reduced: bool = False) -> Sizes:

@@ -30,6 +30,15 @@ def test_a_command_names_another_model():
     assert "--model=kimi-k2" in Settings(("jax_moe",), model="kimi-k2").command().split()
 
 
+def test_a_rank_may_hold_other_experts_than_an_eighth():
+    chosen = Settings(("jax_moe",), model="qwen3-30b", num_local_experts=128)
+    assert chosen.sizes == (128, 128, 2048, 768)
+    assert {chosen.sizes.offset(workload) for workload in WORKLOADS} == {0}
+    assert "--num_local_experts=128" in chosen.command().split()
+    half = Settings(("jax_moe",), num_local_experts=128).sizes
+    assert {half.offset(workload) for workload in WORKLOADS} == {0, 128}
+
+
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_workload_has_a_rank_of_every_model(model, reduced):
@@ -71,7 +80,7 @@ def test_patterns_give_each_token_one_local_expert(name):
 def test_what_knows_the_definition_only_is_not_available_for_other_models():
     for name, one in solutions.registry("xla", models.get("kimi-k2")).items():
         reason = one.unavailable_reason() or ""
-        ours = name.startswith(("jax_moe", "mosaic_interpreted", "jax_ragged_dot"))
+        ours = name.startswith(("jax_moe", "mosaic_interpreted", "jax_ragged_dot", "deepgemm"))
         assert reason.startswith("not for this model: ") != ours, name
         assert ours or reason.endswith("got kimi-k2")
     for one in solutions.registry("xla", DEEPSEEK_V3).values():

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 import jax_moe  # noqa: E402
 from interop import to_jax, to_torch, torch_definition  # noqa: E402
 from interop.solutions import SOLUTIONS, deepgemm, packages, sgl_library  # noqa: E402
+from jax_moe import MoEConfig, models  # noqa: E402
 from tests import cuda_tools, fake_sgl_ops  # noqa: E402
 from tests.moe_inputs import array_arguments, scalar_arguments  # noqa: E402
 from tests.torch_inputs import relative_error, torch_inputs  # noqa: E402
@@ -187,6 +188,30 @@ def test_deepgemm_launches_early_where_the_package_can(monkeypatch, has_switch):
     assert calls == [("align", 64)] + [("pdl", True)] * has_switch + [("gemm",)]
 
 
+def test_deepgemm_says_which_routers_its_glue_computes():
+    for name in ("deepseek-v3", "kimi-k2", "glm-5", "qwen3-235b", "qwen3-30b", "minimax-m2"):
+        assert deepgemm.unsupported(models.get(name).config) is None, name
+    for name, reason in (
+        ("deepseek-v4-flash", "renormalized sigmoid or softmax"),
+        ("longcat-flash", "renormalized sigmoid or softmax"),
+        ("qwen3-next", "a power of two of experts per token only, got 10"),
+        ("glm-5.3-flash", "no clamp"),
+        ("deepseek-v3.1", "scales of any size only"),
+    ):
+        config = models.get(name).config
+        assert reason in (deepgemm.unsupported(config) or ""), name
+        assert all(reason in one.unavailable_reason() for one in deepgemm.solutions(config)), name
+
+
+@pytest.mark.parametrize("num_experts", [8, 48, 96, 128, 160, 256, 288, 384, 512])
+def test_a_router_without_groups_is_split_in_any(num_experts):
+    n_group, kept = deepgemm.groups_of(MoEConfig(8), num_experts)
+    assert n_group == kept <= 8
+    assert num_experts % n_group == 0
+    assert num_experts // n_group >= 2
+    assert deepgemm.groups_of(jax_moe.DEEPSEEK_V3, 256) == (8, 4)
+
+
 def test_worst_case_rows_hold_every_routing():
     for counts in ([9] * 8, [72] + [0] * 7, [1] * 8, [65, 7] + [0] * 6):
         pairs = sum(counts)
@@ -203,24 +228,26 @@ def test_deepgemm_glue_in_the_interpreter():
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("relative error") == 2
+    assert result.stdout.count("relative error") == 4
 
 
 KERNELS = {
     "route_kernel": (
         {"logits": "*fp32", "bias": "*bf16", "weights": "*fp32", "factor": "fp32"},
-        {"E": 256, "E_LOCAL": 32, "N_GROUP": 8, "TOPK_GROUP": 4, "TOP_K": 8},
+        {"E": 256, "E_LOCAL": 32, "N_GROUP": 8, "TOPK_GROUP": 4, "TOP_K": 8}
+        | {"GROUP_BLOCK": 32, "SOFTMAX": False},
         1,
     ),
     "gather_kernel": (
         {"hidden_scale": "*fp32", "row_scale": "*fp32"},
-        {"ALIGN": 64, "E_LOCAL": 32, "TOP_K": 8, "WORDS": 1792, "SCALES": 56}
+        {"ALIGN": 64, "E_LOCAL": 32, "E_BLOCK": 32, "TOP_K": 8, "WORDS": 1792, "SCALES": 56}
         | {"BLOCK": 1024, "SCALE_BLOCK": 64},
         4,
     ),
     "swiglu_quantize_kernel": (
         {"gemm1": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"},
-        {"ALIGN": 128, "E_LOCAL": 32, "INTERMEDIATE": 2048, "ROWS": 8, "GROUPS": 4},
+        {"ALIGN": 128, "E_LOCAL": 32, "E_BLOCK": 32, "INTERMEDIATE": 2048, "ROWS": 8}
+        | {"GROUPS": 4},
         4,
     ),
     "unpermute_kernel": (
@@ -229,11 +256,30 @@ KERNELS = {
         4,
     ),
 }
+OTHERS = {  # of Kimi K2's rank, whose numbers of experts are no powers of two, and of Qwen3-30B
+    "route_kernel": (
+        {"E": 384, "E_LOCAL": 48, "TOPK_GROUP": 8, "GROUP_BLOCK": 64},
+        {"E": 128, "E_LOCAL": 128, "TOPK_GROUP": 8, "GROUP_BLOCK": 16, "SOFTMAX": True},
+    ),
+    "gather_kernel": (
+        {"E_LOCAL": 48, "E_BLOCK": 64},
+        {"E_LOCAL": 128, "E_BLOCK": 128, "WORDS": 512, "SCALES": 16, "SCALE_BLOCK": 16},
+    ),
+    "swiglu_quantize_kernel": (
+        {"E_LOCAL": 48, "E_BLOCK": 64},
+        {"E_LOCAL": 128, "E_BLOCK": 128, "INTERMEDIATE": 768, "GROUPS": 1},
+    ),
+}
+CASES = [(name, {}) for name in KERNELS] + [
+    pytest.param(name, changes, marks=pytest.mark.slow)
+    for name, all_changes in OTHERS.items()
+    for changes in all_changes
+]
 INTEGERS = ("local_offset", "num_tokens", "num_rows")
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_deepgemm_glue_compiles_for_hopper_without_spills(name):
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_deepgemm_glue_compiles_for_hopper_without_spills(name, changes):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -241,6 +287,7 @@ def test_deepgemm_glue_compiles_for_hopper_without_spills(name):
     from interop.solutions import deepgemm_kernels
 
     types, constants, num_warps = KERNELS[name]
+    constants = constants | changes
     kernel = getattr(deepgemm_kernels, name)
     signature = {
         argument: "constexpr"

@@ -221,6 +221,19 @@ def test_the_command_writes_where_and_for_what_it_is_told(monkeypatch, tmp_path,
     assert not (tmp_path / "jax_moe").exists()
 
 
+def test_a_table_for_a_generation_is_found_once_it_is_shipped(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(table_format, "FOLDER", tmp_path / "tables")
+    assert run_main(monkeypatch, tmp_path, "--generation", f"--folder={tmp_path / 'tables'}") == 0
+    (file,) = (tmp_path / "tables").iterdir()
+    assert file.name == "mosaic-sm_90-h256-i128-e2.json"
+    for gpu in (Gpu("9.0"), Gpu("9.0", "Another H100")):
+        table = cache.shipped(KERNELS, gpu, TINY.of_table)
+        assert table[16] == Pair(MatmulConfig(16, 3, sms=2), START)
+    assert "on an An H100, at hidden_size=256, " in json.loads(file.read_text())["note"]
+    assert run_main(monkeypatch, tmp_path, "--generation") == 1
+    assert "--generation: expected --folder too" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
 def test_sizes_are_positive_integers(monkeypatch, tmp_path, capsys, value):
     with pytest.raises(SystemExit):

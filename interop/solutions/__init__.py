@@ -13,7 +13,7 @@ SOLUTIONS: dict[str, Solution] = {
         sglang_v1.SOLUTION,
         *sglang_v1.VARIANTS,
         sglang_v2.SOLUTION,
-        *deepgemm.SOLUTIONS,
+        *deepgemm.solutions(),
         jax_v1.SOLUTION,
         jax_v2.SOLUTION,
     )

@@ -28,15 +28,23 @@ def _key(scores, index, bits: tl.constexpr):
 def route_kernel(
     logits, bias, pair_expert, pair_slot, weights, counts, local_offset, factor,
     E: tl.constexpr, E_LOCAL: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr,
-    TOP_K: tl.constexpr,
+    TOP_K: tl.constexpr, GROUP_BLOCK: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """One token: group-limited top-k, and a slot in each chosen local expert."""
     token = tl.program_id(0)
     groups = tl.arange(0, N_GROUP)
-    expert = groups[:, None] * (E // N_GROUP) + tl.arange(0, E // N_GROUP)[None, :]
-    score = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + expert)))
-    biased = score + tl.load(bias + expert).to(tl.float32)
-    key = _key(biased, expert, 16)
+    member = tl.arange(0, GROUP_BLOCK)[None, :]
+    expert = groups[:, None] * (E // N_GROUP) + member
+    exists = (member < E // N_GROUP) & (groups[:, None] < N_GROUP)
+    logit = tl.load(logits + token * E + expert, mask=exists, other=float("-inf"))
+    if SOFTMAX:
+        highest = tl.max(tl.max(logit, axis=1), axis=0)
+        total = tl.sum(tl.sum(tl.exp(logit - highest), axis=1), axis=0)
+        score = tl.exp(logit - highest) / total
+    else:
+        score = 1.0 / (1.0 + tl.exp(-logit))
+    biased = score + tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
+    key = tl.where(exists, _key(biased, expert, 16), _DROPPED)
     first = tl.max(key, axis=1)
     rest = tl.where(key == first[:, None], _DROPPED, key)
     second = tl.max(rest, axis=1)
@@ -56,7 +64,8 @@ def route_kernel(
         # The low bits of a key name its expert: no reduction is spent on finding it.
         ids = tl.where(choice == i, (0xFFFF - (best & 0xFFFF)).to(tl.int32), ids)
         key = tl.where(key == best, _DROPPED, key)
-    chosen = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + ids)))
+    logit = tl.load(logits + token * E + ids)
+    chosen = tl.exp(logit - highest) / total if SOFTMAX else 1.0 / (1.0 + tl.exp(-logit))
 
     local = ids - local_offset
     is_local = (local >= 0) & (local < E_LOCAL)
@@ -71,17 +80,17 @@ def route_kernel(
 def gather_kernel(
     hidden, hidden_scale, pair_expert, pair_slot, counts, rows, row_scale, pair_row, ends,
     num_tokens, num_rows,
-    ALIGN: tl.constexpr, E_LOCAL: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr,
-    SCALES: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, E_LOCAL: tl.constexpr, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr,
+    WORDS: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token: its row, as WORDS 4-byte words, and its scales to each of its local experts."""
     token = tl.program_id(0)
-    experts = tl.arange(0, E_LOCAL)
-    count = tl.load(counts + experts)
+    experts = tl.arange(0, E_BLOCK)
+    count = tl.load(counts + experts, mask=experts < E_LOCAL, other=0)
     padded = (count + ALIGN - 1) // ALIGN * ALIGN
     start = tl.cumsum(padded, axis=0) - padded
     if token == 0:
-        tl.store(ends + experts, start + count)
+        tl.store(ends + experts, start + count, mask=experts < E_LOCAL)
 
     choice = tl.arange(0, TOP_K)
     expert = tl.load(pair_expert + token * TOP_K + choice)
@@ -110,13 +119,13 @@ def gather_kernel(
 @triton.jit
 def swiglu_quantize_kernel(
     gemm1, ends, values, scales, num_rows,
-    ALIGN: tl.constexpr, E_LOCAL: tl.constexpr, INTERMEDIATE: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ALIGN: tl.constexpr, E_LOCAL: tl.constexpr, E_BLOCK: tl.constexpr, INTERMEDIATE: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (ROWS rows, GROUPS groups of 128 columns); skips what holds no live row."""
-    experts = tl.arange(0, E_LOCAL)
-    end = tl.load(ends + experts)
-    before = tl.load(ends + experts - 1, mask=experts > 0, other=0)
+    experts = tl.arange(0, E_BLOCK)
+    end = tl.load(ends + experts, mask=experts < E_LOCAL, other=0)  # no row is below 0
+    before = tl.load(ends + experts - 1, mask=(experts > 0) & (experts < E_LOCAL), other=0)
     start = (before + ALIGN - 1) // ALIGN * ALIGN
     columns: tl.constexpr = INTERMEDIATE // (GROUPS * 128)
     used = (tl.max(end, axis=0) + ROWS - 1) // ROWS * columns

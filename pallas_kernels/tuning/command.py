@@ -26,10 +26,13 @@ class Options(NamedTuple):
     Attributes:
         iterations: Calls of each candidate.
         folder: Where tables go instead of the user's cache folder.
+        generation: Whether a table is for all GPUs of this compute capability, as most shipped ones
+            are, instead of this kind alone.
     """
 
     iterations: int
     folder: Path | None
+    generation: bool = False
 
 
 def main(argv: list[str], module: str, tuners: Tuners, default: Sizes = search.DEEPSEEK_V3) -> int:
@@ -59,11 +62,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `Options`."""
     parser.add_argument("--iterations", type=positive, default=10, help="calls per candidate")
     parser.add_argument("--folder", type=Path, help="where to write instead of the cache folder")
+    parser.add_argument(
+        "--generation",
+        action="store_true",
+        help="name the table for all GPUs of this compute capability; goes with --folder",
+    )
 
 
 def options_of(args: argparse.Namespace) -> Options:
     """The parsed arguments of `add_options`."""
-    return Options(args.iterations, args.folder)
+    return Options(args.iterations, args.folder, args.generation)
 
 
 def positive(text: str) -> int:
@@ -85,6 +93,10 @@ def run(module: str, tuners: Tuners, sizes: Sizes, options: Options) -> int:
     Returns:
         The exit code.
     """
+    if options.generation and options.folder is None:
+        return _failed(
+            f"{module}: --generation: expected --folder too; the cache's tables are of one GPU kind"
+        )
     gpu = device.local_gpu()
     tuner = tuners(gpu) if gpu is not None else "needs an NVIDIA GPU, and JAX sees none"
     if gpu is None or isinstance(tuner, str):
@@ -93,7 +105,8 @@ def run(module: str, tuners: Tuners, sizes: Sizes, options: Options) -> int:
         from tqdm import tqdm
     except ImportError:
         return _failed(f"{module}: needs the package tqdm (pip install tqdm)")
-    key = Key(tuner.kernels.name, gpu.device_kind, sizes.of_table)
+    serves = tuner.gpu.architecture if options.generation else gpu.device_kind
+    key = Key(tuner.kernels.name, serves, sizes.of_table)
     try:
         path = (options.folder or cache.folder()) / key.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
