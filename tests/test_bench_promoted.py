@@ -7,6 +7,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_moe
@@ -34,11 +35,40 @@ class Clock:
         return [Sample(90.0 + self.us, 1, kernels)] * iterations
 
 
+ROWS, HIDDEN, INTERMEDIATE = 256, TINY.hidden_size, TINY.intermediate_size
+
+
 @pytest.fixture(scope="module")
 def operands():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(promoted, "ROWS", 256)
-        return promoted.make_operands(TINY)
+    """Made on the host, since drawing them compiles for seconds."""
+    rng = np.random.default_rng(0)
+
+    def values(*shape):
+        return jnp.asarray(rng.standard_normal(shape).astype(jnp.float8_e4m3fn))
+
+    def scales(*shape):
+        return jnp.asarray(rng.uniform(0.01, 0.1, shape).astype(np.float32))
+
+    def quantized(columns):
+        return jax_moe.Quantized(values(ROWS, columns), scales(columns // 128, ROWS))
+
+    weights = jax_moe.ExpertWeights(
+        values(1, 2 * INTERMEDIATE, HIDDEN),
+        scales(1, 2 * INTERMEDIATE // 128, HIDDEN // 128),
+        values(1, HIDDEN, INTERMEDIATE),
+        scales(1, HIDDEN // 128, INTERMEDIATE // 128),
+    )
+    return promoted.Operands(quantized(HIDDEN), quantized(INTERMEDIATE), weights)
+
+
+def test_operands_have_the_layer_s_two_shapes_and_one_expert():
+    made = jax.eval_shape(lambda: promoted.make_operands(FULL))
+    rows, hidden, intermediate = promoted.ROWS, FULL.hidden_size, FULL.intermediate_size
+    assert made.rows.values.shape == (rows, hidden)
+    assert made.activations.scales.shape == (intermediate // 128, rows)
+    assert made.weights.gemm1_weights.shape == (1, 2 * intermediate, hidden)
+    assert rows % 128 == rows // 128 * (2 * intermediate // 256) % 132 == 0
+    assert rows // 128 * (hidden // 256) % 132 == 0  # whole rounds of SMs
 
 
 @pytest.fixture
@@ -63,7 +93,7 @@ def deep_gemm(monkeypatch):
 
 @pytest.fixture
 def both(operands, deep_gemm, monkeypatch):
-    monkeypatch.setattr(promoted, "ROWS", 256)
+    monkeypatch.setattr(promoted, "ROWS", ROWS)
     monkeypatch.setattr(promoted, "make_operands", lambda sizes: operands)
     found = {
         "DeepGEMM": promoted.of_deepgemm,

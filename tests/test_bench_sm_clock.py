@@ -135,9 +135,7 @@ def test_the_stamp_is_one_small_kernel_with_both_counters():
 
     wait = jax.ShapeDtypeStruct((1,), jnp.int32)
     assert jax.eval_shape(stamp, wait).shape == (132, stamp_kernel.WORDS)
-    report = h100_target.compile_for_h100(stamp, wait)
-    assert sum(report.launches.values()) == 1
-    (kernel,) = report.kernels
+    (kernel,) = h100_target.compile_triton_kernels(stamp, wait)
     assert (kernel.name, kernel.spill_bytes, kernel.smem_bytes) == ("stamp_kernel", 0, 0)
     assert kernel.registers <= 16
     assert kernel.instructions["CS2R"] >= 3  # the timer's two reads, the cycles
