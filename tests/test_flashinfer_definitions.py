@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import runpy
+import shutil
 
 import jax
 import numpy as np
@@ -195,6 +196,37 @@ def test_workloads_are_read_back(exported):
         text = (root / "README.md").read_text()
         assert definition.source in text
         assert f"{definition.weight_bytes / 1e9:.1f} GB" in text
+
+
+def test_traces_of_another_definition_are_read(exported, tmp_path):
+    definition = OTHERS[-1]
+    root = tmp_path / definition.name
+    shutil.copytree(exported / definition.name, root)
+    (path,) = root.glob("workloads/**/*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    (root / "traces").mkdir()
+    measured = {
+        "solution": "jax_moe_mosaic",
+        "evaluation": {
+            "status": "PASSED",
+            "environment": {"hardware": "NVIDIA H100"},
+            "timestamp": "2026-01-01T00:00:00",
+            "performance": {
+                "latency_ms": 0.5,
+                "reference_latency_ms": 10.0,
+                "speedup_factor": 20.0,
+            },
+        },
+    }
+    text = "".join(json.dumps(line | measured) + "\n" for line in lines)
+    (root / "traces" / path.name).write_text(text)
+    found = traces.read_traces(root)
+    assert found.definition is definition
+    assert {uuid: row.latency_ms for uuid, row in found.results["jax_moe_mosaic"].items()} == {
+        "T1": 0.5,
+        "T64": 0.5,
+        "T1024": 0.5,
+    }
 
 
 def test_a_random_input_that_comes_from_a_file_is_refused(exported, tmp_path):

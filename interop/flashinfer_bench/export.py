@@ -122,7 +122,7 @@ def _random(definition: Definition) -> list[_Row]:
         definition.scalars[name] for name in ("local_expert_offset", "routed_scaling_factor")
     )
     return [
-        _Row(Workload(f"random-{tokens}", tokens, int(offset), ""), factor, None, "", "")
+        _Row(Workload(f"T{tokens}", tokens, int(offset), ""), factor, None, "", "")
         for tokens in RANDOM_TOKENS
     ]
 
