@@ -58,7 +58,7 @@ def tiny_tuner(prepare=without_kernels, **choices):
     return Tuner(
         kernels=KERNELS,
         gpu=Gpu("9.0", H100.device_kind),
-        choices=lambda _: choices,
+        choices=lambda *_: choices,
         block_m=lambda *_: 16,
         prepare=prepare,
         tokens=(12,),
@@ -182,13 +182,26 @@ def test_the_choices_of_every_shipped_tiling_can_be_made():
     shipped = cache.nearest_shipped(tilings.KERNELS, Gpu("9.0"), table_format.DEEPSEEK_V3)
     for pair in shipped.values():
         for config in pair:
-            choices = tune.choices(config)
+            choices = tune.choices(config, 56)
             assert len(choices["num_stages"]) > 1
             assert choices["scheduler"] == ("static", "dynamic")
             for tail_widths in choices["tail_widths"]:
                 MatmulConfig(config.block_m, 2, tail_widths)
-    widths = tune.choices(shipped[64].up_projection)["tail_widths"]
+    widths = tune.choices(shipped[64].up_projection, 56)["tail_widths"]
     assert widths == [(), (16, 32, 48), (32,)]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_split_that_is_tried_splits(model):
+    start = MatmulConfig(16, 5)
+    for columns in (model.hidden_size, model.intermediate_size):
+        steps = columns // 128
+        none, *splits = tune.choices(start, steps)["split_k_steps"]
+        assert none is None
+        segments = {MatmulConfig(16, 5, split_k_steps=split).segments(steps) for split in splits}
+        assert segments == {n for n in range(2, 9) if steps % n == 0}
+    assert tune.choices(start, 56)["split_k_steps"] == (None, 7, 8, 14, 28)
+    assert tune.choices(MatmulConfig(64, 4), 56)["split_k_steps"] == (None,)
 
 
 def run_main(monkeypatch, tmp_path, *argv):

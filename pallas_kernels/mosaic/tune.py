@@ -20,9 +20,17 @@ from pallas_kernels.tuning import command, search
 from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
+_SEGMENTS = range(2, 9)
 
-def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
-    """What to try: depths of the pipeline, stages per fill, tails, splits of K, schedulers."""
+
+def choices(config: MatmulConfig, num_steps: int) -> Mapping[str, Sequence[Any]]:
+    """What to try: depths of the pipeline, stages per fill, tails, splits of K, schedulers.
+
+    Args:
+        config: Where the search starts.
+        num_steps: 128-column steps along K: a split that does not divide them is none.
+    """
+    splits = sorted(num_steps // n for n in _SEGMENTS if num_steps % n == 0)
     half, sixteenth = config.block_m // 2, range(16, config.block_m, 16)
     quarters = range(config.block_m // 4, config.block_m, config.block_m // 4)
     tails = {(), tuple(sixteenth), (half,), tuple(quarters)}
@@ -32,7 +40,7 @@ def choices(config: MatmulConfig) -> Mapping[str, Sequence[Any]]:
         "tail_widths": sorted(
             tail for tail in tails if len(tail) < 4 and not any(w % 16 for w in tail)
         ),
-        "split_k_steps": (None, 7, 8, 14, 28) if config.block_m == 16 else (None,),
+        "split_k_steps": (None, *splits) if config.block_m == 16 else (None,),
         "scheduler": typing.get_args(Scheduler),
     }
 

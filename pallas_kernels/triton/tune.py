@@ -70,7 +70,7 @@ def tuner(gpu: jax.Device) -> Tuner | str:
     return Tuner(
         kernels=tilings.kernels(tilings.generation(capability)),
         gpu=tilings.gpu(capability),
-        choices=lambda _: CHOICES,
+        choices=lambda *_: CHOICES,
         block_m=block_m,
         prepare=prepare,
     )

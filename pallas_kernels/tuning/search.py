@@ -82,7 +82,8 @@ class Tuner(NamedTuple):
     Attributes:
         kernels: What has tables.
         gpu: Whose tables.
-        choices: Of a configuration, the values to try for some of its fields.
+        choices: Of a configuration, and the number of 128-column steps along K, the values to try
+            for some of its fields.
         block_m: The class of so many rows per expert.
         prepare: Makes a case's inputs.
         tokens: A class is measured at the first of these that belongs to it, else at the least
@@ -91,7 +92,7 @@ class Tuner(NamedTuple):
 
     kernels: Kernels[Any]
     gpu: Gpu
-    choices: Callable[[Any], Mapping[str, Sequence[Any]]]
+    choices: Callable[[Any, int], Mapping[str, Sequence[Any]]]
     block_m: Callable[[float], int]
     prepare: Callable[[Case, Weights, Sizes], Prepared]
     tokens: tuple[int, ...] = _TOKENS
@@ -194,14 +195,16 @@ def tune(
         for role in Pair._fields
     ]
     weights, best, rows = random_weights(sizes), {}, []
-    progress.total = sum(
-        1 + sum(map(len, tuner.choices(getattr(start[case.block_m], case.role)).values()))
-        for case in cases
-    )
-    for case in cases:
+    steps = Pair(sizes.hidden_size // QUANT_BLOCK, sizes.intermediate_size // QUANT_BLOCK)
+    firsts = [getattr(start[case.block_m], case.role) for case in cases]
+    choices = [
+        tuner.choices(first, getattr(steps, case.role))
+        for first, case in zip(firsts, cases, strict=True)
+    ]
+    progress.total = len(cases) + sum(sum(map(len, values.values())) for values in choices)
+    for case, first, values in zip(cases, firsts, choices, strict=True):
         attempt = _Attempts(case, tuner.prepare(case, weights, sizes), timer, progress)
-        first = getattr(start[case.block_m], case.role)
-        best[case.block_m, case.role] = search(first, tuner.choices(first), attempt)
+        best[case.block_m, case.role] = search(first, values, attempt)
         rows += attempt.rows
     table = {block_m: Pair(*(best[block_m, role] for role in Pair._fields)) for block_m in start}
     return table, rows
