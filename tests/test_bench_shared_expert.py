@@ -9,6 +9,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bench import gpu_clock, shared_expert
@@ -85,16 +86,26 @@ class Clock:
         return [gpu_clock.Sample(self.spans.pop(0), 1, kernels)] * calls
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7])
-def test_costs_are_differences(layer, deep_gemm, num_tokens):
-    row = shared_expert.measure(num_tokens, layer, Clock())
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5])
+def test_scales_lie_as_tma_reads_them(deep_gemm, num_tokens):
+    inputs = make_inputs(num_tokens, num_local_experts=1)
+    given = (inputs.hidden_states, inputs.hidden_states_scale, *inputs.weights)
+    values, scales, *weights = (torch.tensor(np.asarray(one, np.float32)) for one in given)
+    aligned = deepgemm_dense.tma_aligned(scales)
+    assert torch.equal(aligned, scales.t())
+    deepgemm_dense.gemm(values, aligned, weights[0][0], weights[1][0])  # which looks at strides
+    assert deep_gemm == [(num_tokens, 256, 256)]
+
+
+def test_costs_are_differences(layer, deep_gemm):
+    row = shared_expert.measure(7, layer, Clock())
     assert row.problem == ""
     assert 0 < row.error < 0.01
     assert (row.without_us, row.with_us, row.fused_us, row.alone_us) == (100, 130, 120, 25)
     assert (row.cost_us, row.fused_cost_us, row.gemms_us, row.gemms_kernels) == (30, 20, 40, 2)
     assert row.ratio == 0.5
     assert shared_expert.table([row])[-1].split()[-1] == "0.50"
-    assert set(deep_gemm) == {(num_tokens, 256, 256), (num_tokens, 128, 256)}
+    assert set(deep_gemm) == {(7, 256, 256), (7, 128, 256)}
 
 
 def test_a_wrong_product_is_no_peer(layer):
