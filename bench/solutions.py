@@ -65,7 +65,7 @@ def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mappin
             f"jax_moe.apply on {name}, activations in 16 bits",
             precision="high",
         )
-        for name in ("mosaic", "xla")
+        for name in backends.NAMES
     ]
     peers = dict(SOLUTIONS)
     if model != models.DEEPSEEK_V3:

@@ -16,6 +16,7 @@ STYLES = {
     "jax_moe_triton": ("#D55E00", "s"),
     "jax_moe_xla": ("#009E73", "^"),
     "jax_moe_mosaic_high": ("#2A5C8A", "8"),
+    "jax_moe_triton_high": ("#8A3F00", "p"),
     "jax_moe_xla_high": ("#00664A", "H"),
     "mosaic_interpreted": ("#80B9D9", "o"),
     "jax_ragged_dot": ("#5B4BBF", "*"),

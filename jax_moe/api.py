@@ -101,8 +101,7 @@ def apply(
         TypeError: An argument is no array, or of the wrong dtype.
         ValueError: A shape, size or known scalar does not fit, or an option differs from that of
             `config`; names the argument, what was expected and what came.
-        NotImplementedError: The backend does not run on this device or lacks an option, or the call
-            is differentiated.
+        NotImplementedError: The backend does not run on this device, or the call is differentiated.
         MemoryError: An eager call needs more memory (from 256 MiB on) than its GPU has; nothing was
             launched. Under your own `jit`, XLA reports that.
     """

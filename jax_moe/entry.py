@@ -189,8 +189,7 @@ def layer(
         precision=options.precision,
     )
     if stages.layer is not None:
-        output = {"output_dtype": options.output_dtype} if options.precision == "high" else {}
-        return stages.layer(inputs, plan, **options.epilogue, **output)
+        return stages.layer(inputs, plan, **options.epilogue, output_dtype=options.output_dtype)
     return _matmuls(inputs, plan, options, stages)
 
 
@@ -209,10 +208,9 @@ def _matmuls(
     expert_outputs = stages.down_project(
         activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan
     )
-    unpermute: Callable[..., Array] = stages.unpermute
-    if options.precision == "high":
-        unpermute = functools.partial(unpermute, output_dtype=options.output_dtype)
-    return unpermute(expert_outputs, inputs.routing.topk_weights, plan)
+    return stages.unpermute(
+        expert_outputs, inputs.routing.topk_weights, plan, output_dtype=options.output_dtype
+    )
 
 
 def of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:

@@ -128,7 +128,7 @@ def quantize(
         TypeError: `x` is no array, or of another dtype.
         ValueError: `x` has another rank, C is no positive multiple of 128, or there is no such
             format or precision.
-        NotImplementedError: The backend does not run on this device, or has no such precision.
+        NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
     validate.array("x", x, "R C", validate.UNQUANTIZED, sizes)
@@ -280,7 +280,7 @@ def down_project(
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape does not fit.
-        NotImplementedError: The backend does not run on this device, or has no "high".
+        NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
     validate.plan(plan, sizes)

@@ -19,17 +19,6 @@ EVERYWHERE = [
 
 
 @contextlib.contextmanager
-def if_supported(backend: str) -> Iterator[None]:
-    """Marks the test as an expected failure where kernels say that they lack an option."""
-    try:
-        yield
-    except NotImplementedError as error:
-        if backend == "xla":
-            raise
-        pytest.xfail(str(error))
-
-
-@contextlib.contextmanager
 def running(case: str) -> Iterator[str]:
     """The backend's name, in the context it needs; skips where it does not run.
 

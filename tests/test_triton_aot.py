@@ -17,9 +17,10 @@ from pallas_kernels.tuning.table_format import Sizes
 from tests import h100_target
 from tests.moe_inputs import rank_specs
 
-F8, F32, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
+F8, F16, F32, I32 = jnp.float8_e4m3fn, jnp.float16, jnp.float32, jnp.int32
 HOPPER_SMEM, ADA_SMEM = 232448, 101376
 SHORT_K_SPILL = 32  # bytes, of 128-row tiles on Hopper where K has fewer than 16 blocks
+WIDENED_SPILL = 152  # bytes, of 64-row tiles of f16 on sm_120, at DeepSeek-V3's sizes
 HIDDEN, INTERMEDIATE, LOCAL = DEEPSEEK = table_format.DEEPSEEK_V3
 
 
@@ -27,14 +28,14 @@ def specs(*shapes):
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
 
 
-def compile_up(config, capability, sizes=DEEPSEEK, tiles=900, **epilogue):
+def compile_up(config, capability, sizes=DEEPSEEK, tiles=900, rows=F8, **epilogue):
     def up(*arrays):
         launch = up_projection.launch(*arrays, config=config, num_sms=132, **epilogue)
         return call(launch, capability)
 
     hidden, intermediate, local = sizes
     arrays = specs(
-        ((14107, hidden), F8),
+        ((14107, hidden), rows),
         ((hidden // 128, 14107), F32),
         ((local, 2 * intermediate, hidden), F8),
         ((local, 2 * intermediate // 128, hidden // 128), F32),
@@ -46,14 +47,14 @@ def compile_up(config, capability, sizes=DEEPSEEK, tiles=900, **epilogue):
     return kernel
 
 
-def compile_down(config, capability, sizes=DEEPSEEK, tiles=900):
+def compile_down(config, capability, sizes=DEEPSEEK, tiles=900, rows=F8):
     def down(*arrays):
         return call(down_projection.launch(*arrays, config=config, num_sms=132), capability)
 
-    rows, (hidden, intermediate, local) = tiles * config.block_m, sizes
+    m, (hidden, intermediate, local) = tiles * config.block_m, sizes
     arrays = specs(
-        ((rows, intermediate), F8),
-        ((intermediate // 128, rows), F32),
+        ((m, intermediate), rows),
+        ((intermediate // 128, m), F32),
         ((local, hidden, intermediate), F8),
         ((local, hidden // 128, intermediate // 128), F32),
         ((tiles,), I32),
@@ -90,6 +91,8 @@ def test_a_clamp_and_powers_of_two_spill_nothing(capability, block_m):
     assert kernel.smem_bytes == compile_up(config, capability).smem_bytes
 
 
+ADA_LIKE = (89, 120)
+F16_INSTRUCTION = {89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
 SMEM = {89: ADA_SMEM, 90: HOPPER_SMEM, 100: HOPPER_SMEM, 103: HOPPER_SMEM, 120: ADA_SMEM}
 CASES = [
     pytest.param(capability, block_m, marks=[] if is_quick else pytest.mark.slow)
@@ -105,6 +108,53 @@ def test_every_shipped_tiling_of_other_generations_fits_them(capability, block_m
     check_generation(capability, block_m, DEEPSEEK)
 
 
+WIDENED = [
+    pytest.param(capability, block_m, marks=[] if is_quick else pytest.mark.slow)
+    for capability, has in tilings.GENERATIONS.items()
+    for block_m in has.block_ms
+    if block_m <= tilings.MAX_WIDENED_BLOCK_M
+    for is_quick in [capability == 90 and block_m != 32]
+]
+
+
+@pytest.mark.parametrize(("capability", "block_m"), WIDENED)
+def test_tilings_of_16_bit_rows_fit_every_generation(capability, block_m):
+    check_widened(capability, block_m, DEEPSEEK)
+
+
+def check_widened(capability, block_m, sizes):
+    """Weights come from registers, so no f16 form of them is in shared memory."""
+    chosen, has = (
+        tilings.choose_widened(block_m, capability, *sizes),
+        tilings.GENERATIONS[capability],
+    )
+    for config, compile_one in zip(chosen, (compile_up, compile_down), strict=True):
+        kernel = compile_one(config, capability, sizes, rows=F16)
+        most = has.smem_needed(config, widened=True)
+        assert kernel.smem_bytes <= most <= has.smem_bytes == SMEM[capability]
+        if capability in (90, *ADA_LIKE):
+            assert kernel.smem_bytes == most
+        multiplied = {"QGMMA", "QMMA", "UTCQMMA", "HGMMA", "HMMA", "UTCHMMA"}
+        assert multiplied & set(kernel.instructions) == {F16_INSTRUCTION[capability]}
+        is_tight = capability == 120 and block_m == 64
+        assert kernel.spill_bytes <= (WIDENED_SPILL if is_tight else 0), kernel
+
+
+@pytest.mark.parametrize(
+    ("stages", "programs", "block_m", "most"), [(2, 3, 16, 6), (3, 3, 64, 5), (8, 0, 32, 6)]
+)
+def test_programs_of_16_bit_rows_pool_the_stages_that_fit(stages, programs, block_m, most):
+    """However deep a table's pipeline is."""
+    config = MatmulConfig(block_m, 4, stages, programs)
+    widened = tilings.widened(config, 90)
+    assert widened == MatmulConfig(block_m, 8, most, min(programs, 1), swap_ab=True)
+
+
+def test_a_plan_of_wider_tiles_is_refused():
+    with pytest.raises(ValueError, match=r'plan: expected one of plan_groups\(precision="high"\)'):
+        tilings.choose_widened(128, 90, *DEEPSEEK)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", tilings.GENERATIONS)
 @pytest.mark.parametrize(
@@ -112,6 +162,7 @@ def test_every_shipped_tiling_of_other_generations_fits_them(capability, block_m
 )
 def test_the_largest_tiles_of_every_model_fit(capability, sizes):
     check_generation(capability, tilings.GENERATIONS[capability].block_ms[-1], sizes)
+    check_widened(capability, tilings.MAX_WIDENED_BLOCK_M, sizes)
 
 
 def test_few_steps_along_k_are_not_unrolled():
@@ -159,6 +210,29 @@ def test_the_layer_is_one_cuda_graph_within_its_memory(num_tokens, kernels):
             num_tokens, num_local_experts=LOCAL, backend="triton", config=DEEPSEEK_V3, **sizes
         )
     assert report.temp_bytes <= bound <= 2.5e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F8, jnp.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 64, 4096])
+def test_the_layer_in_16_bits_is_one_cuda_graph_within_its_memory(num_tokens, dtype):
+    inputs = rank_specs(num_tokens)
+    if dtype != F8:
+        x = jax.ShapeDtypeStruct(inputs.hidden_states.shape, dtype)
+        inputs = inputs._replace(hidden_states=x, hidden_states_scale=None)
+
+    def layer(*arguments):
+        with jax_moe.assume_device("sm_90"):
+            return jax_moe.apply(*arguments, backend="triton", precision="high")
+
+    report = h100_target.compile_for_h100(layer, *inputs.arguments)
+    assert {k.name: k.spill_bytes for k in report.kernels if k.spill_bytes} == {}
+    assert report.command_buffers == 1
+    assert report.launches_outside_command_buffers == 0
+    sizes = {"num_local_experts": LOCAL, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
+    with jax_moe.assume_device("sm_90"):
+        bound = jax_moe.workspace_bytes(num_tokens, backend="triton", precision="high", **sizes)
+    assert report.temp_bytes <= bound
 
 
 @pytest.mark.parametrize("capability", [*tilings.GENERATIONS, 86, 110, 121])

@@ -1,4 +1,4 @@
-"""Runs `tests/triton_interpreted.py`, which needs a process of its own."""
+"""Runs the files of tests for Triton's interpreter, which needs a process of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 
 
 def test_kernels_in_the_interpreter():
-    cases = pathlib.Path(__file__).with_name("triton_interpreted.py")
+    folder = pathlib.Path(__file__).parent
+    cases = [folder / "triton_interpreted.py", folder / "triton_interpreted_matmuls.py"]
     done = subprocess.run(
         [
             sys.executable,
@@ -20,10 +21,10 @@ def test_kernels_in_the_interpreter():
             "no:cacheprovider",
             "-p",
             "no:xdist",
-            str(cases),
+            *map(str, cases),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
-        cwd=cases.parent.parent,
+        cwd=folder.parent,
         capture_output=True,
         text=True,
     )

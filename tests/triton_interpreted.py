@@ -1,78 +1,25 @@
-"""Every Triton kernel in Triton's own CPU interpreter, launched from PyTorch.
-
-Runs in a process of its own, with TRITON_INTERPRET=1 set before Triton is imported:
-`tests/test_triton_interpreter.py` starts it.
-"""
+"""The Triton kernels around the matmuls in Triton's own CPU interpreter (`triton_on_cpu`)."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from triton.runtime import interpreter
 
 import jax_moe
 from interop.triton_launch import launch_torch
-from jax_moe import DEEPSEEK_V3, GroupPlan, MoEConfig, Quantized
-from pallas_kernels.triton import down_projection, group_quant, routing, unpermute, up_projection
-from pallas_kernels.triton import plan as plan_kernels
-from pallas_kernels.triton.grouped_matmul import MatmulConfig
-from tests import numpy_oracle
-from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced
+from jax_moe import DEEPSEEK_V3, GroupPlan, MoEConfig
+from pallas_kernels.triton import group_quant, routing
+from tests import numpy_oracle, triton_on_cpu
+from tests.moe_inputs import bits
+from tests.triton_on_cpu import plan_of, run, to_torch
 
-# The interpreter computes with NumPy, which remarks on every infinity.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = triton_on_cpu.QUIET
+mended_interpreter = triton_on_cpu.mended_interpreter
 
 TINY = float(np.finfo(np.float32).tiny)
-_NUMPY_TYPES = {
-    "fp8e4nv": ml_dtypes.float8_e4m3fn,
-    "bf16": ml_dtypes.bfloat16,
-    "fp16": np.float16,
-    "fp32": np.float32,
-}
-
-
-@pytest.fixture(autouse=True)
-def _mended_interpreter(monkeypatch):
-    """Two faults of Triton 3.6's interpreter: rounding that loses the carry, old NumPy scalars."""
-
-    def convert(data, source, target, _rounding_mode):
-        values = data.view(_NUMPY_TYPES[source.name]).astype(np.float32)
-        return values.astype(_NUMPY_TYPES[target.name]).view(f"u{target.primitive_bitwidth // 8}")
-
-    original = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
-
-
-def to_torch(array):
-    array = np.ascontiguousarray(array)
-    name = array.dtype.name
-    if name in ("float8_e4m3fn", "bfloat16"):
-        return torch.from_numpy(bits(array).copy()).view(getattr(torch, name))
-    return torch.from_numpy(array.copy())
-
-
-def to_numpy(tensor):
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name in ("float8_e4m3fn", "bfloat16"):
-        raw = tensor.view(torch.uint8 if name == "float8_e4m3fn" else torch.uint16)
-        return raw.numpy().view(getattr(ml_dtypes, name))
-    return tensor.numpy()
-
-
-def run(launch):
-    return [to_numpy(out) for out in launch_torch(launch)]
-
-
 # ---- quantization ----
 
 
@@ -101,6 +48,23 @@ def test_quantize_at_the_edges(scale_format):
     np.testing.assert_array_equal(bits(values[finite]), bits(expected_values))
     dequantized = values.astype(np.float32) * scales.T
     assert np.isnan(dequantized[len(edges) :]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_quantize_to_f16_equals_the_plain_backend_to_the_bit(dtype):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((35, 256)) * 10.0 ** rng.integers(-37, 38, (35, 1))
+    x = x.astype(np.float32)
+    x[0], x[1, 5], x[2, 7], x[3, 9] = 0, np.inf, np.nan, -np.inf
+    x[4, 3], x[5, 200] = np.finfo(np.float32).max, -np.finfo(np.float32).max
+    x[6, ::2], x[7, ::2] = TINY, TINY / 2
+    x = x.astype(dtype)
+    values, scales = run(group_quant.launch(to_torch(x), precision="high"))
+    expected = jax_moe.quantize(x, precision="high", backend="xla")
+    np.testing.assert_array_equal(bits(scales), bits(expected.scales))
+    is_nan = np.isnan(np.asarray(expected.values, np.float32))
+    np.testing.assert_array_equal(np.isnan(values), is_nan)
+    np.testing.assert_array_equal(bits(values)[~is_nan], bits(expected.values)[~is_nan])
 
 
 # ---- routing ----
@@ -157,15 +121,6 @@ def test_other_routers_equal_the_plain_backend(num_experts, has_bias, config):
 
 
 # ---- group plan ----
-
-
-def plan_of(topk_ids, offset, num_local_experts, num_experts, block_m):
-    sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
-    arrays = (to_torch(topk_ids), torch.tensor(offset, dtype=torch.int32))
-    counts = None
-    if not plan_kernels.is_counted_by_all(*topk_ids.shape):
-        (counts,) = launch_torch(plan_kernels.count_launch(*arrays, **sizes))
-    return GroupPlan(*run(plan_kernels.plan_launch(*arrays, counts, block_m=block_m, **sizes)))
 
 
 def expected_plan(topk_ids, offset, num_local_experts, block_m, rows):
@@ -231,140 +186,6 @@ def test_plan_of_one_expert_that_takes_all_and_of_none(num_tokens, expert):
         expected = expected_plan(topk_ids, offset, 32, 16, len(found.row_token))
         for name, a, b in zip(GroupPlan._fields, found, expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
-
-
-# ---- matmuls and unpermute ----
-
-
-def layer(inputs, config, tiling, num_sms=2, **epilogue):
-    """The stages one after the other, and what came out of each."""
-    x, x_scale, w13, s13, w2, s2 = (
-        to_torch(a) for a in (inputs.hidden_states, inputs.hidden_states_scale, *inputs.weights)
-    )
-    ids, weights = route(
-        inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, config
-    )
-    plan = plan_of(
-        ids, inputs.local_expert_offset, len(w13), inputs.routing_logits.shape[1], tiling.block_m
-    )
-    tiles = (to_torch(plan.tile_expert), to_torch(plan.num_tiles))
-    limits = {"config": tiling, "num_sms": num_sms}
-    up = launch_torch(
-        up_projection.launch(
-            x, x_scale, w13, s13, to_torch(plan.row_token), *tiles, **limits, **epilogue
-        )
-    )
-    (down,) = launch_torch(down_projection.launch(*up, w2, s2, *tiles, **limits))
-    (out,) = run(unpermute.launch(down, to_torch(weights), to_torch(plan.pair_row)))
-    return plan, [to_numpy(a) for a in up], to_numpy(down), out
-
-
-@pytest.mark.parametrize(
-    ("tiling", "hidden_size", "intermediate_size", "epilogue"),
-    [
-        (MatmulConfig(16), 384, 256, {}),
-        (MatmulConfig(16, swap_ab=True), 384, 256, {"swiglu_limit": 0.75}),
-        (MatmulConfig(32, programs_per_sm=1, swap_ab=True), 256, 128, {"scale_format": "ue8m0"}),
-    ],
-)
-def test_stages_equal_the_plain_backend(tiling, hidden_size, intermediate_size, epilogue):
-    inputs = make_inputs(
-        21, num_experts=32, num_local_experts=4, hidden_size=hidden_size,
-        intermediate_size=intermediate_size, offset=8,
-    )  # fmt: skip
-    plan, up, down, out = layer(inputs, SMALL, tiling, **epilogue)
-    on_jax = GroupPlan(*map(jnp.asarray, plan))
-    live = plan.row_token >= 0
-    expected = jax_moe.up_project(
-        inputs.hidden_states,
-        inputs.hidden_states_scale,
-        inputs.weights.gemm1_weights,
-        inputs.weights.gemm1_weights_scale,
-        on_jax,
-        backend="xla",
-        **epilogue,
-    )
-    assert relative_error(up[1][:, live], np.asarray(expected.scales)[:, live]) < 1e-5
-    dequantized, expected_dequantized = (
-        q.values.astype(np.float32) * np.repeat(np.asarray(q.scales).T, 128, axis=1)
-        for q in (Quantized(*up), Quantized(*map(np.asarray, expected)))
-    )
-    assert relative_error(dequantized[live], expected_dequantized[live]) < 1e-3
-    up = Quantized(*map(jnp.asarray, up))
-    expected = np.asarray(
-        jax_moe.down_project(
-            up,
-            inputs.weights.gemm2_weights,
-            inputs.weights.gemm2_weights_scale,
-            on_jax,
-            backend="xla",
-        ),
-        np.float32,
-    )
-    assert relative_error(down[live].astype(np.float32), expected[live]) < 4e-3
-    expected = jax_moe.apply(*inputs.arguments, config=SMALL, backend="xla", **epilogue)
-    assert relative_error(out, expected) < 4e-3
-    assert not bits(out)[(plan.pair_row < 0).all(axis=1)].any()
-
-
-@pytest.mark.parametrize("swap_ab", [False, True])
-def test_distinct_scales_and_exact_values_are_exact(swap_ab):
-    """Powers of two per (row, block) and small integers: nothing rounds before the bf16 store."""
-    rng = np.random.default_rng(5)
-    rows, hidden_size, intermediate_size, experts = 32, 384, 256, 2
-    values = rng.integers(-2, 3, (rows, intermediate_size)).astype(ml_dtypes.float8_e4m3fn)
-    scales = np.exp2(rng.integers(-3, 4, (2, rows))).astype(np.float32) * rng.choice(
-        [-1, 1], (2, rows)
-    )
-    weights = np.zeros((experts, hidden_size, intermediate_size), np.float32)
-    weights[..., ::37] = rng.integers(-2, 3, weights[..., ::37].shape)
-    weights_scale = np.exp2(rng.integers(-2, 3, (experts, 3, 2))).astype(np.float32)
-    launch = down_projection.launch(
-        *map(to_torch, (values, scales.astype(np.float32))),
-        to_torch(weights.astype(ml_dtypes.float8_e4m3fn)),
-        to_torch(weights_scale),
-        to_torch(np.array([1, 0], np.int32)),
-        to_torch(np.array([2], np.int32)),
-        config=MatmulConfig(16, swap_ab=swap_ab),
-        num_sms=1,
-    )
-    (found,) = run(launch)
-    x = values.astype(np.float64) * np.repeat(scales.T, 128, axis=1)
-    w = weights * np.repeat(np.repeat(weights_scale, 128, axis=1), 128, axis=2)
-    expected = np.concatenate([x[:16] @ w[1].T, x[16:] @ w[0].T]).astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(bits(found), bits(expected))
-
-
-@pytest.mark.parametrize("epilogue", [{}, {"swiglu_limit": 0.75, "scale_format": "ue8m0"}])
-def test_nan_stays_with_its_token_and_its_expert(epilogue):
-    inputs = make_inputs(
-        13, num_experts=16, num_local_experts=4, hidden_size=128, intermediate_size=128, offset=4
-    )
-    clean_plan, _, _, clean = layer(inputs, SMALL, MatmulConfig(16, swap_ab=True), **epilogue)
-    poisoned = replaced(
-        inputs,
-        hidden_states_scale=inputs.hidden_states_scale.copy(),
-        gemm1_weights_scale=inputs.weights.gemm1_weights_scale.copy(),
-    )
-    poisoned.hidden_states_scale[:, 0] = np.nan  # padding rows read token 0
-    poisoned.weights.gemm1_weights_scale[2] = np.nan
-    _, _, _, out = layer(poisoned, SMALL, MatmulConfig(16, swap_ab=True), **epilogue)
-    first, last = clean_plan.group_offsets[2:4]
-    reached = np.isin(np.arange(13), clean_plan.row_token[first:last]) | (np.arange(13) == 0)
-    local = (clean_plan.pair_row >= 0).any(axis=1)
-    assert np.isnan(out[reached & local].astype(np.float32)).all()
-    np.testing.assert_array_equal(bits(out)[~reached], bits(clean)[~reached])
-
-
-def test_combine_skips_what_is_not_local_and_takes_any_width():
-    outputs = np.random.default_rng(0).standard_normal((8, 384)).astype(ml_dtypes.bfloat16)
-    outputs[3] = np.nan
-    pair_row = np.array([[0, 7], [-1, 2], [-1, -1]], np.int32)
-    weights = np.array([[0.5, 2.0], [np.nan, 1.0], [np.inf, np.nan]], np.float32)
-    (found,) = run(unpermute.launch(*map(to_torch, (outputs, weights, pair_row))))
-    rows = outputs.astype(np.float32)
-    expected = np.stack([0.5 * rows[0] + 2 * rows[7], rows[2], 0 * rows[0]])
-    np.testing.assert_array_equal(bits(found), bits(expected.astype(ml_dtypes.bfloat16) + 0))
 
 
 def test_no_tokens_launch_nothing():

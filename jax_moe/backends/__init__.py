@@ -8,7 +8,7 @@ is a reason not to choose it, never an error of the others.
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -35,7 +35,7 @@ class Backend(Protocol):
     layer: Callable[..., Array] | None
     """All that follows the plan in one, where a backend does that otherwise than stage by stage.
 
-    Takes `RoutedInputs`, the `GroupPlan`, and the keywords of `up_project`.
+    Takes `RoutedInputs`, the `GroupPlan`, and the keywords of `up_project` and `unpermute`.
     """
 
     tiling_table: Callable[[int, int, int], object] | None
@@ -97,10 +97,17 @@ class Backend(Protocol):
     ) -> Array:
         """GEMM2; of f16 activations the result is f32, not bf16."""
 
-    def unpermute(self, expert_outputs: Array, topk_weights: Array, plan: GroupPlan) -> Array:
+    def unpermute(
+        self,
+        expert_outputs: Array,
+        topk_weights: Array,
+        plan: GroupPlan,
+        *,
+        output_dtype: str = "bfloat16",
+    ) -> Array:
         """Weighted sum per token; exact zeros where nothing is local.
 
-        A backend with "high" takes `output_dtype` as well: f32 for sums over several ranks.
+        The result is bf16, or f32 for sums over several ranks.
         """
 
     def workspace_bytes(
@@ -167,26 +174,16 @@ def select(name: str, device: Device) -> str:
     return name
 
 
-def require_defaults(name: str, **options: tuple[Any, Any]) -> None:
-    """Refuses options that a backend's kernels do not have.
-
-    Args:
-        name: The backend.
-        **options: By name, the value asked for and the one that the kernels have.
-
-    Raises:
-        NotImplementedError: One differs; names it.
-    """
-    for option, (value, only) in options.items():
-        if value != only:
-            raise NotImplementedError(
-                f"backend={name!r}: {option}={value!r} is not supported, only {only!r}"
-            )
-
-
 def precision_of(rows: Array) -> Precision:
-    """The precision that scaled activations (e4m3 or f16) or expert outputs (bf16 or f32) have."""
-    return "high" if rows.dtype in (jnp.float16, jnp.float32) else "fast"
+    """The precision that scaled activations, e4m3 or f16, have."""
+    return "high" if rows.dtype == jnp.float16 else "fast"
+
+
+def in_precision(rows: Quantized, precision: Precision) -> Quantized:
+    """The rows that an up-projection of that precision multiplies: e4m3 is exact in f16."""
+    if precision == "high":
+        return rows._replace(values=rows.values.astype(jnp.float16))
+    return rows
 
 
 def describe() -> str:

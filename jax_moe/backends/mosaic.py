@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.backends import precision_of
+from jax_moe.backends import in_precision, precision_of
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import interpret_params
 from jax_moe.numerics import scaled_f16
@@ -107,7 +107,7 @@ def up_project(
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     activations, _ = _up(
-        _rows(Quantized(hidden_states, hidden_states_scale), precision),
+        in_precision(Quantized(hidden_states, hidden_states_scale), precision),
         gemm1_weights,
         gemm1_weights_scale,
         plan,
@@ -132,7 +132,7 @@ def layer(
     expert meanwhile, and `unpermute` the other tokens only.
     """
     weights = inputs.weights
-    rows = _rows(inputs.rows, precision)
+    rows = in_precision(inputs.rows, precision)
     activations, zeroed = _up(
         rows,
         weights.gemm1_weights,
@@ -148,13 +148,6 @@ def layer(
     return unpermute(
         expert_outputs, inputs.routing.topk_weights, plan, zeroed, output_dtype=output_dtype
     )
-
-
-def _rows(rows: Quantized, precision: Precision) -> Quantized:
-    """What the up-projection takes: e4m3 is exact in f16."""
-    if precision == "high":
-        return rows._replace(values=rows.values.astype(jnp.float16))
-    return rows
 
 
 def _up(

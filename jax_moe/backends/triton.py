@@ -4,9 +4,9 @@ import importlib.util
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
+from jaxtyping import Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.backends import precision_of, require_defaults
+from jax_moe.backends import in_precision, precision_of
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import device_of
 from jax_moe.transforms import as_varying
@@ -22,6 +22,8 @@ NAME = "triton"
 KEEPS_LOWERED = False
 layer = None
 tiling_table = None
+
+_CHOOSE = {"fast": tilings.choose, "high": tilings.choose_widened}
 
 
 def unsupported_reason(platform: str, compute_capability: str | None) -> str | None:
@@ -55,9 +57,8 @@ def route(
 def quantize(
     x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", precision: Precision = "fast"
 ) -> Quantized:
-    """Rows to e4m3 with one scale per 128 columns; see `jax_moe.quantize`."""
-    _require_fast(precision)
-    return Quantized(*_run(group_quant.launch(x, scale_format)))
+    """Rows to e4m3 or f16 with one scale per 128 columns; see `jax_moe.quantize`."""
+    return Quantized(*_run(group_quant.launch(x, scale_format, precision)))
 
 
 def plan_groups(
@@ -70,13 +71,14 @@ def plan_groups(
     precision: Precision = "fast",
 ) -> GroupPlan:
     """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
-    _require_fast(precision)
     num_tokens = topk_ids.shape[0]
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     counts = None
     if not plan_kernels.is_counted_by_all(num_tokens, topk_ids.shape[1]):
         (counts,) = _run(plan_kernels.count_launch(topk_ids, local_expert_offset, **sizes))
     block_m = tilings.block_m(expected_rows, _capability())
+    if precision == "high":
+        block_m = min(block_m, tilings.MAX_WIDENED_BLOCK_M)
     return GroupPlan(
         *_run(
             plan_kernels.plan_launch(
@@ -87,7 +89,7 @@ def plan_groups(
 
 
 def up_project(
-    hidden_states: Float8e4m3fn[Array, "T H"],
+    hidden_states: Float[Array, "T H"],
     hidden_states_scale: Float32[Array, "H//128 T"],
     gemm1_weights: Float8e4m3fn[Array, "E_local 2*I H"],
     gemm1_weights_scale: Float32[Array, "E_local 2*I//128 H//128"],
@@ -98,15 +100,13 @@ def up_project(
     precision: Precision = "fast",
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
-    _require_fast(precision)
     num_local_experts, columns, hidden_size = gemm1_weights.shape
     sizes = (hidden_size, columns // 2, num_local_experts)
-    tiling = tilings.choose(plan.block_m, _capability(), *sizes)
+    tiling = _CHOOSE[precision](plan.block_m, _capability(), *sizes)
     return Quantized(
         *_run(
             up_projection.launch(
-                hidden_states,
-                hidden_states_scale,
+                *in_precision(Quantized(hidden_states, hidden_states_scale), precision),
                 gemm1_weights,
                 gemm1_weights_scale,
                 plan.row_token,
@@ -126,12 +126,11 @@ def down_project(
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
-) -> BFloat16[Array, "M H"]:
-    """GEMM2, one bf16 row per pair; see `jax_moe.down_project`."""
-    _require_fast(precision_of(activations.values))
+) -> Float[Array, "M H"]:
+    """GEMM2, one row per pair, bf16 or f32; see `jax_moe.down_project`."""
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
     sizes = (hidden_size, intermediate_size, num_local_experts)
-    tiling = tilings.choose(plan.block_m, _capability(), *sizes)
+    tiling = _CHOOSE[precision_of(activations.values)](plan.block_m, _capability(), *sizes)
     (expert_outputs,) = _run(
         down_projection.launch(
             *activations,
@@ -147,13 +146,15 @@ def down_project(
 
 
 def unpermute(
-    expert_outputs: BFloat16[Array, "M H"],
+    expert_outputs: Float[Array, "M H"],
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
-) -> BFloat16[Array, "T H"]:
+    *,
+    output_dtype: str = "bfloat16",
+) -> Float[Array, "T H"]:
     """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`."""
-    _require_fast(precision_of(expert_outputs))
-    (output,) = _run(unpermute_kernel.launch(expert_outputs, topk_weights, plan.pair_row))
+    rows = (expert_outputs, topk_weights, plan.pair_row)
+    (output,) = _run(unpermute_kernel.launch(*rows, output_dtype=output_dtype))
     return output
 
 
@@ -166,18 +167,14 @@ def workspace_bytes(
     precision: Precision = "fast",
 ) -> int:
     """Bound on the temporary memory; see `jax_moe.workspace_bytes`."""
-    _require_fast(precision)
+    wider = 2 if precision == "high" else 1
     bounds = []
     for block_m in tilings.BLOCK_MS:
         rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
-        activations = rows * (intermediate_size + 4 * intermediate_size // QUANT_BLOCK)
-        bounds.append(activations + rows * (2 * hidden_size + 8))
-    tokens = num_tokens * (hidden_size + 4 * hidden_size // QUANT_BLOCK + 16 * top_k)
+        activations = rows * (wider * intermediate_size + 4 * intermediate_size // QUANT_BLOCK)
+        bounds.append(activations + rows * (2 * wider * hidden_size + 8))
+    tokens = num_tokens * (wider * hidden_size + 4 * hidden_size // QUANT_BLOCK + 16 * top_k)
     return max(bounds) + tokens + (1 << 20)
-
-
-def _require_fast(precision: Precision) -> None:
-    require_defaults(NAME, precision=(precision, "fast"))
 
 
 def _run(launch: Launch) -> list[Array]:

@@ -1,4 +1,4 @@
-"""Down-projection: GEMM2, one bf16 row per (token, expert) pair."""
+"""Down-projection: GEMM2, one row per (token, expert) pair."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv
-from pallas_kernels.triton.grouped_matmul import BLOCK, MatmulConfig, multiply_pair
+from pallas_kernels.triton.grouped_matmul import BLOCK, MatmulConfig, is_widened, multiply_pair
 from pallas_kernels.triton.launch import Launch
 
 
@@ -43,8 +43,8 @@ def _down_tile(
         SWAP_AB,
     )
     out = output + rows[:, None] * N + block * BLOCK + lanes[None, :]
-    tl.store(out, left_acc.to(tl.bfloat16))
-    tl.store(out + to_next * BLOCK, right_acc.to(tl.bfloat16))
+    tl.store(out, left_acc.to(output.dtype.element_ty))
+    tl.store(out + to_next * BLOCK, right_acc.to(output.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -84,10 +84,10 @@ def launch(
     config: MatmulConfig,
     num_sms: int,
 ) -> Launch:
-    """The launch that makes bf16[M,H]; padding rows hold anything.
+    """The launch that makes bf16[M,H], of f16 values f32[M,H]; padding rows hold anything.
 
     Args:
-        values: e4m3[M,I].
+        values: e4m3 or f16[M,I].
         scales: f32[I/128,M].
         gemm2_weights: e4m3[E_local,H,I].
         gemm2_weights_scale: f32[E_local,H/128,I/128].
@@ -99,11 +99,12 @@ def launch(
     rows, intermediate = values.shape
     hidden_size = gemm2_weights.shape[1]
     column_tiles = cdiv(hidden_size, 2 * QUANT_BLOCK)
+    dtype = jnp.float32 if is_widened(values) else jnp.bfloat16
     return Launch(
         kernel=down_projection_kernel,
         inputs=(values, scales, gemm2_weights, gemm2_weights_scale, tile_expert, num_tiles),
         scalars=(rows,),
-        outputs=(jax.ShapeDtypeStruct((rows, hidden_size), jnp.bfloat16),),
+        outputs=(jax.ShapeDtypeStruct((rows, hidden_size), dtype),),
         grid=config.grid(tile_expert.shape[0], column_tiles, num_sms),
         constants={
             "K": intermediate,

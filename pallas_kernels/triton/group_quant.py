@@ -1,4 +1,4 @@
-"""FP8 group quantization: rows to e4m3 with one f32 scale per 128 columns."""
+"""Group quantization: rows to e4m3, or to f16, with one f32 scale per 128 columns."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.shapes import QUANT_BLOCK, cdiv
+from pallas_kernels.shapes import F16_EXPONENT, QUANT_BLOCK, cdiv
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.types import ScaleFormat
+from pallas_kernels.types import Precision, ScaleFormat
 
 _BLOCK_R = 32
 _MAX_E4M3 = tl.constexpr(448.0)
@@ -19,27 +19,33 @@ _INFINITY_BITS = tl.constexpr(0x7F800000)
 _ONE_POWER = tl.constexpr(0x00800000)  # added to the bits of a float, doubles it
 _ROUND_UP = tl.constexpr(0x001FFFFF)  # carries where the mantissa is above that of 448 = 1.75 * 2^8
 _TWICE_ONE_BITS = tl.constexpr(0x7F000000)  # less the bits of 2^n: those of 2^-n
+_F16_EXPONENT = tl.constexpr(F16_EXPONENT)
+_LARGEST_F16 = tl.constexpr(2.0 ** (F16_EXPONENT + 1) - 16)  # the largest below 2^15
 
 
 @triton.jit
-def quantize_tile(x, POWERS_OF_TWO: tl.constexpr):
-    """f32[R,128] to e4m3[R,128] and f32[R], to the bit as every other backend does it.
+def quantize_tile(x, POWERS_OF_TWO: tl.constexpr, dtype: tl.constexpr):
+    """f32[R,128] to dtype[R,128], e4m3 or f16, and f32[R], to the bit as every other backend.
 
     Magnitudes are compared as integers: that orders NaN above infinity, so a NaN reaches its scale.
-    With POWERS_OF_TWO, products with the reciprocals of scales are exact and at most 448.
+    With POWERS_OF_TWO, products with the reciprocals of scales are exact and at most 448. Those of
+    f16 are powers of two always.
     """
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     x = tl.where(magnitude < _SMALLEST_NORMAL_BITS, 0.0, x)
     amax = tl.maximum(tl.max(magnitude, axis=1), _FLOOR_BITS)
-    if POWERS_OF_TWO:
+    if dtype == tl.float16:
+        values, scales = _scaled(x, amax)
+    elif POWERS_OF_TWO:
         scales, inverses = _power_of_two_scales(amax)
-        return (x * inverses[:, None]).to(tl.float8e4nv), scales
-    scales = tl.div_rn(amax.to(tl.float32, bitcast=True), _MAX_E4M3)
-    values = tl.div_rn(x, scales[:, None])
-    # Not `tl.clamp`, which would turn NaN into a bound.
-    values = tl.where(values > _MAX_E4M3, _MAX_E4M3, values)
-    values = tl.where(values < -_MAX_E4M3, -_MAX_E4M3, values)
-    return values.to(tl.float8e4nv), scales
+        values = x * inverses[:, None]
+    else:
+        scales = tl.div_rn(amax.to(tl.float32, bitcast=True), _MAX_E4M3)
+        values = tl.div_rn(x, scales[:, None])
+        # Not `tl.clamp`, which would turn NaN into a bound.
+        values = tl.where(values > _MAX_E4M3, _MAX_E4M3, values)
+        values = tl.where(values < -_MAX_E4M3, -_MAX_E4M3, values)
+    return values.to(dtype), scales
 
 
 @triton.jit
@@ -54,6 +60,20 @@ def _power_of_two_scales(amax):
     inverses = tl.maximum(_TWICE_ONE_BITS - powers, 0)
     inverses = tl.where(amax > _INFINITY_BITS, amax, inverses)
     return powers.to(tl.float32, bitcast=True), inverses.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scaled(x, amax):
+    """Of the bits of amax, i32[R]: `x` over powers of two, below 2^15, and these, f32[R]."""
+    powers = (amax & -_ONE_POWER) - _F16_EXPONENT * _ONE_POWER
+    powers = tl.maximum(powers, _ONE_POWER)
+    inverses = (-powers + _TWICE_ONE_BITS).to(tl.float32, bitcast=True)
+    scaled = x * inverses[:, None]
+    # Rounded up to 2^15, the largest float32 would dequantize to infinity. NaN stays.
+    values = tl.where(scaled > _LARGEST_F16, _LARGEST_F16, scaled)
+    values = tl.where(scaled < -_LARGEST_F16, -_LARGEST_F16, values)
+    values = tl.where(tl.abs(x) == float("inf"), x, values)
+    return values, powers.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -73,17 +93,18 @@ def group_quant_kernel(
     live = rows < num_rows
     elements = rows.to(tl.int64)[:, None] * C + columns[None, :]
     tile = tl.load(x + elements, mask=live[:, None], other=0.0).to(tl.float32)
-    tile_values, tile_scales = quantize_tile(tile, POWERS_OF_TWO)
+    tile_values, tile_scales = quantize_tile(tile, POWERS_OF_TWO, values.dtype.element_ty)
     tl.store(values + elements, tile_values, mask=live[:, None])
     tl.store(scales + tl.program_id(1).to(tl.int64) * num_rows + rows, tile_scales, mask=live)
 
 
-def launch(x: Any, scale_format: ScaleFormat = "f32") -> Launch:
+def launch(x: Any, scale_format: ScaleFormat = "f32", precision: Precision = "fast") -> Launch:
     """The launch that quantizes bf16, f16 or f32[R,C] to e4m3[R,C] and f32[C/128,R].
 
     Args:
         x: The rows.
         scale_format: Of the scales; "ue8m0" rounds them up to powers of two.
+        precision: With "high", values are f16, and scales powers of two in any format.
     """
     rows, columns = x.shape
     blocks = columns // QUANT_BLOCK
@@ -92,7 +113,9 @@ def launch(x: Any, scale_format: ScaleFormat = "f32") -> Launch:
         inputs=(x,),
         scalars=(rows,),
         outputs=(
-            jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct(
+                (rows, columns), jnp.float16 if precision == "high" else jnp.float8_e4m3fn
+            ),
             jax.ShapeDtypeStruct((blocks, rows), jnp.float32),
         ),
         grid=(cdiv(rows, _BLOCK_R), blocks),

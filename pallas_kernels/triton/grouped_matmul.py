@@ -7,9 +7,13 @@ activations, as one tile of 256 columns would, yet only one of them has a partia
 `wgmma` takes 64 rows of its first operand and as few as 8 of its second, so tiles of fewer than
 64 rows put the weights first ("swap AB"). With the activations first, Triton 3.6 has no FP8
 instruction for them on sm_90 and sm_100, and multiplies in f16.
+
+Rows of f16 (`precision="high"`) have the weights first at any width: they are widened to f16, which
+is exact, in registers, and that is where `wgmma` may take its first operand from.
 """
 
 import dataclasses
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -20,9 +24,15 @@ BLOCK = tl.constexpr(QUANT_BLOCK)
 _TILE_N = 2 * QUANT_BLOCK
 
 
+def is_widened(rows: Any) -> bool:
+    """Whether rows, an array of any framework, have 16 bits."""
+    return rows.dtype.itemsize == 2
+
+
 @triton.jit
 def _dot(x, w, SWAP_AB: tl.constexpr):
-    """`x @ w.T` of e4m3[M,K] and e4m3[N,K], in f32."""
+    """`x @ w.T` of e4m3 or f16[M,K] and e4m3[N,K], in f32."""
+    w = w.to(x.dtype)
     if SWAP_AB:
         # On Hopper neither transposition moves data: they rename layouts.
         return tl.dot(w, x.T).T
@@ -39,7 +49,7 @@ def multiply_pair(
     The FP8 tensor cores of Hopper accumulate with few bits (deepseek-ai/DeepGEMM, "promotion").
 
     Args:
-        x: Pointers to e4m3[BLOCK_M,128], the first block of K.
+        x: Pointers to e4m3 or f16[BLOCK_M,128], the first block of K.
         x_scales: Pointers to f32[BLOCK_M].
         x_scales_stride: From the scales of one block of K to those of the next.
         w0: Pointers to e4m3[128,128], the first block of K.
@@ -106,17 +116,20 @@ class MatmulConfig:
                     f"{name}: expected one of {list(allowed)}, got {getattr(self, name)}"
                 )
 
-    def smem_bytes(self, *, matmul_reads_smem: bool) -> int:
-        """Shared memory that the pipeline takes.
+    def smem_bytes(self, *, matmul_reads_smem: bool, widened: bool = False) -> int:
+        """Shared memory that the pipeline takes, at most.
 
         Args:
             matmul_reads_smem: Whether the GPU's matrix instruction can read from shared memory
                 (wgmma, tcgen05); one of fewer than 64 rows cannot.
+            widened: Whether rows have 16 bits.
         """
         # It reads a tile while the next ones arrive; other instructions copy the tile first.
         reads_smem = matmul_reads_smem and (self.swap_ab or self.block_m >= 64)
-        buffers = self.num_stages if reads_smem else self.num_stages - 1
-        return buffers * (self.block_m + _TILE_N) * QUANT_BLOCK
+        copied, read = self.num_stages - 1, self.num_stages
+        rows = (read if reads_smem else copied) * self.block_m * (2 if widened else 1)
+        weights = (read if reads_smem and not widened else copied) * _TILE_N
+        return (rows + weights) * QUANT_BLOCK
 
     def grid(self, row_tiles: int, column_tiles: int, num_sms: int) -> tuple[int]:
         """Programs for the worst case of `row_tiles`."""

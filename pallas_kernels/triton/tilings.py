@@ -6,6 +6,7 @@ The tables are data (`pallas_kernels.tuning`): one that the user measured on thi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -34,6 +35,11 @@ class Generation(NamedTuple):
     matmul_reads_smem: bool
     barrier_bytes: int = 0
 
+    def smem_needed(self, config: MatmulConfig, *, widened: bool = False) -> int:
+        """Shared memory that a program needs at most; `widened` is whether rows have 16 bits."""
+        pipeline = config.smem_bytes(matmul_reads_smem=self.matmul_reads_smem, widened=widened)
+        return pipeline + self.barrier_bytes
+
 
 # Tiles of 128 rows have 2 x 128 x 128 partial sums in the registers of 8 warps. Triton 3.6 compiles
 # them without spills for Hopper only, and of more warps it makes f16 instructions.
@@ -53,6 +59,9 @@ OLDEST = min(GENERATIONS)
 
 BLOCK_MS = _ALL
 """All that `block_m` can return, on any GPU."""
+
+MAX_WIDENED_BLOCK_M = 64
+"""Rows of the largest tile of 16-bit rows: its weights take registers of their own."""
 
 
 def block_m(expected_rows: float, compute_capability: int) -> int:
@@ -93,6 +102,54 @@ def choose(
     return chosen(compute_capability, sizes).table[block_m]
 
 
+def choose_widened(
+    block_m: int,
+    compute_capability: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_local_experts: int,
+) -> Pair[MatmulConfig]:
+    """Tilings of both projections for rows of 16 bits: those of FP8 rows, as far as they fit.
+
+    Args:
+        block_m: Of the plan, at most `MAX_WIDENED_BLOCK_M`.
+        compute_capability: 90 for Hopper.
+        hidden_size: H.
+        intermediate_size: I.
+        num_local_experts: E_local.
+
+    Raises:
+        ValueError: The plan was made for FP8 rows.
+    """
+    if block_m > MAX_WIDENED_BLOCK_M:
+        raise ValueError(
+            f'plan: expected one of plan_groups(precision="high"), of tiles of up to '
+            f"{MAX_WIDENED_BLOCK_M} rows, got {block_m}"
+        )
+    sizes = (hidden_size, intermediate_size, num_local_experts)
+    pair = choose(block_m, compute_capability, *sizes)
+    return Pair(*(widened(config, compute_capability) for config in pair))
+
+
+def widened(config: MatmulConfig, compute_capability: int) -> MatmulConfig:
+    """The tiling of FP8 rows for 16-bit ones, with the stages that fit.
+
+    Weights are first, in the registers of 8 warps. These fill an SM, so programs that would share
+    it pool their stages.
+    """
+    has = GENERATIONS[generation(compute_capability)]
+    most = min(config.num_stages * max(config.programs_per_sm, 1), 8)
+    deep = dataclasses.replace(
+        config,
+        num_warps=8,
+        num_stages=most,
+        programs_per_sm=min(config.programs_per_sm, 1),
+        swap_ab=True,
+    )
+    fewer = (dataclasses.replace(deep, num_stages=stages) for stages in range(most, 0, -1))
+    return next(one for one in fewer if has.smem_needed(one, widened=True) <= has.smem_bytes)
+
+
 def chosen(compute_capability: int, sizes: Sizes) -> Chosen[MatmulConfig]:
     """The table in use for a rank, and whether it is a shipped one."""
     number = generation(compute_capability)
@@ -128,7 +185,7 @@ def kernels(known_capability: int) -> Kernels[MatmulConfig]:
     has = GENERATIONS[known_capability]
 
     def check(role: str, config: MatmulConfig, sizes: Sizes) -> None:
-        needed = config.smem_bytes(matmul_reads_smem=has.matmul_reads_smem) + has.barrier_bytes
+        needed = has.smem_needed(config)
         if needed > has.smem_bytes:
             raise ValueError(f"needs {needed} bytes of shared memory of {has.smem_bytes}")
 

@@ -34,16 +34,19 @@ def unpermute_kernel(
         local = (columns < H) & (row >= 0)
         values = tl.load(expert_outputs + row.to(tl.int64) * H + columns, mask=local, other=0.0)
         total += tl.where(local, values.to(tl.float32) * weight, 0.0)
-    tl.store(output + token * H + columns, total.to(tl.bfloat16), mask=columns < H)
+    tl.store(output + token * H + columns, total.to(output.dtype.element_ty), mask=columns < H)
 
 
-def launch(expert_outputs: Any, topk_weights: Any, pair_row: Any) -> Launch:
-    """The launch that adds bf16[M,H] rows to bf16[T,H].
+def launch(
+    expert_outputs: Any, topk_weights: Any, pair_row: Any, *, output_dtype: str = "bfloat16"
+) -> Launch:
+    """The launch that adds bf16 or f32[M,H] rows to [T,H].
 
     Args:
-        expert_outputs: bf16[M,H].
+        expert_outputs: bf16 or f32[M,H].
         topk_weights: f32[T,k].
         pair_row: i32[T,k], the row of each pair; -1 where it is not local.
+        output_dtype: Of the result: "bfloat16", or "float32" for sums over several ranks.
     """
     num_tokens, top_k = pair_row.shape
     hidden_size = expert_outputs.shape[1]
@@ -52,7 +55,7 @@ def launch(expert_outputs: Any, topk_weights: Any, pair_row: Any) -> Launch:
         kernel=unpermute_kernel,
         inputs=(expert_outputs, topk_weights, pair_row),
         scalars=(),
-        outputs=(jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16),),
+        outputs=(jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.dtype(output_dtype)),),
         grid=(num_tokens, cdiv(hidden_size, block_h)),
         constants={"H": hidden_size, "TOP_K": top_k, "BLOCK_H": block_h},
     )

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.triton.group_quant import quantize_tile
-from pallas_kernels.triton.grouped_matmul import BLOCK, MatmulConfig, multiply_pair
+from pallas_kernels.triton.grouped_matmul import BLOCK, MatmulConfig, is_widened, multiply_pair
 from pallas_kernels.triton.launch import Launch
 from pallas_kernels.types import ScaleFormat
 
@@ -53,7 +53,7 @@ def _up_tile(
         linear = tl.maximum(linear, -SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
     # exp(-x) = inf makes this -0, never inf * 0.
     activation = gated / (1 + tl.exp(-gated)) * linear
-    tile_values, tile_scales = quantize_tile(activation, POWERS_OF_TWO)
+    tile_values, tile_scales = quantize_tile(activation, POWERS_OF_TWO, values.dtype.element_ty)
     out = values + first_row * N + column_tile * BLOCK + (rows[:, None] * N + lanes[None, :])
     tl.store(out, tile_values)
     tl.store(scales + tl.cast(column_tile, tl.int64) * num_rows + first_row + rows, tile_scales)
@@ -107,7 +107,7 @@ def launch(
     """The launch that makes e4m3[M,I] and f32[I/128,M]; padding rows hold anything.
 
     Args:
-        hidden_states: e4m3[T,H].
+        hidden_states: e4m3[T,H], or f16[T,H] for activations in f16[M,I].
         hidden_states_scale: f32[H/128,T].
         gemm1_weights: e4m3[E_local,2*I,H], up half first.
         gemm1_weights_scale: f32[E_local,2*I/128,H/128].
@@ -118,7 +118,8 @@ def launch(
         num_sms: Of the GPU.
         swiglu_limit: Cuts the gate off above it, and the up half on both sides; NaN stays. None for
             no clamp.
-        scale_format: Of the result's scales; "ue8m0" rounds them up to powers of two.
+        scale_format: Of the result's scales; "ue8m0" rounds them up to powers of two, which those
+            of f16 activations always are.
     """
     num_tokens, hidden_size = hidden_states.shape
     (rows,) = row_token.shape
@@ -137,7 +138,10 @@ def launch(
         ),
         scalars=(num_tokens, rows),
         outputs=(
-            jax.ShapeDtypeStruct((rows, intermediate), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct(
+                (rows, intermediate),
+                jnp.float16 if is_widened(hidden_states) else jnp.float8_e4m3fn,
+            ),
             jax.ShapeDtypeStruct((blocks, rows), jnp.float32),
         ),
         grid=config.grid(tile_expert.shape[0], blocks, num_sms),
