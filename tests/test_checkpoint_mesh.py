@@ -22,6 +22,7 @@ from tests.h100_target import h100_sharding
 from tests.hf_checkpoint import E4M3, make_checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
+LESS_OPTIMIZED = "--xla_backend_optimization_level=0"  # compiled in half of the time
 
 
 def test_each_process_of_a_mesh_reads_what_its_devices_hold(tmp_path):
@@ -31,7 +32,7 @@ def test_each_process_of_a_mesh_reads_what_its_devices_hold(tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{LESS_OPTIMIZED} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, str(ROOT / "tests/checkpoint_mesh.py"), str(tmp_path), port]
@@ -150,7 +151,7 @@ def test_the_examples_of_the_document_run(tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{LESS_OPTIMIZED} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
