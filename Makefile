@@ -22,10 +22,10 @@ bench: $(READY) ## the 19 workloads, checked and timed; ARGS="--workloads 1,901"
 	$(VENV_PYTHON) bench_main.py $(ARGS)
 
 test: $(READY) ## all tests that need no GPU and end within minutes; JAX=0.12.0.1: on another JAX
-	$(VENV_PYTHON) -m pytest -m "not gpu and not slow" -n $(WORKERS) $(ARGS)
+	$(VENV_PYTHON) -m pytest -m "not gpu and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(READY) ## tests that need no GPU and take minutes each
-	$(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) $(ARGS)
+	$(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-gpu: ## the tests that need a GPU; a summary goes to RESULTS=folder
 	@tools/gpu_python.sh -m tools.gpu_tests $(RESULTS) $(ARGS)
