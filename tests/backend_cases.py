@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,11 @@ EVERYWHERE = [
     pytest.param("triton", marks=pytest.mark.gpu),
 ]
 """All backends: the plain one on the CPU, the kernels on a GPU."""
+
+
+def slow(*values: Any) -> Any:
+    """A row of parameters that `make test` leaves out: others take the same path."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @contextlib.contextmanager

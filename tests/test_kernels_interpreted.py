@@ -27,6 +27,7 @@ from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import numpy_oracle
+from tests.backend_cases import slow
 from tests.moe_inputs import bits
 from tests.test_plan import check_plan, draw_ids
 
@@ -109,7 +110,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("block_m", "tail_widths", "sizes"), SIZES)
-@pytest.mark.parametrize("hidden_size", [256, 384])
+@pytest.mark.parametrize("hidden_size", [slow(256), 384])
 def test_down_projection_is_exact(block_m, tail_widths, sizes, hidden_size):
     """Representable values and distinct scales: the bf16 result must be right to the bit."""
     rows, plan, live = grouped_rows(sizes, block_m, columns=256)
@@ -237,11 +238,12 @@ def test_group_quant_by_powers_of_two():
     ("num_tokens", "num_experts", "top_k", "n_group", "topk_group"),
     [
         (5, 256, 8, 8, 4),
-        (3, 32, 4, 4, 2),
+        slow(3, 32, 4, 4, 2),
         (6, 40, 3, 1, 1),
         (5, 256, 8, 4, 2),  # groups of two registers
         (3, 72, 3, 3, 2),  # groups that share a register
-        (5, 384, 8, 1, 1),  # from here on too many experts, groups or choices for registers
+        # From here on too many experts, groups or choices for registers.
+        slow(5, 384, 8, 1, 1),
         (4, 301, 10, 7, 3),
         (3, 1024, 16, 2, 1),  # groups that are read in steps
         (3, 128, 33, 1, 1),  # more choices than lanes
@@ -263,16 +265,25 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     np.testing.assert_allclose(topk_weights, expected.topk_weights, rtol=1e-6)
 
 
+ONE_LAUNCH, TWO_LAUNCHES = (10**6, 64), (0, 2)  # `_COUNTED_BY_ALL` and `_MAX_BLOCKS`
+
+
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "num_local_experts", "top_k", "offset", "block_m"),
+    (
+        "counted_by_all", "max_blocks",
+        "num_tokens", "num_experts", "num_local_experts", "top_k", "offset", "block_m",
+    ),
     [
-        (5, 32, 8, 4, 8, 16),
-        (70, 32, 8, 4, 24, 32),
-        (3, 600, 300, 3, 250, 16),  # more experts than threads
-        (290, 8, 5, 1, 0, 1),  # more words of tokens than are unrolled
+        (*ONE_LAUNCH, 5, 32, 8, 4, 8, 16),
+        slow(*TWO_LAUNCHES, 5, 32, 8, 4, 8, 16),
+        slow(*ONE_LAUNCH, 70, 32, 8, 4, 24, 32),
+        (*TWO_LAUNCHES, 70, 32, 8, 4, 24, 32),
+        (*ONE_LAUNCH, 3, 600, 300, 3, 250, 16),  # more experts than threads
+        (*TWO_LAUNCHES, 3, 600, 300, 3, 250, 16),
+        (*ONE_LAUNCH, 290, 8, 5, 1, 0, 1),  # more words of tokens than are unrolled
+        (*TWO_LAUNCHES, 290, 8, 5, 1, 0, 1),
     ],
-)
-@pytest.mark.parametrize(("counted_by_all", "max_blocks"), [(10**6, 64), (0, 2)])
+)  # fmt: skip
 def test_plan(
     num_tokens, num_experts, num_local_experts, top_k, offset, block_m, counted_by_all, max_blocks,
     monkeypatch,

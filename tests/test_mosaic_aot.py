@@ -15,6 +15,7 @@ from pallas_kernels.mosaic.hopper import zero_rows
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from tests import h100_target
+from tests.backend_cases import slow
 from tests.moe_inputs import rank_specs, replaced
 from tests.test_kernels_interpreted import grouped_rows, weights
 
@@ -72,7 +73,7 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dt
     assert report.temp_bytes <= bound <= 2.5e9
 
 
-@pytest.mark.parametrize("num_tokens", [1, pytest.param(14107, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_tokens", [1, slow(14107)])
 def test_kernels_share_nothing_that_they_write(num_tokens):
     """XLA plans two layers of one routing once; what their kernels count in stays their own."""
     sharding = h100_target.h100_sharding()
@@ -126,7 +127,7 @@ def test_work_without_a_warp_for_it_is_refused():
         up_projection(rows, plan, *weights(2, 256, 512), config=config, side_job=work)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16", slow("float16")])
 def test_the_quantizer_does_not_spill(dtype):
     def quantize(x):
         with jax_moe.assume_device("sm_90"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -11,12 +12,19 @@ import pytest
 
 import jax_moe
 from pallas_kernels.shapes import cdiv, max_rows
-from tests.backend_cases import EVERYWHERE, running
+from tests.backend_cases import EVERYWHERE, running, slow
 
 
 def draw_ids(num_tokens, num_experts, top_k, seed=0):
     scores = np.random.default_rng(seed).random((num_tokens, num_experts))
     return np.argsort(scores, axis=1)[:, :top_k].astype(np.int32)
+
+
+@functools.cache
+def traced_plan(backend, num_local_experts, num_experts):
+    """A program whose offset is known to the GPU alone."""
+    sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
+    return jax.jit(lambda ids, offset: jax_moe.plan_groups(ids, offset, **sizes, backend=backend))
 
 
 def make_plan(case, ids, offset, num_local_experts, num_experts):
@@ -64,11 +72,17 @@ def check_plan(plan, ids, offset, num_local_experts, num_experts):
     assert (plan.pair_row[~is_local] == -1).all()
 
 
+SIZES = [(32, 8, 4, 8), (32, 32, 4, 0), (16, 1, 2, 15), (256, 32, 8, 96), (7, 3, 7, 2)]
+
+
 @pytest.mark.parametrize("case", EVERYWHERE)
-@pytest.mark.parametrize("num_tokens", [1, 7, 62, 257])
 @pytest.mark.parametrize(
-    ("num_experts", "num_local_experts", "top_k", "offset"),
-    [(32, 8, 4, 8), (32, 32, 4, 0), (16, 1, 2, 15), (256, 32, 8, 96), (7, 3, 7, 2)],
+    ("num_tokens", "num_experts", "num_local_experts", "top_k", "offset"),
+    [
+        *((num_tokens, *SIZES[0]) for num_tokens in (1, 7, 62, 257)),
+        *((62, *sizes) for sizes in SIZES[1:]),
+        *(slow(num_tokens, *sizes) for sizes in SIZES[1:] for num_tokens in (1, 7, 257)),
+    ],
 )
 def test_plan(case, num_tokens, num_experts, num_local_experts, top_k, offset):
     ids = draw_ids(num_tokens, num_experts, top_k)
@@ -77,10 +91,16 @@ def test_plan(case, num_tokens, num_experts, num_local_experts, top_k, offset):
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
-@pytest.mark.parametrize("num_tokens", [1, 600])
 @pytest.mark.parametrize(
-    ("num_experts", "num_local_experts", "top_k", "offset"),
-    [(384, 48, 8, 336), (512, 300, 10, 200), (512, 512, 16, 0)],
+    ("num_tokens", "num_experts", "num_local_experts", "top_k", "offset"),
+    [
+        (600, 384, 48, 8, 336),
+        (600, 512, 300, 10, 200),
+        (1, 512, 512, 16, 0),
+        slow(1, 384, 48, 8, 336),
+        slow(1, 512, 300, 10, 200),
+        slow(600, 512, 512, 16, 0),
+    ],
 )
 def test_many_experts(case, num_tokens, num_experts, num_local_experts, top_k, offset):
     ids = draw_ids(num_tokens, num_experts, top_k)
@@ -121,11 +141,7 @@ def test_traced_offset_out_of_range_skips_what_is_no_expert(case, offset):
     ids = draw_ids(40, 16, 4)
     ids[::5] = -1
     with running(case) as backend:
-        plan = jax.jit(
-            lambda offset: jax_moe.plan_groups(
-                ids, offset, num_local_experts=8, num_experts=16, backend=backend
-            )
-        )(jnp.int32(offset))
+        plan = traced_plan(backend, 8, 16)(ids, jnp.int32(offset))
     check_plan(jax.tree.map(np.asarray, plan), ids, offset, 8, 16)
 
 
@@ -133,11 +149,7 @@ def test_traced_offset_out_of_range_skips_what_is_no_expert(case, offset):
 def test_ids_from_num_experts_on_are_skipped_where_the_local_range_covers_them(case):
     ids = np.array([[14, 17], [16, 15]], np.int32)
     with running(case) as backend:
-        plan = jax.jit(
-            lambda offset: jax_moe.plan_groups(
-                ids, offset, num_local_experts=8, num_experts=16, backend=backend
-            )
-        )(jnp.int32(13))
+        plan = traced_plan(backend, 8, 16)(ids, jnp.int32(13))
     check_plan(jax.tree.map(np.asarray, plan), ids, 13, 8, 16)
     np.testing.assert_array_equal(plan.pair_row[:, 1] >= 0, [False, True])
     np.testing.assert_array_equal(plan.pair_row[:, 0] >= 0, [True, False])

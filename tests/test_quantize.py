@@ -8,7 +8,7 @@ import pytest
 
 import jax_moe
 from tests import numpy_oracle
-from tests.backend_cases import EVERYWHERE, running
+from tests.backend_cases import EVERYWHERE, running, slow
 from tests.moe_inputs import bits
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -25,8 +25,14 @@ def check(case: str, x: np.ndarray, scale_format: str = "f32") -> jax_moe.Quanti
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("rows", [1, 2, 7, 130])
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        *((np.float32, rows) for rows in (1, 2, 7, 130)),
+        *((dtype, rows) for dtype in (ml_dtypes.bfloat16, np.float16) for rows in (1, 130)),
+        *(slow(dtype, rows) for dtype in (ml_dtypes.bfloat16, np.float16) for rows in (2, 7)),
+    ],
+)
 def test_bits_equal_numpy(case, dtype, rows):
     x = np.random.default_rng(rows).standard_normal((rows, 384)).astype(dtype)
     check(case, x)

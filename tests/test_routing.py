@@ -10,7 +10,7 @@ import pytest
 import jax_moe
 from jax_moe import DEEPSEEK_V3, MoEConfig
 from tests import numpy_oracle
-from tests.backend_cases import EVERYWHERE, running
+from tests.backend_cases import EVERYWHERE, running, slow
 from tests.moe_inputs import SMALL, bits
 
 CONFIGS = [
@@ -50,8 +50,14 @@ def assert_valid(ids, num_experts):
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
-@pytest.mark.parametrize(("num_experts", "config"), CONFIGS)
-@pytest.mark.parametrize("num_tokens", [1, 67, 1009])
+@pytest.mark.parametrize(
+    ("num_experts", "config", "num_tokens"),
+    [
+        *((*row, 1009) for row in CONFIGS),
+        *((*CONFIGS[0], num_tokens) for num_tokens in (1, 67)),
+        *(slow(*row, num_tokens) for row in CONFIGS[1:] for num_tokens in (1, 67)),
+    ],
+)
 def test_against_float64(case, num_experts, config, num_tokens):
     logits, bias = draw(num_tokens, num_experts)
     ids, weights = route(case, logits, bias, config=config)
@@ -198,9 +204,9 @@ def test_other_scores_against_float64(case, scoring, has_bias):
     ("scoring", "has_bias", "num_experts", "groups"),
     [
         ("softmax", False, 72, (3, 2)),
-        pytest.param("softmax", True, 300, (1, 1), marks=pytest.mark.slow),
-        pytest.param("sigmoid", False, 288, (4, 2), marks=pytest.mark.slow),
-        pytest.param("sqrtsoftplus", True, 16, (4, 2), marks=pytest.mark.slow),
+        slow("softmax", True, 300, (1, 1)),
+        slow("sigmoid", False, 288, (4, 2)),
+        slow("sqrtsoftplus", True, 16, (4, 2)),
     ],
 )
 def test_the_interpreted_kernel_gives_the_ids_of_the_plain_backend(
