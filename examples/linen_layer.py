@@ -54,7 +54,7 @@ def main() -> jax.Array:
     """Initializes the block and runs it once."""
     block = MoEBlock(CONFIG)
     x = jax.random.normal(jax.random.key(0), (3, 5, CONFIG.hidden_size), jnp.bfloat16)
-    variables = block.init(jax.random.key(1), x)
+    variables = jax.jit(block.init)(jax.random.key(1), x)
     out = jax.jit(block.apply)(variables, x)
     print({kind: list(arrays) for kind, arrays in variables.items()}, out.shape, out.dtype)
     return out

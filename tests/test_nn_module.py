@@ -29,7 +29,7 @@ def test_it_is_the_pure_function_of_its_variables():
 
 
 def test_its_precision_is_that_of_the_function():
-    params, x = jax.tree.map(jnp.asarray, make()), hidden(15)
+    params, x = jax.tree.map(jnp.asarray, make()), hidden(3, 5)
     layer = nn.DeepSeekMoE.from_weights(CONFIG, params, backend="xla", precision="high")
     expected = jitted(precision="high")(params, x)
     np.testing.assert_array_equal(
