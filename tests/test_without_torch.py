@@ -1,4 +1,4 @@
-"""What the documents offer without PyTorch works where it cannot be imported."""
+"""What the documents offer without PyTorch, or Triton, works where it cannot be imported."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 # One process for all commands: importing JAX is most of what each would take.
 COMMANDS = """
 import sys
-sys.modules["torch"] = None  # any import of it fails
+from types import SimpleNamespace
+from unittest import mock
+sys.modules["torch"] = sys.modules["triton"] = None  # any import of them fails
 import bench_main
 from bench import compile_times
 from interop import host_time
 from interop.flashinfer_bench import __main__ as flashinfer_bench
+from pallas_kernels.triton import tune
+from pallas_kernels.tuning import command
 
 def helped(main, *argv):
     try:
@@ -29,6 +33,9 @@ assert bench_main.main(bench_main._parse(["bench_main.py", "--list"])) == 0
 print("== helps")
 for main in (host_time.main, compile_times.main, flashinfer_bench.main):
     helped(main, ["--help"])
+helped(command.main, ["--help"], "pallas_kernels.triton.tune", tune.tuner)
+with mock.patch.object(command.device, "local_gpu", lambda: SimpleNamespace()):
+    assert command.main([], "pallas_kernels.triton.tune", tune.tuner) == 1
 print("== host_time")
 host_time.REPEATS = 2
 layer = host_time.jax_moe.apply
@@ -57,8 +64,10 @@ def test_commands_that_need_no_torch(tmp_path):
     listed, helps, times, exported, run = done.stdout.split("== ")[1:]
     assert "torch_reference    not available: package torch is not installed" in listed
     assert "jax_v1             available" in listed
-    for flag in ("--full_size", "--tokens", "workspace"):
+    for flag in ("--full_size", "--tokens", "workspace", "--hidden-size"):
         assert flag in helps
+    missing = "pallas_kernels.triton.tune: needs the package triton: install the extra triton"
+    assert missing in done.stderr.splitlines()
     assert "calls of JAX only: package torch is not installed" in times
     assert "apply, eager" in times
     assert "TorchMoE" not in times

@@ -1,8 +1,10 @@
 """Measures the tilings of the Triton kernels: `python -m pallas_kernels.triton.tune`.
 
-The best ones go to the user's cache folder, where `tilings` finds them.
+The best ones go to the user's cache folder, where `tilings` finds them. Triton is imported when a
+tuner is asked for: without it the command still says what it does, and what is missing.
 """
 
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.triton import down_projection, tilings, up_projection
-from pallas_kernels.triton.grouped_matmul import MatmulConfig
-from pallas_kernels.triton.launch import call
 from pallas_kernels.tuning import command, search
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
@@ -27,6 +26,9 @@ CHOICES: Mapping[str, Sequence[int]] = {
 
 def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
     """The inputs of one matmul."""
+    from pallas_kernels.triton import down_projection, up_projection
+    from pallas_kernels.triton.launch import call
+
     plan = search.draw_plan(case.num_tokens, case.block_m, sizes)
     live = np.flatnonzero(plan.row_token >= 0)
     row_token, *tiles = map(jnp.asarray, (plan.row_token, plan.tile_expert, plan.num_tiles))
@@ -45,7 +47,7 @@ def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
         arrays = (*rows, *weights.down_projection, *tiles)
         launch = down_projection.launch
 
-    def build(config: MatmulConfig) -> Any:
+    def build(config: Any) -> Any:
         return lambda *inputs: call(launch(*inputs, config=config, num_sms=num_sms))
 
     def live_rows(result: Any) -> jax.Array:
@@ -59,6 +61,11 @@ def prepare(case: Case, weights: Weights, sizes: Sizes) -> Prepared:
 
 def tuner(gpu: jax.Device) -> Tuner | str:
     """What to tune, or why these kernels do not run there."""
+    for package in ("triton", "jax_triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"needs the package {package}: install the extra triton"
+    from pallas_kernels.triton import tilings
+
     capability = tilings.number_of(gpu.compute_capability)
     if capability < tilings.OLDEST:
         oldest = "{}.{}".format(*divmod(tilings.OLDEST, 10))
