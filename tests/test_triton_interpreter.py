@@ -7,8 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 
-def test_kernels_in_the_interpreter():
+
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(marked):
     folder = pathlib.Path(__file__).parent
     cases = [folder / "triton_interpreted.py", folder / "triton_interpreted_matmuls.py"]
     done = subprocess.run(
@@ -21,6 +24,8 @@ def test_kernels_in_the_interpreter():
             "no:cacheprovider",
             "-p",
             "no:xdist",
+            "-m",
+            marked,
             *map(str, cases),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},

@@ -11,10 +11,10 @@ import torch
 import jax_moe
 from interop.triton_launch import launch_torch
 from jax_moe import DEEPSEEK_V3, GroupPlan, MoEConfig
-from pallas_kernels.triton import group_quant, routing
+from pallas_kernels.triton import group_quant
 from tests import numpy_oracle, triton_on_cpu
 from tests.moe_inputs import bits
-from tests.triton_on_cpu import plan_of, run, to_torch
+from tests.triton_on_cpu import plan_of, route, run, to_torch
 
 pytestmark = triton_on_cpu.QUIET
 mended_interpreter = triton_on_cpu.mended_interpreter
@@ -68,12 +68,6 @@ def test_quantize_to_f16_equals_the_plain_backend_to_the_bit(dtype):
 
 
 # ---- routing ----
-
-
-def route(logits, bias, factor, config):
-    factor = torch.tensor(factor, dtype=torch.float32)
-    bias = None if bias is None else to_torch(bias)
-    return run(routing.launch(to_torch(logits), bias, factor, **config.routing_options))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from interop.triton_launch import launch_torch
 from jax_moe import GroupPlan, Quantized
 from pallas_kernels.triton import down_projection, group_quant, unpermute, up_projection
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
-from tests import triton_on_cpu
+from tests import numpy_oracle, triton_on_cpu
 from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced
-from tests.triton_on_cpu import plan_of, run, to_numpy, to_torch
+from tests.pairwise import product
+from tests.test_options import OPTIONS, THE_FIVE, config_of, inputs_of
+from tests.triton_on_cpu import plan_of, route, run, to_numpy, to_torch
 
 pytestmark = triton_on_cpu.QUIET
 mended_interpreter = triton_on_cpu.mended_interpreter
@@ -22,27 +24,28 @@ mended_interpreter = triton_on_cpu.mended_interpreter
 HIGH = {"precision": "high"}
 
 
-def layer(inputs, config, tiling, precision="fast", **epilogue):
-    """The stages one after the other, and what came out of each."""
+def router_inputs(inputs):
+    return inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor
+
+
+def layer(inputs, config, tiling, precision="fast", chosen=None, **epilogue):
+    """The stages one after the other, and what came out of each.
+
+    Experts are `chosen`, or those of the plain backend, which takes less time.
+    """
     w13, s13, w2, s2 = map(to_torch, inputs.weights)
     if inputs.hidden_states_scale is None:
+        form = epilogue.get("scale_format", "f32")
         x, x_scale = launch_torch(
-            group_quant.launch(to_torch(inputs.hidden_states), precision=precision)
+            group_quant.launch(to_torch(inputs.hidden_states), form, precision)
         )
     else:
         x, x_scale = map(to_torch, (inputs.hidden_states, inputs.hidden_states_scale))
     if precision == "high":
         x = x.half()
-    ids, weights = map(
-        np.asarray,
-        jax_moe.route(
-            inputs.routing_logits,
-            inputs.routing_bias,
-            inputs.routed_scaling_factor,
-            config=config,
-            backend="xla",
-        ),
-    )
+    if chosen is None:
+        chosen = jax_moe.route(*router_inputs(inputs), config=config, backend="xla")
+    ids, weights = map(np.asarray, chosen)
     plan = plan_of(
         ids, inputs.local_expert_offset, len(w13), inputs.routing_logits.shape[1], tiling.block_m
     )
@@ -202,3 +205,18 @@ def test_the_oracle_is_met_at_any_magnitude():
     assert len(compared) > 3
     for token in compared:
         assert relative_error(out[token], oracle[token]) <= 0.004
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bound"), [("fast", 0.012), ("high", 0.004)])
+@pytest.mark.parametrize("row", product({name: OPTIONS[name] for name in THE_FIVE}), ids=str)
+def test_every_combination(row, precision, bound):
+    """Of routers, options and precisions; here the kernel chooses the experts."""
+    row = {"renormalize": True, "groups": (1, 1), "logits": np.float32} | row
+    config, inputs = config_of(row), inputs_of(row, num_tokens=13)
+    epilogue = {name: row[name] for name in ("swiglu_limit", "scale_format")}
+    chosen = route(*router_inputs(inputs), config)
+    tiling = MatmulConfig(16, swap_ab=True)
+    _, _, _, out = layer(inputs, config, tiling, precision, chosen, **epilogue)
+    oracle = numpy_oracle.layer(*inputs.arguments, config=config, requantize=precision == "fast")
+    assert relative_error(out, oracle) <= bound

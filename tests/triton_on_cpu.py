@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 from interop.triton_launch import launch_torch
 from jax_moe import GroupPlan
 from pallas_kernels.triton import plan as plan_kernels
+from pallas_kernels.triton import routing
 from tests.moe_inputs import bits
 
 # The interpreter computes with NumPy, which remarks on every infinity.
@@ -64,6 +65,12 @@ def to_numpy(tensor):
 
 def run(launch):
     return [to_numpy(out) for out in launch_torch(launch)]
+
+
+def route(logits, bias, factor, config):
+    factor = torch.tensor(factor, dtype=torch.float32)
+    bias = None if bias is None else to_torch(bias)
+    return run(routing.launch(to_torch(logits), bias, factor, **config.routing_options))
 
 
 def plan_of(topk_ids, offset, num_local_experts, num_experts, block_m):
