@@ -16,24 +16,28 @@ EXPERTS = 256
 SIZES = {"hidden_size": 7168, "intermediate_size": 2048}
 
 
-def compiled(folder, hosts, devices, num_tokens, exchange, max_rows_at_once=None):
-    """The report of one compilation, the bound on its memory, and the scheduled HLO."""
+def compiled(folder, hosts, devices, num_tokens, exchange, rows=None, **options):
+    """The report of one compilation and the scheduled HLO; `rows` is a dtype, None for e4m3."""
     names = ("host", "device") if exchange == "two_level" else ("expert",)
     axis_name = names if len(names) > 1 else names[0]
     mesh = h100_target.h100_mesh(hosts, devices, names)
     ranks = hosts * devices
     in_specs, _ = jax_moe.partition_specs(axis_name)
     inputs = rank_specs(ranks * num_tokens, num_local=EXPERTS)
+    if rows is not None:
+        x = jax.ShapeDtypeStruct(inputs.hidden_states.shape, rows)
+        inputs = inputs._replace(hidden_states=x, hidden_states_scale=None)
     specs = [
-        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=NamedSharding(mesh, where))
+        None
+        if spec is None
+        else jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=NamedSharding(mesh, where))
         for spec, where in zip(sharded_arguments(inputs), in_specs, strict=True)
     ]
-    pieces = {"max_rows_at_once": max_rows_at_once}
     with jax_moe.assume_device("sm_90"):
-        layer = jax_moe.expert_parallel(mesh, axis_name, exchange=exchange, **pieces)
+        layer = jax_moe.expert_parallel(mesh, axis_name, exchange=exchange, **options)
         report = h100_target.compile_for_h100(layer, *specs, dump=folder)
         bound = jax_moe.workspace_bytes(
-            num_tokens, num_local_experts=EXPERTS // ranks, num_ranks=ranks, **pieces, **SIZES
+            num_tokens, num_local_experts=EXPERTS // ranks, num_ranks=ranks, **options, **SIZES
         )
     assert {kernel.spill_bytes for kernel in report.kernels} == {0}, report
     assert report.temp_bytes <= bound
@@ -70,6 +74,16 @@ def test_by_collectives_a_layer_of_few_tokens_is_one_gather_one_graph_and_one_al
     assert report.command_buffers == 1
     assert report.launches["kAllGather"] == report.launches["kAllToAll"] == 1
     assert not {kind for kind in report.launches if "Host" in kind or "Memcpy" in kind}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+def test_in_16_bits_rows_travel_as_such_and_sums_in_float32(tmp_path, backend):
+    options = {"precision": "high", "backend": backend}
+    _, hlo = compiled(tmp_path, 1, 4, 32, "collectives", rows="bfloat16", **options)
+    (gather, all_to_all) = collectives(hlo)
+    assert gather == ("all-gather", ["u16[128,7168]", "f32[224,32]", "s32[128,8]", "f32[128,8]"])
+    assert all_to_all == ("all-to-all", ["f32[4,32,7168]"])
 
 
 @pytest.mark.slow
