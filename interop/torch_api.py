@@ -45,6 +45,7 @@ def torch_moe(
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
     out: BFloat16[Tensor, "T H"] | None = None,
 ) -> BFloat16[Tensor, "T H"]:
     """`jax_moe.apply` on torch tensors; see there for the mathematics and its source.
@@ -71,6 +72,7 @@ def torch_moe(
         scale_format: As in `jax_moe.apply`.
         swiglu_limit: As in `jax_moe.apply`.
         precision: As in `jax_moe.apply`.
+        batch_invariant: As in `jax_moe.apply`.
         out: bf16[T,H] on the same device to write to (destination passing), of any strides; it
             costs one copy.
 
@@ -107,6 +109,7 @@ def torch_moe(
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
         precision=precision,
+        batch_invariant=batch_invariant,
     )
     return _call(inputs, options, num_tokens, out)
 
@@ -129,6 +132,7 @@ def torch_moe_routed(
     scale_format: ScaleFormat = "f32",
     swiglu_limit: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
     out: BFloat16[Tensor, "T H"] | None = None,
 ) -> BFloat16[Tensor, "T H"]:
     """`jax_moe.apply_routed` on torch tensors: the caller says which experts each token goes to.
@@ -155,6 +159,7 @@ def torch_moe_routed(
         scale_format: As in `jax_moe.apply_routed`.
         swiglu_limit: As in `jax_moe.apply_routed`.
         precision: As in `jax_moe.apply`.
+        batch_invariant: As in `jax_moe.apply`.
         out: As in `torch_moe`.
 
     Returns:
@@ -185,6 +190,7 @@ def torch_moe_routed(
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
         precision=precision,
+        batch_invariant=batch_invariant,
     )
     return _call(inputs, options, num_tokens, out)
 
@@ -222,6 +228,7 @@ class TorchMoE:
         scale_format: ScaleFormat | None = None,
         swiglu_limit: float | None = None,
         precision: Precision = "fast",
+        batch_invariant: bool = False,
     ) -> None:
         """Imports and checks the weights.
 
@@ -233,6 +240,7 @@ class TorchMoE:
             scale_format: As in `jax_moe.apply`.
             swiglu_limit: As in `jax_moe.apply`.
             precision: As in `jax_moe.apply`.
+            batch_invariant: As in `jax_moe.apply`.
 
         Raises:
             TypeError: A weight that is no tensor or of another dtype, or something else than
@@ -263,6 +271,7 @@ class TorchMoE:
             scale_format=form,
             swiglu_limit=limit,
             precision=precision,
+            batch_invariant=batch_invariant,
         )
         self._layer = torch_call.layer_for(self._options, self._arrays.gemm1_weights)
         # An upload is a transfer of its own: once a value is enough. Types tell 8 from 8.0.
@@ -378,4 +387,5 @@ class TorchMoE:
             scale_format=options.scale_format,
             swiglu_limit=options.swiglu_limit,
             precision=options.precision,
+            batch_invariant=options.batch_invariant,
         )

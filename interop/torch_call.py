@@ -14,6 +14,7 @@ from jax_moe import ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, backend
 from jax_moe.config import (
     Precision,
     ScaleFormat,
+    checked_batch_invariant,
     checked_precision,
     checked_scale_format,
     checked_swiglu_limit,
@@ -41,6 +42,7 @@ class Options(NamedTuple):
         scale_format: As in `jax_moe.apply`.
         swiglu_limit: As in `jax_moe.apply`.
         precision: As in `jax_moe.apply`.
+        batch_invariant: As in `jax_moe.apply`.
     """
 
     backend: str = "auto"
@@ -50,6 +52,7 @@ class Options(NamedTuple):
     scale_format: ScaleFormat | None = None
     swiglu_limit: float | None = None
     precision: Precision = "fast"
+    batch_invariant: bool = False
 
 
 class Layer(NamedTuple):
@@ -70,6 +73,7 @@ def layer_for(options: Options, array: jax.Array) -> Layer:
         expected_rows=validate.expected_rows(options.expected_rows),
         swiglu_limit=checked_swiglu_limit(options.swiglu_limit),
         precision=checked_precision(options.precision),
+        batch_invariant=checked_batch_invariant(options.batch_invariant),
     )
     return _compiled(options)
 

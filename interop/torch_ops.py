@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from interop import dlpack, torch_call
 from interop.torch_call import Inputs, Options
 from jax_moe import LayerInputs, MoEConfig, RoutedInputs
-from jax_moe.config import Precision, ScaleFormat, Scoring
+from jax_moe.config import Precision, ScaleFormat, Scoring, checked_batch_invariant
 
 _NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 
@@ -57,6 +57,7 @@ def _moe(
     num_tokens: int | None,
     expected_rows: float | None,
     precision: str = "fast",
+    batch_invariant: bool = False,
 ) -> Tensor:
     inputs = LayerInputs.of(
         routing_logits,
@@ -84,6 +85,7 @@ def _moe(
         expected_rows=expected_rows,
         config=config,
         precision=cast(Precision, precision),
+        batch_invariant=batch_invariant,
     )
     return torch_call.call(inputs, options, num_tokens)
 
@@ -107,6 +109,7 @@ def _moe_routed(
     num_tokens: int | None,
     expected_rows: float | None,
     precision: str = "fast",
+    batch_invariant: bool = False,
 ) -> Tensor:
     inputs = RoutedInputs.of(
         hidden_states,
@@ -126,6 +129,7 @@ def _moe_routed(
         swiglu_limit=swiglu_limit,
         scale_format=cast(ScaleFormat, scale_format),
         precision=cast(Precision, precision),
+        batch_invariant=batch_invariant,
     )
     return torch_call.call(inputs, options, num_tokens)
 
@@ -190,6 +194,7 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
             num_tokens=live,
             expected_rows=rows,
             precision=options.precision,
+            batch_invariant=checked_batch_invariant(options.batch_invariant),
         )
     else:
         result = torch.ops.jax_moe.moe_routed(
@@ -205,6 +210,7 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
             num_tokens=live,
             expected_rows=rows,
             precision=options.precision,
+            batch_invariant=checked_batch_invariant(options.batch_invariant),
         )
     return result if out is None else out.copy_(result)
 

@@ -17,6 +17,7 @@ from jax_moe.config import (
     MoEConfig,
     Precision,
     ScaleFormat,
+    checked_batch_invariant,
     checked_precision,
     checked_scale_format,
     checked_swiglu_limit,
@@ -47,6 +48,7 @@ def apply(
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> BFloat16[Array, "T H"]:
     """One expert-parallel rank of a DeepSeek-V3 mixture of experts, in FP8.
 
@@ -58,7 +60,8 @@ def apply(
     (one example after the other), inside `jax.shard_map`, and through `jax.export` (where backend
     "triton" needs `disabled_checks` for the custom call "triton_kernel_call_ffi"). Eager calls
     pad T to one of few sizes, so a varying T compiles few programs; under your own `jit`, pad T
-    yourself and pass `num_tokens`. The same inputs on the same device give the same bits.
+    yourself and pass `num_tokens`. The same inputs on the same device give the same bits; with
+    `batch_invariant=True` a token's bits are the same in any batch.
 
     Symbols: T tokens (0 is fine), E experts, H hidden and I intermediate size, both multiples of
     128. Scales multiply: `value * scale` dequantizes.
@@ -93,12 +96,17 @@ def apply(
         precision: "fast" rounds activations to FP8. "high" keeps them in 16 bits, f16 with a power
             of two per row and 128 columns, and an expert's rows in float32 until they are summed;
             `scale_format` then has no effect. `docs/precision.md` says what it gains and costs.
+        batch_invariant: Whether the bits of a token's output depend on its own row, its routing and
+            the weights alone: not on T, its place, its neighbours, `num_tokens`, `expected_rows`,
+            tuned tilings, nor on whether the call is jitted. That holds per device, backend, JAX
+            version and `precision`. False lets the number of tokens choose the order of sums;
+            `docs/precision.md` says what True changes.
 
     Returns:
         bf16[T,H], exact zeros for tokens without a local expert.
 
     Raises:
-        TypeError: An argument is no array, or of the wrong dtype.
+        TypeError: An argument is no array, of the wrong dtype, or no bool.
         ValueError: A shape, size or known scalar does not fit, or an option differs from that of
             `config`; names the argument, what was expected and what came.
         NotImplementedError: The backend does not run on this device, or the call is differentiated.
@@ -127,6 +135,7 @@ def apply(
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
         precision=checked_precision(precision),
+        batch_invariant=checked_batch_invariant(batch_invariant),
     )
     return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply")
 
@@ -149,6 +158,7 @@ def apply_routed(
     scale_format: ScaleFormat = "f32",
     swiglu_limit: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> BFloat16[Array, "T H"]:
     """`apply` without its router: the caller says which experts each token goes to.
 
@@ -178,6 +188,7 @@ def apply_routed(
         scale_format: Scales of the activations that are quantized here, as in `quantize`.
         swiglu_limit: Clamp before the activation, as in `up_project`.
         precision: As in `apply`.
+        batch_invariant: As in `apply`.
 
     Returns:
         bf16[T,H], exact zeros for tokens without a local expert.
@@ -200,6 +211,7 @@ def apply_routed(
         scale_format=checked_scale_format(scale_format),
         swiglu_limit=checked_swiglu_limit(swiglu_limit),
         precision=checked_precision(precision),
+        batch_invariant=checked_batch_invariant(batch_invariant),
     )
     return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply_routed")
 

@@ -162,6 +162,17 @@ def checked_precision(value: object) -> Precision:
     return value  # type: ignore[return-value]
 
 
+def checked_batch_invariant(value: object) -> bool:
+    """Checks a `batch_invariant`.
+
+    Raises:
+        TypeError: It is no bool.
+    """
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"batch_invariant: expected a bool, got {value!r} ({type(value).__name__})")
+    return bool(value)
+
+
 def checked_swiglu_limit(value: object) -> float | None:
     """Checks a `swiglu_limit`.
 

@@ -36,6 +36,7 @@ class Options:
         scale_format: Of the activations that are quantized here.
         swiglu_limit: Clamp before the activation.
         precision: What activations are rounded to.
+        batch_invariant: Whether a token's bits are the same in any batch.
         output_dtype: Of the result: "bfloat16", or "float32" where ranks add theirs up.
     """
 
@@ -46,6 +47,7 @@ class Options:
     scale_format: ScaleFormat = "f32"
     swiglu_limit: float | None = None
     precision: Precision = "fast"
+    batch_invariant: bool = False
     output_dtype: str = "bfloat16"
 
     @property
@@ -55,6 +57,7 @@ class Options:
             "swiglu_limit": self.swiglu_limit,
             "scale_format": self.scale_format,
             "precision": self.precision,
+            "batch_invariant": self.batch_invariant,
         }
 
     def rows_per_expert(self, num_tokens: int) -> float:
@@ -178,6 +181,7 @@ def layer(
             inputs.routing_bias,
             inputs.routed_scaling_factor,
             config=options.config,
+            batch_invariant=options.batch_invariant,
         )
         inputs = inputs.routed(routing)
     plan = stages.plan_groups(
@@ -187,6 +191,7 @@ def layer(
         num_experts=options.num_experts,
         expected_rows=options.rows_per_expert(inputs.tokens),
         precision=options.precision,
+        batch_invariant=options.batch_invariant,
     )
     if stages.layer is not None:
         return stages.layer(inputs, plan, **options.epilogue, output_dtype=options.output_dtype)
@@ -206,10 +211,18 @@ def _matmuls(
         **options.epilogue,
     )
     expert_outputs = stages.down_project(
-        activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan
+        activations,
+        weights.gemm2_weights,
+        weights.gemm2_weights_scale,
+        plan,
+        batch_invariant=options.batch_invariant,
     )
     return stages.unpermute(
-        expert_outputs, inputs.routing.topk_weights, plan, output_dtype=options.output_dtype
+        expert_outputs,
+        inputs.routing.topk_weights,
+        plan,
+        batch_invariant=options.batch_invariant,
+        output_dtype=options.output_dtype,
     )
 
 

@@ -13,6 +13,27 @@ def matmul(x: Float32[Array, "R K"], weight: Float32[Array, "N K"]) -> Float32[A
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
+_TILE_ROWS = 128
+
+
+def matmul_in_tiles(
+    x: Float32[Array, "R K"], weight: Float32[Array, "N K"]
+) -> Float32[Array, "R N"]:
+    """`matmul`, of which no row's bits depend on how many rows there are.
+
+    XLA picks an algorithm by a product's shape, so here all products have the same one. It may not
+    look through the barriers: of a single tile it would make a product of R rows.
+    """
+    rows, depth = x.shape
+    padded = jnp.pad(x, ((0, -rows % _TILE_ROWS), (0, 0)))
+
+    def one_tile(tile: Array) -> Array:
+        return lax.optimization_barrier(matmul(lax.optimization_barrier(tile), weight))
+
+    tiles = lax.map(one_tile, padded.reshape(-1, _TILE_ROWS, depth))
+    return tiles.reshape(-1, weight.shape[0])[:rows]
+
+
 def dequantize_rows(
     values: Float[Array, "R C"], scales: Float32[Array, "C//128 R"]
 ) -> Float32[Array, "R C"]:

@@ -30,6 +30,7 @@ def route(
     routed_scaling_factor: Float32[Array, ""],
     *,
     config: MoEConfig,
+    batch_invariant: bool = False,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route` for the scores and the rules on ties and NaN."""
     logits = routing_logits.astype(jnp.float32)
@@ -44,8 +45,20 @@ def route(
     topk_ids = _best(ranks, config.top_k)
     topk_weights = jnp.take_along_axis(scored, topk_ids, axis=1)
     if config.renormalize:
-        topk_weights = topk_weights / (topk_weights.sum(axis=1, keepdims=True) + 1e-20)
+        total = (_sum_in_order if batch_invariant else _sum)(topk_weights)
+        topk_weights = topk_weights / (total + 1e-20)
     return Routing(topk_ids, topk_weights * routed_scaling_factor)
+
+
+def _sum(weights: Float32[Array, "T k"]) -> Float32[Array, "T 1"]:
+    """In an order that XLA picks by T."""
+    return weights.sum(axis=1, keepdims=True)
+
+
+def _sum_in_order(weights: Float32[Array, "T k"]) -> Float32[Array, "T 1"]:
+    """In the order of the choices."""
+    columns = jnp.split(weights, weights.shape[1], axis=1)
+    return sum(columns[1:], columns[0])
 
 
 def _of_best_groups(selection_scores: Array, ranks: Array, config: MoEConfig) -> Array:

@@ -19,6 +19,7 @@ from jax_moe.config import (
     MoEConfig,
     Precision,
     ScaleFormat,
+    checked_batch_invariant,
     checked_precision,
     checked_scale_format,
     checked_swiglu_limit,
@@ -35,6 +36,7 @@ def route(
     routed_scaling_factor: float | Float32[Array, ""],
     *,
     config: MoEConfig = DEEPSEEK_V3,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Routing:
     """Picks the experts of each token: group-limited top-k (arXiv:2412.19437, section 2.1.2).
@@ -71,6 +73,7 @@ def route(
         routing_bias: bf16[E] or f32[E], added to the scores for the selection only; None for none.
         routed_scaling_factor: Real scalar, may be traced.
         config: How experts are picked.
+        batch_invariant: As in `jax_moe.apply`, of the weights; the ids are the same in any batch.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -84,7 +87,8 @@ def route(
     validate.routing(routing_logits, routing_bias, config, {})
     validate.whole(routing_logits=routing_logits, routing_bias=routing_bias)
     factor = validate.real("routed_scaling_factor", routed_scaling_factor)
-    return _run("route", backend, routing_logits, routing_bias, factor, config=config)
+    static = {"config": config, "batch_invariant": checked_batch_invariant(batch_invariant)}
+    return _run("route", backend, routing_logits, routing_bias, factor, **static)
 
 
 def quantize(
@@ -147,6 +151,7 @@ def plan_groups(
     num_experts: int,
     expected_rows: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> GroupPlan:
     """Sorts the local (token, expert) pairs by expert, each expert padded to whole tiles.
@@ -161,13 +166,15 @@ def plan_groups(
         expected_rows: As in `jax_moe.apply`.
         precision: Of the matmuls that the plan is for: the tiles of "high" are smaller on some
             backends.
+        batch_invariant: As in `jax_moe.apply`, of the matmuls that the plan is for, which take it
+            too.
         backend: As in `jax_moe.apply`.
 
     Returns:
         The plan; its sizes depend on T, k and the static arguments only.
 
     Raises:
-        TypeError: `topk_ids` is no int32 array, or a count no integer.
+        TypeError: `topk_ids` is no int32 array, a count no integer, or an option no bool.
         ValueError: A shape, a count or a known offset is out of range.
         NotImplementedError: The backend does not run on this device.
     """
@@ -189,6 +196,7 @@ def plan_groups(
         "num_experts": num_experts,
         "expected_rows": even_rows(num_tokens, top_k, num_experts) if rows is None else rows,
         "precision": checked_precision(precision),
+        "batch_invariant": checked_batch_invariant(batch_invariant),
     }
     return _run("plan_groups", backend, topk_ids, offset, **static)
 
@@ -203,6 +211,7 @@ def up_project(
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
     precision: Precision = "fast",
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Quantized:
     """The first grouped matmul: gathers the rows, `silu(gate) * up`, and requantizes.
@@ -220,6 +229,7 @@ def up_project(
         swiglu_limit: A positive number, or None for no clamp.
         scale_format: Of the result, as in `quantize`.
         precision: Of the result, as in `quantize`.
+        batch_invariant: As in `jax_moe.apply`, and as the plan had it.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -251,6 +261,7 @@ def up_project(
         "swiglu_limit": checked_swiglu_limit(swiglu_limit),
         "scale_format": checked_scale_format(scale_format),
         "precision": precision,
+        "batch_invariant": checked_batch_invariant(batch_invariant),
     }
     return _run("up_project", backend, *arrays, plan, **epilogue)
 
@@ -261,6 +272,7 @@ def down_project(
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
     *,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Float[Array, "M H"]:
     """The second grouped matmul: `activations[r] @ W2[e].T` for each row r of each expert e.
@@ -272,6 +284,7 @@ def down_project(
         gemm2_weights: e4m3[E_local,H,I].
         gemm2_weights_scale: f32[E_local,H/128,I/128].
         plan: The plan that `up_project` had.
+        batch_invariant: As `up_project` had it.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -293,7 +306,9 @@ def down_project(
         plan=plan,
     )
     debug.check_plan(plan)
-    return _run("down_project", backend, activations, gemm2_weights, gemm2_weights_scale, plan)
+    arrays = (activations, gemm2_weights, gemm2_weights_scale, plan)
+    is_invariant = checked_batch_invariant(batch_invariant)
+    return _run("down_project", backend, *arrays, batch_invariant=is_invariant)
 
 
 def unpermute(
@@ -301,6 +316,7 @@ def unpermute(
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
     *,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> BFloat16[Array, "T H"]:
     """Adds each token's local rows, weighted, in float32, and casts once.
@@ -311,6 +327,7 @@ def unpermute(
         expert_outputs: bf16[M,H] or f32[M,H], from `down_project` with the same backend.
         topk_weights: f32[T,k], from `route`.
         plan: The plan that the matmuls had.
+        batch_invariant: As the matmuls had it.
         backend: As in `jax_moe.apply`.
 
     Returns:
@@ -328,7 +345,9 @@ def unpermute(
     validate.blocked("H", sizes)
     validate.whole(expert_outputs=expert_outputs, topk_weights=topk_weights, plan=plan)
     debug.check_plan(plan)
-    return _run("unpermute", backend, expert_outputs, topk_weights, plan)
+    is_invariant = checked_batch_invariant(batch_invariant)
+    arrays = (expert_outputs, topk_weights, plan)
+    return _run("unpermute", backend, *arrays, batch_invariant=is_invariant)
 
 
 def _run(stage: str, backend: str, *arrays: Any, **static: Any) -> Any:

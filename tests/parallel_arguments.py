@@ -20,7 +20,16 @@ from jax_moe import ExpertWeights
 from jax_moe.parallel import sharded
 from tests import h100_target
 from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced, sharded_arguments
-from tests.parallel_cases import FACTOR, NUM_EXPERTS, Case, arguments, expected, inputs_of, mesh_of
+from tests.parallel_cases import (
+    FACTOR,
+    NUM_EXPERTS,
+    Case,
+    arguments,
+    expected,
+    inputs_of,
+    mesh_of,
+    placement_of,
+)
 
 CASE = Case(ranks=4, tokens=3)
 LITTLE = functools.partial(jax_moe.expert_parallel, config=SMALL)
@@ -60,6 +69,25 @@ def test_high_precision_sends_16_bits_and_brings_float32_home():
         LITTLE(mesh(), "expert", precision="best")
     with refused(ValueError, "expected_rows: expected a positive number"):
         LITTLE(mesh(), "expert", expected_rows=0)
+
+
+def test_a_token_has_its_bits_on_any_rank_and_among_any_others():
+    case = Case(ranks=4, tokens=5)
+    layer = LITTLE(mesh(), "expert", batch_invariant=True)
+    inputs = inputs_of(case)
+    whole = bits(layer(*sharded_arguments(inputs)))
+    for tokens in (np.arange(20)[::-1], np.array([17, 2, 9, 4])):
+        taken = inputs._replace(
+            routing_logits=inputs.routing_logits[tokens],
+            hidden_states=inputs.hidden_states[tokens],
+            hidden_states_scale=inputs.hidden_states_scale[:, tokens],
+        )
+        np.testing.assert_array_equal(bits(layer(*sharded_arguments(taken))), whole[tokens])
+    copies = Case(ranks=4, tokens=5, placement="copies")
+    with refused(ValueError, "placement: expected one slot for each of 32 experts", "got 48"):
+        layer(*sharded_arguments(inputs_of(copies)), placement=placement_of(copies))
+    with refused(TypeError, "batch_invariant: expected a bool, got 'yes'"):
+        LITTLE(mesh(), "expert", batch_invariant="yes")
 
 
 def refused(error, *parts):

@@ -247,6 +247,32 @@ def test_precision_reaches_the_layer(inputs):
         TorchMoE(inputs.weights, precision="best")
 
 
+def test_batch_invariance_reaches_the_layer(inputs, monkeypatch):
+    """On a CPU it hardly shows in the result, so what is called is looked at."""
+    seen = []
+
+    def recorded(function):
+        def spy(*arguments, **options):
+            seen.append(options["batch_invariant"])
+            return function(*arguments, **options)
+
+        return spy
+
+    for name in ("apply", "apply_routed"):
+        monkeypatch.setattr(jax_moe, name, recorded(getattr(jax_moe, name)))
+    expected_rows = 3.25  # of no other test: nothing is compiled yet
+    handle = TorchMoE(inputs.weights, batch_invariant=True, expected_rows=expected_rows)
+    x, scalars = (inputs.hidden_states, inputs.hidden_states_scale), scalar_arguments(inputs)
+    routing = torch.zeros(20, 1, dtype=torch.int32), torch.ones(20, 1)
+    for one in (handle, copy.deepcopy(handle)):
+        one(*token_arguments(inputs), *scalars)
+        one.routed(*x, *routing, 0, num_experts=8)
+        assert one._options.batch_invariant
+    assert seen == [True, True]
+    with pytest.raises(TypeError, match=r"batch_invariant: expected a bool, got 'yes' \(str\)"):
+        TorchMoE(inputs.weights, batch_invariant="yes")
+
+
 def test_options_reach_the_layer(inputs):
     """A softmax router on bf16 logits without a bias, with clamp and power-of-two scales."""
     config = jax_moe.MoEConfig(

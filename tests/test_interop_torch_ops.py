@@ -91,7 +91,7 @@ def test_the_routed_form_compiles_cold_as_one_graph(cold, inputs, expected, hand
 
 
 def test_precision_is_kept_in_a_graph(cold, inputs, weights, expected, choices):
-    handle = TorchMoE(weights, config=CONFIG, precision="high")
+    handle = TorchMoE(weights, config=CONFIG, precision="high", batch_invariant=True)
     x = inputs.hidden_states, inputs.hidden_states_scale
     whole = handle(*token_arguments(inputs), 0, 2.5)
     routed = handle.routed(*x, *choices, 0, num_experts=8)

@@ -10,7 +10,13 @@ import pytest
 import jax_moe
 from interop.triton_launch import launch_torch
 from jax_moe import GroupPlan, Quantized
-from pallas_kernels.triton import down_projection, group_quant, unpermute, up_projection
+from pallas_kernels.triton import (
+    down_projection,
+    group_quant,
+    tilings,
+    unpermute,
+    up_projection,
+)
 from pallas_kernels.triton.grouped_matmul import MatmulConfig
 from tests import numpy_oracle, triton_on_cpu
 from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced
@@ -167,6 +173,23 @@ def test_nan_stays_with_its_token_and_its_expert(epilogue):
     local = (clean_plan.pair_row >= 0).any(axis=1)
     assert np.isnan(out[reached & local].astype(np.float32)).all()
     np.testing.assert_array_equal(bits(out)[~reached], bits(clean)[~reached])
+
+
+def test_a_token_has_its_bits_in_any_batch():
+    """In the tile that all plans of `batch_invariant=True` have, wherever in it a row lies."""
+    tiling = MatmulConfig(tilings.INVARIANT_BLOCK_M)
+    inputs = make_inputs(
+        70, num_experts=16, num_local_experts=1, hidden_size=128, intermediate_size=128, offset=4
+    )
+    *_, out = layer(inputs, SMALL, tiling)
+    tokens = np.flatnonzero(bits(out).any(axis=1))[[9, 3, 5]]
+    few = inputs._replace(
+        routing_logits=inputs.routing_logits[tokens],
+        hidden_states=inputs.hidden_states[tokens],
+        hidden_states_scale=np.ascontiguousarray(inputs.hidden_states_scale[:, tokens]),
+    )
+    *_, found = layer(few, SMALL, tiling)
+    np.testing.assert_array_equal(bits(found), bits(out)[tokens])
 
 
 def test_combine_skips_what_is_not_local_and_takes_any_width():

@@ -51,6 +51,7 @@ class Backend(Protocol):
         routed_scaling_factor: Array,
         *,
         config: MoEConfig,
+        batch_invariant: bool = False,
     ) -> Routing:
         """Logits to experts and weights."""
 
@@ -68,10 +69,12 @@ class Backend(Protocol):
         num_experts: int,
         expected_rows: float,
         precision: Precision = "fast",
+        batch_invariant: bool = False,
     ) -> GroupPlan:
         """Local pairs to expert-major rows; ids outside 0..num_experts-1 are skipped.
 
-        `expected_rows`, those an expert is likely to get, and `precision` choose `block_m`.
+        `expected_rows`, those an expert is likely to get, and `precision` choose `block_m`. With
+        `batch_invariant`, here and in the matmuls, no bit of a row depends on that choice.
         """
 
     def up_project(
@@ -85,6 +88,7 @@ class Backend(Protocol):
         swiglu_limit: float | None,
         scale_format: ScaleFormat,
         precision: Precision = "fast",
+        batch_invariant: bool = False,
     ) -> Quantized:
         """Gather, GEMM1, SwiGLU, requantization; with "high" also of 16-bit rows, and to f16."""
 
@@ -94,6 +98,8 @@ class Backend(Protocol):
         gemm2_weights: Array,
         gemm2_weights_scale: Array,
         plan: GroupPlan,
+        *,
+        batch_invariant: bool = False,
     ) -> Array:
         """GEMM2; of f16 activations the result is f32, not bf16."""
 
@@ -103,6 +109,7 @@ class Backend(Protocol):
         topk_weights: Array,
         plan: GroupPlan,
         *,
+        batch_invariant: bool = False,
         output_dtype: str = "bfloat16",
     ) -> Array:
         """Weighted sum per token; exact zeros where nothing is local.

@@ -48,6 +48,7 @@ def route(
     routed_scaling_factor: Float32[Array, ""],
     *,
     config: MoEConfig,
+    batch_invariant: bool = False,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route`."""
     return routing.route(
@@ -79,8 +80,12 @@ def plan_groups(
     num_experts: int,
     expected_rows: float,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> GroupPlan:
-    """Local pairs to expert-major rows; see `jax_moe.plan_groups`."""
+    """Local pairs to expert-major rows; see `jax_moe.plan_groups`.
+
+    Batch invariance changes no tile: all widths sum alike, where K is in one segment.
+    """
     block_m = tilings.block_m(expected_rows)
     if precision == "high":
         block_m = min(block_m, tilings.MAX_WIDENED_BLOCK_M)
@@ -104,6 +109,7 @@ def up_project(
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     activations, _ = _up(
@@ -113,6 +119,7 @@ def up_project(
         plan,
         swiglu_limit=swiglu_limit,
         scale_format=scale_format,
+        batch_invariant=batch_invariant,
     )
     return activations
 
@@ -124,6 +131,7 @@ def layer(
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
     precision: Precision = "fast",
+    batch_invariant: bool = False,
     output_dtype: str = "bfloat16",
 ) -> Float[Array, "T H"]:
     """The three stages after the plan.
@@ -140,10 +148,15 @@ def layer(
         plan,
         swiglu_limit=swiglu_limit,
         scale_format=scale_format,
+        batch_invariant=batch_invariant,
         side_job=_zeroing(weights.gemm1_weights, plan, precision),
     )
     expert_outputs = down_project(
-        activations, weights.gemm2_weights, weights.gemm2_weights_scale, plan
+        activations,
+        weights.gemm2_weights,
+        weights.gemm2_weights_scale,
+        plan,
+        batch_invariant=batch_invariant,
     )
     return unpermute(
         expert_outputs, inputs.routing.topk_weights, plan, zeroed, output_dtype=output_dtype
@@ -158,6 +171,7 @@ def _up(
     *,
     swiglu_limit: float | None,
     scale_format: ScaleFormat,
+    batch_invariant: bool,
     side_job: SideJob | None = None,
 ) -> tuple[Quantized, Array | None]:
     """The activations, and what `side_job` gives; rows are gathered on the way, or permuted before.
@@ -173,7 +187,7 @@ def _up(
         plan,
         weights,
         weights_scale,
-        config=_up_config(weights, plan, precision_of(tokens.values)),
+        config=_up_config(weights, plan, precision_of(tokens.values), batch_invariant),
         swiglu_limit=swiglu_limit,
         scale_format=scale_format,
         gather_rows=gathers,
@@ -182,10 +196,12 @@ def _up(
     )
 
 
-def _up_config(weights: Array, plan: GroupPlan, precision: Precision) -> MatmulConfig:
+def _up_config(
+    weights: Array, plan: GroupPlan, precision: Precision, batch_invariant: bool = False
+) -> MatmulConfig:
     num_local_experts, columns, hidden_size = weights.shape
     chosen = _CHOOSE[precision](plan.block_m, hidden_size, columns // 2, num_local_experts)
-    return _on_this_device(chosen.up_projection)
+    return _adapted(chosen.up_projection, batch_invariant)
 
 
 def _zeroing(weights: Array, plan: GroupPlan, precision: Precision) -> SideJob | None:
@@ -203,6 +219,8 @@ def down_project(
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
+    *,
+    batch_invariant: bool = False,
 ) -> Float[Array, "M H"]:
     """GEMM2; see `jax_moe.down_project`."""
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
@@ -213,7 +231,7 @@ def down_project(
         plan,
         gemm2_weights,
         gemm2_weights_scale,
-        config=_on_this_device(chosen.down_projection),
+        config=_adapted(chosen.down_projection, batch_invariant),
         interpret=interpret_params(),
     )
 
@@ -224,6 +242,7 @@ def unpermute(
     plan: GroupPlan,
     zeroed: BFloat16[Array, "T H"] | None = None,
     *,
+    batch_invariant: bool = False,
     output_dtype: str = "bfloat16",
 ) -> Float[Array, "T H"]:
     """Weighted sum per token; see `jax_moe.unpermute`. Zeros in `zeroed` are there already."""
@@ -267,7 +286,10 @@ def tiling_table(hidden_size: int, intermediate_size: int, num_local_experts: in
     return tilings.table(hidden_size, intermediate_size, num_local_experts)
 
 
-def _on_this_device(config: MatmulConfig) -> MatmulConfig:
+def _adapted(config: MatmulConfig, batch_invariant: bool) -> MatmulConfig:
+    """A tiling of the table as this call takes it."""
+    if batch_invariant:  # every tile sums K in one chain
+        config = dataclasses.replace(config, split_k_steps=None)
     if interpret_params() is None:
         return config
     return dataclasses.replace(config, sms=_INTERPRETED_SMS)

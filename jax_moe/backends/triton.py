@@ -43,6 +43,7 @@ def route(
     routed_scaling_factor: Float32[Array, ""],
     *,
     config: MoEConfig,
+    batch_invariant: bool = False,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route`."""
     launch = routing.launch(
@@ -69,8 +70,12 @@ def plan_groups(
     num_experts: int,
     expected_rows: float,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> GroupPlan:
-    """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
+    """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`.
+
+    Batch invariance takes tiles of one height: so one program computes every row.
+    """
     num_tokens = topk_ids.shape[0]
     sizes = {"num_local_experts": num_local_experts, "num_experts": num_experts}
     counts = None
@@ -79,6 +84,8 @@ def plan_groups(
     block_m = tilings.block_m(expected_rows, _capability())
     if precision == "high":
         block_m = min(block_m, tilings.MAX_WIDENED_BLOCK_M)
+    if batch_invariant:
+        block_m = tilings.INVARIANT_BLOCK_M
     return GroupPlan(
         *_run(
             plan_kernels.plan_launch(
@@ -98,11 +105,13 @@ def up_project(
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     num_local_experts, columns, hidden_size = gemm1_weights.shape
     sizes = (hidden_size, columns // 2, num_local_experts)
-    tiling = _CHOOSE[precision](plan.block_m, _capability(), *sizes)
+    choose = _CHOOSE[precision]
+    tiling = choose(plan.block_m, _capability(), *sizes, only_shipped=batch_invariant)
     return Quantized(
         *_run(
             up_projection.launch(
@@ -126,11 +135,14 @@ def down_project(
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
+    *,
+    batch_invariant: bool = False,
 ) -> Float[Array, "M H"]:
     """GEMM2, one row per pair, bf16 or f32; see `jax_moe.down_project`."""
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
     sizes = (hidden_size, intermediate_size, num_local_experts)
-    tiling = _CHOOSE[precision_of(activations.values)](plan.block_m, _capability(), *sizes)
+    choose = _CHOOSE[precision_of(activations.values)]
+    tiling = choose(plan.block_m, _capability(), *sizes, only_shipped=batch_invariant)
     (expert_outputs,) = _run(
         down_projection.launch(
             *activations,
@@ -150,6 +162,7 @@ def unpermute(
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
     *,
+    batch_invariant: bool = False,
     output_dtype: str = "bfloat16",
 ) -> Float[Array, "T H"]:
     """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`."""

@@ -5,6 +5,7 @@ expert at a time; activations are requantized between the matmuls exactly as the
 or, with `precision="high"`, rounded to f16 under a power of two per row and 128 columns.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from jax_moe.numerics import (
 from jax_moe.router import route as route
 from jax_moe.transforms import as_varying
 from jax_moe.types import GroupPlan, Quantized
-from pallas_kernels.scores import divide
+from pallas_kernels.scores import divide, multiply
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
 NAME = "xla"
@@ -74,10 +75,14 @@ def plan_groups(
     num_experts: int,
     expected_rows: float,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> GroupPlan:
-    """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`."""
+    """Counting sort of the local pairs by expert; see `jax_moe.plan_groups`.
+
+    XLA picks a matmul's algorithm by its shape, so batch invariance takes tiles of one height.
+    """
     num_tokens, top_k = topk_ids.shape
-    block_m = _block_m(expected_rows)
+    block_m = _MAX_BLOCK_M if batch_invariant else _block_m(expected_rows)
     rows = max_rows(num_tokens, top_k, num_local_experts, block_m)
 
     local_ids = topk_ids - local_expert_offset
@@ -129,6 +134,7 @@ def up_project(
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
     rows, intermediate = plan.row_token.shape[0], gemm1_weights.shape[1] // 2
@@ -157,6 +163,8 @@ def down_project(
     gemm2_weights: Float8e4m3fn[Array, "E_local H I"],
     gemm2_weights_scale: Float32[Array, "E_local H//128 I//128"],
     plan: GroupPlan,
+    *,
+    batch_invariant: bool = False,
 ) -> Float[Array, "M H"]:
     """GEMM2, one row per pair, bf16 or f32; see `jax_moe.down_project`."""
     dtype = jnp.bfloat16 if activations.values.dtype == jnp.float8_e4m3fn else jnp.float32
@@ -203,16 +211,20 @@ def unpermute(
     topk_weights: Float32[Array, "T k"],
     plan: GroupPlan,
     *,
+    batch_invariant: bool = False,
     output_dtype: str = "bfloat16",
 ) -> Float[Array, "T H"]:
-    """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`."""
+    """Weighted float32 sum of a token's local pairs; see `jax_moe.unpermute`.
+
+    XLA fuses products with the sums after them for some T, so batch invariance keeps them apart.
+    """
+    product = multiply if batch_invariant else operator.mul
     num_tokens, top_k = topk_weights.shape
     total = jnp.zeros((num_tokens, expert_outputs.shape[1]), jnp.float32)
     for choice in range(top_k):
         rows = plan.pair_row[:, choice, None]
-        weighted = (
-            take(expert_outputs, rows[:, 0]).astype(jnp.float32) * topk_weights[:, choice, None]
-        )
+        values = take(expert_outputs, rows[:, 0]).astype(jnp.float32)
+        weighted = product(values, topk_weights[:, choice, None])
         total += jnp.where(rows >= 0, weighted, 0)
     return total.astype(output_dtype)
 

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import BFloat16, Float, Int32
+from jaxtyping import BFloat16, Float, Float32, Int32
 
 from jax_moe import entry, stages, validate
 from jax_moe.api import apply_routed
-from jax_moe.config import Precision, checked_precision
+from jax_moe.config import Precision, checked_batch_invariant, checked_precision
 from jax_moe.nn.config import LayerConfig
-from jax_moe.numerics import matmul
+from jax_moe.numerics import matmul, matmul_in_tiles
 from jax_moe.parallel import apply_routed_expert_parallel, placement
 from jax_moe.parallel.ranks import AxisName
+from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, LayerWeights, Routing
 from pallas_kernels.shapes import even_rows
 
@@ -31,6 +32,7 @@ def moe_layer(
     num_tokens: int | Int32[Array, ""] | None = None,
     with_load: bool = False,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> BFloat16[Array, "... H"] | tuple[BFloat16[Array, "... H"], Int32[Array, " E"]]:
     """Gate, router, routed experts and shared experts; no residual.
 
@@ -62,6 +64,7 @@ def moe_layer(
             `apply`.
         with_load: Whether to return the load as well. Static.
         precision: As in `apply`.
+        batch_invariant: As in `apply`, gates and shared experts included.
 
     Returns:
         bf16[...,H]; with `with_load` also i32[E]: the (token, expert) pairs of each routed expert,
@@ -74,19 +77,26 @@ def moe_layer(
     """
     x, num_fused = _checked(params, hidden_states, config, axis_name)
     router = config.router
+    batch_invariant = checked_batch_invariant(batch_invariant)
     routing = stages.route(
-        matmul(x.astype(jnp.float32), params.gate_weight.astype(jnp.float32)),
+        _gate_logits(x, params.gate_weight, batch_invariant),
         params.e_score_correction_bias,
         config.routed_scaling_factor,
         config=router,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
     precision = checked_precision(precision)
     rows: tuple[Any, Any] = (x, None)  # with "high" they are used as they are
     if precision == "fast":
         rows = stages.quantize(x, scale_format=router.scale_format, backend=backend)
-    call: dict[str, Any] = {"backend": backend, "num_tokens": num_tokens, "precision": precision}
-    call["scale_format"] = router.scale_format
+    call: dict[str, Any] = {
+        "backend": backend,
+        "num_tokens": num_tokens,
+        "scale_format": router.scale_format,
+        "precision": precision,
+        "batch_invariant": batch_invariant,
+    }
     load: Any = None
     out: Any
     if axis_name is not None:
@@ -106,7 +116,10 @@ def moe_layer(
             limit = None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
             live = entry.of_live_tokens(routing.topk_ids, limit)
             load = placement.load(live, config.num_experts)
-        chosen = _with_fused(routing, params, x, config, num_fused) if num_fused else routing
+        chosen = routing
+        if num_fused:
+            weight = _shared_weight(params, x, config, batch_invariant)
+            chosen = _with_fused(routing, weight, config.num_experts, num_fused)
         out = apply_routed(
             *rows,
             *params.experts,
@@ -227,18 +240,26 @@ def _checked(
     return x, num_fused
 
 
-def _shared_weight(params: LayerWeights, x: Array, config: LayerConfig) -> Float[Array, "T 1"]:
+def _gate_logits(x: Array, weight: Any, batch_invariant: bool) -> Float32[Array, "T E"]:
+    # One example after the other under `jax.vmap`, which changes shapes as well.
+    product = forward_only(matmul_in_tiles) if batch_invariant else matmul
+    return product(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def _shared_weight(
+    params: LayerWeights, x: Array, config: LayerConfig, batch_invariant: bool
+) -> Float[Array, "T 1"]:
     if not config.has_shared_gate:
         return jnp.ones((x.shape[0], 1), jnp.float32)
-    gate = params.shared_gate.astype(jnp.float32)  # type: ignore[union-attr]
-    return jax.nn.sigmoid(matmul(x.astype(jnp.float32), gate))
+    return jax.nn.sigmoid(_gate_logits(x, params.shared_gate, batch_invariant))
 
 
 def _shared(
     rows: tuple[Any, Any], params: LayerWeights, x: Array, config: LayerConfig, call: dict[str, Any]
 ) -> BFloat16[Array, "T H"]:
     """The shared experts as one that every token takes."""
-    every = Routing(jnp.zeros((x.shape[0], 1), jnp.int32), _shared_weight(params, x, config))
+    weight = _shared_weight(params, x, config, call["batch_invariant"])
+    every = Routing(jnp.zeros((x.shape[0], 1), jnp.int32), weight)
     experts: Any = params.shared_experts
     arguments: Any = (*rows, *experts, *every, 0)
     return apply_routed(
@@ -250,12 +271,12 @@ def _shared(
 
 
 def _with_fused(
-    routing: Routing, params: LayerWeights, x: Array, config: LayerConfig, num_fused: int
+    routing: Routing, weight: Float[Array, "T 1"], num_experts: int, num_fused: int
 ) -> Routing:
     """The routing, and the fused experts for every token; their ids follow the routed ones'."""
-    shape = (x.shape[0], num_fused)
-    ids = config.num_experts + lax.broadcasted_iota(jnp.int32, shape, 1)
-    weights = jnp.broadcast_to(_shared_weight(params, x, config), shape)
+    shape = (weight.shape[0], num_fused)
+    ids = num_experts + lax.broadcasted_iota(jnp.int32, shape, 1)
+    weights = jnp.broadcast_to(weight, shape)
     return Routing(
         jnp.concatenate([routing.topk_ids, ids], axis=1),
         jnp.concatenate([routing.topk_weights, weights], axis=1),

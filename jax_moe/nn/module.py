@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import BFloat16, Float, Int32
 
 from jax_moe.checkpoint import load_layer
-from jax_moe.config import Precision, checked_precision
+from jax_moe.config import Precision, checked_batch_invariant, checked_precision
 from jax_moe.nn.config import LayerConfig
 from jax_moe.nn.layer import fuse_shared, moe_layer
 from jax_moe.parallel.ranks import AxisName
@@ -48,6 +48,7 @@ class DeepSeekMoE(nnx.Module):
         rngs: Where the random weights come from, stream "params".
         backend: As in `jax_moe.apply`.
         precision: As in `jax_moe.apply`.
+        batch_invariant: As in `moe_layer`.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class DeepSeekMoE(nnx.Module):
         rngs: nnx.Rngs,
         backend: str = "auto",
         precision: Precision = "fast",
+        batch_invariant: bool = False,
     ) -> None:
         self.backend = backend
         self.precision = checked_precision(precision)
+        self.batch_invariant = checked_batch_invariant(batch_invariant)
         self._fill(config, _random_weights(config, rngs.params()))
 
     def _fill(self, config: LayerConfig, weights: LayerWeights) -> None:
@@ -81,6 +84,7 @@ class DeepSeekMoE(nnx.Module):
         *,
         backend: str = "auto",
         precision: Precision = "fast",
+        batch_invariant: bool = False,
     ) -> Self:
         """A module of weights that are there already, fused or not.
 
@@ -89,11 +93,16 @@ class DeepSeekMoE(nnx.Module):
             weights: Its weights.
             backend: As in `jax_moe.apply`.
             precision: As in `jax_moe.apply`.
+            batch_invariant: As in `moe_layer`.
 
         Returns:
             The module; the arrays are not copied.
         """
-        options: dict[str, Any] = {"backend": backend, "precision": precision}
+        options: dict[str, Any] = {
+            "backend": backend,
+            "precision": precision,
+            "batch_invariant": batch_invariant,
+        }
         module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
         module._fill(config, weights)
         return module
@@ -107,6 +116,7 @@ class DeepSeekMoE(nnx.Module):
         fused: bool = False,
         backend: str = "auto",
         precision: Precision = "fast",
+        batch_invariant: bool = False,
         **options: Any,
     ) -> Self:
         """A module with the weights of one layer of a checkpoint.
@@ -117,6 +127,7 @@ class DeepSeekMoE(nnx.Module):
             fused: Whether to make the shared experts part of the routed ones' matmuls.
             backend: As in `jax_moe.apply`.
             precision: As in `jax_moe.apply`.
+            batch_invariant: As in `moe_layer`.
             **options: As in `jax_moe.checkpoint.load_layer`.
 
         Returns:
@@ -132,7 +143,13 @@ class DeepSeekMoE(nnx.Module):
         weights = load_layer(folder, layer, **options)
         if fused:
             weights = fuse_shared(weights, config)
-        return cls.from_weights(config, weights, backend=backend, precision=precision)
+        return cls.from_weights(
+            config,
+            weights,
+            backend=backend,
+            precision=precision,
+            batch_invariant=batch_invariant,
+        )
 
     @property
     def weights(self) -> LayerWeights:
@@ -179,6 +196,7 @@ class DeepSeekMoE(nnx.Module):
             num_tokens=num_tokens,
             with_load=with_load,
             precision=self.precision,
+            batch_invariant=self.batch_invariant,
         )
 
 

@@ -16,6 +16,7 @@ from jax_moe.config import (
     MoEConfig,
     Precision,
     ScaleFormat,
+    checked_batch_invariant,
     checked_precision,
     checked_scale_format,
     checked_swiglu_limit,
@@ -49,6 +50,7 @@ def apply_expert_parallel(
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> BFloat16[Array, "T H"] | tuple[BFloat16[Array, "T H"], Int32[Array, " E"]]:
     """A DeepSeek-V3 mixture of experts over the ranks of a mesh axis, inside of `jax.shard_map`.
 
@@ -110,6 +112,9 @@ def apply_expert_parallel(
         scale_format: As in `apply`.
         swiglu_limit: As in `apply`.
         precision: As in `apply`.
+        batch_invariant: As in `apply`, for a number of ranks and an exchange: nothing depends on
+            which rank a token comes from either. Not with a placement that has copies, of which a
+            token's number chooses one.
 
     Returns:
         bf16[T,H] of this rank's tokens; with `with_load`, also i32[E]: the (token, expert) pairs of
@@ -152,6 +157,7 @@ def apply_expert_parallel(
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
         precision=precision,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -177,6 +183,7 @@ def apply_routed_expert_parallel(
     scale_format: ScaleFormat = "f32",
     swiglu_limit: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> BFloat16[Array, "T H"] | tuple[BFloat16[Array, "T H"], Int32[Array, " E"]]:
     """`apply_expert_parallel` without its router: the caller says where each token goes.
 
@@ -202,6 +209,7 @@ def apply_routed_expert_parallel(
         scale_format: As in `apply_routed`.
         swiglu_limit: As in `apply_routed`.
         precision: As in `apply`.
+        batch_invariant: As in `apply_expert_parallel`.
 
     Returns:
         As `apply_expert_parallel`.
@@ -236,6 +244,7 @@ def apply_routed_expert_parallel(
         scale_format=checked_scale_format(scale_format),
         swiglu_limit=checked_swiglu_limit(swiglu_limit),
         precision=precision,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -255,14 +264,21 @@ def _run(
     scale_format: ScaleFormat,
     swiglu_limit: float | None,
     precision: Precision,
+    batch_invariant: bool,
 ) -> Any:
     """The checks that both entries share, then the layer. `sizes` knows T, E and k."""
     precision = checked_precision(precision)
+    batch_invariant = checked_batch_invariant(batch_invariant)
     expected_rows = validate.expected_rows(expected_rows)
     validate.hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
     validate.weights(inputs.weights, sizes)
     num_experts, tokens = sizes["E"][0], sizes["T"][0]
     num_slots = check_experts(inputs.weights.num_local_experts, num_experts, group.count, placed)
+    if batch_invariant and num_slots != num_experts:
+        raise ValueError(
+            f"placement: expected one slot for each of {num_experts} experts with "
+            f"batch_invariant=True, as a token's number chooses between copies, got {num_slots}"
+        )
     validate.pair_count("hidden_states of all ranks", group.count * tokens, sizes["k"][0])
     live: Any = (
         None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, tokens)
@@ -292,6 +308,7 @@ def _run(
         scale_format=scale_format,
         swiglu_limit=swiglu_limit,
         precision=precision,
+        batch_invariant=batch_invariant,
         expected_rows=expected_rows,
     )
     out, load = layer.run(inputs, live, placed, plan)

@@ -35,6 +35,7 @@ class Plan:
         scale_format: Of the activations that are quantized here.
         swiglu_limit: Clamp before the activation.
         precision: Of the activations; with "high" partial sums travel in float32.
+        batch_invariant: Whether a token's bits are the same in any batch.
         expected_rows: Rows an expert is likely to get from all ranks; None takes the even share.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     scale_format: ScaleFormat
     swiglu_limit: float | None
     precision: Precision
+    batch_invariant: bool
     expected_rows: float | None
 
     @property
@@ -118,11 +120,12 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
                 inputs.routing_bias,
                 inputs.routed_scaling_factor,
                 config=config,
+                batch_invariant=plan.batch_invariant,
             )
         topk_ids = entry.of_live_tokens(routing.topk_ids, num_tokens)
         return *rows, topk_ids, routing.topk_weights  # `jax.export` knows no types of ours
 
-    static = ("at home", plan.config, plan.scale_format, plan.precision)
+    static = ("at home", plan.config, plan.scale_format, plan.precision, plan.batch_invariant)
     values, scales, topk_ids, topk_weights = _lowered(body, stages, *static)(inputs, num_tokens)
     return Tokens(values, scales, Routing(topk_ids, topk_weights))
 
@@ -138,6 +141,7 @@ def _local_layer(inputs: RoutedInputs, *, plan: Plan) -> Array:
         scale_format=plan.scale_format,
         swiglu_limit=plan.swiglu_limit,
         precision=plan.precision,
+        batch_invariant=plan.batch_invariant,
         output_dtype=plan.output_dtype,
     )
     body = functools.partial(entry.layer, num_tokens=None, options=options, stages=stages)

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_moe import backends, validate
-from jax_moe.config import DEEPSEEK_V3, MoEConfig, Precision, ScaleFormat, checked_precision
+from jax_moe.config import (
+    DEEPSEEK_V3,
+    MoEConfig,
+    Precision,
+    ScaleFormat,
+    checked_batch_invariant,
+    checked_precision,
+)
 from jax_moe.device import describe_device
 from jax_moe.parallel import exchange as exchanges
 from jax_moe.parallel import ranks
@@ -92,6 +99,7 @@ def expert_parallel(
     scale_format: ScaleFormat | None = None,
     swiglu_limit: float | None = None,
     precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> Callable[..., Any]:
     """`apply_expert_parallel` as a function of global arrays.
 
@@ -119,6 +127,7 @@ def expert_parallel(
         scale_format: As in `apply_expert_parallel`.
         swiglu_limit: As in `apply_expert_parallel`.
         precision: As in `apply_expert_parallel`.
+        batch_invariant: As in `apply_expert_parallel`.
 
     Returns:
         A function of global arrays: [N*T,E] logits, [N*T,H] rows, [E_physical,...] weights and so
@@ -145,6 +154,7 @@ def expert_parallel(
         "expected_rows": validate.expected_rows(expected_rows),
         "swiglu_limit": swiglu_limit,
         "precision": checked_precision(precision),
+        "batch_invariant": checked_batch_invariant(batch_invariant),
     }
     options |= {"config": config} if num_experts is None else {"num_experts": num_experts}
     if scale_format is not None:

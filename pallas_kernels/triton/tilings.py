@@ -63,6 +63,9 @@ BLOCK_MS = _ALL
 MAX_WIDENED_BLOCK_M = 64
 """Rows of the largest tile of 16-bit rows: its weights take registers of their own."""
 
+INVARIANT_BLOCK_M = 64
+"""Of every plan whose rows keep their bits in any batch: the largest that all GPUs have."""
+
 
 def block_m(expected_rows: float, compute_capability: int) -> int:
     """Rows of a tile.
@@ -88,6 +91,8 @@ def choose(
     hidden_size: int,
     intermediate_size: int,
     num_local_experts: int,
+    *,
+    only_shipped: bool = False,
 ) -> Pair[MatmulConfig]:
     """Tilings of both projections.
 
@@ -97,8 +102,12 @@ def choose(
         hidden_size: H.
         intermediate_size: I.
         num_local_experts: E_local.
+        only_shipped: Whether a table that the user measured does not count.
     """
     sizes = Sizes(hidden_size, intermediate_size, num_local_experts)
+    if only_shipped:
+        known = kernels(generation(compute_capability))
+        return cache.nearest_shipped(known, gpu(compute_capability), sizes)[block_m]
     return chosen(compute_capability, sizes).table[block_m]
 
 
@@ -108,6 +117,8 @@ def choose_widened(
     hidden_size: int,
     intermediate_size: int,
     num_local_experts: int,
+    *,
+    only_shipped: bool = False,
 ) -> Pair[MatmulConfig]:
     """Tilings of both projections for rows of 16 bits: those of FP8 rows, as far as they fit.
 
@@ -117,6 +128,7 @@ def choose_widened(
         hidden_size: H.
         intermediate_size: I.
         num_local_experts: E_local.
+        only_shipped: As for `choose`.
 
     Raises:
         ValueError: The plan was made for FP8 rows.
@@ -127,7 +139,7 @@ def choose_widened(
             f"{MAX_WIDENED_BLOCK_M} rows, got {block_m}"
         )
     sizes = (hidden_size, intermediate_size, num_local_experts)
-    pair = choose(block_m, compute_capability, *sizes)
+    pair = choose(block_m, compute_capability, *sizes, only_shipped=only_shipped)
     return Pair(*(widened(config, compute_capability) for config in pair))
 
 
