@@ -46,9 +46,10 @@ class Campaign:
     """
 
     def __init__(self, backends: list[str], tell: Callable[[str], Any] = print) -> None:
-        from tests import fuzz_cases  # JAX starts with it
+        from tests import fuzz_cases, fuzz_checks  # JAX starts with them
 
-        self.cases, self.backends, self.tell = fuzz_cases, backends, tell
+        self.cases, self.checks = fuzz_cases, fuzz_checks
+        self.backends, self.tell = backends, tell
         self.failures: list[dict[str, Any]] = []
         self.count = self.rows = 0
         self.worst = dict.fromkeys(backends, 0.0)
@@ -60,7 +61,7 @@ class Campaign:
         self.count += 1
         self.slots[self.cases.slot_of(number)] += 1
         case = self.cases.draw(number)
-        expected = self.cases.oracle(case)
+        expected = self.checks.oracle(case)
         self.kinds[f"routing: {case.routing}"] += 1
         self.kinds[f"fault: {case.fault or 'none, run twice'}"] += 1
         for backend in self.backends:
@@ -76,10 +77,10 @@ class Campaign:
     def _check(self, case: Any, expected: Any, backend: str) -> Any:
         try:
             with interruption.undisguised():
-                return self.cases.check(case, expected, backend)
+                return self.checks.check(case, expected, backend)
         except Exception as error:  # whatever it raises is a finding
             message = str(error).strip().split("\n")[0][:200]
-            return self.cases.Outcome(f"{type(error).__name__}: {message}", 0, 0.0)
+            return self.checks.Outcome(f"{type(error).__name__}: {message}", 0, 0.0)
 
     def summary(self) -> dict[str, Any]:
         """For the JSON file."""

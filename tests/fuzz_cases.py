@@ -1,9 +1,8 @@
-"""Random cases of the layer, each made from its number alone, and what must hold for them.
+"""Random cases of the layer, each made from its number alone.
 
-A number names a slot, the shapes that a program is compiled for, and the seed of all data: routing
-pattern, spread and sign of scales, offset, factor, live rows, and a fault to inject. The oracle is
-`jax_moe.reference`. Tokens whose choice of experts hangs on the last bits of a score are left out
-of comparisons.
+A number names a slot, the shapes and options that a program is compiled for, and the seed of all
+data: routing pattern, spread and sign of scales, offset, factor, live rows, and a fault to inject.
+`fuzz_checks` has what must hold.
 """
 
 from __future__ import annotations
@@ -16,24 +15,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-import jax_moe
 from jax_moe import DEEPSEEK_V3, LayerInputs, MoEConfig, buckets
+from jax_moe.config import Precision
 from tests import numpy_oracle
-from tests.backend_cases import running
-from tests.moe_inputs import E4M3, SMALL, bits, replaced
+from tests.moe_inputs import E4M3, SMALL, replaced
 
 BF16 = ml_dtypes.bfloat16
-# Sum form, |d| <= ATOL * rms of the row + RTOL * |reference|: e4m3 between the matmuls costs 2.5 %
-# of a row's norm, so 0.1 is four standard deviations.
-RTOL, ATOL, LEAST_MATCHED = 0.2, 0.1, 0.97
-# Of its norm; half an ulp of e4m3 is 1/16 of one element at most. The largest element of a group
-# is exact only where the scale is made for it.
-MOST_ROW_ERROR = {"f32": 0.06, "ue8m0": 0.08}
-TINY, HUGE = 1e-25, 1e30  # rows all below count as zero, rows above are not compared
 
 
 class Model(NamedTuple):
-    """What is compiled for besides T: routing, sizes, dtypes."""
+    """What is compiled for besides T: routing, sizes, dtypes, options."""
 
     config: MoEConfig
     num_experts: int
@@ -42,6 +33,17 @@ class Model(NamedTuple):
     intermediate: int
     dtype: Any = E4M3
     bias_dtype: Any = BF16
+    precision: Precision = "fast"
+    batch_invariant: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of `apply`."""
+        return {
+            "config": self.config,
+            "precision": self.precision,
+            "batch_invariant": self.batch_invariant,
+        }
 
 
 _A = Model(SMALL, 32, 8, 256, 128)
@@ -54,11 +56,16 @@ _F = Model(_F_CONFIG, 16, 5, 256, 512, np.float32)
 _G = Model(MoEConfig(3, 3, 2), 72, 70, 256, 256, np.float16, np.float32)
 _H = Model(SMALL, 32, 8, 3584, 256)  # a K that mosaic cuts
 _I = Model(MoEConfig(10), 600, 512, 128, 128)  # many experts on one device
+_J = _A._replace(precision="high", batch_invariant=True)
+_K = _H._replace(batch_invariant=True)
+_L = _D._replace(precision="high")
+_M = _G._replace(precision="high", batch_invariant=True)
+_N = _B._replace(batch_invariant=True)
 
 SLOTS = (
     (_A, 16), (_H, 16), (_B, 256), (_C, 64), (_D, 1024), (_F, 256), (_E, 1024), (_A, 1), (_G, 64),
     (_B, 1024), (_A, 256), (_C, 1024), (_D, 16), (_A, 1024), (_E, 64), (_B, 16), (_G, 1024),
-    (_I, 64),
+    (_I, 64), (_K, 16), (_J, 256), (_L, 1024), (_M, 64), (_N, 1024), (_J, 16),
 )  # fmt: skip
 """Model and padded token count: one program each on every backend."""
 
@@ -124,6 +131,7 @@ def label(slot: int) -> str:
         f"T={padded} top {config.top_k} of {model.num_experts} in {config.topk_group}/"
         f"{config.n_group} groups, {model.num_local} local, H={model.hidden} "
         f"I={model.intermediate} {np.dtype(model.dtype).name}"
+        f"{', high' * (model.precision == 'high')}{', batch invariant' * model.batch_invariant}"
     )
 
 
@@ -294,101 +302,3 @@ def _spoil(
         gemm2_weights_scale=s2,
     )
     return spoiled, touched
-
-
-class Outcome(NamedTuple):
-    """What checking a case on one backend found.
-
-    Attributes:
-        problem: None if all held, else one line.
-        rows: Rows compared with the oracle.
-        worst: Their largest relative error.
-    """
-
-    problem: str | None
-    rows: int
-    worst: float
-
-
-def oracle(case: Case) -> np.ndarray:
-    """`f32[T, H]` from `jax_moe.reference`, run at the padded size, of which there are few.
-
-    Activations that the layer quantizes are quantized before, by NumPy.
-    """
-    inputs, count = case.inputs, case.padded
-    values, scales = inputs.hidden_states, inputs.hidden_states_scale
-    if scales is None:
-        form = case.model.config.scale_format
-        values, scales = numpy_oracle.quantize(np.asarray(values, np.float32), form)
-    padded = inputs._replace(
-        routing_logits=buckets.pad(inputs.routing_logits, 0, count),
-        hidden_states=buckets.pad(values, 0, count),
-        hidden_states_scale=buckets.pad(scales, 1, count),
-    )
-    out = jax_moe.reference(*padded.arguments, config=case.model.config)
-    return np.asarray(out, np.float32)[: len(case.ids)]
-
-
-def check(case: Case, expected: np.ndarray, backend: str) -> Outcome:
-    """Runs a case on a backend, with and without its fault, and twice."""
-
-    def run(inputs: LayerInputs) -> np.ndarray:
-        with running(backend) as name:
-            out = jax_moe.apply(
-                *inputs.arguments,
-                config=case.model.config,
-                backend=name,
-                num_tokens=case.num_tokens,
-            )
-        if out.dtype != jnp.bfloat16 or out.shape != expected.shape:
-            raise TypeError(f"expected bfloat16 {expected.shape}, got {out.dtype} {out.shape}")
-        return np.asarray(out)
-
-    clean = run(case.inputs)
-    outcome = compare(case, np.asarray(clean, np.float32), expected)
-    if outcome.problem is None:
-        again = run(case.spoiled)
-        differ = (bits(again) != bits(clean)).any(axis=1) & case.clear & ~case.touched
-        if differ.any():
-            what = "a second run" if case.fault is None else f"the fault {case.fault!r}"
-            row = int(np.argmax(differ))
-            outcome = outcome._replace(problem=f"{what} changed {differ.sum()} rows: {row}, ...")
-    return outcome
-
-
-def compare(case: Case, found: np.ndarray, expected: np.ndarray) -> Outcome:
-    """Holds the rows of a fault-free run, `[T, H]`, to the oracle's."""
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    tokens = np.arange(len(found))
-    live = tokens < (len(found) if case.num_tokens is None else case.num_tokens)
-    local = case.ids - case.inputs.local_expert_offset
-    has_local = ((local >= 0) & (local < case.model.num_local)).any(axis=1)
-    zero = ~live | (case.clear & ~has_local)
-    if found[zero].any():
-        row = tokens[zero][np.argmax(found[zero].any(axis=1))]
-        return Outcome(f"row {row} has no expert here and is not zero", 0, 0.0)
-    size = np.abs(expected).max(axis=1)
-    rows = case.clear & live & (size < HUGE)  # NaN compares false
-    found, expected, tokens = found[rows], expected[rows], tokens[rows]
-    if not np.isfinite(found).all():
-        row = tokens[np.argmax(~np.isfinite(found).all(axis=1))]
-        return Outcome(f"row {row} is not finite, the oracle's is", 0, np.inf)
-    small = size[rows] < TINY
-    if (np.abs(found[small]) > 2 * TINY).any():
-        return Outcome("a row that should be zero or tiny is not", 0, np.inf)
-    found, expected, tokens = (x[~small] for x in (found, expected, tokens))
-    if not len(found):
-        return Outcome(None, int(small.sum()), 0.0)
-    difference, norm = np.abs(found - expected), np.linalg.norm(expected, axis=1)
-    errors = np.linalg.norm(difference, axis=1) / norm
-    rms = norm[:, None] / expected.shape[1] ** 0.5
-    matched = (difference <= ATOL * rms + RTOL * np.abs(expected)).mean(axis=1)
-    bad = (errors > MOST_ROW_ERROR[case.model.config.scale_format]) | (matched < LEAST_MATCHED)
-    problem = None
-    if bad.any():
-        i = int(np.argmax(np.where(bad, errors, 0)))
-        problem = (
-            f"{bad.sum()} of {len(bad)} rows differ, row {tokens[i]} by {errors[i]:.3f} of its "
-            f"norm with {matched[i]:.3f} of it matched"
-        )
-    return Outcome(problem, int(rows.sum()), float(errors.max()))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from tests import fuzz, fuzz_cases, numpy_oracle
+from tests import fuzz, fuzz_cases, fuzz_checks, numpy_oracle
 from tests.backend_cases import EVERYWHERE
 from tests.moe_inputs import bits
 
@@ -26,7 +26,7 @@ def test_a_few_cases(case, slot, few):
     for count in range(few):
         number = 7000 * len(fuzz_cases.SLOTS) + count * len(fuzz_cases.SLOTS) + slot
         drawn = fuzz_cases.draw(number)
-        outcome = fuzz_cases.check(drawn, fuzz_cases.oracle(drawn), case)
+        outcome = fuzz_checks.check(drawn, fuzz_checks.oracle(drawn), case)
         assert outcome.problem is None, drawn
 
 
@@ -47,7 +47,7 @@ def test_only_a_tie_of_equal_numbers_is_clear():
 def test_cases_in_the_interpreter(count):
     slots = fuzz_cases.INTERPRETED_SLOTS
     drawn = fuzz_cases.draw(count * len(fuzz_cases.SLOTS) + slots[count % len(slots)])
-    outcome = fuzz_cases.check(drawn, fuzz_cases.oracle(drawn), fuzz.INTERPRETED)
+    outcome = fuzz_checks.check(drawn, fuzz_checks.oracle(drawn), fuzz.INTERPRETED)
     assert outcome.problem is None, drawn
 
 
@@ -126,10 +126,26 @@ def test_planted_defects_are_found(monkeypatch, defect, said):
     assert f"\n  {campaign.failures[0]['repeat']}" in told[0]
 
 
+def test_bits_that_depend_on_the_batch_are_found(monkeypatch):
+    number = 19  # batch invariant
+    drawn, apply = fuzz_cases.draw(number), jax_moe.apply
+    assert drawn.model.batch_invariant
+    assert fuzz_checks.check(drawn, fuzz_checks.oracle(drawn), "xla").problem is None
+
+    def spoiled(*inputs, **options):
+        out = apply(*inputs, **options)
+        return out if len(out) == len(drawn.ids) else out.at[0].multiply(1 + 2.0**-7)
+
+    monkeypatch.setattr(jax_moe, "apply", spoiled)
+    found = fuzz_checks.check(drawn, fuzz_checks.oracle(drawn), "xla").problem
+    assert "1 of" in found
+    assert "rows differ in another batch" in found
+
+
 def test_the_oracle_is_the_reference():
     drawn = fuzz_cases.draw(2)
     expected = jax_moe.reference(*drawn.inputs.arguments, config=drawn.model.config)
-    found = fuzz_cases.oracle(drawn).astype(jnp.bfloat16)
+    found = fuzz_checks.oracle(drawn).astype(jnp.bfloat16)
     np.testing.assert_array_equal(bits(found), bits(expected))
 
 
