@@ -44,6 +44,7 @@ from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
 from bench.workloads import sizes_of  # noqa: E402
 from interop import interruption  # noqa: E402
 from jax_moe import backends, models  # noqa: E402
+from jax_moe.config import PRECISIONS, checked_precision  # noqa: E402
 
 USAGE_ERROR = 2
 
@@ -61,6 +62,12 @@ _NUM_LOCAL_EXPERTS = flags.DEFINE_integer(
 )
 _BACKEND = flags.DEFINE_enum(
     "backend", "auto", ["auto", *backends.NAMES], "What the solution jax_moe runs."
+)
+_PRECISION = flags.DEFINE_enum(
+    "precision", "fast", PRECISIONS, "At which the solution jax_moe runs."
+)
+_BATCH_INVARIANT = flags.DEFINE_bool(
+    "batch_invariant", False, "Whether the solution jax_moe keeps a token's bits in any batch."
 )
 _INPUTS = flags.DEFINE_enum("inputs", "realistic", inputs.KINDS, "How inputs are made.")
 _DATASET = flags.DEFINE_string("dataset", None, "flashinfer-trace folder of --inputs=dataset.")
@@ -123,6 +130,7 @@ _SHARED_EXPERT = flags.DEFINE_bool(
 )
 _SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of the workloads.")
 
+_OF_JAX_MOE = (_BACKEND, _PRECISION, _BATCH_INVARIANT)
 _OF_DOCUMENTS = ("documents", "report", "breakdown")
 _OURS = [one.name for one in list(vars().values()) if isinstance(one, flags.FlagHolder)]
 
@@ -165,12 +173,13 @@ def _settings() -> Settings:
         raise ValueError(f"--sustained: needs --timer=gpu, {missing or 'got wall'}")
     if _SOLUTIONS.value is not None:
         names = tuple(_SOLUTIONS.value)
-        if _BACKEND.value != "auto" and not {"jax_moe", "all"} & set(names):
+        ours = [flag for flag in _OF_JAX_MOE if flag.value != flag.default]
+        if ours and not {"jax_moe", "all"} & set(names):
             raise ValueError(
-                f"--backend={_BACKEND.value}: is what the solution jax_moe runs, which "
+                f"--{ours[0].name}={ours[0].value}: is what the solution jax_moe runs, which "
                 f"--solutions={','.join(names)} leaves out"
             )
-    elif _BACKEND.present:
+    elif any(flag.present for flag in _OF_JAX_MOE):
         names = ("jax_moe",)
     else:
         names = solutions.default_names(on_gpu)
@@ -181,6 +190,8 @@ def _settings() -> Settings:
         model=models.get(_MODEL.value).name,
         num_local_experts=local,
         backend=_BACKEND.value,
+        precision=checked_precision(_PRECISION.value),
+        batch_invariant=_BATCH_INVARIANT.value,
         inputs=_INPUTS.value,
         dataset=None if dataset is None else str(dataset),
         routing=_ROUTING.value,
@@ -226,7 +237,8 @@ def main(argv: Sequence[str]) -> int:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; all options are flags, see --help")
         if _LIST.value:
-            print(session.list_solutions(_BACKEND.value, _MODEL.value))
+            options = {flag.name: flag.value for flag in (_PRECISION, _BATCH_INVARIANT)}
+            print(session.list_solutions(_BACKEND.value, _MODEL.value, **options))
             return session.OK
         for chatty in ("jax", "matplotlib"):  # absl shows INFO, such as "no TPU"
             logging.getLogger(chatty).setLevel(logging.WARNING)

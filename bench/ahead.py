@@ -87,5 +87,5 @@ def _start() -> None:
 def _compile(settings: Settings, name: str, specs: LayerInputs) -> execution.Program:
     from bench import solutions
 
-    run = solutions.registry(settings.backend, settings.measured)[name].run
+    run = solutions.known_to(settings)[name].run
     return execution.compiled_program(jax.jit(run).lower(*specs.arguments).compile())

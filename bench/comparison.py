@@ -6,7 +6,7 @@ from pathlib import Path
 from bench import header, plots
 from bench.results import PASS, REFERENCE, Results, Row
 from bench.settings import Settings
-from bench.solutions import registry
+from bench.solutions import known_to
 from interop import comparison_report
 from interop.comparison_report import Measurement, WorkloadRow
 
@@ -41,7 +41,7 @@ def write(results: Results, settings: Settings, name: str) -> list[Path]:
         header=dict(header.lines(results, settings))
         | {"Launched as": _launches(results, measured)},
         command=results.about["command"],
-        designs={name: one.design for name, one in registry(settings.backend).items()},
+        designs={name: one.design for name, one in known_to(settings).items()},
         warnings=header.warnings(results, settings),
         title=f"{results.about['device']['kind']}, speedup over {REFERENCE} by "
         f"{_CLOCKS[results.timer]}, medians\n{plots.conditions(results)}",

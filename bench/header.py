@@ -75,6 +75,8 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
     ]
     if text := _clock_text(results, settings):
         found.append(("SM clock", text))
+    if options := _options_text(settings):
+        found.append(("jax_moe", options))
     if tuned := device.get("tuned"):
         found.append(("Tilings", f"of {', '.join(tuned)}: this user's own, not the shipped ones"))
     if state:
@@ -92,6 +94,16 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
             text = f"{rate}: {roofline.promoted_probe}; likewise in `promoted`"
             found.append(("Promoted floor", text))
     return found
+
+
+def _options_text(settings: Settings) -> str:
+    """How the solution jax_moe runs, where that is not how it runs by default."""
+    options = []
+    if settings.precision != "fast":
+        options.append(f"precision {settings.precision}")
+    if settings.batch_invariant:
+        options.append("batch invariant")
+    return ", ".join(options)
 
 
 def _routing_text(settings: Settings) -> str:

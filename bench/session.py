@@ -33,10 +33,10 @@ from jax_moe import models
 OK, FAILED = 0, 1
 
 
-def list_solutions(backend: str, model: str) -> str:
-    """Every solution: what it is, whether it can run here and why not."""
+def list_solutions(backend: str, model: str, **options: Any) -> str:
+    """Every solution: what it is, whether it can run here and why not; as for `registry`."""
     lines = []
-    for name, solution in solutions.registry(backend, models.get(model)).items():
+    for name, solution in solutions.registry(backend, models.get(model), **options).items():
         reason = solution.unavailable_reason()
         lines.append(f"{name:18} {'available' if reason is None else f'not available: {reason}'}")
         lines.append(f"{'':18} {solution.description} [{solution.framework}]")
@@ -186,7 +186,7 @@ def _pool(settings: Settings) -> Sequence[Workload]:
 
 def _choose(settings: Settings) -> tuple[dict[str, Solution], dict[str, str]]:
     """The solutions to run and why the others that were asked for cannot."""
-    known = solutions.registry(settings.backend, settings.measured)
+    known = solutions.known_to(settings)
     asked = solutions.choose(settings.solutions, known)
     reference = {REFERENCE: known[REFERENCE]}
     reasons = {name: one.unavailable_reason() for name, one in (reference | asked).items()}

@@ -9,12 +9,14 @@ from bench.correctness import Tolerance
 from bench.workloads import Sizes, sizes_of
 from interop.workloads import Workload
 from jax_moe import models
+from jax_moe.config import Precision
 
 CPU_ITERATIONS = 3
 _FLAGS = (
     "model",
     "num_local_experts",
     "backend",
+    "precision",
     "inputs",
     "dataset",
     "routing",
@@ -37,6 +39,8 @@ class Settings:
         model: Whose rank is measured, a name of `jax_moe.models`.
         num_local_experts: E_local of the rank; None is the model's.
         backend: What `jax_moe` runs.
+        precision: At which it runs, as in `jax_moe.apply`.
+        batch_invariant: Whether it keeps a token's bits in any batch, as in `jax_moe.apply`.
         inputs: One of `bench.inputs.KINDS`.
         dataset: Folder of `inputs="dataset"`.
         routing: One of `bench.routing.PATTERNS`.
@@ -59,6 +63,8 @@ class Settings:
     model: str = models.DEEPSEEK_V3.name
     num_local_experts: int | None = None
     backend: str = "auto"
+    precision: Precision = "fast"
+    batch_invariant: bool = False
     inputs: str = "realistic"
     dataset: str | None = None
     routing: str = "moments"
@@ -130,6 +136,7 @@ class Settings:
                 words.append(f"--{name}={value}")
         switches = {
             "--scaling": self.scaling,
+            "--batch_invariant": self.batch_invariant,
             "--nowall_time": not self.wall_time,
             "--sustained": self.sustained,
         }

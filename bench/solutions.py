@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax_moe
 from bench import interpreter, ragged_dot
 from bench.results import REFERENCE
+from bench.settings import Settings
 from interop.solutions.base import Solution
 from jax_moe import LayerInputs, MoEConfig, backends, models
 from jax_moe.config import Precision
@@ -29,13 +30,31 @@ _IN_16_BITS = {"Intermediate quantization": "none: f16 under powers of two"}
 _HIGH = "_high"
 
 
-def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mapping[str, Solution]:
+def known_to(settings: Settings) -> Mapping[str, Solution]:
+    """The solutions as a run means them."""
+    return registry(
+        settings.backend,
+        settings.measured,
+        precision=settings.precision,
+        batch_invariant=settings.batch_invariant,
+    )
+
+
+def registry(
+    backend: str = "auto",
+    model: Model = models.DEEPSEEK_V3,
+    *,
+    precision: Precision = "fast",
+    batch_invariant: bool = False,
+) -> Mapping[str, Solution]:
     """All solutions by name, the reference first, available here or not.
 
     Args:
-        backend: What `jax_moe` runs.
+        backend: What `jax_moe` runs; the solutions named after a backend run that one.
         model: Whose rank is computed. Solutions that know only DeepSeek-V3's definition are not
             available for others; DeepGEMM's glue takes other sizes and most routers.
+        precision: At which `jax_moe` runs; the others say theirs by name.
+        batch_invariant: As in `jax_moe.apply`, of `jax_moe` alone.
 
     Returns:
         Name to solution.
@@ -44,9 +63,16 @@ def registry(backend: str = "auto", model: Model = models.DEEPSEEK_V3) -> Mappin
 
     meant = backends.select("auto", device_of()) if backend == "auto" else backend
     config = model.config
+    how = ", activations in 16 bits" * (precision == "high")
+    how += ", the same bits in any batch" * batch_invariant
     ours = [
         _jax_moe(
-            "jax_moe", meant, config, f"jax_moe.apply, what --backend={backend} means: {meant}"
+            "jax_moe",
+            meant,
+            config,
+            f"jax_moe.apply, what --backend={backend} means: {meant}{how}",
+            precision,
+            batch_invariant,
         )
     ]
     ours += [
@@ -111,7 +137,12 @@ def _unavailable_for(model: Model, solution: Solution) -> Solution:
 
 
 def _jax_moe(
-    name: str, backend: str, config: MoEConfig, description: str, precision: Precision = "fast"
+    name: str,
+    backend: str,
+    config: MoEConfig,
+    description: str,
+    precision: Precision = "fast",
+    batch_invariant: bool = False,
 ) -> Solution:
     design = _UNFUSED if backend == "xla" else _FUSED
     if precision == "high":
@@ -120,7 +151,13 @@ def _jax_moe(
         name=name,
         framework="jax",
         description=description,
-        run=functools.partial(jax_moe.apply, backend=backend, config=config, precision=precision),
+        run=functools.partial(
+            jax_moe.apply,
+            backend=backend,
+            config=config,
+            precision=precision,
+            batch_invariant=batch_invariant,
+        ),
         unavailable_reason=functools.partial(backends.unsupported_reason, backend),
         workspace_bound=functools.partial(_workspace_bound, backend, config, precision),
         compile_ahead=backend != "xla",  # XLA times its matmuls to choose them

@@ -75,6 +75,8 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
         "--workloads=80,e05c",
         "--model=qwen3-30b",
         "--backend=xla",
+        "--precision=high",
+        "--batch_invariant",
         "--inputs=flashinfer",
         "--routing=zipf",
         "--seed=11",
@@ -91,8 +93,18 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
     _, (settings, options, _) = asked(*flags, "--report", "--profile=traces")
     assert set(settings.command().split()) == {"python", "bench_main.py", *flags}
     assert options == (True, False)
-    _, (settings, _, _) = asked("--backend=xla")
-    assert settings.solutions == ("jax_moe",)
+    for flag in ("--backend=xla", "--precision=high", "--batch_invariant"):
+        assert asked(flag)[1][0].solutions == ("jax_moe",)
+
+
+def test_options_are_those_of_jax_moe_alone():
+    known = registry("xla", precision="high", batch_invariant=True)
+    options = {"precision": "high", "batch_invariant": True}
+    assert options.items() <= known["jax_moe"].run.keywords.items()
+    assert known["jax_moe"].description.endswith("16 bits, the same bits in any batch")
+    defaults = {"precision": "fast", "batch_invariant": False}
+    assert defaults.items() <= known["jax_moe_xla"].run.keywords.items()
+    assert not known["jax_moe_xla_high"].run.keywords["batch_invariant"]
 
 
 @on_cpu
@@ -121,6 +133,8 @@ def test_an_alias_is_its_model_and_a_data_set_is_the_definition_s(asked, capsys,
         ("--breakdown", "--breakdown: kernel times need --timer=gpu, needs a GPU, JAX found cpu"),
         ("--sustained", "--sustained: needs --timer=gpu, needs a GPU, JAX found cpu"),
         ("--solutions=jax_moe_xla,jax_v1 --backend=xla", "--backend=xla: is what the solution "),
+        ("--solutions=jax_v1 --precision=high", "--precision=high: is what the solution jax_moe"),
+        ("--solutions=jax_moe_mosaic_high --batch_invariant", "--batch_invariant=True: is what "),
         ("stray", "unexpected argument 'stray'"),
     ],
 )

@@ -58,6 +58,18 @@ def test_tilings_that_are_not_the_shipped_ones_are_named(results):
     assert dict(header.lines(found, settings))["Tilings"].startswith("of mosaic: this user's")
 
 
+def test_how_jax_moe_ran_is_said_where_it_is_not_the_default(results):
+    found, settings = results
+    assert "jax_moe" not in dict(header.lines(found, settings))
+    for changes, said in (
+        ({"precision": "high"}, "precision high"),
+        ({"precision": "high", "batch_invariant": True}, "precision high, batch invariant"),
+    ):
+        other = dataclasses.replace(settings, **changes)
+        assert dict(header.lines(found, other))["jax_moe"] == said
+        assert other.comparable() == settings.comparable() | changes
+
+
 def test_figures_follow_from_time_work_and_roofline(results):
     found, _ = results
     figures = found.figures(found.rows["jax_moe_mosaic", select(["7"])[0].uuid])

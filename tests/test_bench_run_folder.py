@@ -36,7 +36,7 @@ def here(monkeypatch, tmp_path):
         for name in ("torch_reference", "ours")
     }
     for module in (solutions, comparison):
-        monkeypatch.setattr(module, "registry", lambda *_: found)
+        monkeypatch.setattr(module, "known_to", lambda *_: found)
     monkeypatch.setattr(runner, "run", measure_nothing)
     monkeypatch.setattr(plots, "write", lambda results, path: path.write_text("a plot"))
     monkeypatch.setattr(comparison_report, "plot_speedups", lambda *_: bool(_[2].write_text("x")))

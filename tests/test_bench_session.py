@@ -50,8 +50,8 @@ def registry(monkeypatch, request):
     if "real_oracle" not in request.fixturenames:
         monkeypatch.setattr(jax_moe, "reference", cheap_layer)
     found = {"torch_reference": solution("torch_reference", jax_moe.reference)}
-    monkeypatch.setattr(solutions, "registry", lambda *_: found)
-    monkeypatch.setattr(comparison, "registry", lambda *_: found)
+    monkeypatch.setattr(solutions, "known_to", lambda *_: found)
+    monkeypatch.setattr(comparison, "known_to", lambda *_: found)
 
     def put(*added):
         found.update({one.name: one for one in added})
@@ -236,7 +236,14 @@ def test_only_comparable_and_whole_files_are_resumed(tmp_path, registry):
     registry(solution("ours", right))
     chosen = settings(tmp_path, "ours")
     assert execute(chosen) == session.OK
-    for field, value in (("seed", 7), ("tolerance", Tolerance(rtol=0.5)), ("inputs", "flashinfer")):
+    changes = {
+        "seed": 7,
+        "tolerance": Tolerance(rtol=0.5),
+        "inputs": "flashinfer",
+        "precision": "high",
+        "batch_invariant": True,
+    }
+    for field, value in changes.items():
         other = dataclasses.replace(chosen, **{field: value})
         with pytest.raises(ValueError, match=f"measured with another settings: {field}"):
             execute(other, resume=True)
