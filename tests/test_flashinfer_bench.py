@@ -52,7 +52,7 @@ def test_the_real_package_accepts_the_folder(exported, monkeypatch, tmp_path):
         tensors = load_safetensors(definition, line.workload, found.root)
         assert tensors["routing_logits"].shape == (line.workload.axes["seq_len"], 256)
     names = {solution.name for solution in found.solutions[NAME]}
-    assert names == {"jax_moe_mosaic", "sglang_v1", "sglang_v2"}
+    assert names == set(solutions.names())
     registry = BuilderRegistry.get_instance()
     for solution in found.solutions[NAME]:
         assert not registry.build(definition, solution).metadata.destination_passing_style
@@ -75,7 +75,12 @@ def test_our_own_reader_accepts_the_folder(exported):
         logits, bias = dataset.read_routing(exported, row)
         assert logits.shape == (row.workload.num_tokens, 256)
         assert set(bias.astype(float)) == {4.9375, 4.96875}
-    assert set(traces.read_solutions(exported)) == {"jax_moe_mosaic", "sglang_v1", "sglang_v2"}
+    assert set(traces.read_solutions(exported)) == {
+        "jax_moe_mosaic",
+        "jax_moe_mosaic_high",
+        "sglang_v1",
+        "sglang_v2",
+    }
 
 
 def test_stand_ins_are_labelled_and_seeded(exported, tmp_path):
@@ -157,7 +162,7 @@ def test_nothing_is_written_through_a_symlink(tmp_path):
     assert not list(outside.iterdir())
 
 
-@pytest.mark.parametrize("name", ["jax_moe_mosaic", "sglang_v1", "sglang_v2"])
+@pytest.mark.parametrize("name", solutions.names())
 def test_solution_sources_call_with_the_definitions_arguments(name):
     import ast
 
@@ -168,7 +173,8 @@ def test_solution_sources_call_with_the_definitions_arguments(name):
     assert [argument.arg for argument in function.args.args] == names
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and node.args]
     assert [argument.id for argument in calls[0].args] == names
-    assert ("synchronize" in ast.unparse(function)) == (name == "jax_moe_mosaic")
+    assert ("synchronize" in ast.unparse(function)) == name.startswith("jax_moe_mosaic")
+    assert ("precision='high'" in ast.unparse(function)) == (name == "jax_moe_mosaic_high")
     assert record["spec"]["destination_passing_style"] is False
 
 

@@ -73,12 +73,32 @@ def test_a_run_can_be_cut_into_pieces(folder, monkeypatch):
     monkeypatch.setattr(run.subprocess, "run", record)
     assert run.run(folder, tokens=[1, 80], extra=["--use-isolated-runner"]) == 0
     assert sorted(seen["tokens"]) == [1, 80]
-    assert seen["solutions"] == 3
+    assert seen["solutions"] == 4
     assert (folder / "traces" / "x").read_text() == "kept"
     assert seen["command"][-1] == "--use-isolated-runner"
     assert seen["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     with pytest.raises(ValueError, match="no workload"):
         run.run(folder, tokens=[2])
+
+
+def test_tolerances_that_are_not_loosened_are_for_16_bit_activations(folder, started, capsys):
+    """flashinfer-bench's own defaults, which no FP8 activation meets."""
+    strict = ["--rtol=0.01", "--atol=0.01", "--required-matched-ratio=0.95"]
+    assert __main__.main(["run", str(folder), "--solutions=jax_moe_mosaic_high", *strict]) == 0
+    ((*_, command),) = [started]
+    chosen = command[command.index("--solutions") + 1 : command.index("--warmup-runs")]
+    assert chosen == ["jax_moe_mosaic_high"]
+    for flag, value in (("rtol", "0.01"), ("atol", "0.01"), ("required-matched-ratio", "0.95")):
+        assert command[command.index(f"--{flag}") + 1] == value
+    recorded = json.loads((folder / RECORD).read_text())
+    assert recorded["settings"]["required_matched_ratio"] == 0.95
+    assert "--solutions jax_moe_mosaic_high --warmup-runs" in recorded["command"]
+    assert __main__.main(["run", str(folder)]) == 0
+    command = started[-1]
+    chosen = command[command.index("--solutions") + 1 : command.index("--warmup-runs")]
+    assert chosen == ["sglang_v1", "sglang_v2", "jax_moe_mosaic"]
+    assert __main__.main(["run", str(folder), "--solutions=jax_moe_mosaic,jax_moe"]) == 2
+    assert capsys.readouterr().err.startswith("--solutions: expected some of sglang_v1, sglang_v2")
 
 
 def test_without_the_package_nothing_is_written(folder, monkeypatch, capsys):

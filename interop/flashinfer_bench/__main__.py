@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interop import definitions, interruption
-from interop.flashinfer_bench import record, run
+from interop.flashinfer_bench import record, run, solutions
 from jax_moe.io.files import shown
 
 
@@ -63,7 +63,8 @@ def _dispatch_one(
 ) -> int:
     if arguments.command == "run":
         settings = record.Settings(*(getattr(arguments, n) for n in record.Settings._fields))
-        return run.run(folder, settings, tokens=_tokens(arguments.tokens), extra=extra)
+        tokens, chosen = _tokens(arguments.tokens), _parts(arguments.solutions)
+        return run.run(folder, settings, tokens=tokens, chosen=chosen, extra=extra)
     if arguments.command == "workspace":
         from interop.flashinfer_bench import workspace
 
@@ -96,10 +97,14 @@ def _folder(name: str | None) -> Path | None:
 
 
 def _tokens(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")] if text else []
+    parts = _parts(text)
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"--tokens: expected token counts such as 1,7,80, got {text!r}")
     return [int(part) for part in parts]
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
                 flag = f"--{field.replace('_', '-')}"
                 command.add_argument(flag, type=type(value), default=value, help=f"default {value}")
             command.add_argument("--tokens", default="", help="only these token counts, 1,7,...")
+            command.add_argument(
+                "--solutions",
+                default="",
+                help=f"only these, by name; without it {solutions.HIGH} is left out",
+            )
         elif name == "report":
             command.add_argument("--output", help="folder of the document, default DIR")
     return parser

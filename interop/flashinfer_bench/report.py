@@ -54,7 +54,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def _ordered(traces: Traces) -> list[str]:
     """The exported order first: its first solution is the baseline of the ratios."""
-    exported = [solution["name"] for solution in solutions.records(traces.definition)]
+    exported = solutions.names(traces.definition)
     known = [name for name in exported if name in traces.results]
     return known + [name for name in traces.results if name not in exported]
 

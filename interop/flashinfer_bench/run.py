@@ -27,6 +27,7 @@ def run(
     settings: Settings = PUBLISHED,
     *,
     tokens: Sequence[int] = (),
+    chosen: Sequence[str] = (),
     extra: Sequence[str] = (),
 ) -> int:
     """Runs the folder's solutions; the benchmark appends its traces to the folder.
@@ -38,6 +39,8 @@ def run(
         folder: An exported data set.
         settings: What to pass to the command.
         tokens: Token counts to run; none means all.
+        chosen: Names of solutions to run; none means all that FP8's tolerances are for, so all
+            but `solutions.HIGH`.
         extra: More arguments for the command, such as `--use-isolated-runner`.
 
     Returns:
@@ -45,23 +48,30 @@ def run(
 
     Raises:
         ValueError: flashinfer-bench is not installed, the folder is no data set, a solution does
-            not fit, a file leads out of the folder, no workload has these token counts, another run
-            writes into the folder, or it holds traces of another command, other settings or other
-            versions. Nothing has been written then.
+            not fit or is unknown, a file leads out of the folder, no workload has these token
+            counts, another run writes into the folder, or it holds traces of another command, other
+            settings or other versions. Nothing has been written then.
     """
     if not _is_installed():
         raise ValueError("flashinfer-bench is not installed: pip install '.[peers]' in a checkout")
     root = data_set_root(folder)
     with folder_lock.held(root):
-        return _run(root, settings, tokens, extra)
+        return _run(root, settings, tokens, chosen, extra)
 
 
 def _is_installed() -> bool:
     return importlib.util.find_spec("flashinfer_bench") is not None
 
 
-def _run(root: Path, settings: Settings, tokens: Sequence[int], extra: Sequence[str]) -> int:
+def _run(
+    root: Path,
+    settings: Settings,
+    tokens: Sequence[int],
+    chosen: Sequence[str],
+    extra: Sequence[str],
+) -> int:
     definition = definition_of(root)
+    options = ["--solutions", *_names(definition, chosen), *_options(settings), *extra]
     rows = read_workloads(root, definition)
     _check_folder(root, definition, rows)
     if tokens:
@@ -69,7 +79,7 @@ def _run(root: Path, settings: Settings, tokens: Sequence[int], extra: Sequence[
         if not rows:
             raise ValueError(f"--tokens: no workload of {shown(root)} has one of {sorted(tokens)}")
     called = {
-        "command": shlex.join(_command(Path("DIR"), definition, settings, extra)),
+        "command": shlex.join(_command(Path("DIR"), definition, options)),
         "settings": settings._asdict(),
         "versions": _versions(),
     }
@@ -77,7 +87,7 @@ def _run(root: Path, settings: Settings, tokens: Sequence[int], extra: Sequence[
     with tempfile.TemporaryDirectory() as scratch:
         uuids = {row.workload.uuid for row in rows}
         view = _view(root, definition, Path(scratch), uuids) if tokens else root
-        command = _command(view, definition, settings, extra)
+        command = _command(view, definition, options)
         arguments = [sys.executable, "-c", "from flashinfer_bench.cli.main import cli; cli()"]
         environment = _environment(root)
         return subprocess.run(arguments + command[1:], env=environment, check=False).returncode
@@ -96,17 +106,26 @@ def _check_folder(root: Path, definition: Definition, rows: Sequence[DatasetWork
         confined(root, root / relative)
 
 
-def _command(
-    folder: Path, definition: Definition, settings: Settings, extra: Sequence[str]
-) -> list[str]:
-    names = [solution["name"] for solution in solutions.records(definition)]
-    options = [
+def _names(definition: Definition, chosen: Sequence[str]) -> list[str]:
+    """The solutions to run, in the exported order."""
+    known = solutions.names(definition)
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"--solutions: expected some of {', '.join(known)}, got {name!r}")
+    return [name for name in known if (name in chosen if chosen else name != solutions.HIGH)]
+
+
+def _options(settings: Settings) -> list[str]:
+    return [
         text
         for field, value in settings._asdict().items()
         for text in (f"--{field.replace('_', '-')}", str(value))
     ]
-    selection = ["--definitions", definition.name, "--solutions", *names]
-    return ["flashinfer-bench", "run", "--local", str(folder), *selection, *options, *extra]
+
+
+def _command(folder: Path, definition: Definition, options: Sequence[str]) -> list[str]:
+    selection = ["--local", str(folder), "--definitions", definition.name]
+    return ["flashinfer-bench", "run", *selection, *options]
 
 
 def _environment(root: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ processes beside this one compile.
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def measure(folder: str | Path) -> Path:
 
     definition = definition_of(data_set_root(folder))
     rows = read_workloads(folder, definition)
-    names = [record["name"] for record in solutions.records(definition)]
+    names = solutions.names(definition)
     _check_machine(names)
     found: dict[str, dict[str, int]] = {name: {} for name in names}
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
@@ -69,7 +69,7 @@ def measure(folder: str | Path) -> Path:
     return path
 
 
-def _check_machine(names: list[str]) -> None:
+def _check_machine(names: Sequence[str]) -> None:
     reasons = {name: SOLUTIONS[name].unavailable_reason() for name in names if name in SOLUTIONS}
     for name, reason in {"workspace": packages.hopper_unavailable(), **reasons}.items():
         if reason is not None:
@@ -139,7 +139,8 @@ def _jax_temporary(definition_name: str, name: str, num_tokens: int) -> int:
     layer: Any = jax_moe.apply
     apply = functools.partial(
         layer,
-        backend=name.removeprefix("jax_moe_"),
+        backend="mosaic",
+        precision=solutions.precision_of(name),
         config=jax_moe.MoEConfig(**definition.router),
         **{name: value for name, value in constants.items() if name not in specs},
     )
@@ -161,7 +162,7 @@ def read(folder: str | Path) -> Mapping[str, Mapping[str, int]]:
         return {}
     found = read_object(root, path)
     definition = definition_of(root)
-    names = tuple(record["name"] for record in solutions.records(definition))
+    names = solutions.names(definition)
     uuids = tuple(row.workload.uuid for row in read_workloads(root, definition))
     check_fields(found, (), names, str(path))
     for name, sizes in found.items():
