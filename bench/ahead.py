@@ -60,7 +60,7 @@ def compile_all(
         The programs that could be compiled; what failed is left out, to fail where it is measured.
     """
     programs: execution.Programs = {}
-    with spawned(min(jobs, len(ordered)), _start) as pool:
+    with spawned(min(jobs, len(ordered)), start) as pool:
         pending = {}
         for solution, num_tokens in ordered:
             specs = inputs.specs(num_tokens, settings.sizes)
@@ -78,7 +78,8 @@ def compile_all(
     return programs
 
 
-def _start() -> None:
+def start() -> None:
+    """Prepares a process that compiles."""
     environment.prepare_process()
     logging.getLogger("jax").setLevel(logging.WARNING)
     environment.enable_compilation_cache()

@@ -1,0 +1,340 @@
+"""What each option costs: routers, scale formats, the clamp, precision, batch invariance.
+
+    python -m bench.options
+    python -m bench.options --workloads=1,16,80 --jobs=12
+
+Every variant runs on the same weights, tokens and logits in one process, by the clock of the
+benchmark: GPU span, cold L2. Three tables come of it:
+
+    layer      `jax_moe.apply` with one option, against the float32 oracle
+    route      the router alone, by score and with or without a bias
+    quantize   bf16 rows to FP8, by scale format
+
+`vs` is the time over that of the first variant of its table with the same hidden states. `equal` is
+the share of elements within flashinfer-bench's default tolerances, rtol = atol = 0.01; of a router
+the share of ids, of the quantizer that of bytes, that are backend xla's. On a CPU times mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures as futures
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import serialize_executable
+from jaxtyping import Array, PyTree
+
+import jax_moe
+from bench import ahead, correctness, environment, gpu_clock, inputs, routing, tables, timers
+from bench.correctness import Tolerance
+from bench.execution import compiled_program
+from bench.timers import Execution
+from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
+from interop.processes import spawned
+from interop.workloads import Workload
+from jax_moe import DEEPSEEK_V3, LayerInputs, backends
+from jax_moe.io.files import write_atomically
+
+USUAL, FEW = ("1", "16", "80", "901", "14107"), ("1", "7")
+_DEFAULT = Tolerance(rtol=0.01, atol=0.01, required_matched_ratio=0.0)
+_FIELDS = ("scoring", "renormalize")  # options that are parts of a MoEConfig
+_SEED, _ITERATIONS = 0, 20
+_HEADER = ("stage", "variant", "T", "us", "vs", "error", "equal")
+
+
+class Variant(NamedTuple):
+    """One way to call a stage.
+
+    Attributes:
+        stage: "layer", "route" or "quantize".
+        name: In the tables.
+        options: Keywords of the stage; those of `_FIELDS` go into its config.
+        dtype: Of the hidden states.
+        bias: Whether the router has one.
+    """
+
+    stage: str
+    name: str
+    options: Mapping[str, Any] = {}
+    dtype: str = "e4m3"
+    bias: bool = True
+
+
+class Row(NamedTuple):
+    """One measurement.
+
+    Attributes:
+        stage: Of the variant.
+        variant: Its name.
+        tokens: T.
+        us: Median GPU span of a call; on a CPU the host's time.
+        p10: 10th percentile of it.
+        p90: 90th percentile.
+        ratio: `us` over that of the first variant of its kind.
+        error: Against the oracle, relative, in the Frobenius norm; None for the router.
+        equal: Share of right elements, as the module says.
+        problem: Why there is no time.
+    """
+
+    stage: str
+    variant: str
+    tokens: int
+    us: float | None = None
+    p10: float | None = None
+    p90: float | None = None
+    ratio: float | None = None
+    error: float | None = None
+    equal: float | None = None
+    problem: str = ""
+
+
+_HIGH, _INVARIANT = {"precision": "high"}, {"batch_invariant": True}
+VARIANTS = (
+    Variant("layer", "e4m3"),
+    Variant("layer", "e4m3, softmax", {"scoring": "softmax"}),
+    Variant("layer", "e4m3, swiglu_limit=7", {"swiglu_limit": 7.0}),
+    Variant("layer", "e4m3, batch_invariant", _INVARIANT),
+    Variant("layer", "e4m3, high", _HIGH),
+    Variant("layer", "e4m3, high, batch_invariant", _HIGH | _INVARIANT),
+    Variant("layer", "bf16", dtype="bf16"),
+    Variant("layer", "bf16, ue8m0", {"scale_format": "ue8m0"}, dtype="bf16"),
+    Variant("layer", "bf16, high", _HIGH, dtype="bf16"),
+    Variant("route", "sigmoid"),
+    Variant("route", "softmax", {"scoring": "softmax"}),
+    Variant("route", "sqrtsoftplus", {"scoring": "sqrtsoftplus"}),
+    Variant("route", "sigmoid, no bias", bias=False),
+    Variant("route", "softmax, no bias", {"scoring": "softmax"}, bias=False),
+    Variant("route", "sigmoid, not renormalized", {"renormalize": False}),
+    Variant("quantize", "f32 scales", dtype="bf16"),
+    Variant("quantize", "ue8m0 scales", {"scale_format": "ue8m0"}, dtype="bf16"),
+)
+
+
+def function(variant: Variant, backend: str) -> Callable[[LayerInputs], PyTree[Array]]:
+    """The call of a variant, of the layer's inputs."""
+    options = dict(variant.options)
+    fields = {name: options.pop(name) for name in _FIELDS if name in options}
+    config = dataclasses.replace(DEEPSEEK_V3, **fields)
+
+    def layer(given: LayerInputs) -> Array:
+        return jax_moe.apply(*given.arguments, config=config, backend=backend, **options)
+
+    def route(given: LayerInputs) -> Any:
+        bias = given.routing_bias if variant.bias else None
+        logits, factor = given.routing_logits, given.routed_scaling_factor
+        return jax_moe.route(logits, bias, factor, config=config, backend=backend)
+
+    def quantize(given: LayerInputs) -> Any:
+        return jax_moe.quantize(given.hidden_states, backend=backend, **options)
+
+    return {"layer": layer, "route": route, "quantize": quantize}[variant.stage]
+
+
+def oracle(variant: Variant) -> Callable[[LayerInputs], PyTree[Array]]:
+    """What it is compared with: the float32 oracle, or the stage of backend xla."""
+    if variant.stage != "layer":
+        return function(variant, "xla")
+    options = {key: variant.options[key] for key in ("swiglu_limit",) if key in variant.options}
+    fields = {key: variant.options[key] for key in _FIELDS if key in variant.options}
+    config = dataclasses.replace(DEEPSEEK_V3, **fields)
+    return lambda given: jax_moe.reference(*given.arguments, config=config, **options)
+
+
+def make_inputs(
+    workload: Workload, sizes: Sizes, weights: jax_moe.ExpertWeights
+) -> dict[str, LayerInputs]:
+    """The inputs of a workload, with hidden states in e4m3 and in bf16, which are other numbers."""
+    drawn = routing.draw(workload, sizes, _SEED)
+    e4m3 = inputs.head(
+        inputs.make_arguments("realistic", workload, sizes, _SEED, 0, weights, drawn),
+        workload.num_tokens,
+    )
+    shape = e4m3.hidden_states.shape
+    rows = jax.random.normal(jax.random.key(_SEED), shape, jnp.bfloat16)
+    return {"e4m3": e4m3, "bf16": e4m3._replace(hidden_states=rows, hidden_states_scale=None)}
+
+
+def compile_all(
+    orders: Sequence[tuple[Variant, LayerInputs]], backend: str, jobs: int
+) -> list[Any]:
+    """Compiles each variant for inputs of such shapes, in `jobs` processes.
+
+    Returns:
+        In order, what `serialize_executable.deserialize_and_load` takes, or what went wrong.
+    """
+    with spawned(min(jobs, len(orders)), ahead.start) as pool:
+        pending = [pool.submit(_compile, variant, backend, specs) for variant, specs in orders]
+        futures.wait(pending)
+    return [one.exception() or one.result() for one in pending]
+
+
+def _compile(variant: Variant, backend: str, specs: LayerInputs) -> tuple[Any, ...] | None:
+    return compiled_program(jax.jit(function(variant, backend)).lower(specs).compile()).serialized
+
+
+def specs_of(given: LayerInputs) -> LayerInputs:
+    """The inputs' shapes and dtypes."""
+    return jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype), given)
+
+
+def measure(
+    variant: Variant,
+    given: LayerInputs,
+    program: tuple[Any, ...] | Exception | None,
+    *,
+    backend: str,
+    clock: gpu_clock.GpuClock | None,
+    iterations: int,
+) -> Row:
+    """Checks and times one variant.
+
+    Args:
+        variant: What to call.
+        given: On what.
+        program: From `compile_all`; None compiles here.
+        backend: What runs it.
+        clock: The GPU's; None takes the host's times.
+        iterations: Timed calls.
+    """
+    row = Row(variant.stage, variant.name, given.tokens)
+    try:
+        if isinstance(program, Exception):
+            raise program
+        if program is None:
+            run: Callable[..., Any] = jax.jit(function(variant, backend))
+        else:
+            run = serialize_executable.deserialize_and_load(*program)
+        found = jax.block_until_ready(run(given))
+        expected = jax.jit(oracle(variant))(given)
+        row = row._replace(**_compared(variant.stage, found, expected))
+        bound = Execution(lambda: run(given), jax.block_until_ready, "jit", None)
+        timers.warm_up(bound, 3)
+        if clock:
+            times = [sample.span_us for sample in clock.time(bound, iterations)]
+        else:
+            times = timers.wall_times(bound, iterations)
+        us = timers.statistics_of(times)
+        return row._replace(us=us.median, p10=us.p10, p90=us.p90)
+    except Exception as problem:
+        return row._replace(problem=f"{type(problem).__name__}: {problem}".splitlines()[0][:200])
+
+
+def _compared(stage: str, found: Any, expected: Any) -> dict[str, Any]:
+    if stage == "layer":
+        check = correctness.check(found, expected, _DEFAULT)
+        return {"error": check.relative_error, "equal": check.matched_ratio}
+    if stage == "route":
+        return {"equal": float((found.topk_ids == expected.topk_ids).mean())}
+    same = [
+        (jax.lax.bitcast_convert_type(a, kind) == jax.lax.bitcast_convert_type(b, kind)).mean()
+        for a, b, kind in zip(found, expected, (jnp.uint8, jnp.uint32), strict=True)
+    ]
+    return {"equal": float(min(same))}
+
+
+def with_ratios(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> list[Row]:
+    """The rows, each over the first variant of its stage, hidden states and T."""
+    dtypes = {(one.stage, one.name): one.dtype for one in variants}
+    first: dict[Any, float] = {}
+    found = []
+    for row in rows:
+        kind = (row.stage, dtypes[row.stage, row.variant], row.tokens)
+        if row.us is not None:
+            row = row._replace(ratio=row.us / first.setdefault(kind, row.us))
+        found.append(row)
+    return found
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The rows as text, the header first."""
+    return [list(_HEADER)] + [
+        [
+            row.stage,
+            row.variant,
+            str(row.tokens),
+            "-" if row.us is None else f"{row.us:.1f}",
+            "-" if row.ratio is None else f"{row.ratio:.3f}",
+            "-" if row.error is None else f"{row.error:.4f}",
+            row.problem or ("-" if row.equal is None else f"{row.equal:.4f}"),
+        ]
+        for row in rows
+    ]
+
+
+def write(rows: Sequence[Row], backend: str, folder: Path) -> None:
+    """`options.json` and, for people, `options.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = environment.about() | {"backend": backend, "seed": _SEED}
+    with write_atomically(folder / "options.json", "w") as file:
+        json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
+    head = f"{about['device']['kind']}, backend `{backend}`, commit {about['git_commit']}."
+    lines = ["# What each option costs", "", head, "", *tables.markdown(cells(rows), left=2), ""]
+    with write_atomically(folder / "options.md", "w") as file:
+        file.write("\n".join(lines))
+
+
+def run(workloads: Sequence[str], backend: str, jobs: int, folder: Path) -> int:
+    """Measures, prints and writes.
+
+    Args:
+        workloads: Token counts or uuids; empty for the usual ones.
+        backend: What runs the variants.
+        jobs: Processes that compile; 0 compiles variant by variant.
+        folder: Of the results.
+
+    Returns:
+        The exit code: 1 if something failed.
+    """
+    environment.enable_compilation_cache()
+    on_gpu = jax.default_backend() == "gpu"
+    sizes = FULL if on_gpu else REDUCED
+    if not on_gpu:
+        print("CPU at reduced size: results are checked, times mean nothing", flush=True)
+    clock = None if gpu_clock.unavailable_reason() else gpu_clock.GpuClock()
+    weights = inputs.draw_weights("realistic", sizes, _SEED)
+    chosen = select(workloads or (USUAL if on_gpu else FEW), WORKLOADS)
+    given = {row.num_tokens: make_inputs(row, sizes, weights) for row in chosen}
+    orders = [(one, tokens[one.dtype]) for tokens in given.values() for one in VARIANTS]
+    programs: Sequence[Any] = [None] * len(orders)
+    if jobs:
+        programs = compile_all([(one, specs_of(what)) for one, what in orders], backend, jobs)
+    rows: list[Row] = []
+    for (variant, what), program in zip(orders, programs, strict=True):
+        iterations = _ITERATIONS if on_gpu else 1
+        rows.append(
+            measure(variant, what, program, backend=backend, clock=clock, iterations=iterations)
+        )
+        rows = with_ratios(rows)
+        write(rows, backend, folder)
+    print("\n".join(tables.aligned(cells(rows), left=2)))
+    print(f"wrote {folder / 'options.json'}")
+    return 1 if any(row.problem for row in rows) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.options")
+    parser.add_argument(
+        "--workloads", type=lambda text: text.split(","), default=(), help="token counts, or all"
+    )
+    parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead")
+    parser.add_argument("--output", type=Path, default=Path("out/options"))
+    args = parser.parse_args(argv)
+    try:
+        return run(args.workloads, args.backend, args.jobs, args.output)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    environment.prepare_process()
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""`python -m bench.options`: every variant runs and is checked; ratios are over their own kind."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+
+from bench import inputs, options
+from bench.options import Row, Variant
+from bench.workloads import REDUCED, select
+
+
+@pytest.fixture(scope="module")
+def given():
+    (workload,) = select(["7"])
+    weights = inputs.draw_weights("realistic", REDUCED, 0)
+    return options.make_inputs(workload, REDUCED, weights)
+
+
+def measure(variant, given, **other):
+    arguments = {"program": None, "backend": "xla", "clock": None, "iterations": 1} | other
+    return options.measure(variant, given[variant.dtype], **arguments)
+
+
+def of(stage, name):
+    return next(one for one in options.VARIANTS if (one.stage, one.name) == (stage, name))
+
+
+def test_a_layer_is_held_against_the_oracle(given):
+    fast = measure(of("layer", "bf16"), given)
+    assert (fast.problem, fast.tokens) == ("", 7)
+    assert 0.03 < fast.error < 0.06  # of FP8, so it is not an oracle of FP8 either
+    assert 0.5 < fast.equal < 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", options.VARIANTS, ids=lambda one: f"{one.stage}-{one.name}")
+def test_every_variant_runs(variant, given):
+    row = measure(variant, given)
+    assert row.problem == ""
+    expected = 0.5 if variant.stage == "layer" and "high" not in variant.name else 0.999
+    assert row.equal > expected
+
+
+def test_what_fails_is_a_row_with_the_reason(given):
+    row = measure(Variant("layer", "e4m3"), given, program=RuntimeError("no\nmore"))
+    assert (row.problem, row.us) == ("RuntimeError: no", None)
+
+
+def test_ratios_are_over_the_first_of_a_kind():
+    def row(name, us, tokens=1):
+        return Row("layer", name, tokens, us=us)
+
+    rows = [row("e4m3", 10.0), row("e4m3, high", 15.0), row("bf16", 20.0), row("bf16, high", 25.0)]
+    rows += [row("e4m3", 40.0, 7), row("e4m3, high", 44.0, 7), row("bf16", None, 7)]
+    ratios = [one.ratio for one in options.with_ratios(rows)]
+    assert ratios == [1.0, 1.5, 1.0, 1.25, 1.0, pytest.approx(1.1), None]
+
+
+def test_a_run_is_written_down(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(options, "VARIANTS", (of("route", "softmax"),))
+    assert options.main(["--workloads=1", "--jobs=1", f"--output={tmp_path}"]) == 0
+    assert "times mean nothing" in capsys.readouterr().out
+    written = json.loads((tmp_path / "options.json").read_text())
+    assert [one["equal"] for one in written["rows"]] == [1.0]
+    assert written["about"]["versions"]["jax"] == jax.__version__
+    assert "| route | softmax | 1 |" in (tmp_path / "options.md").read_text()
+
+
+def test_an_unknown_workload_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        options.main(["--workloads=3"])
+    assert "unknown workload '3'" in capsys.readouterr().err
