@@ -1,0 +1,172 @@
+"""How fast a layer's experts come from disk to the GPU, against what the machine can do.
+
+    python -m bench.loading
+
+Writes a checkpoint of random numbers: the 32 experts of one DeepSeek-V3 rank, 1.4 GB in four
+shards. Once the files are in the page cache, each of these is timed five times, in turn:
+
+    load      `jax_moe.checkpoint.load_experts`, until the arrays are on the device
+    read      the same bytes from the files into new host memory, by as many threads
+    copy      one copy of as many bytes from pinned host memory to the device, by torch
+
+`share` is (read + copy) over load, medians: what the loader reaches of doing one after the other.
+Without a GPU the checkpoint is small, there is no copy, and times mean nothing.
+"""
+
+import argparse
+import concurrent.futures as futures
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import environment
+from bench.workloads import FULL, REDUCED, Sizes
+from jax_moe import checkpoint
+from jax_moe.checkpoint.transfer import MAX_THREADS
+from jax_moe.io.files import write_atomically
+
+LAYER, SHARDS, REPEATS = 3, 4, 5
+_PIECE = 2**25  # bytes that a thread reads at a time
+_QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def write_checkpoint(folder: Path, sizes: Sizes) -> None:
+    """One layer in the names of DeepSeek-V3: e4m3 values and f32 scales, all random.
+
+    Args:
+        folder: Where to; it exists.
+        sizes: Of the rank, whose local experts are all there are.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    draw = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
+    for shard in range(SHARDS):
+        tensors = {}
+        for expert in range(shard, sizes.num_local_experts, SHARDS):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                rows, columns = (hidden, inner) if name == "down_proj" else (inner, hidden)
+                key = f"model.layers.{LAYER}.mlp.experts.{expert}.{name}."
+                bits = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, generator=draw)
+                tensors[key + "weight"] = bits.view(torch.float8_e4m3fn)
+                grid = (rows // 128, columns // 128)
+                tensors[key + "weight_scale_inv"] = torch.rand(grid, generator=draw)
+        file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+        save_file(tensors, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"n_routed_experts": sizes.num_local_experts, "quantization_config": _QUANTIZATION}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def read_all(files: Sequence[Path], threads: int) -> int:
+    """Reads files into new memory, a piece per task; returns their bytes."""
+    pieces = [(path, at) for path in files for at in range(0, path.stat().st_size, _PIECE)]
+
+    def read(piece: tuple[Path, int]) -> int:
+        path, at = piece
+        buffer = np.empty(min(_PIECE, path.stat().st_size - at), np.uint8)
+        with path.open("rb", buffering=0) as file:
+            return os.preadv(file.fileno(), [buffer], at)
+
+    with futures.ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(read, pieces))
+
+
+def pinned_copy(nbytes: int) -> Callable[[], None]:
+    """A function that copies pinned host memory to the device and waits for it."""
+    import torch
+
+    host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+    def copy() -> None:
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return copy
+
+
+def measure(folder: Path, *, on_gpu: bool) -> dict[str, Any]:
+    """Times the loader and what it is compared with.
+
+    Args:
+        folder: Of the checkpoint.
+        on_gpu: Whether there is a device to copy to.
+
+    Returns:
+        Bytes, threads, seconds of each call, their medians, and the share.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    nbytes = read_all(files, threads)  # from here on the files are in the page cache
+
+    def load() -> None:
+        jax.block_until_ready(checkpoint.load_experts(folder, LAYER, num_threads=threads))
+
+    calls: dict[str, Callable[[], Any]] = {"load": load, "read": lambda: read_all(files, threads)}
+    if on_gpu:
+        calls["copy"] = pinned_copy(nbytes)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    load()  # what is compiled is compiled once per process
+    for _ in range(REPEATS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    share = (medians["read"] + medians["copy"]) / medians["load"] if on_gpu else None
+    return {
+        "bytes": nbytes,
+        "threads": threads,
+        "seconds": seconds,
+        "medians": medians,
+        "share": share,
+    }
+
+
+def run(folder: Path, scratch: Path | None) -> int:
+    """Measures, prints and writes `loading.json`.
+
+    Args:
+        folder: Of the result.
+        scratch: Where the checkpoint is written and removed again; None is the usual place.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    with tempfile.TemporaryDirectory(dir=scratch) as made:
+        write_checkpoint(Path(made), FULL if on_gpu else REDUCED)
+        found = measure(Path(made), on_gpu=on_gpu)
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_atomically(folder / "loading.json", "w") as file:
+        json.dump({"about": environment.about()} | found, file, indent=1)
+    for name, median in found["medians"].items():
+        print(f"{name:5} {median * 1e3:8.1f} ms  {found['bytes'] / median / 1e9:6.1f} GB/s")
+    said = "CPU: times mean nothing" if found["share"] is None else f"share {found['share']:.2f}"
+    print(f"{said}; wrote {folder / 'loading.json'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.loading")
+    parser.add_argument("--output", type=Path, default=Path("out/loading"))
+    parser.add_argument("--scratch", type=Path, help="folder for 1.4 GB of files")
+    args = parser.parse_args(argv)
+    return run(args.output, args.scratch)
+
+
+if __name__ == "__main__":
+    environment.prepare_process()
+    sys.exit(main())
