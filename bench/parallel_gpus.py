@@ -2,9 +2,7 @@
 
     python -m bench.parallel_gpus --output out/parallel_gpus --minutes 9
 
-Each step is a process of its own with a limit, because a lost signal between GPUs waits for ever:
-a step that hangs is killed and reported, and the others run. One JSON object per line goes to
-`steps.jsonl`, whatever a step prints to a log of its own. Multicast (NVLS) stays off.
+Each step is a process of its own with a limit (`bench.steps`). Multicast (NVLS) stays off.
 
     check        every exchange against the sum over one-rank layers; the same bits in 100 runs;
                  with and without CUDA graphs
@@ -17,8 +15,6 @@ import argparse
 import functools
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,73 +29,40 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
 from bench import environment, parallel
+from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
 
 STEPS = (
-    ("check_collectives", "check", ["collectives"], {}, 100),
-    ("check_nvlink", "check", ["nvlink"], {}, 100),
-    ("check_nvlink_no_graphs", "check", ["nvlink"], {"XLA_FLAGS": "no graphs"}, 80),
-    *((f"layer_{t}", "layer", [str(t)], {}, 120) for t in (128, 8, 1024, 8192)),
-    ("primitives", "primitives", [], {}, 120),
-    *((f"layer_{t}", "layer", [str(t)], {}, 120) for t in (4096, 32, 1)),
-    ("trace", "trace", ["collectives"], {}, 60),
+    ("check_collectives", ["check", "collectives"], True, 100),
+    ("check_nvlink", ["check", "nvlink"], True, 100),
+    ("check_nvlink_no_graphs", ["check", "nvlink"], False, 80),
+    *((f"layer_{t}", ["layer", str(t)], True, 120) for t in (128, 8, 1024, 8192)),
+    ("primitives", ["primitives"], True, 120),
+    *((f"layer_{t}", ["layer", str(t)], True, 120) for t in (4096, 32, 1)),
+    ("trace", ["trace", "collectives"], True, 60),
 )
-"""Name, what, arguments, environment, seconds; the most telling first."""
+"""Name, what, whether with CUDA graphs, seconds; the most telling first."""
 
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
 RUNS = 100
 BYTES = tuple(1024 * 4**i for i in range(10))  # 1 KB to 256 MB
 
 
-def drive(folder: Path, minutes: float, only: str) -> int:
-    """Runs the steps that fit into the time; returns 1 if one failed or hung."""
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * minutes
-    failed = False
-    with (folder / "steps.jsonl").open("a") as record:
-        for name, what, arguments, variables, seconds in STEPS:
-            if only and only not in name:
-                continue
-            left = deadline - time.monotonic()
-            start = time.monotonic()
-            state = "not run: no time left"
-            if left > 20:
-                state = _step(folder, name, what, arguments, variables, min(seconds, left))
-            failed |= state != "ok"
-            line = {"step": name, "state": state, "seconds": round(time.monotonic() - start, 1)}
-            print(json.dumps(line), flush=True)
-            record.write(json.dumps(line) + "\n")
-            record.flush()
-    return int(failed)
-
-
-def _step(
-    folder: Path, name: str, what: str, arguments: list[str], variables: Any, seconds: float
-) -> str:
+def steps_of(folder: Path, only: str) -> list[Step]:
+    """The steps whose name holds `only`, with NVLS off, and one cache of programs for all."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if variables:
-        flags = f"{flags} {NO_GRAPHS}"
-    settings = {
-        "NCCL_NVLS_ENABLE": "0",
-        "XLA_FLAGS": flags.strip(),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-    }
-    command = [sys.executable, "-m", "bench.parallel_gpus", "--output", str(folder)]
-    with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--step", what, *arguments],
-            env=os.environ | settings,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    variables = {"NCCL_NVLS_ENABLE": "0", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    command = ["-m", "bench.parallel_gpus", "--output", str(folder), "--step"]
+    return [
+        Step(
+            name,
+            [*command, *what],
+            seconds,
+            variables | {"XLA_FLAGS": (flags if graphs else f"{flags} {NO_GRAPHS}").strip()},
         )
-        try:
-            code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"killed after {seconds:.0f} s"
-    return "ok" if code == 0 else f"failed with {code}"
+        for name, what, graphs, seconds in STEPS
+        if only in name
+    ]
 
 
 def _mesh() -> jax.sharding.Mesh:
@@ -220,7 +183,7 @@ def main() -> int:
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.step:
-        return drive(args.output, args.minutes, args.only)
+        return run_all(steps_of(args.output, args.only), args.output, args.minutes)
     environment.prepare_process()
     what, *rest = args.step
     if what == "check":
