@@ -1,0 +1,139 @@
+"""Makes the figures of `results/` again on this machine's GPU, a step per kind.
+
+    python -m tools.measure --list
+    python -m tools.measure --output out/measured bench options layers
+    python -m tools.measure --output out/measured --minutes 9     # all, as far as they get
+
+Steps that are done in the folder are left out, so the same command goes on where it ended. Each
+writes into a folder of its own name; device, versions, commit and method stand in what it writes.
+Compare figures of one step only: cards differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.steps import Step, run_all
+
+_PEERS = "deepgemm,deepgemm64,sglang_v2,torch_reference"
+_FACTORS = "sglang_v1_native_quant,sglang_v1_zero_copy_swiglu,sglang_v1_small_workspace"
+_BENCH = "bench_main.py --nowall_time --jobs=12 --num_trials=1 --iterations=20 --resume --output={}"
+_MODEL_PEERS = "deepgemm,torch_reference"
+_MODELS = ("kimi-k2", "glm-5", "qwen3-235b", "qwen3-30b", "minimax-m2")
+
+
+class Kind(NamedTuple):
+    """One kind of figure.
+
+    Attributes:
+        command: Arguments of Python; `{}` is the step's folder.
+        seconds: After which it is killed.
+        what: In a line.
+    """
+
+    command: str
+    seconds: float
+    what: str
+
+    def arguments(self, folder: Path) -> list[str]:
+        """Those of Python, for a step that writes into `folder`."""
+        return [part.replace("{}", str(folder)) for part in self.command.split()]
+
+
+KINDS: dict[str, Kind] = {
+    "bench": Kind(
+        f"{_BENCH} --solutions=jax_moe_mosaic,jax_moe_triton,{_PEERS} --breakdown --sustained",
+        560,
+        "the 19 workloads: ours and the peers, with clocks, floors and kernels",
+    ),
+    "options": Kind(
+        "-m bench.options --workloads=all --jobs=12 --output={}",
+        560,
+        "what routers, scale formats, precision and batch invariance cost",
+    ),
+    "layers": Kind("-m bench.layers --output={}", 400, "61 layers in one scan"),
+    "loading": Kind("-m bench.loading --output={}", 200, "experts from disk to the GPU"),
+    "scaling": Kind(
+        f"{_BENCH} --solutions=jax_moe_mosaic,{_PEERS} --scaling", 560, "T = 1, 2, 4 ... 16384"
+    ),
+    "ladder": Kind("-m examples.ladder --out={}", 300, "the eight levels"),
+    "one_rank": Kind("-m bench.parallel --ranks=1 --output={}", 300, "expert_parallel of one rank"),
+    "compile": Kind(
+        "-m bench.compile_times --output={}/compile_times.json", 300, "first call of a shape"
+    ),
+    "factors": Kind(
+        f"{_BENCH} --solutions=sglang_v1,{_FACTORS},sglang_v2,torch_reference --report",
+        560,
+        "what helped sglang_v2 most, by regime",
+    ),
+    **{
+        f"model_{name}": Kind(
+            f"{_BENCH} --model={name} --solutions=jax_moe_mosaic,{_MODEL_PEERS} --scaling",
+            400,
+            f"one rank of {name}",
+        )
+        for name in _MODELS
+    },
+    "tests": Kind("-m tools.gpu_tests {}", 560, "make test-gpu"),
+}
+"""By name, the most telling first."""
+
+
+def steps_of(names: Sequence[str], folder: Path) -> list[Step]:
+    """The steps of some kinds.
+
+    Args:
+        names: Of `KINDS`; none means all.
+        folder: Above the steps' own folders.
+
+    Raises:
+        ValueError: A name is unknown; the message lists what there is.
+    """
+    for name in names:
+        if name not in KINDS:
+            raise ValueError(f"unknown step {name!r}; expected some of {', '.join(KINDS)}")
+    return [
+        Step(name, kind.arguments(folder / name), kind.seconds)
+        for name, kind in KINDS.items()
+        if not names or name in names
+    ]
+
+
+def done(folder: Path) -> set[str]:
+    """Names of the steps that ended well in a folder."""
+    record = folder / "steps.jsonl"
+    if not record.exists():
+        return set()
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    return {line["step"] for line in lines if line["state"] == "ok"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.measure")
+    parser.add_argument("steps", nargs="*", help="which; all if none is named")
+    parser.add_argument("--list", action="store_true", help="say what there is, and stop")
+    parser.add_argument("--minutes", type=float, default=600, help="for all of them")
+    parser.add_argument("--output", type=Path, default=Path("out/measured"))
+    args = parser.parse_args(argv)
+    if args.list:
+        for name, kind in KINDS.items():
+            print(f"{name:18}{kind.what}; at most {kind.seconds:.0f} s")
+        return 0
+    try:
+        steps = steps_of(args.steps, args.output)
+    except ValueError as error:
+        parser.error(str(error))
+    finished = done(args.output)
+    return run_all([one for one in steps if one.name not in finished], args.output, args.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
