@@ -12,6 +12,7 @@ python bench_main.py --documents=out/bench/latest      # write a run's documents
 
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -277,5 +278,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(USAGE_ERROR)
 
 
+def _piped(argv: Sequence[str]) -> int:
+    """`main` where what reads its output may end first, as `head` does: no traceback then."""
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
+    return code
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(_piped, flags_parser=_parse)

@@ -248,6 +248,17 @@ def test_list_names_every_solution_and_says_why_not():
         assert states["jax_moe_xla"].endswith(" available")
 
 
+@pytest.mark.slow
+def test_what_reads_the_list_may_end_first():
+    command = [sys.executable, "bench_main.py", "--list"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert "BrokenPipe" not in process.stderr.read()
+    assert process.returncode == 128 + 13
+
+
 @pytest.mark.gpu
 @pytest.mark.timing
 def test_a_gpu_run_has_both_clocks_the_roofline_and_one_launch_a_call(tmp_path):
