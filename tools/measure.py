@@ -25,8 +25,15 @@ from bench.steps import Step, run_all
 _PEERS = "deepgemm,deepgemm64,sglang_v2,torch_reference"
 _FACTORS = "sglang_v1_native_quant,sglang_v1_zero_copy_swiglu,sglang_v1_small_workspace"
 _BENCH = "bench_main.py --nowall_time --jobs=12 --num_trials=1 --iterations=20 --resume --output={}"
-_MODEL_PEERS = "deepgemm,torch_reference"
-_MODELS = ("kimi-k2", "glm-5", "qwen3-235b", "qwen3-30b", "minimax-m2")
+_OURS_AND_DEEPGEMM = "--solutions=jax_moe_mosaic,deepgemm64,deepgemm128"
+_TOKENS = "--scaling --workloads=1,16,64,256,1024,4096,16384"
+_MODELS = {
+    "kimi-k2": ("", ""),
+    "glm-5": ("", ""),
+    "qwen3-235b": ("", ""),
+    "qwen3-30b": (" --num_local_experts=128", " --num-local-experts 128"),  # all fit one GPU
+    "minimax-m2": ("", ""),
+}
 
 
 class Kind(NamedTuple):
@@ -59,6 +66,9 @@ KINDS: dict[str, Kind] = {
         "what routers, scale formats, precision and batch invariance cost",
     ),
     "layers": Kind("-m bench.layers --output={}", 400, "61 layers in one scan"),
+    "shared_expert": Kind(
+        "-m bench.shared_expert --output={}", 400, "what the shared expert adds to its layer"
+    ),
     "loading": Kind("-m bench.loading --output={}", 200, "experts from disk to the GPU"),
     "scaling": Kind(
         f"{_BENCH} --solutions=jax_moe_mosaic,{_PEERS} --scaling", 560, "T = 1, 2, 4 ... 16384"
@@ -74,12 +84,20 @@ KINDS: dict[str, Kind] = {
         "what helped sglang_v2 most, by regime",
     ),
     **{
+        f"tune_{name}": Kind(
+            f"-m jax_moe.tune --model {name} --kernels mosaic --generation --folder {{}}{of_rank}",
+            560,
+            f"tilings for a rank of {name}",
+        )
+        for name, (_, of_rank) in _MODELS.items()
+    },
+    **{
         f"model_{name}": Kind(
-            f"{_BENCH} --model={name} --solutions=jax_moe_mosaic,{_MODEL_PEERS} --scaling",
+            f"{_BENCH} --model={name} {_OURS_AND_DEEPGEMM} {_TOKENS}{of_rank}",
             400,
             f"one rank of {name}",
         )
-        for name in _MODELS
+        for name, (of_rank, _) in _MODELS.items()
     },
     "tests": Kind("-m tools.gpu_tests {}", 560, "make test-gpu"),
 }
