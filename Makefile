@@ -25,7 +25,7 @@ test: $(READY) ## all tests that need no GPU and end within minutes; JAX=0.12.0.
 	$(VENV_PYTHON) -m pytest -m "not gpu and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(READY) ## tests that need no GPU and take minutes each
-	$(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
+	XLA_FLAGS="$$XLA_FLAGS" $(VENV_PYTHON) -m pytest -m "slow and not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-gpu: ## the tests that need a GPU; a summary goes to RESULTS=folder
 	@tools/gpu_python.sh -m tools.gpu_tests $(RESULTS) $(ARGS)
