@@ -99,7 +99,6 @@ class Row(NamedTuple):
 _HIGH, _INVARIANT = {"precision": "high"}, {"batch_invariant": True}
 VARIANTS = (
     Variant("layer", "e4m3"),
-    Variant("layer", "e4m3, softmax", {"scoring": "softmax"}),
     Variant("layer", "e4m3, swiglu_limit=7", {"swiglu_limit": 7.0}),
     Variant("layer", "e4m3, batch_invariant", _INVARIANT),
     Variant("layer", "e4m3, high", _HIGH),

@@ -65,14 +65,14 @@ COMMANDS["parallel_gpus"] = list(parallel_gpus.steps_of(OUT, "")[0].arguments)
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_is_one_of_the_command(name):
-    arguments = COMMANDS[name]
-    if arguments[0] == "-m":
-        path = ROOT / (arguments[1].replace(".", "/") + ".py")
+    words = COMMANDS[name]
+    if words[0] == "-m":
+        path = ROOT / (words[1].replace(".", "/") + ".py")
         path = path if path.exists() else path.with_suffix("") / "__main__.py"
     else:
-        path = ROOT / arguments[0]
+        path = ROOT / words[0]
     source = path.read_text() + (ROOT / "pallas_kernels/tuning/command.py").read_text()
-    for flag in (part for part in arguments[1:] if part.startswith("--")):
+    for flag in (part for part in words[1:] if part.startswith("--")):
         word = flag[2:].partition("=")[0].removeprefix("no")
         assert re.search(rf'"(--)?(no)?{word}"', source), f"{name}: {flag}"
 
