@@ -115,9 +115,8 @@ def test_the_weights_of_a_router():
     logits = np.random.default_rng(0).standard_normal((2048, 32), np.float32)
     route = functools.partial(jax_moe.route, config=SMALL, backend="xla", batch_invariant=True)
     whole = bits(route(logits, None, 2.5).topk_weights)
-    for tokens in (slice(0, 33), slice(-1, None)):
-        few = bits(route(logits[tokens], None, 2.5).topk_weights)
-        np.testing.assert_array_equal(few, whole[tokens])
+    few = bits(route(logits[-33:], None, 2.5).topk_weights)
+    np.testing.assert_array_equal(few, whole[-33:])
 
 
 def test_the_sum_over_a_tokens_experts():

@@ -179,10 +179,10 @@ def test_a_token_has_its_bits_in_any_batch():
     """In the tile that all plans of `batch_invariant=True` have, wherever in it a row lies."""
     tiling = MatmulConfig(tilings.INVARIANT_BLOCK_M)
     inputs = make_inputs(
-        70, num_experts=16, num_local_experts=1, hidden_size=128, intermediate_size=128, offset=4
+        19, num_experts=16, num_local_experts=1, hidden_size=128, intermediate_size=128, offset=4
     )
     *_, out = layer(inputs, SMALL, tiling)
-    tokens = np.flatnonzero(bits(out).any(axis=1))[[9, 3, 5]]
+    tokens = np.flatnonzero(bits(out).any(axis=1))[[3, 0]]
     few = inputs._replace(
         routing_logits=inputs.routing_logits[tokens],
         hidden_states=inputs.hidden_states[tokens],
