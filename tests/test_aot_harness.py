@@ -12,7 +12,7 @@ import triton.language as tl
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.triton.launch import load_jax_triton
+from pallas_kernels.triton.launch import Launch, call
 from tests import h100_target
 
 F8 = jnp.float8_e4m3fn
@@ -122,15 +122,9 @@ def test_reports_triton_kernels_of_every_generation(compute_capability, architec
     operand = jax.ShapeDtypeStruct((side, side), F8)
 
     def tile_matmul(x, w):
-        return load_jax_triton().triton_call(
-            x,
-            w,
-            kernel=_triton_tile,
-            out_shape=jax.ShapeDtypeStruct((side, side), jnp.float32),
-            grid=1,
-            compute_capability=compute_capability,
-            SIDE=side,
-        )
+        out = jax.ShapeDtypeStruct((side, side), jnp.float32)
+        tile = Launch(_triton_tile, (x, w), (), (out,), (1,), {"SIDE": side})
+        return call(tile, compute_capability)
 
     (kernel,) = h100_target.compile_triton_kernels(tile_matmul, operand, operand)
     assert kernel.architecture == architecture

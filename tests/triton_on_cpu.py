@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 from interop.triton_launch import launch_torch
@@ -31,7 +33,11 @@ _NUMPY_TYPES = {
 
 @pytest.fixture(autouse=True)
 def mended_interpreter(monkeypatch):
-    """Two faults of Triton 3.6's interpreter: rounding that loses the carry, old NumPy scalars."""
+    """Three faults of Triton's interpreter.
+
+    In 3.6, rounding loses the carry, and NumPy's scalars are those of old; in 3.7, the difference
+    of a constant and a tensor, which is in a constexpr, is no argument of most functions.
+    """
 
     def convert(data, source, target, _rounding_mode):
         values = data.view(_NUMPY_TYPES[source.name]).astype(np.float32)
@@ -43,6 +49,12 @@ def mended_interpreter(monkeypatch):
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    to_tensor = TritonSemantic.to_tensor
+
+    def to_tensor_of_constexpr(self, x, *args, **kwargs):
+        return to_tensor(self, x.value if isinstance(x, tl.constexpr) else x, *args, **kwargs)
+
+    monkeypatch.setattr(TritonSemantic, "to_tensor", to_tensor_of_constexpr)
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
 

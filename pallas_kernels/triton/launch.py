@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.mlir import ir
-from jax.interpreters import mlir
+from jax.interpreters import mlir, partial_eval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,12 @@ def call(launch: Launch, compute_capability: int | None = None) -> list[jax.Arra
     if 0 in launch.grid:
         return [jnp.zeros(out.shape, out.dtype) for out in launch.outputs]
     jax_triton = load_jax_triton()
-    parameters = inspect.signature(jax_triton.triton_call).parameters
-    outputs = "out_type" if "out_type" in parameters else "out_shape"  # renamed in 0.4
+    outputs = list(launch.outputs)
+    fusion: dict[str, Any] = {"enable_fp_fusion": launch.fuse_products}
+    if "out_type" in inspect.signature(jax_triton.triton_call).parameters:  # 0.4 and newer
+        named = {"out_type": outputs, "backend_options": fusion}
+    else:
+        named = {"out_shape": outputs, **fusion}
     return jax_triton.triton_call(
         *launch.inputs,
         *launch.scalars,
@@ -64,9 +68,8 @@ def call(launch: Launch, compute_capability: int | None = None) -> list[jax.Arra
         grid=launch.grid,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        enable_fp_fusion=launch.fuse_products,
         compute_capability=compute_capability,
-        **{outputs: list(launch.outputs)},
+        **named,
         **launch.constants,
     )
 
@@ -86,8 +89,12 @@ def load_jax_triton() -> ModuleType:
         os.environ["TRITON_CACHE_DIR"] = before
     else:
         os.environ.pop("TRITON_CACHE_DIR", None)
-    if not hasattr(jax_triton.triton_lib, "CUSTOM_CALL_TARGET_NAME"):
-        _call_typed_ffi(jax_triton.triton_lib)
+    triton_lib = jax_triton.triton_lib
+    if not hasattr(triton_lib, "CUSTOM_CALL_TARGET_NAME"):
+        _call_typed_ffi(triton_lib)
+    # JAX's own rule drops calls of which no result is used. That of jax-triton 0.4 keeps them, and
+    # lacks an argument that JAX 0.12 gives.
+    partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     return jax_triton
 
 
