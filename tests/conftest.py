@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 from collections.abc import Iterator
 
@@ -25,36 +24,19 @@ if not has_gpu_driver():
         h100_target.prepare_environment()
 
 
-LOOK_FOR_RACES = {
-    "test_kernels_interpreted",
-    "test_ladder",
-    "test_many_experts",
-    "test_parallel_kernels",
-    "test_zero_rows",
-}
-"""Files whose kernels are interpreted with a look for races, which is another look in JAX 0.12."""
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
     """Skips what asks the ahead-of-time harness on a JAX whose dumps it cannot read."""
     try:
         return (yield)
     except Exception as error:
-        if h100_target.ONLY_THIS_JAX in str(error):
+        if h100_target.NEEDS_THIS_JAX in str(error):
             pytest.skip(str(error))
         raise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests on a machine without a GPU, and looks for races on another JAX."""
-    from jax_moe import jax_window  # now: importing JAX reads the environment
-
-    if jax_window.release(importlib.metadata.version("jax")) >= (0, 12):
-        reason = "the interpreter of JAX 0.12 reports races that the one of 0.11 does not"
-        for item in items:
-            if item.path.stem in LOOK_FOR_RACES:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    """Skips `gpu` tests on a machine without a GPU."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
