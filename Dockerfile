@@ -16,6 +16,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends git \
 
 WORKDIR /jax-moe
 COPY . .
-RUN pip install --no-cache-dir --editable ".[${CUDA},triton,torch,bench]" "jax==0.11.2"
+RUN pip install --no-cache-dir --constraint tools/developed_with.txt \
+    --editable ".[${CUDA},triton,torch,bench]"
 
 CMD ["python", "-c", "import jax_moe; print(jax_moe.describe())"]

@@ -6,6 +6,7 @@ Importing this package imports neither torch nor jax; its members do, on first u
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from interop.torch_api import torch_moe as torch_moe
     from interop.torch_api import torch_moe_routed as torch_moe_routed
 
-TORCH = "2.11"
-"""The PyTorch that the bridge is written for: it calls two functions that are not public."""
+TORCH = ("2.11", "2.13")
+"""The oldest and newest PyTorch that the bridge is tested with: it calls functions not public."""
 
 _HOMES = {
     "to_jax": "interop.dlpack",
@@ -42,7 +43,15 @@ def torch_problem() -> str | None:
         found = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return missing
-    return None if found.startswith(f"{TORCH}.") else f"needs torch {TORCH}, got {found}"
+    oldest, newest = map(_minor, TORCH)
+    if oldest <= _minor(found) <= newest:
+        return None
+    return f"needs torch {' to '.join(TORCH)}, got {found}"
+
+
+def _minor(version: str) -> list[int]:
+    """[2, 11] of "2.11.0+cu130"."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def __getattr__(name: str) -> Any:

@@ -128,11 +128,11 @@ def test_64_bit_mode():
 
 def test_another_torch_is_named(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.4.1+cu121")
-    with pytest.raises(ImportError, match=r"interop\.to_jax: needs torch 2\.11, got 2\.4\.1"):
+    with pytest.raises(ImportError, match=r"interop\.to_jax: needs torch .*2\.13, got 2\.4\.1"):
         interop.to_jax  # noqa: B018
     for name in ("torch_reference", "sglang_v2", "deepgemm128"):
         reason = SOLUTIONS[name].unavailable_reason()
-        assert reason is None or "torch 2.11, got 2.4.1" in reason or "package" in reason
+        assert reason is None or "torch 2.11 to 2.13, got 2.4.1" in reason or "package" in reason
     assert "got 2.4.1" in SOLUTIONS["torch_reference"].unavailable_reason()
     assert SOLUTIONS["torch_reference"].framework == "torch"
 
@@ -149,8 +149,18 @@ def test_no_torch_is_named(monkeypatch):
 def test_the_torch_that_is_needed_is_the_one_that_is_pinned():
     project = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())
     low, high = re.findall(r"\d+\.\d+", str(project["project"]["optional-dependencies"]["torch"]))
-    assert low == interop.TORCH
-    assert float(high.split(".")[1]) == float(low.split(".")[1]) + 1
+    oldest, newest = interop.TORCH
+    assert low == oldest
+    assert float(high.split(".")[1]) == float(newest.split(".")[1]) + 1
+
+
+@pytest.mark.parametrize(
+    ("version", "is_fit"),
+    [("2.10.0", False), ("2.11.0+cu130", True), ("2.13.1", True), ("2.14.0", False)],
+)
+def test_a_torch_of_the_window_is_taken(monkeypatch, version, is_fit):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    assert (interop.torch_problem() is None) == is_fit
 
 
 def test_importing_compiles_and_loads_nothing():

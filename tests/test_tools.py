@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
 
 from tools import check_pins, gpu_tests
 
@@ -98,6 +99,20 @@ def test_a_named_python_that_does_not_work_is_an_error(tmp_path):
 def test_this_environment_satisfies_the_pins():
     requirements = check_pins.project_requirements(["triton", "torch", "bench", "dev"])
     assert list(check_pins.problems(requirements, deep=False)) == []
+
+
+def test_the_default_environment_is_of_one_version_in_the_ranges_of_the_extras():
+    pinned = {}
+    for line in (check_pins.PYPROJECT.parent / "tools/developed_with.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, _, version = line.partition("==")
+            pinned[name] = version.replace("*", "0")
+    asked = check_pins.project_requirements(["cuda13", "triton", "torch"])
+    ranges = {one.name: one.specifier for one in map(Requirement, asked) if one.name in pinned}
+    assert ranges.keys() == pinned.keys() == {"jax", "jax-triton", "torch", "triton"}
+    assert all(ranges[name].contains(version) for name, version in pinned.items())
+    makefile = (check_pins.PYPROJECT.parent / "Makefile").read_text()
+    assert f"DEVELOPED_WITH := {pinned['jax']}\n" in makefile
 
 
 @pytest.mark.parametrize(

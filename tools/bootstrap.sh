@@ -7,8 +7,10 @@ cd "$(dirname "$0")/.."
 JAX=${JAX:-0.11.2} # what the kernels are developed and measured with
 VENV=${VENV:-.venv}
 wanted="jax==$JAX"
+constraints=()
 if [ "$JAX" = 0.11.2 ]; then
   EXTRAS=${EXTRAS:-cuda13,triton,torch,bench,dev}
+  constraints=(--constraint tools/developed_with.txt)
 else # the extra cuda13 is bound to the JAX that the kernels ran on
   EXTRAS=${EXTRAS:-triton,torch,bench,dev}
   wanted="jax[cuda13]==$JAX"
@@ -36,7 +38,8 @@ if [ -e "$UNFINISHED" ] || ! holds_all >/dev/null 2>&1; then
   touch "$UNFINISHED"
   quiet=--quiet # a terminal gets pip's progress bars
   [ -t 1 ] && quiet=
-  "$python" -m pip install $quiet --disable-pip-version-check --editable ".[$EXTRAS]" "$wanted"
+  "$python" -m pip install $quiet --disable-pip-version-check "${constraints[@]}" \
+    --editable ".[$EXTRAS]" "$wanted"
   holds_all
   rm "$UNFINISHED"
 fi
