@@ -6,10 +6,7 @@ The layer as a whole, on this path, is in test_backends.py. `uninitialized memor
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
 import re
 
 import jax
@@ -17,7 +14,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from scipy import special
 
 import jax_moe
@@ -27,16 +23,12 @@ from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
-from tests import numpy_oracle
+from tests import numpy_oracle, race_detector
 from tests.backend_cases import slow
 from tests.moe_inputs import bits
 from tests.test_plan import check_plan, draw_ids
 
 E4M3 = ml_dtypes.float8_e4m3fn
-# From 0.12 on, the first race would end the kernel; 0.11 has no such choice.
-_GO_ON = {"on_race": "warn"} if hasattr(plgpu.InterpretGPUParams, "on_race") else {}
-# The copies of one simulated TMA thread are ordered: with few threads that hides races.
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=256, **_GO_ON)
 
 # The detector wants a proxy fence between plain reads of shared memory and the TMA copy that
 # reuses it. On the GPU the mbarrier hand-off of the slot orders the two.
@@ -45,22 +37,9 @@ SCALES_OF_A_REUSED_SLOT = {"accumulate.<locals>.step", "_copy_tokens"}
 OVERLAPPING_ROWS = {"store"}  # `layouts.store`
 
 
-@contextlib.contextmanager
-def detector_output():
-    """The text that the race detector writes: JAX 0.11 prints it, 0.12 logs it."""
-    text = io.StringIO()
-    handler = logging.StreamHandler(text)
-    logging.getLogger().addHandler(handler)
-    try:
-        with contextlib.redirect_stdout(text):
-            yield text
-    finally:
-        logging.getLogger().removeHandler(handler)
-
-
 def run(kernel, *args, known_races=frozenset(), **options):
-    with detector_output() as text:
-        jitted = jax.jit(functools.partial(kernel, interpret=INTERPRET, **options))
+    with race_detector.output() as text:
+        jitted = jax.jit(functools.partial(kernel, interpret=race_detector.INTERPRET, **options))
         result = jax.tree.map(np.asarray, jitted(*args))
     accesses = re.findall(r"^ *(?:read|write) of .*\(([^()]*)\)$", text.getvalue(), re.MULTILINE)
     assert ("RACE DETECTED" in text.getvalue()) == bool(accesses)
@@ -403,6 +382,6 @@ def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
 def test_outputs_are_jax_arrays():
     """The wrappers take numpy and jax arrays alike."""
     x = jnp.ones((4, 128), jnp.bfloat16)
-    values, scales = group_quant.quantize(x, interpret=INTERPRET)
+    values, scales = group_quant.quantize(x, interpret=race_detector.INTERPRET)
     assert values.dtype == jnp.float8_e4m3fn
     assert scales.shape == (1, 4)
