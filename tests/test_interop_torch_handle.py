@@ -226,47 +226,30 @@ def test_bad_choices_are_named(inputs, handle, choices):
         handle.routed(*x, *choices, 57, **ROUTED)
 
 
-def test_precision_reaches_the_layer(inputs):
-    """By function, by handle and after a router of one's own, and nothing of "fast" is left."""
-    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
-    arguments, scalars = (inputs.routing_logits, inputs.routing_bias, x, None), (8, 2.5)
-    on_jax = [None if one is None else to_jax(one) for one in (*arguments, *inputs.weights)]
-    expected = jax_moe.apply(*on_jax, *scalars, precision="high", backend="xla")
-    fast = torch_moe(*arguments, *inputs.weights, *scalars)
-    assert 0.01 < relative_error(fast, to_torch(expected)) < 0.1
-    found = torch_moe(*arguments, *inputs.weights, *scalars, precision="high")
-    np.testing.assert_array_equal(bits(found), bits(to_torch(expected)))
-    found = TorchMoE(inputs.weights, precision="high")(*arguments, *scalars)
-    np.testing.assert_array_equal(bits(found), bits(to_torch(expected)))
-    routing = [to_torch(one) for one in jax_moe.route(*on_jax[:2], scalars[1], backend="xla")]
-    num_experts = inputs.routing_logits.shape[1]
-    found = torch_moe_routed(
-        x, None, *inputs.weights, *routing, 8, num_experts=num_experts, precision="high"
-    )
-    np.testing.assert_array_equal(bits(found), bits(to_torch(expected)))
-    with pytest.raises(ValueError, match=r"precision: expected one of .*got 'best'"):
-        TorchMoE(inputs.weights, precision="best")
-
-
-def test_batch_invariance_reaches_the_layer(inputs, monkeypatch):
-    """On a CPU it hardly shows in the result, so what is called is looked at."""
+def test_precision_and_batch_invariance_reach_the_layer(inputs, monkeypatch):
+    """By function, by handle and after a router of one's own; what they call is looked at."""
     seen = []
 
-    def layer(*_, batch_invariant, **__):
-        seen.append(batch_invariant)
+    def layer(*_, precision, batch_invariant, **__):
+        seen.append((precision, batch_invariant))
         return jnp.zeros((20, 256), jnp.bfloat16)
 
     for name in ("apply", "apply_routed"):
         monkeypatch.setattr(jax_moe, name, layer)
-    expected_rows = 3.25  # of no other test: nothing is compiled yet
-    handle = TorchMoE(inputs.weights, batch_invariant=True, expected_rows=expected_rows)
-    x, scalars = (inputs.hidden_states, inputs.hidden_states_scale), scalar_arguments(inputs)
+    # Rows of no other test: nothing is compiled for them yet.
+    options = {"precision": "high", "batch_invariant": True, "expected_rows": 3.25}
+    handle = TorchMoE(inputs.weights, **options)
+    x = inputs.hidden_states, inputs.hidden_states_scale
     routing = torch.zeros(20, 1, dtype=torch.int32), torch.ones(20, 1)
-    for one in (handle, copy.deepcopy(handle)):
-        one(*token_arguments(inputs), *scalars)
-        one.routed(*x, *routing, 0, num_experts=8)
-        assert one._options.batch_invariant
-    assert seen == [True, True]
+    handle(*token_arguments(inputs), *scalar_arguments(inputs))
+    handle.routed(*x, *routing, 0, num_experts=8)
+    assert copy.deepcopy(handle)._options == handle._options
+    options["expected_rows"] = 3.5
+    torch_moe(*inputs.arguments, **options)
+    torch_moe_routed(*x, *inputs.weights, *routing, 0, num_experts=8, **options)
+    assert seen == [("high", True)] * 4
+    with pytest.raises(ValueError, match=r"precision: expected one of .*got 'best'"):
+        TorchMoE(inputs.weights, precision="best")
     with pytest.raises(TypeError, match=r"batch_invariant: expected a bool, got 'yes' \(str\)"):
         TorchMoE(inputs.weights, batch_invariant="yes")
 

@@ -175,6 +175,7 @@ def test_nan_stays_with_its_token_and_its_expert(epilogue):
     np.testing.assert_array_equal(bits(out)[~reached], bits(clean)[~reached])
 
 
+@pytest.mark.slow
 def test_a_token_has_its_bits_in_any_batch():
     """In the tile that all plans of `batch_invariant=True` have, wherever in it a row lies."""
     tiling = MatmulConfig(tilings.INVARIANT_BLOCK_M)
