@@ -111,7 +111,7 @@ def test_a_token_has_its_bits_in_any_batch(precision, kind, experts):
 
 
 def test_the_weights_of_a_router():
-    """Without the option XLA adds a token's scores in another order from 1032 tokens on."""
+    """Without the option XLA adds a token's scores in another order where T is large."""
     logits = np.random.default_rng(0).standard_normal((2048, 32), np.float32)
     route = functools.partial(jax_moe.route, config=SMALL, backend="xla", batch_invariant=True)
     whole = bits(route(logits, None, 2.5).topk_weights)
