@@ -63,3 +63,12 @@ def test_nothing_is_said_about_nothing():
 def test_explained_lines_are_still_there():
     for module, line in EXPLAINED:
         assert line in map(str.strip, (ROOT / module).read_text().splitlines()), module
+
+
+def test_what_an_ended_run_left_changed_is_taken_back(tmp_path):
+    for name in mutants.MODULES:
+        for folder, text in (("unchanged", "a = 1"), ("tree", "a = 2")):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(text)
+    mutants.restore(tmp_path)
+    assert {(tmp_path / "tree" / name).read_text() for name in mutants.MODULES} == {"a = 1"}

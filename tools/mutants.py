@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "out" / "mutants"
 SEED, COUNT = 20261129, 300
 TIMEOUT_S = 240.0
-_CHECKOUT = "JAX_MOE_MUTANTS_OF"  # where the unchanged files are, for the test command
+_UNCHANGED = "JAX_MOE_MUTANTS_OF"  # where the unchanged files are, for the test command
 
 _INTERPRETED = "test_kernels_interpreted.py::"
 MODULES: dict[str, tuple[str, ...]] = {
@@ -126,15 +126,16 @@ def drawn(mutants: Iterable[Mutant], count: int, seed: int, root: Path = ROOT) -
 def prepare(count: int, seed: int) -> None:
     """Copies the checkout and has cosmic-ray list the mutants, unless an earlier run did."""
     tree, session = FOLDER / "tree", FOLDER / "session.sqlite"
-    if session.exists():
+    if session.exists() and (FOLDER / "unchanged").exists():
         return
     shutil.rmtree(FOLDER, ignore_errors=True)
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for name in filter(None, files.split("\0")):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, tree / name)
+        _copy(ROOT / name, tree / name)
+    for name in MODULES:
+        _copy(ROOT / name, FOLDER / "unchanged" / name)
     config = FOLDER / "config.toml"
     command = f"{ROOT / '.venv' / 'bin' / 'python'} -m tools.mutants --judge"
     config.write_text(
@@ -154,12 +155,37 @@ def prepare(count: int, seed: int) -> None:
     unfinished.rename(session)  # from here on a run resumes
 
 
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, target)
+
+
+def restore(folder: Path = FOLDER) -> None:
+    """Takes back the change that a run was at when it was ended: it would fail all tests after."""
+    for name in MODULES:
+        _copy(folder / "unchanged" / name, folder / "tree" / name)
+
+
+def check_unchanged() -> None:
+    """Runs all the tests on the unchanged code, once: what fails there would kill every mutant."""
+    passed = FOLDER / "passed"
+    if passed.exists():
+        return
+    command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "tools.mutants", "--judge"]
+    if subprocess.run(command, cwd=FOLDER / "tree", env=_environment(), check=False).returncode:
+        sys.exit("make mutants: the tests fail on the unchanged code, so they judge nothing")
+    passed.touch()
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {_UNCHANGED: str(FOLDER / "unchanged"), "JAX_PLATFORMS": "cpu"}
+
+
 def _cosmic_ray(*arguments: str) -> None:
-    environment = os.environ | {_CHECKOUT: str(ROOT), "JAX_PLATFORMS": "cpu"}
     subprocess.run(
         [str(Path(sys.executable).with_name("cosmic-ray")), *arguments],
         cwd=FOLDER / "tree",
-        env=environment,
+        env=_environment(),
         check=True,
     )
 
@@ -243,7 +269,7 @@ def changed_line(diff: str) -> str:
 
 def judge() -> int:
     """What cosmic-ray runs in the copy: the tests of the one module that is changed there."""
-    original = Path(os.environ[_CHECKOUT])
+    original = Path(os.environ[_UNCHANGED])
     tree = Path.cwd()
     changed = [
         name for name in MODULES if (tree / name).read_bytes() != (original / name).read_bytes()
@@ -265,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return judge()
     prepare(args.count, args.seed)
     session = FOLDER / "session.sqlite"
+    restore()
+    check_unchanged()
     try:
         _cosmic_ray("exec", str(FOLDER / "config.toml"), str(session))
     finally:
