@@ -10,6 +10,7 @@ from bench.run_folder import REPORT
 from bench.settings import Settings
 from bench.tables import aligned, markdown, without_empty
 from bench.workloads import WORKLOADS
+from interop.markdown import wrapped
 from jax_moe.io.files import write_atomically
 
 _TERMINAL_BREAKDOWNS = 20
@@ -106,7 +107,7 @@ def write_all(results: Results, settings: Settings, options: Options) -> Iterato
 
 def _write(path: Path, lines: Sequence[str]) -> None:
     with writing(path), write_atomically(path) as file:
-        file.write("\n".join(lines).rstrip() + "\n")
+        file.write("\n".join(wrapped(lines)).rstrip() + "\n")
 
 
 def _breakdown_name(settings: Settings) -> str:

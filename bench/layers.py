@@ -35,10 +35,11 @@ from bench.runner import kernel_times
 from bench.scan_parts import Parts
 from bench.sm_clock import Reading
 from bench.timers import Execution, warm_up
-from bench.workloads import FULL, REDUCED, Sizes
+from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop.workloads import ROUTED_SCALING_FACTOR
 from jax_moe import DEEPSEEK_V3, ExpertWeights
 from jax_moe.io.files import write_atomically
+from pallas_kernels.tuning.command import positive
 
 TOKENS, FEW_TOKENS = (1, 16, 64, 256), (1, 7)
 LAYERS, FEW_LAYERS = 61, 3
@@ -292,23 +293,11 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
     return 1 if any(row.problem for row in rows) else 0
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.layers")
-    parser.add_argument("--layers", type=_positive, help=f"L; {LAYERS} on a GPU")
-    parser.add_argument(
-        "--tokens",
-        type=lambda text: tuple(_positive(part) for part in text.split(",")),
-        default=(),
-        help="T's, separated by commas",
-    )
+    parser.add_argument("--layers", type=positive, help=f"L; {LAYERS} on a GPU")
+    parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
     parser.add_argument("--output", type=Path, default=Path("out/layers"))
     args = parser.parse_args(argv)
     return run(args.layers, args.tokens, args.output)

@@ -27,10 +27,11 @@ from jax.sharding import PartitionSpec as P
 import jax_moe
 from bench import environment, tables
 from bench.failures import one_line
-from bench.workloads import FULL, REDUCED, Sizes
+from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop import plot_style
 from jax_moe import ExpertWeights, LayerInputs
 from jax_moe.io.files import write_atomically
+from pallas_kernels.tuning.command import positive
 
 AXIS = "expert"
 TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
@@ -318,17 +319,13 @@ def exchanges_on(ranks: int) -> tuple[str, ...]:
     return ("collectives", "nvlink") if on_gpu and ranks > 1 else ("collectives",)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.parallel")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--tokens", type=_numbers, default=())
+    parser.add_argument("--ranks", type=positive, default=1)
+    parser.add_argument("--tokens", type=token_counts, default=())
     parser.add_argument("--exchanges", type=lambda text: tuple(text.split(",")))
-    parser.add_argument("--local-of", type=_numbers, default=())
+    parser.add_argument("--local-of", type=token_counts, default=())
     parser.add_argument("--output", type=Path, default=Path("out/parallel"))
     args = parser.parse_args(argv)
     devices_for(args.ranks)

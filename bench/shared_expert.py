@@ -30,8 +30,9 @@ from jaxtyping import Array, BFloat16
 
 import jax_moe
 from bench import environment, execution, gpu_clock, inputs, tables, timers
+from bench.failures import one_line
 from bench.timers import Execution
-from bench.workloads import Sizes, sizes_of
+from bench.workloads import Sizes, sizes_of, token_counts
 from interop.solutions import deepgemm_dense
 from jax_moe import LayerInputs, LayerWeights, models
 from jax_moe.io.files import write_atomically
@@ -208,7 +209,7 @@ def measure(num_tokens: int, layer: Layer, clock: gpu_clock.GpuClock | None) -> 
             gemms_kernels=kernels.get("gemms"),
         )
     except Exception as problem:
-        return row._replace(problem=f"{type(problem).__name__}: {problem}".splitlines()[0][:200])
+        return row._replace(problem=one_line(problem))
 
 
 def _error(outputs: dict[str, np.ndarray]) -> float:
@@ -345,23 +346,11 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
     return 1 if any(row.problem for row in rows) else 0
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.shared_expert")
     parser.add_argument("--model", default=models.DEEPSEEK_V3.name, help="of jax_moe.models")
-    parser.add_argument(
-        "--tokens",
-        type=lambda text: tuple(_positive(part) for part in text.split(",")),
-        default=(),
-        help="T's, separated by commas",
-    )
+    parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
     parser.add_argument("--output", type=Path, default=Path("out/shared_expert"))
     args = parser.parse_args(argv)
     try:

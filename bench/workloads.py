@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from interop.workloads import Workload, workloads
 from jax_moe.models import DEEPSEEK_V3, Model
+from pallas_kernels.tuning.command import positive
 
 _LOCAL_EXPERTS = 32  # of a rank of the definition, whose ids a workload's offset refers to
 _LEAST_DIGITS = 6  # of a uuid that is given by digits alone: fewer are a slip of a token count
@@ -70,6 +71,11 @@ def select(names: Sequence[str], pool: Sequence[Workload] = WORKLOADS) -> tuple[
             )
         chosen.update(row.uuid for row in found)
     return tuple(row for row in pool if row.uuid in chosen)
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """The type of an argument that is token counts, separated by commas."""
+    return tuple(map(positive, text.split(",")))
 
 
 def _matching(name: str, pool: Sequence[Workload]) -> list[Workload]:

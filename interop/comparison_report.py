@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from interop import comparison_factors, comparison_tables, plot_style
+from interop import comparison_factors, comparison_tables, markdown, plot_style
 from interop.comparison_analysis import (
     PASSED,
     Measurement,
@@ -106,7 +106,7 @@ def render(
         lines += [f"### {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
     lines += comparison_factors.section(ordered, results)
     lines += _workspace(ordered, results)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(markdown.wrapped(lines)).rstrip() + "\n"
 
 
 def _title(results: Results) -> str:

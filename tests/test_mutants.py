@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+import pytest
+
 from tests.mutants_explained import EXPLAINED
 from tools import mutants
 from tools.mutants import Mutant, Verdict
@@ -72,3 +74,10 @@ def test_what_an_ended_run_left_changed_is_taken_back(tmp_path):
             (tmp_path / folder / name).write_text(text)
     mutants.restore(tmp_path)
     assert {(tmp_path / "tree" / name).read_text() for name in mutants.MODULES} == {"a = 1"}
+
+
+def test_another_draw_than_the_one_begun_is_refused():
+    mutants.check_drawn({"count": 3, "seed": 1, "commit": "abc"}, 3, 1)
+    for count, seed in ((300, 1), (3, 2)):
+        with pytest.raises(SystemExit, match="holds a run with --count 3 --seed 1"):
+            mutants.check_drawn({"count": 3, "seed": 1, "commit": "abc"}, count, seed)

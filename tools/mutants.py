@@ -126,7 +126,8 @@ def drawn(mutants: Iterable[Mutant], count: int, seed: int, root: Path = ROOT) -
 def prepare(count: int, seed: int) -> None:
     """Copies the checkout and has cosmic-ray list the mutants, unless an earlier run did."""
     tree, session = FOLDER / "tree", FOLDER / "session.sqlite"
-    if session.exists() and (FOLDER / "unchanged").exists():
+    if session.exists():
+        check_drawn(json.loads((FOLDER / "drawn.json").read_text()), count, seed)
         return
     shutil.rmtree(FOLDER, ignore_errors=True)
     files = subprocess.run(
@@ -136,6 +137,8 @@ def prepare(count: int, seed: int) -> None:
         _copy(ROOT / name, tree / name)
     for name in MODULES:
         _copy(ROOT / name, FOLDER / "unchanged" / name)
+    what = {"count": count, "seed": seed, "commit": _git_commit()}
+    (FOLDER / "drawn.json").write_text(json.dumps(what))
     config = FOLDER / "config.toml"
     command = f"{ROOT / '.venv' / 'bin' / 'python'} -m tools.mutants --judge"
     config.write_text(
@@ -153,6 +156,22 @@ def prepare(count: int, seed: int) -> None:
         others = [one.job_id for one in database.work_items if one.job_id not in keep]
         _skip(database, others)
     unfinished.rename(session)  # from here on a run resumes
+
+
+def check_drawn(drawn: dict[str, Any], count: int, seed: int) -> None:
+    """Ends the program if what an earlier run drew is not what is asked for."""
+    if (drawn["count"], drawn["seed"]) != (count, seed):
+        sys.exit(
+            f"make mutants: {FOLDER} holds a run with --count {drawn['count']} --seed "
+            f"{drawn['seed']}; go on with these, or remove the folder"
+        )
+
+
+def _git_commit() -> str:
+    sys.path.insert(0, str(ROOT))
+    from interop.checkout import git_commit
+
+    return git_commit()
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -297,11 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _cosmic_ray("exec", str(FOLDER / "config.toml"), str(session))
     finally:
         sys.path.insert(0, str(ROOT))
-        from interop.checkout import git_commit
         from tests.mutants_explained import EXPLAINED
 
         found = verdicts(session)
-        about = f"Commit {git_commit()}, Python {sys.version.split()[0]}, seed {args.seed}."
+        commit = json.loads((FOLDER / "drawn.json").read_text())["commit"]
+        about = f"Commit {commit}, Python {sys.version.split()[0]}, seed {args.seed}."
         (FOLDER / "mutants.md").write_text(report(found, EXPLAINED, about))
         rows = [one.mutant._asdict() | {"outcome": one.outcome} for one in found]
         (FOLDER / "mutants.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
