@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -283,3 +285,14 @@ def test_a_tiling_out_of_range_is_refused(field, value):
     fields = {"block_m": 64, field: value}
     with pytest.raises(ValueError, match=f"{field}: expected one of .*, got {value}"):
         MatmulConfig(**fields)
+
+
+@pytest.mark.parametrize("choose", [tilings.choose, tilings.choose_widened])
+def test_a_batch_invariant_call_takes_no_tuned_table(monkeypatch, choose):
+    shipped = choose(64, 90, *DEEPSEEK)
+    fewer = (dataclasses.replace(one, num_stages=1) for one in tilings.choose(64, 90, *DEEPSEEK))
+    measured = tilings.chosen(90, Sizes(*DEEPSEEK))
+    measured = measured._replace(table={**measured.table, 64: table_format.Pair(*fewer)})
+    monkeypatch.setattr(tilings, "chosen", lambda *_: measured)
+    assert choose(64, 90, *DEEPSEEK) != shipped
+    assert choose(64, 90, *DEEPSEEK, only_shipped=True) == shipped
