@@ -46,6 +46,7 @@ from jax_moe.io.files import write_atomically
 
 USUAL, FEW = ("1", "16", "80", "901", "14107"), ("1", "7")
 _DEFAULT = Tolerance(rtol=0.01, atol=0.01, required_matched_ratio=0.0)
+ORACLE = "oracle"
 _SEED, _ITERATIONS = 0, 20
 _HEADER = ("stage", "variant", "T", "us", "vs", "error", "equal")
 
@@ -121,7 +122,9 @@ VARIANTS = (
 
 
 def function(variant: Variant, backend: str) -> Callable[[LayerInputs], PyTree[Array]]:
-    """The call of a variant, of the layer's inputs."""
+    """The call of a variant, of the layer's inputs; backend `ORACLE` is what it is held against."""
+    if backend == ORACLE:
+        return oracle(variant)
     options = variant.options
 
     def layer(given: LayerInputs) -> Array:
@@ -143,8 +146,15 @@ def oracle(variant: Variant) -> Callable[[LayerInputs], PyTree[Array]]:
     """What it is compared with: the float32 oracle, or the stage of backend xla."""
     if variant.stage != "layer":
         return function(variant, "xla")
-    limit = variant.options.get("swiglu_limit")
-    return lambda given: jax_moe.reference(*given.arguments, swiglu_limit=limit)
+    return lambda given: jax_moe.reference(*given.arguments, **variant.options)
+
+
+def question(variant: Variant) -> Variant:
+    """What the oracle sees of a variant: layers that differ in precision alone share an answer."""
+    if variant.stage != "layer":
+        return variant
+    seen = {name: one for name, one in variant.options.items() if name == "swiglu_limit"}
+    return Variant("layer", ORACLE, seen, dtype=variant.dtype)
 
 
 def make_inputs(
@@ -161,18 +171,55 @@ def make_inputs(
     return {"e4m3": e4m3, "bf16": e4m3._replace(hidden_states=rows, hidden_states_scale=None)}
 
 
-def compile_all(
-    orders: Sequence[tuple[Variant, LayerInputs]], backend: str, jobs: int
-) -> list[Any]:
-    """Compiles each variant for inputs of such shapes, in `jobs` processes.
+class Order(NamedTuple):
+    """One program.
+
+    Attributes:
+        variant: What is called; for `ORACLE` a variant's `question`.
+        backend: What runs it.
+        given: On what.
+    """
+
+    variant: Variant
+    backend: str
+    given: LayerInputs
+
+
+def orders_of(given: Mapping[str, LayerInputs], backend: str) -> list[Order]:
+    """Each variant on the inputs of its dtype, and each different question to an oracle."""
+    questions: list[Variant] = []
+    for variant in VARIANTS:
+        if question(variant) not in questions:
+            questions.append(question(variant))
+    asked = [(one, backend) for one in VARIANTS] + [(one, ORACLE) for one in questions]
+    return [Order(variant, backend, given[variant.dtype]) for variant, backend in asked]
+
+
+def compile_all(orders: Sequence[Order], jobs: int) -> list[Any]:
+    """Compiles each program in one of `jobs` processes.
 
     Returns:
         In order, what `serialize_executable.deserialize_and_load` takes, or what went wrong.
     """
     with spawned(min(jobs, len(orders)), ahead.start) as pool:
-        pending = [pool.submit(_compile, variant, backend, specs) for variant, specs in orders]
+        pending = [
+            pool.submit(_compile, *one._replace(given=specs_of(one.given))) for one in orders
+        ]
         futures.wait(pending)
     return [one.exception() or one.result() for one in pending]
+
+
+def loaded(order: Order, program: tuple[Any, ...] | Exception | None) -> Callable[..., Any]:
+    """The program of an order, from `compile_all`; None compiles here.
+
+    Raises:
+        Exception: What went wrong there.
+    """
+    if isinstance(program, Exception):
+        raise program
+    if program is None:
+        return jax.jit(function(order.variant, order.backend))
+    return serialize_executable.deserialize_and_load(*program)
 
 
 def _compile(variant: Variant, backend: str, specs: LayerInputs) -> tuple[Any, ...] | None:
@@ -185,34 +232,29 @@ def specs_of(given: LayerInputs) -> LayerInputs:
 
 
 def measure(
-    variant: Variant,
-    given: LayerInputs,
+    order: Order,
     program: tuple[Any, ...] | Exception | None,
+    expected: PyTree[Array] | Exception,
     *,
-    backend: str,
     clock: gpu_clock.GpuClock | None,
     iterations: int,
 ) -> Row:
     """Checks and times one variant.
 
     Args:
-        variant: What to call.
-        given: On what.
+        order: What to call.
         program: From `compile_all`; None compiles here.
-        backend: What runs it.
+        expected: The oracle's answer, or why there is none.
         clock: The GPU's; None takes the host's times.
         iterations: Timed calls.
     """
+    variant, given = order.variant, order.given
     row = Row(variant.stage, variant.name, given.tokens)
     try:
-        if isinstance(program, Exception):
-            raise program
-        if program is None:
-            run: Callable[..., Any] = jax.jit(function(variant, backend))
-        else:
-            run = serialize_executable.deserialize_and_load(*program)
+        run = loaded(order, program)
         found = jax.block_until_ready(run(given))
-        expected = jax.jit(oracle(variant))(given)
+        if isinstance(expected, Exception):
+            raise expected
         row = row._replace(**_compared(variant.stage, found, expected))
         bound = Execution(lambda: run(given), jax.block_until_ready, "jit", None)
         timers.warm_up(bound, 3)
@@ -224,6 +266,14 @@ def measure(
         return row._replace(us=us.median, p10=us.p10, p90=us.p90)
     except Exception as problem:
         return row._replace(problem=one_line(problem))
+
+
+def answer(order: Order, program: tuple[Any, ...] | Exception | None) -> PyTree[Array] | Exception:
+    """What an oracle says, or why it says nothing."""
+    try:
+        return jax.block_until_ready(loaded(order, program)(order.given))
+    except Exception as problem:
+        return problem
 
 
 def _compared(stage: str, found: Any, expected: Any) -> dict[str, Any]:
@@ -239,6 +289,10 @@ def _compared(stage: str, found: Any, expected: Any) -> dict[str, Any]:
         for a, b, kind in zip(found, expected, (jnp.uint8, jnp.uint32), strict=True)
     ]
     return {"equal": float(min(same))}
+
+
+def _asks(order: Order) -> bool:
+    return order.backend == ORACLE
 
 
 def with_ratios(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> list[Row]:
@@ -302,19 +356,23 @@ def run(workloads: Sequence[str], backend: str, jobs: int, folder: Path) -> int:
     clock = None if gpu_clock.unavailable_reason() else gpu_clock.GpuClock()
     weights = inputs.draw_weights("realistic", sizes, _SEED)
     chosen = select(workloads or (USUAL if on_gpu else FEW), WORKLOADS)
-    given = {row.num_tokens: make_inputs(row, sizes, weights) for row in chosen}
-    orders = [(one, tokens[one.dtype]) for tokens in given.values() for one in VARIANTS]
-    programs: Sequence[Any] = [None] * len(orders)
-    if jobs:
-        programs = compile_all([(one, specs_of(what)) for one, what in orders], backend, jobs)
+    given = [make_inputs(row, sizes, weights) for row in chosen]
+    by_tokens = [orders_of(one, backend) for one in given]
+    orders = [order for one in by_tokens for order in one]
+    programs = iter(compile_all(orders, jobs) if jobs else [None] * len(orders))
     rows: list[Row] = []
-    for (variant, what), program in zip(orders, programs, strict=True):
-        iterations = _ITERATIONS if on_gpu else 1
-        rows.append(
-            measure(variant, what, program, backend=backend, clock=clock, iterations=iterations)
-        )
-        rows = with_ratios(rows)
-        write(rows, backend, folder)
+    for of_tokens in by_tokens:
+        pairs = list(zip(of_tokens, programs, strict=False))  # takes no more than it needs
+        answers = [(order.variant, answer(order, p)) for order, p in pairs if _asks(order)]
+        for order, program in pairs:
+            if _asks(order):
+                continue
+            asked = question(order.variant)
+            expected = next(found for variant, found in answers if variant == asked)
+            iterations = _ITERATIONS if on_gpu else 1
+            rows.append(measure(order, program, expected, clock=clock, iterations=iterations))
+            rows = with_ratios(rows)
+            write(rows, backend, folder)
     print("\n".join(tables.aligned(cells(rows), left=2)))
     print(f"wrote {folder / 'options.json'}")
     return 1 if any(row.problem for row in rows) else 0

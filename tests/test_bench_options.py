@@ -19,9 +19,11 @@ def given():
     return options.make_inputs(workload, REDUCED, weights)
 
 
-def measure(variant, given, **other):
-    arguments = {"program": None, "backend": "xla", "clock": None, "iterations": 1} | other
-    return options.measure(variant, given[variant.dtype], **arguments)
+def measure(variant, given, program=None):
+    order = options.Order(variant, "xla", given[variant.dtype])
+    asked = options.Order(options.question(variant), options.ORACLE, given[variant.dtype])
+    expected = options.answer(asked, None)
+    return options.measure(order, program, expected, clock=None, iterations=1)
 
 
 def of(stage, name):
@@ -47,6 +49,20 @@ def test_every_variant_runs(variant, given):
 def test_what_fails_is_a_row_with_the_reason(given):
     row = measure(Variant("layer", "e4m3"), given, program=RuntimeError("no\nmore"))
     assert (row.problem, row.us) == ("RuntimeError: no", None)
+
+
+def test_without_an_oracle_there_is_no_time(given):
+    order = options.Order(of("route", "softmax"), "xla", given["e4m3"])
+    lost = options.answer(order._replace(backend=options.ORACLE), MemoryError("lost"))
+    row = options.measure(order, None, lost, clock=None, iterations=1)
+    assert (row.problem, row.us) == ("MemoryError: lost", None)
+
+
+def test_layers_that_differ_in_precision_share_an_oracle(given):
+    asked = [one for one in options.orders_of(given, "xla") if one.backend == options.ORACLE]
+    layers = [one.variant.options for one in asked if one.variant.stage == "layer"]
+    assert layers == [{}, {"swiglu_limit": 7.0}, {}]  # the last is of bf16 rows
+    assert [one.given is given["bf16"] for one in asked[:3]] == [False, False, True]
 
 
 def test_ratios_are_over_the_first_of_a_kind():
