@@ -16,6 +16,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's would spin against the other workers
 os.environ.setdefault("NPROC", "16")  # threads for the Mosaic GPU interpreter
 os.environ.setdefault("JAX_MOE_TUNING", "off")  # test what is shipped, not what this user measured
+if "," in (gpus := os.environ.get("CUDA_VISIBLE_DEVICES", "")):  # each worker takes one of them
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[worker % (gpus.count(",") + 1)]
 if not has_gpu_driver():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # XLA compiles for seconds what then runs for milliseconds; h100_target asks for more.

@@ -2,6 +2,8 @@
 
     python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]
 
+Where `CUDA_VISIBLE_DEVICES` names several GPUs, each test process takes one of them.
+
 `junit.xml` and, for those that measure time and so run alone, `junit_timing.xml` in the same folder
 hold the single tests.
 """
@@ -57,8 +59,9 @@ def run_pytest(markers: str, junit: pathlib.Path, options: list[str]) -> int:
 
 
 def workers() -> int:
-    """Test processes that share the GPU: half of the cores, at most `MOST_WORKERS`."""
-    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
+    """Test processes: half of the cores, at most `MOST_WORKERS` for each GPU that is named."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") + 1
+    return max(1, min(MOST_WORKERS * gpus, (os.cpu_count() or 1) // 2))
 
 
 def main(argv: list[str]) -> int:
