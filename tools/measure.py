@@ -74,7 +74,16 @@ KINDS: dict[str, Kind] = {
         f"{_BENCH} --solutions=jax_moe_mosaic,{_PEERS} --scaling", 560, "T = 1, 2, 4 ... 16384"
     ),
     "ladder": Kind("-m examples.ladder --out={}", 300, "the eight levels"),
-    "one_rank": Kind("-m bench.parallel --ranks=1 --output={}", 300, "expert_parallel of one rank"),
+    "one_rank": Kind(
+        "-m bench.parallel --ranks=1 --tokens=64,4096 --output={}",
+        200,
+        "expert_parallel of one rank beside apply",
+    ),
+    "local_work": Kind(
+        "-m bench.parallel --local-of=4,8,16 --tokens=8,128,1024,4096 --output={}",
+        300,
+        "what a rank of 4, 8 and 16 does with all ranks' tokens",
+    ),
     "compile": Kind(
         "-m bench.compile_times --output={}/compile_times.json", 300, "first call of a shape"
     ),
