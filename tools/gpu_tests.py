@@ -23,7 +23,7 @@ from bench import environment
 from jax_moe.io.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parent.parent
-MOST_WORKERS = 8
+MOST_WORKERS = 12
 NOTHING_SELECTED = 5  # pytest's exit code
 
 
@@ -59,9 +59,9 @@ def run_pytest(markers: str, junit: pathlib.Path, options: list[str]) -> int:
 
 
 def workers() -> int:
-    """Test processes: half of the cores, at most `MOST_WORKERS` for each GPU that is named."""
+    """Test processes: for 3 of 4 cores, at most `MOST_WORKERS` per GPU that is named."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") + 1
-    return max(1, min(MOST_WORKERS * gpus, (os.cpu_count() or 1) // 2))
+    return max(1, min(MOST_WORKERS * gpus, (os.cpu_count() or 1) * 3 // 4))
 
 
 def main(argv: list[str]) -> int:
