@@ -1,20 +1,29 @@
-"""Commands one after another, each in a process of its own with a limit of time.
+"""Commands, each in a process of its own with a limit of time.
 
 A step that hangs is killed and reported, and the others run: a lost signal between GPUs waits for
 ever. One JSON object per step goes to `steps.jsonl`; whatever a step prints goes to its own log.
+
+Steps that measure share the machine in turns. Several are started at once and compile at the same
+time; each then asks for its turn (`wait_for_turn`), and one after the other has the GPUs for itself
+while no other step compiles, so that the host is quiet and memory is needed once. A step's limit
+counts from the start of its turn.
 """
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 _LEAST_S = 20  # too little time for any step
+_POLL_S = 0.05
+_QUIET_S = 150  # that a step waits for the others to have compiled, before it begins anyway
+_ASKS = "BENCH_STEP_ASKS"  # the file that a step makes to ask for its turn
 
 
 class Step(NamedTuple):
@@ -23,63 +32,182 @@ class Step(NamedTuple):
     Attributes:
         name: Of its log.
         arguments: Of this Python.
-        seconds: After which it is killed.
+        seconds: Of its turn, after which it is killed.
         variables: What its environment has beside this one.
+        before: Seconds after which it is killed if it has not asked for its turn; None for a step
+            that never asks, whose turn begins at its start.
+        quiet: Whether its turn waits, if not for ever, until every step that was started with it
+            has asked for its own.
     """
 
     name: str
     arguments: Sequence[str]
     seconds: float
     variables: Mapping[str, str] = {}
+    before: float | None = None
+    quiet: bool = True
 
 
-def run_all(steps: Sequence[Step], folder: Path, minutes: float) -> int:
+def wait_for_turn() -> frozenset[str]:
+    """Called by a step once it has compiled: returns when the GPUs are its own.
+
+    Returns:
+        Names of the steps that were killed before. Empty, at once, in a process that is no step.
+
+    Raises:
+        SystemExit: What started the step has gone.
+    """
+    asks = os.environ.get(_ASKS)
+    if asks is None:
+        return frozenset()
+    Path(asks).touch()
+    line = sys.stdin.readline()
+    if not line:
+        raise SystemExit("what started this step has gone")
+    return frozenset(json.loads(line))
+
+
+def run_all(steps: Sequence[Step], folder: Path, minutes: float, jobs: int = 1) -> int:
     """Runs the steps that fit into the time.
 
     Args:
-        steps: In order.
+        steps: In the order of their turns.
         folder: Of `steps.jsonl` and the logs.
         minutes: For all of them; a step gets what is left if that is less than its own limit.
+        jobs: How many are started at once.
 
     Returns:
         1 if one failed, was killed or had no time, else 0.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
-    failed = False
+    states: dict[str, str] = {}
     with (folder / "steps.jsonl").open("a") as record:
-        for step in steps:
+        for batch in itertools.batched(steps, jobs):
+            for step, state, seconds in _run(batch, folder, deadline, states):
+                states[step.name] = state
+                line = {
+                    "step": step.name,
+                    "state": state,
+                    "seconds": round(seconds, 1),
+                    "arguments": list(step.arguments),
+                }
+                if state != "ok":
+                    line["said"] = _last_line(folder / f"{step.name}.log")
+                print(json.dumps(line), flush=True)
+                record.write(json.dumps(line) + "\n")
+                record.flush()
+    return int(any(state != "ok" for state in states.values()))
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def _run(
+    batch: Sequence[Step], folder: Path, deadline: float, states: Mapping[str, str]
+) -> Iterator[tuple[Step, str, float]]:
+    """Each step with its state and the seconds of its turn, in the order in which they end."""
+    if deadline - time.monotonic() <= _LEAST_S:
+        yield from ((step, "not run: no time left", 0.0) for step in batch)
+        return
+    waiting = [_Process(step, folder) for step in batch]
+    try:
+        while waiting:
+            one = _next(waiting, deadline)
             start = time.monotonic()
-            left = deadline - start
-            state = "not run: no time left"
-            if left > _LEAST_S:
-                state = _run(step._replace(seconds=min(step.seconds, left)), folder)
-            failed |= state != "ok"
-            line = {
-                "step": step.name,
-                "state": state,
-                "seconds": round(time.monotonic() - start, 1),
-                "arguments": list(step.arguments),
-            }
-            print(json.dumps(line), flush=True)
-            record.write(json.dumps(line) + "\n")
-            record.flush()
-    return int(failed)
+            killed = [name for name, state in states.items() if state.startswith("killed")]
+            yield one.step, one.turn(deadline, killed), time.monotonic() - start
+            waiting.remove(one)
+    finally:
+        for one in waiting:
+            one.kill()
 
 
-def _run(step: Step, folder: Path) -> str:
-    with (folder / f"{step.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *step.arguments],
-            env=os.environ | dict(step.variables),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+def _next(waiting: Sequence["_Process"], deadline: float) -> "_Process":
+    """The first whose turn can begin; those that take too long to ask are killed here."""
+    while True:
+        for one in waiting:
+            one.kill_if_late(deadline)
+        settled = [one.has_asked or one.has_ended for one in waiting]
+        is_quiet = all(settled) or all(one.age > _QUIET_S for one in waiting)
+        for one, is_settled in zip(waiting, settled, strict=True):
+            if is_settled and (is_quiet or one.has_ended or not one.step.quiet):
+                return one
+        time.sleep(_POLL_S)
+
+
+class _Process:
+    """A step that was started."""
+
+    def __init__(self, step: Step, folder: Path) -> None:
+        self.step = step
+        self._start = time.monotonic()
+        self._asks = (folder / f"{step.name}.asks").resolve()
+        self._asks.unlink(missing_ok=True)
+        self._late: float | None = None
+        variables = dict(step.variables)
+        if step.before is not None:
+            variables[_ASKS] = str(self._asks)
+        with (folder / f"{step.name}.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *step.arguments],
+                env=os.environ | variables,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                text=True,
+            )
+
+    @property
+    def has_asked(self) -> bool:
+        """For its turn; a step that never asks always has."""
+        return self.step.before is None or self._asks.exists()
+
+    @property
+    def age(self) -> float:
+        """Seconds since its start."""
+        return time.monotonic() - self._start
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
+
+    def kill(self) -> None:
+        """Ends it and what it started."""
+        if not self.has_ended:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._asks.unlink(missing_ok=True)
+
+    def kill_if_late(self, deadline: float) -> None:
+        """Kills what has not asked for its turn in time."""
+        if self.has_ended or self.has_asked:
+            return
+        is_late = self.step.before is not None and self.age > self.step.before
+        if is_late or time.monotonic() > deadline:
+            self._late = self.age
+            self.kill()
+
+    def turn(self, deadline: float, killed: Sequence[str]) -> str:
+        """Lets it run to its end, and says how that was."""
+        if self._late is not None:
+            return f"killed after {self._late:.0f} s, before its turn"
+        seconds = min(self.step.seconds, deadline - time.monotonic())
+        if seconds <= 0:
+            self.kill()
+            return "not run: no time left"
         try:
-            code = process.wait(timeout=step.seconds)
+            self._process.communicate(json.dumps(list(killed)) + "\n", timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"killed after {step.seconds:.0f} s"
-    return "ok" if code == 0 else f"failed with {code}"
+            self.kill()
+            return f"killed after {seconds:.0f} s"
+        finally:
+            self._asks.unlink(missing_ok=True)
+        code = self._process.returncode
+        return "ok" if code == 0 else f"failed with {code}"

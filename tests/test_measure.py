@@ -39,6 +39,65 @@ def test_without_time_nothing_begins(tmp_path):
     assert not (tmp_path / "late.log").exists()
 
 
+TAKES_A_TURN = """
+import json, sys, time
+from pathlib import Path
+from bench.steps import wait_for_turn
+print("compiles", flush=True)
+killed = sorted(wait_for_turn())
+busy = Path(sys.argv[1]) / "busy"
+assert not busy.exists(), "two at once"
+busy.touch()
+time.sleep(0.1)
+busy.unlink()
+print("ran after", killed)
+"""
+
+
+def test_steps_compile_at_once_and_run_in_turns(tmp_path):
+    slow = "import time; time.sleep(0.6)" + TAKES_A_TURN
+    hangs = "from bench.steps import wait_for_turn; wait_for_turn(); import time; time.sleep(600)"
+    late = "import time; time.sleep(600)"
+    fails = "raise SystemExit('no such device')"
+    sources = {"hangs": (hangs, 0.3), "slow": (slow, 20), "late": (late, 20)}
+    sources |= {"fails": (fails, 20), "quick": (TAKES_A_TURN, 20)}
+    steps = [
+        Step(name, ["-c", source, str(tmp_path)], seconds, before=1.5 if name == "late" else 20)
+        for name, (source, seconds) in sources.items()
+    ]
+    assert run_all(steps, tmp_path, 1, jobs=5) == 1
+    expected = {
+        "hangs": "killed after 0 s",
+        "slow": "ok",
+        "late": "killed before its turn",
+        "fails": "failed with 1",
+        "quick": "ok",
+    }
+    found = states(tmp_path)
+    assert re.fullmatch(r"killed after [\d.]+ s, before its turn", found["late"])
+    assert found | {"late": "killed before its turn"} == expected
+    for name in ("slow", "quick"):
+        said = (tmp_path / f"{name}.log").read_text()
+        assert said.startswith("compiles\nran after ['hangs'")
+    lines = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
+    assert {line["step"]: line.get("said") for line in lines}["fails"] == "no such device"
+    assert not list(tmp_path.glob("*.asks"))
+
+
+def test_a_step_that_needs_no_quiet_does_not_wait_for_others(tmp_path):
+    quick = Step("quick", ["-c", TAKES_A_TURN, str(tmp_path)], 20, before=20, quiet=False)
+    source = """
+import sys, time
+from pathlib import Path
+while "ran after" not in Path(sys.argv[1], "quick.log").read_text():
+    time.sleep(0.05)
+"""
+    slow = Step("slow", ["-c", source, str(tmp_path)], 20, before=20)
+    (tmp_path / "quick.log").touch()
+    assert run_all([slow, quick], tmp_path, 1, jobs=2) == 0
+    assert list(states(tmp_path)) == ["quick", "slow"]
+
+
 def test_what_is_done_is_left_out(tmp_path, monkeypatch):
     kinds = {
         "a": measure.Kind("-c print('{}')", 20, "one"),
