@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
-from bench import parallel
+import numpy as np
+import pytest
+
+from bench import (
+    environment,
+    parallel_documents,
+    parallel_gpus,
+    parallel_inputs,
+    parallel_rows,
+    parallel_trace,
+)
+from bench.parallel_rows import Row
+from bench.workloads import REDUCED
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -26,14 +39,21 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_ranks_are_checked_and_said_not_to_be_timed(tmp_path):
-    command = ("-m", "bench.parallel", "--ranks=2", "--tokens=3", f"--output={tmp_path}")
-    done = run(*command)
+    command = ("-m", "bench.parallel", "--ranks=2", "--tokens=3", "--routings=even,zipf")
+    done = run(*command, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "times mean nothing" in done.stdout
-    (row,) = json.loads((tmp_path / "parallel.json").read_text())["rows"]
-    assert (row["ranks"], row["tokens"], row["exchange"]) == (2, 3, "collectives")
-    assert 0 < row["error"] < 0.01
-    assert row["problem"] == ""
+    rows, about = parallel_rows.read(tmp_path / "parallel.json")
+    assert [(row.ranks, row.tokens, row.name, row.routing) for row in rows] == [
+        (2, 3, "collectives", "even"),
+        (2, 3, "collectives", "zipf"),
+    ]
+    for row in rows:
+        assert 0 < row.error < 0.01
+        assert row.problem == ""
+        assert 1 <= row.busiest <= 2
+    assert rows[0].local_us != rows[1].local_us, "each routing has local work of its own"
+    assert "collectives  chosen by auto" in about["exchanges"]
     assert (tmp_path / "parallel.png").stat().st_size > 1000
 
 
@@ -43,12 +63,146 @@ def test_ranks_that_cannot_share_the_experts_are_one_line(tmp_path):
     assert "--ranks: expected a divisor of 64 experts, got 3" in done.stderr
 
 
+ROWS = [
+    Row(4, 8, "collectives", "zipf", 2, 20.0, 15.0, busiest=1.5, error=0.001),
+    Row(4, 8, "nvlink", error=0.5, problem="wrong"),
+]
+
+
 def test_a_table_has_no_speed_for_a_wrong_result():
-    rows = [
-        parallel.Row(4, 8, "collectives", layer_us=20.0, local_us=15.0, error=0.001),
-        parallel.Row(4, 8, "nvlink", error=0.5, problem="wrong"),
+    _, right, wrong, problem = parallel_rows.table(ROWS)
+    numbers = ["20.0", "15.0", "5.0", "1.333", "0.750", "1.50", "0.00100"]
+    assert right.split() == ["collectives", "zipf", "4", "8", "2", *numbers]
+    assert wrong.split() == ["nvlink", "even", "4", "8", "1", *["-"] * 6, "0.50000"]
+    assert problem == "nvlink T=8 even: wrong"
+
+
+def test_pieces_and_shapes_are_those_that_were_asked_for():
+    mesh = parallel_inputs.mesh_of(1)
+    specs = parallel_inputs.input_specs(mesh, 5, REDUCED)
+    made = parallel_inputs.make_inputs(mesh, 5, REDUCED)
+    for spec, array in zip(specs.arguments, made.arguments, strict=True):
+        if array is not made.local_expert_offset:
+            assert (spec.shape, spec.dtype) == (array.shape, array.dtype)
+            assert spec.sharding.is_equivalent_to(array.sharding, array.ndim)
+    assert [parallel_gpus.pieces_of(t) for t in (128, 1024, 8192)] == [(1,), (1, 2), (1, 2, 4)]
+
+
+def test_zipf_wants_experts_in_proportion_to_one_over_their_place():
+    drawn = parallel_inputs.draw("zipf", 4096, 64)
+    first = np.bincount(drawn.logits.argmax(axis=-1).ravel(), minlength=64)  # top-1 of each token
+    share = np.sort(first)[::-1] / first.sum()
+    expected = 1 / np.arange(1, 65)
+    np.testing.assert_allclose(share[:4], expected[:4] / expected.sum(), rtol=0.1)
+    with pytest.raises(ValueError, match="expected some of even, captured, zipf, got 'one'"):
+        parallel_inputs.draw("one", 4, 64)
+
+
+def event(pid, tid, name, us):
+    return {"ph": "X", "pid": pid, "tid": tid, "name": name, "dur": us}
+
+
+def named(kind, pid, name, tid=0):
+    return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+EVENTS = [
+    named("process_name", 1, "/device:GPU:0"),
+    named("process_name", 2, "/device:GPU:1"),
+    named("process_name", 9, "/host:CPU"),
+    named("thread_name", 1, "Stream #13(Compute)", 5),
+    named("thread_name", 1, "XLA Ops", 6),
+    named("thread_name", 2, "Stream #14(Compute)", 5),
+    named("thread_name", 9, "Stream of consciousness", 5),
+    *(event(1, 5, "up_projection", us) for us in (10.0, 11.0, 12.0)),
+    event(1, 6, "fusion", 40.0),  # the same time again, by operation
+    event(2, 5, "ncclDevKernel_AllGather", 30.0),
+    event(9, 5, "up_projection", 99.0),
+]
+
+
+def test_a_trace_is_summed_up_by_kernel_and_rank():
+    assert parallel_trace.by_kernel(EVENTS, calls=3) == [
+        parallel_trace.KernelTime(0, "up_projection", 11.0, 1.0),
+        parallel_trace.KernelTime(1, "ncclDevKernel_AllGather", 10.0, pytest.approx(1 / 3)),
     ]
-    _, right, wrong, problem = parallel.table(rows)
-    assert right.split() == ["collectives", "4", "8", "20.0", "15.0", "5.0", "0.750", "0.00100"]
-    assert wrong.split() == ["nvlink", "4", "8", "-", "-", "-", "-", "0.50000"]
-    assert problem == "nvlink T=8: wrong"
+
+
+def test_documents_are_made_of_what_there_is(tmp_path):
+    """A run that was cut short: one layer, one check, a trace, a step without its file."""
+    about = {"device": {"kind": "H200", "platform": "gpu"}, "versions": {"jax": "1"}}
+    parallel_rows.write(ROWS, about, tmp_path / "layer_8" / "parallel.json")
+    check = {"exchange": "nvlink", "tokens": 8, "runs": 100, "same_bits": False, "error": 0.5}
+    moved = {"name": "all_gather", "bytes": 2048, "us": 20.0, "gb_s": 0.1024}
+    trace = {"exchange": "nvlink", "tokens": 8, "trace": "trace_nvlink_8.json.gz"}
+    files = {
+        "check_nvlink": check | {"right": False},
+        "primitives_nvlink": moved,
+        "trace_nvlink_8": trace,
+    }
+    for name, row in files.items():
+        parallel_documents.write_json({"about": about, "rows": [row]}, tmp_path / f"{name}.json")
+    with gzip.open(tmp_path / trace["trace"], "wt") as file:
+        json.dump({"traceEvents": EVENTS}, file)
+    states = ("killed after 75 s", "ok")
+    lines = [{"step": "layer_1", "state": state, "seconds": 75.0} for state in states]
+    (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    text = (tmp_path / "parallel_gpus.md").read_text()
+    for line in (
+        "# Expert parallelism over 4 x H200",
+        "| collectives | zipf | 4 | 8 | 2 | 20.0 | 15.0 | 5.0 | 1.333 | 0.750 | 1.50 | 0.00100 |",
+        "- nvlink T=8 even: wrong",
+        "| check_nvlink | nvlink | 8 | 100 | **no** | 0.50000 | **no** |",
+        "| all_gather | 2,048 | 20.0 | 0.1 |",
+        "| `up_projection` | 1 | 11.0 | 0.0 |",
+        "| layer_1 | ok | 75.0 |",
+    ):
+        assert line in text.splitlines()
+    content = json.loads((tmp_path / "parallel_gpus.json").read_text())
+    assert [step["state"] for step in content["steps"]] == ["ok"], "the last state of each"
+    assert not (tmp_path / "parallel_gpus.png").exists(), "no layer of even routing was timed"
+
+
+def test_on_a_machine_without_gpus_only_what_cpus_can_check(monkeypatch):
+    names = {}
+    for has_gpu in (False, True):
+        monkeypatch.setattr(environment, "has_gpu_driver", lambda has=has_gpu: has)
+        names[has_gpu] = [step.name for step in parallel_gpus.steps_of(pathlib.Path("out"), "")]
+    assert set(names[False]) == set(parallel_gpus.WITHOUT_GPUS) < set(names[True])
+    assert len(set(names[True])) == len(names[True])
+
+
+def test_nothing_at_all_is_a_document_too(tmp_path):
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    assert (tmp_path / "parallel_gpus.md").read_text().startswith("# Expert parallelism")
+
+
+def test_a_step_on_two_cpu_devices_ends_in_a_document(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(environment, "has_gpu_driver", lambda: False)
+    command = ["--ranks=2", "--only=primitives", "--minutes=2", f"--output={tmp_path}"]
+    code = parallel_gpus.main(command)
+    assert code == 0, (tmp_path / "primitives_collectives.log").read_text()
+    content = json.loads((tmp_path / "parallel_gpus.json").read_text())
+    names = ["all_gather", "all_to_all", "reduce_scatter"]
+    assert [(row["name"], row["bytes"]) for row in content["primitives"]] == [
+        (name, size) for size in (1024, 4096) for name in names
+    ]
+    assert all(row["us"] > 0 for row in content["primitives"])
+    assert content["about"]["device"]["platform"] == "cpu"
+    assert "REDUCED sizes" in (tmp_path / "parallel_gpus.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_all_that_cpu_devices_can_check(tmp_path, ranks):
+    done = run("-m", "bench.parallel_gpus", f"--ranks={ranks}", f"--output={tmp_path}", "--jobs=4")
+    assert done.returncode == 0, done.stdout
+    content = json.loads((tmp_path / "parallel_gpus.json").read_text())
+    assert [step["state"] for step in content["steps"]] == ["ok"] * 4
+    assert all(check["right"] for check in content["checks"])
+    assert {(row["pieces"], row["routing"]) for row in content["layers"]} == {
+        (pieces, routing) for pieces in (1, 2) for routing in parallel_inputs.ROUTINGS
+    }
+    assert content["traces"][0]["kernels"] == [], "CPU devices have no streams"

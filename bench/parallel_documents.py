@@ -1,0 +1,187 @@
+"""One JSON file, one document and one plot from the files that the steps of a run have written."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import parallel_rows
+from bench.parallel_rows import Row
+from bench.parallel_trace import by_kernel
+from bench.parallel_trace import read as read_trace
+from bench.tables import markdown, without_empty
+from interop.markdown import wrapped
+from jax_moe.io.files import write_atomically
+
+STEM = "parallel_gpus"
+_MOST_KERNELS = 14
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Writes a file of results, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path, "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """All that the steps have written so far.
+
+    Args:
+        folder: Of the run.
+
+    Returns:
+        about, steps (the last state of each), layers, checks, primitives and traces.
+    """
+    found: dict[str, Any] = {"about": {}, "steps": _steps(folder), "layers": []}
+    for path in sorted(folder.glob("layer_*/parallel.json")):
+        rows, about = parallel_rows.read(path)
+        found["layers"] += rows
+        found["about"] |= about
+    found["layers"].sort(key=lambda row: (row.tokens, row.routing != "even", row.routing))
+    found["layers"] = [row._asdict() for row in found["layers"]]
+    for kind, prefix in (("checks", "check"), ("primitives", "primitives"), ("traces", "trace")):
+        found[kind] = []
+        for path in sorted(folder.glob(f"{prefix}_*.json")):
+            content = json.loads(path.read_text())
+            found[kind] += [{"step": path.stem} | row for row in content["rows"]]
+            found["about"] = content["about"] | found["about"]
+    for trace in found["traces"]:
+        path = folder / trace.get("trace", "")
+        if path.is_file():
+            kernels = by_kernel(read_trace(path))
+            trace["kernels"] = [kernel._asdict() for kernel in kernels]
+    return found
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    record = folder / "steps.jsonl"
+    lines = map(json.loads, record.read_text().splitlines()) if record.exists() else ()
+    return list({line["step"]: line for line in lines}.values())
+
+
+def write(folder: Path) -> Iterator[Path]:
+    """Writes what can be said of a run, complete or not.
+
+    Args:
+        folder: Of the run.
+
+    Yields:
+        Each file once it is there.
+    """
+    found = collect(folder)
+    write_json(found, folder / f"{STEM}.json")
+    yield folder / f"{STEM}.json"
+    rows = [Row(**row) for row in found["layers"]]
+    kind = found["about"].get("device", {}).get("kind", "unknown devices")
+    picture = folder / f"{STEM}.png"
+    if has_plot := parallel_rows.plot(rows, kind, picture):
+        yield picture
+    with write_atomically(folder / f"{STEM}.md", "w") as file:
+        lines = _document(found, rows, kind, picture.name if has_plot else None)
+        file.write("\n".join(wrapped(lines)).rstrip() + "\n")
+    yield folder / f"{STEM}.md"
+
+
+def _document(
+    found: Mapping[str, Any], rows: Sequence[Row], kind: str, picture: str | None
+) -> list[str]:
+    ranks = f"{rows[0].ranks} x " if rows else ""
+    lines = [f"# Expert parallelism over {ranks}{kind}", "", *_about(found["about"]), ""]
+    if picture:
+        lines += [f"![Efficiency against tokens]({picture})", ""]
+    if rows:
+        lines += ["## The layer", "", _LAYER, "", *markdown(parallel_rows.cells(rows), left=2), ""]
+        if said := parallel_rows.problems(rows):
+            lines += [*(f"- {problem}" for problem in said), ""]
+    sections = (
+        ("Right, and the same bits in every run", _checks(found["checks"])),
+        ("What an exchange is made of", _primitives(found["primitives"])),
+    )
+    for title, cells in sections:
+        if len(cells) > 1:
+            lines += [f"## {title}", "", *markdown(cells, left=2), ""]
+    for trace in found["traces"]:
+        lines += _breakdown(trace)
+    if found["steps"]:
+        lines += ["## Steps", "", *markdown(_states(found["steps"]), left=2), ""]
+    return lines
+
+
+_LAYER = (
+    "Times of a call in a loop of calls, by the host, warm L2, median of 5 loops. T is the tokens "
+    "of each rank. Local us is the slowest rank's `apply` on the tokens of all ranks, which it has "
+    "already, with the same routing; between is the difference, ratio is layer over local and "
+    "efficiency its inverse. Busiest is the (token, expert) pairs of the busiest rank over the "
+    "mean. Error is against the sum of the ranks' local work. Routing: even is independent "
+    "Gaussian logits, captured a stand-in with the moments of a captured routing, zipf wants "
+    "experts in proportion to 1, 1/2, 1/3, ..., in shuffled order."
+)
+
+
+def _about(about: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if about.get("device", {}).get("platform") == "cpu":
+        lines += ["**CPU devices at REDUCED sizes**: results are checked, times mean nothing.", ""]
+    if versions := about.get("versions"):
+        lines.append(f"- Versions: {', '.join(f'{k} {v}' for k, v in versions.items())}")
+    if about.get("git_commit"):
+        lines.append(f"- Commit: {about['git_commit']}")
+    if state := about.get("gpu_state"):
+        lines.append(f"- First GPU: {', '.join(f'{k} {v}' for k, v in state.items())}")
+    if exchanges := about.get("exchanges"):
+        lines += ["", "```", *exchanges.splitlines(), "```"]
+    return lines
+
+
+def _checks(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    cells = [["step", "exchange", "T", "runs", "same bits", "error", "right"]]
+    for row in rows:
+        said = ["yes" if row[key] else "**no**" for key in ("same_bits", "right")]
+        cells.append(
+            [
+                *(row["step"], row["exchange"], str(row["tokens"]), str(row["runs"])),
+                *(said[0], f"{row['error']:.5f}", said[1]),
+            ]
+        )
+    return cells
+
+
+def _primitives(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    cells = [["primitive", "problem", "bytes", "us", "GB/s per rank and direction"]]
+    for row in sorted(rows, key=lambda row: (row["name"], row["bytes"])):
+        us, rate = row.get("us"), row.get("gb_s")
+        numbers = ["-", "-"] if us is None else [f"{us:.1f}", f"{rate:.1f}"]
+        cells.append([row["name"], row.get("problem", "-"), f"{row['bytes']:,}", *numbers])
+    return without_empty(cells)
+
+
+def _breakdown(trace: Mapping[str, Any]) -> list[str]:
+    """The longest kernels of a trace, a column per rank."""
+    lines = [f"## Where the time goes: {trace['exchange']}, T={trace['tokens']}", ""]
+    if not trace.get("kernels"):
+        return [*lines, trace.get("problem", "The trace has no kernels of a device."), ""]
+    ranks = sorted({kernel["rank"] for kernel in trace["kernels"]})
+    times: dict[str, dict[int, float]] = {}
+    launches: dict[str, float] = {}
+    for kernel in trace["kernels"]:
+        times.setdefault(kernel["name"], {})[kernel["rank"]] = kernel["us"]
+        launches[kernel["name"]] = max(launches.get(kernel["name"], 0), kernel["launches"])
+    names = sorted(times, key=lambda name: -max(times[name].values()))
+    cells = [["kernel", "launches", *(f"rank {rank} us" for rank in ranks)]]
+    for name in names[:_MOST_KERNELS]:
+        each = [f"{times[name].get(rank, 0):.1f}" for rank in ranks]
+        cells.append([f"`{name[:60]}`", f"{launches[name]:g}", *each])
+    rest = [sum(times[name].get(rank, 0) for name in names[_MOST_KERNELS:]) for rank in ranks]
+    if any(rest):
+        cells.append([f"{len(names) - _MOST_KERNELS} others", "-", *(f"{us:.1f}" for us in rest)])
+    what = "Kernels launched one by one, without CUDA graphs; a collective's time includes waiting"
+    lines += [f"{what} for the other ranks. Trace for Perfetto: `{trace['trace']}`.", ""]
+    return [*lines, *markdown(cells), ""]
+
+
+def _states(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    cells = [["step", "state", "seconds of its turn", "last line"]]
+    for one in steps:
+        cells.append([one["step"], one["state"], f"{one['seconds']:.1f}", one.get("said", "-")])
+    return without_empty([[cell.replace("|", "/") for cell in line] for line in cells])

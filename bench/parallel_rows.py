@@ -1,0 +1,138 @@
+"""What was measured of the layer over several ranks: rows, their table, their file, their plot."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import tables
+from interop import plot_style
+from jax_moe.io.files import write_atomically
+
+HEADER = (
+    "exchange", "routing", "ranks", "T", "pieces", "layer us", "local us", "between us", "ratio",
+    "efficiency", "busiest", "error",
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One measurement.
+
+    Attributes:
+        ranks: N.
+        tokens: T of each rank.
+        exchange: Its name, or "none" for local work alone.
+        routing: One of `bench.parallel_inputs.ROUTINGS`.
+        pieces: Into which the tokens were divided.
+        layer_us: Median of a call.
+        local_us: Median of the slowest rank's local work on the same tokens.
+        busiest: Pairs of the busiest rank over the mean.
+        error: Against the sum of the ranks' local work, relative, in the Frobenius norm.
+        problem: Why there is nothing else.
+    """
+
+    ranks: int
+    tokens: int
+    exchange: str
+    routing: str = "even"
+    pieces: int = 1
+    layer_us: float | None = None
+    local_us: float | None = None
+    busiest: float | None = None
+    error: float | None = None
+    problem: str = ""
+
+    @property
+    def efficiency(self) -> float | None:
+        """Local work over layer."""
+        if self.layer_us is None or self.local_us is None:
+            return None
+        return self.local_us / self.layer_us
+
+    @property
+    def name(self) -> str:
+        """Of its curve."""
+        return self.exchange if self.pieces == 1 else f"{self.exchange}, {self.pieces} pieces"
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """A line per row under `HEADER`: efficiency is local work over layer."""
+    return [list(HEADER), *map(_line, rows)]
+
+
+def _line(row: Row) -> list[str]:
+    between = None
+    if row.layer_us is not None and row.local_us is not None:
+        between = row.layer_us - row.local_us
+    efficiency = row.efficiency
+    numbers = (
+        (row.layer_us, ".1f"),
+        (row.local_us, ".1f"),
+        (between, ".1f"),
+        (None if efficiency is None else 1 / efficiency, ".3f"),
+        (efficiency, ".3f"),
+        (row.busiest, ".2f"),
+        (row.error, ".5f"),
+    )
+    return [
+        *(row.exchange, row.routing, str(row.ranks), str(row.tokens), str(row.pieces)),
+        *("-" if value is None else format(value, digits) for value, digits in numbers),
+    ]
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    """A line per row that has one."""
+    return [
+        f"{row.name} T={row.tokens} {row.routing}: {row.problem}" for row in rows if row.problem
+    ]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as text, then their problems."""
+    return [*tables.aligned(cells(rows), left=2), *problems(rows)]
+
+
+def write(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
+    """Rows with where they come from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"about": dict(about), "rows": [row._asdict() for row in rows]}
+    with write_atomically(path, "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """What `write` wrote."""
+    content = json.loads(path.read_text())
+    return [Row(**row) for row in content["rows"]], content["about"]
+
+
+def plot(rows: Sequence[Row], kind: str, path: Path) -> bool:
+    """Efficiency against T, a curve per exchange and number of pieces; of even routing.
+
+    Args:
+        rows: Those without times are left out.
+        kind: Of the devices.
+        path: Of the PNG.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    timed = [row for row in rows if row.efficiency is not None and row.routing == "even"]
+    if not timed:
+        return False
+    figure = plot_style.figure(8, 5)
+    axes = figure.subplots()
+    for name in dict.fromkeys(row.name for row in timed):
+        points = sorted((row.tokens, row.efficiency or 0.0) for row in timed if row.name == name)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    tokens = sorted({row.tokens for row in timed})
+    axes.set_xticks(tokens, [plot_style.plain_number(count) for count in tokens])
+    axes.set(xlabel="tokens of each rank", ylabel="the slowest rank's local work / layer")
+    axes.set_ylim(0, 1.05)
+    axes.grid(True, alpha=0.3)
+    axes.set_title(f"{timed[0].ranks} x {kind}")
+    axes.legend()
+    with write_atomically(path, "wb") as picture:
+        figure.savefig(picture, format="png", dpi=130)
+    return True
