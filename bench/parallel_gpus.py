@@ -33,9 +33,9 @@ SKEWED = (128, 1024, 8192)
 """Tokens per rank at which routing that is not even is measured too."""
 
 STEPS = (
-    ("check_collectives", ["check", "collectives"], True, 40),
-    ("check_nvlink", ["check", "nvlink"], True, 40),
-    ("check_nvlink_no_graphs", ["check", "nvlink"], False, 40),
+    ("check_collectives", ["check", "collectives"], True, 60),
+    ("check_nvlink", ["check", "nvlink"], True, 60),
+    ("check_nvlink_no_graphs", ["check", "nvlink"], False, 60),
     *((f"layer_{t}", ["layer", str(t)], True, 75) for t in (128, 8, 1024, 8192)),
     ("primitives_collectives", ["primitives", "collectives"], True, 60),
     ("primitives_nvlink", ["primitives", "nvlink"], True, 60),

@@ -23,6 +23,7 @@ from typing import NamedTuple
 _LEAST_S = 20  # too little time for any step
 _POLL_S = 0.05
 _QUIET_S = 150  # that a step waits for the others to have compiled, before it begins anyway
+_HUNG = "killed after"  # how the state begins of a step that was killed in its turn
 _ASKS = "BENCH_STEP_ASKS"  # the file that a step makes to ask for its turn
 
 
@@ -52,7 +53,8 @@ def wait_for_turn() -> frozenset[str]:
     """Called by a step once it has compiled: returns when the GPUs are its own.
 
     Returns:
-        Names of the steps that were killed before. Empty, at once, in a process that is no step.
+        Names of the steps before that were killed in their turns. Empty, at once, in a process that
+        is no step.
 
     Raises:
         SystemExit: What started the step has gone.
@@ -117,7 +119,7 @@ def _run(
         while waiting:
             one = _next(waiting, deadline)
             start = time.monotonic()
-            killed = [name for name, state in states.items() if state.startswith("killed")]
+            killed = [name for name, state in states.items() if state.startswith(_HUNG)]
             yield one.step, one.turn(deadline, killed), time.monotonic() - start
             waiting.remove(one)
     finally:
@@ -197,7 +199,7 @@ class _Process:
     def turn(self, deadline: float, killed: Sequence[str]) -> str:
         """Lets it run to its end, and says how that was."""
         if self._late is not None:
-            return f"killed after {self._late:.0f} s, before its turn"
+            return f"not begun: killed after {self._late:.0f} s of compiling"
         seconds = min(self.step.seconds, deadline - time.monotonic())
         if seconds <= 0:
             self.kill()
@@ -206,7 +208,7 @@ class _Process:
             self._process.communicate(json.dumps(list(killed)) + "\n", timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill()
-            return f"killed after {seconds:.0f} s"
+            return f"{_HUNG} {seconds:.0f} s"
         finally:
             self._asks.unlink(missing_ok=True)
         code = self._process.returncode
