@@ -136,6 +136,17 @@ def test_unknown_extra_is_named():
         check_pins.project_requirements(["cuda99"])
 
 
+def test_parts_of_the_gpu_tests(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(gpu_tests, "run_pytest", lambda markers, *_: ran.append(markers) or 3)
+    for part, markers in (("parallel", "gpu and not timing"), ("timing", "gpu and timing")):
+        assert gpu_tests.main([str(tmp_path), "--only", part]) == 3
+        assert ran.pop() == markers
+    assert gpu_tests.main([str(tmp_path), "--only", "fast"]) == 2
+    assert "expected one of parallel, timing, got 'fast'" in capsys.readouterr().err
+    assert not ran
+
+
 def test_gpu_outcome_counts_and_names_failures(tmp_path):
     suite = tmp_path / "test_two.py"
     suite.write_text("def test_good(): pass\ndef test_bad(): assert False\n")

@@ -1,6 +1,7 @@
 """Runs `pytest -m gpu` and writes what ran, on what, and how it went to `summary.json`.
 
     python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]
+    python -m tools.gpu_tests RESULTS_FOLDER --only timing [...]     # or: --only parallel
 
 Where `CUDA_VISIBLE_DEVICES` names several GPUs, each test process takes one of them.
 
@@ -24,6 +25,7 @@ from jax_moe.io.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parent.parent
 MOST_WORKERS = 12
+PARTS = ("parallel", "timing")
 NOTHING_SELECTED = 5  # pytest's exit code
 
 
@@ -69,6 +71,12 @@ def main(argv: list[str]) -> int:
     if not argv:
         print("usage: python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]", file=sys.stderr)
         return 2
+    part, options = "", argv[1:]
+    if options[:1] == ["--only"]:
+        part, options = "".join(options[1:2]), options[2:]
+        if part not in PARTS:
+            print(f"--only: expected one of {', '.join(PARTS)}, got {part!r}", file=sys.stderr)
+            return 2
     folder = pathlib.Path(argv[0]).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     parallel, alone = folder / "junit.xml", folder / "junit_timing.xml"
@@ -76,10 +84,11 @@ def main(argv: list[str]) -> int:
         junit.unlink(missing_ok=True)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     spread = ["-n", str(workers()), "--dist", "loadgroup"]  # compiling dominates
-    codes = [
-        run_pytest("gpu and not timing", parallel, [*spread, *argv[1:]]),
-        run_pytest("gpu and timing", alone, argv[1:]),
-    ]
+    codes = []
+    if part != "timing":
+        codes.append(run_pytest("gpu and not timing", parallel, [*spread, *options]))
+    if part != "parallel":
+        codes.append(run_pytest("gpu and timing", alone, options))
     exit_code = next((code for code in codes if code), 0)
     outcomes = [outcome(junit) for junit in (parallel, alone) if junit.exists()]
     if not outcomes:
@@ -87,6 +96,7 @@ def main(argv: list[str]) -> int:
     environment.prepare_process()  # JAX starts here, after the tests have left the GPU
     summary = {
         "started": started,
+        "part": part or "all",
         "exit_code": exit_code,
         **{key: sum((one[key] for one in outcomes[1:]), outcomes[0][key]) for key in outcomes[0]},
         "device": environment.device(),
