@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from jax_moe.scalars import printed
+from jax_moe.scalars import boolean, printed
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import Precision as Precision
 from pallas_kernels.types import ScaleFormat as ScaleFormat
@@ -63,7 +63,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("top_k", "n_group", "topk_group", "block_size"):
-            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_integer(name, getattr(self, name)))
         if self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if self.n_group < 1:
@@ -76,9 +76,7 @@ class MoEConfig:
             raise ValueError(f"block_size: only {QUANT_BLOCK} is supported, got {self.block_size}")
         if self.scoring not in SCORINGS:
             raise ValueError(f"scoring: expected one of {SCORINGS}, got {self.scoring!r}")
-        if not isinstance(self.renormalize, bool | np.bool):
-            raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
-        object.__setattr__(self, "renormalize", bool(self.renormalize))
+        object.__setattr__(self, "renormalize", boolean("renormalize", self.renormalize))
         object.__setattr__(self, "swiglu_limit", checked_swiglu_limit(self.swiglu_limit))
         checked_scale_format(self.scale_format)
 
@@ -168,9 +166,7 @@ def checked_batch_invariant(value: object) -> bool:
     Raises:
         TypeError: It is no bool.
     """
-    if not isinstance(value, bool | np.bool):
-        raise TypeError(f"batch_invariant: expected a bool, got {value!r} ({type(value).__name__})")
-    return bool(value)
+    return boolean("batch_invariant", value)
 
 
 def checked_swiglu_limit(value: object) -> float | None:
@@ -196,7 +192,13 @@ def checked_swiglu_limit(value: object) -> float | None:
     )
 
 
-def _integer(name: str, value: object) -> int:
+def checked_integer(name: str, value: object) -> int:
+    """Checks a field that is an integer, of Python or NumPy.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It is larger than any size can be.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError

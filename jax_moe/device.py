@@ -86,8 +86,11 @@ def assume_device(name: str) -> Iterator[None]:
         name: "sm_90" for a GPU of compute capability 9.0 and so on, or "cpu".
 
     Raises:
-        ValueError: The name is neither.
+        TypeError: The name is no string.
+        ValueError: It is neither.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'name: expected "cpu" or "sm_<capability>", got {name!r}')  # type: ignore[unreachable]
     match = re.fullmatch(r"sm_(\d+)(\d)[af]?", name)
     if name != "cpu" and match is None:
         raise ValueError(f'name: expected "cpu" or "sm_<capability>" ("sm_90"), got {name!r}')

@@ -89,6 +89,28 @@ def real(name: str, value: Any) -> Array | np.float32:
     return np.float32(value)
 
 
+def boolean(name: str, value: Any) -> bool:
+    """A bool that is known when the program is made, of Python or NumPy; nothing else that is true.
+
+    Raises:
+        TypeError: It is no bool.
+    """
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r} ({got(value)})")
+    return bool(value)
+
+
+def alive(name: str, value: Any) -> None:
+    """Checks that an array still has its memory: a deleted one, or one that was donated, has none.
+
+    Raises:
+        ValueError: It has none.
+    """
+    is_concrete = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    if is_concrete and value.is_deleted():
+        raise ValueError(f"{name}: expected an array with memory, got a deleted or donated one")
+
+
 def got(value: Any) -> str:
     """What came, for a message: dtype and shape of an array, the type of anything else."""
     if value is None:
@@ -111,7 +133,8 @@ def printed(number: int) -> str:
 
 
 def _array(value: Any) -> str:
-    order = {">": "big-endian ", "<": "little-endian "}.get(value.dtype.byteorder, "")
+    byteorder = getattr(value.dtype, "byteorder", "")  # JAX's own dtypes, of keys, have none
+    order = {">": "big-endian ", "<": "little-endian "}.get(byteorder, "")
     return f"{order}{value.dtype.name} {list(value.shape)}"
 
 
@@ -124,6 +147,7 @@ def _check(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: An
             raise TypeError(f"{name}: expected {wanted}, got {got(value)}")
         if value.ndim:
             raise ValueError(f"{name}: expected a scalar, got {got(value)}")
+        alive(name, value)
     elif isinstance(value, bool) or not isinstance(value, types):
         raise TypeError(f"{name}: expected {wanted}, got {value!r} ({got(value)})")
 

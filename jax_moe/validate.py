@@ -17,7 +17,8 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from jax_moe.config import MoEConfig
-from jax_moe.scalars import got
+from jax_moe.scalars import alive, got
+from jax_moe.scalars import boolean as boolean
 from jax_moe.scalars import integer as integer
 from jax_moe.scalars import real as real
 from jax_moe.scalars import static_integer as static_integer
@@ -62,6 +63,7 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
         raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, got {got(value)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_wanted(dims, dtypes)}, got {got(value)}")
+    alive(name, value)
     if value.ndim != len(axes):
         rank = f"rank {len(axes)}, {_wanted(dims, dtypes)}"
         raise ValueError(f"{name}: expected {rank}, got {got(value)}")
@@ -286,8 +288,10 @@ def expected_rows(value: Any) -> float | None:
     return rows
 
 
-def weights(value: ExpertWeights, sizes: Sizes) -> None:
-    """Checks the weights of both matmuls."""
+def weights(value: Any, sizes: Sizes, name: str = "weights") -> None:
+    """Checks the weights of both matmuls; `name` is that of the argument that holds them."""
+    if not isinstance(value, ExpertWeights):
+        raise TypeError(f"{name}: expected a jax_moe.ExpertWeights, got {got(value)}")
     gemm1(value.gemm1_weights, value.gemm1_weights_scale, sizes)
     gemm2(value.gemm2_weights, value.gemm2_weights_scale, sizes)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 
 import jax
@@ -195,7 +196,13 @@ def test_options_that_do_not_exist_or_fit():
     with refused(ValueError, r"max_rows_at_once: expected 4\.\.", "got 3"):
         call(max_rows_at_once=3)
     with refused(TypeError, "config: expected a jax_moe.MoEConfig"):
-        call(config=None)
+        LITTLE(mesh(), "expert", config=None)
+    for flag in ("with_load", "check_vma"):
+        with refused(TypeError, f"{flag}: expected a bool, got 'no'"):
+            LITTLE(mesh(), "expert", **{flag: "no"})
+    for factor, error in (("2.5", TypeError), (np.nan, ValueError)):
+        with refused(error, "routed_scaling_factor: expected a"):
+            call(changes={"routed_scaling_factor": factor})
     with refused(ValueError, r"num_tokens: expected int32 \[N\] = \[4\]", r"got int32 \[3\]"):
         call(num_tokens=np.ones(3, np.int32))
     with refused(ValueError, "num_tokens: expected 0..", "got -1"):
@@ -321,6 +328,19 @@ def test_arguments_that_already_lie_as_the_specs_say_are_not_copied():
         text = layer.lower(*placed).compile().as_text()
         assert text.count("all-gather-start(") + text.count("all-gather(") == 4
         assert text.count(" all-to-all(") == 1
+
+
+def test_arguments_on_other_devices_are_moved(monkeypatch):
+    elsewhere = jax.device_put([*changed()], jax.devices()[5])
+    two = jax.make_mesh((2,), ("x",), devices=jax.devices()[6:8])
+    elsewhere[4] = jax.device_put(elsewhere[4], NamedSharding(two, P()))
+    monkeypatch.setattr(sharded, "_program", lambda *_: lambda arguments, *_: arguments)
+    moved = LITTLE(mesh(), "expert")(*elsewhere)
+    in_specs, _ = jax_moe.partition_specs("expert")
+    for array, given, spec in zip(moved, arguments(CASE), in_specs, strict=True):
+        assert array.sharding == NamedSharding(mesh(), spec)
+        np.testing.assert_array_equal(*np.asarray([array, given], np.float32))
+    assert all(map(operator.is_, LITTLE(mesh(), "expert")(*moved), moved))
 
 
 def test_what_a_mesh_can_do_is_said():

@@ -135,10 +135,11 @@ def test_assume_device(name, expected):
     assert device_of() == before
 
 
-@pytest.mark.parametrize("name", ["hopper", "sm_", "sm_9", "90", ""])
+@pytest.mark.parametrize("name", ["hopper", "sm_", "sm_9", "90", "", None, 90])
 def test_assume_device_refuses_other_names(name):
+    error = ValueError if isinstance(name, str) else TypeError
     with (
-        pytest.raises(ValueError, match='name: expected "cpu" or "sm_<capability>"'),
+        pytest.raises(error, match='name: expected "cpu" or "sm_<capability>"'),
         jax_moe.assume_device(name),
     ):
         pass

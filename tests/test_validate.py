@@ -186,6 +186,29 @@ def test_masked_arrays():
         refuses(TypeError, "routed_scaling_factor", "mask", routed_scaling_factor=scalar)
 
 
+def test_keys_of_random_numbers():
+    """JAX's own dtypes lack what NumPy's have."""
+    keys = jax.random.split(jax.random.key(0), (5, 32))
+    with pytest.raises(TypeError, match=r"routing_logits: expected .*got key<fry> \[5, 32\]"):
+        call(routing_logits=keys)
+
+
+@pytest.mark.parametrize("name", ["routing_logits", "gemm2_weights", "routed_scaling_factor"])
+def test_deleted_arrays(name):
+    array = jnp.asarray(named_arrays(INPUTS).get(name, np.float32(2.5)))
+    array.delete()
+    said = f"{name}: expected an array with memory, got a deleted or donated one"
+    refuses(ValueError, said, **{name: array})
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, jnp.array(True)])
+def test_what_is_true_and_no_bool(value):
+    with pytest.raises(TypeError, match="batch_invariant: expected a bool, got"):
+        jax_moe.apply(*INPUTS.arguments, config=SMALL, batch_invariant=value)
+    with pytest.raises(TypeError, match="routed: expected a bool, got"):
+        jax_moe.partition_specs("expert", routed=value)
+
+
 @pytest.mark.parametrize("name", ["routing_bias", "gemm2_weights"])
 def test_torch_tensors(name):
     torch = pytest.importorskip("torch")

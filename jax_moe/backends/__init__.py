@@ -157,6 +157,18 @@ def unsupported_reason(name: str, device: Device | None = None) -> str | None:
     return backend.unsupported_reason(device.platform, device.compute_capability)
 
 
+def checked(name: str) -> str:
+    """Checks that a backend is one, or "auto"; not that it can run.
+
+    Raises:
+        ValueError: There is no such backend.
+    """
+    choices = ("auto", *NAMES)
+    if name not in choices:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, choices))}, got {name!r}")
+    return name
+
+
 def select(name: str, device: Device) -> str:
     """The backend that `backend=name` means on a device.
 
@@ -171,11 +183,8 @@ def select(name: str, device: Device) -> str:
         ValueError: There is no such backend.
         NotImplementedError: It cannot run there; says what it got.
     """
-    if name == "auto":
+    if checked(name) == "auto":
         return next(choice for choice in NAMES if unsupported_reason(choice, device) is None)
-    if name not in NAMES:
-        choices = ", ".join(map(repr, ("auto", *NAMES)))
-        raise ValueError(f"backend: expected one of {choices}, got {name!r}")
     if reason := unsupported_reason(name, device):
         raise NotImplementedError(f"backend={name!r}: {reason} (got: {device})")
     return name

@@ -269,6 +269,7 @@ def _run(
     """The checks that both entries share, then the layer. `sizes` knows T, E and k."""
     precision = checked_precision(precision)
     batch_invariant = checked_batch_invariant(batch_invariant)
+    with_load = validate.boolean("with_load", with_load)
     expected_rows = validate.expected_rows(expected_rows)
     validate.hidden(inputs.hidden_states, inputs.hidden_states_scale, sizes)
     validate.weights(inputs.weights, sizes)

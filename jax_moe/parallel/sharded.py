@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_moe import backends, validate
@@ -20,7 +21,7 @@ from jax_moe.config import (
 )
 from jax_moe.device import describe_device
 from jax_moe.parallel import exchange as exchanges
-from jax_moe.parallel import ranks
+from jax_moe.parallel import ranks, workspace
 from jax_moe.parallel.api import apply_expert_parallel, apply_routed_expert_parallel, check_experts
 from jax_moe.parallel.ranks import AxisName
 
@@ -48,10 +49,11 @@ def partition_specs(
         None), and `out_specs` of the output.
 
     Raises:
-        TypeError: `axis_name` is no name.
+        TypeError: `axis_name` is no name, `routed` no bool.
         ValueError: It names more than two axes, or one twice.
     """
     names = ranks.axis_names(axis_name)
+    routed = validate.boolean("routed", routed)
     split, everywhere = PartitionSpec(names), PartitionSpec()
     rows = (split, PartitionSpec(None, names))
     weights = (split,) * 4
@@ -82,6 +84,12 @@ class _Static(NamedTuple):
             return (*rows, *weights, "topk_ids", "topk_weights")
         logits = ("routing_logits", "routing_bias")
         return (*logits, *rows, *weights, "routed_scaling_factor")
+
+    @property
+    def specs(self) -> tuple[Any, PartitionSpec]:
+        """Of the arguments, `num_tokens` and `placement`; and of the output."""
+        in_specs, out_specs = partition_specs(self.axes, routed=self.num_experts is not None)
+        return (in_specs, PartitionSpec(self.axes), PartitionSpec()), out_specs
 
 
 def expert_parallel(
@@ -144,13 +152,15 @@ def expert_parallel(
     group = ranks.of_mesh(mesh, axis_name)
     if num_experts is not None:
         num_experts = validate.num_experts(num_experts)
+    validate.moe_config(config)
+    config.merged(scale_format, swiglu_limit)
     chosen = backends.select(backend, describe_device(mesh.devices.flat[0]))
     options: dict[str, Any] = {
         "axis_name": group.axes,
         "backend": chosen,
         "exchange": exchanges.select(exchange, group, chosen, mesh),
-        "max_rows_at_once": max_rows_at_once,
-        "with_load": with_load,
+        "max_rows_at_once": workspace.rows_at_once(max_rows_at_once, group.count),
+        "with_load": validate.boolean("with_load", with_load),
         "expected_rows": validate.expected_rows(expected_rows),
         "swiglu_limit": swiglu_limit,
         "precision": checked_precision(precision),
@@ -160,7 +170,8 @@ def expert_parallel(
     if scale_format is not None:
         options["scale_format"] = scale_format
     static = _Static(mesh, group.axes, num_experts, tuple(options.items()))
-    program = _program(static, check_vma)
+    specs, _ = static.specs
+    program = _program(static, validate.boolean("check_vma", check_vma))
 
     def layer(*arguments: Any, num_tokens: Any = None, placement: Any = None) -> Any:
         if len(arguments) != len(static.names):
@@ -169,9 +180,33 @@ def expert_parallel(
                 f"({', '.join(static.names)}), got {len(arguments)}"
             )
         _check(dict(zip(static.names, arguments, strict=True)), group, static, config, placement)
-        return program(arguments, _one_per_rank(num_tokens, group.count), placement)
+        given = (arguments, _one_per_rank(num_tokens, group.count), placement)
+        return program(*_on_mesh(given, specs, mesh))
 
     return layer
+
+
+def _on_mesh(given: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Arguments that were put on other devices, or on these in another order, moved here.
+
+    `jax.jit` refuses those. It moves all others itself.
+    """
+
+    def move(value: Any, spec: Any) -> Any:
+        is_put = isinstance(value, Array) and not isinstance(value, jax.core.Tracer)
+        if not is_put or not value.committed or _is_on(value, mesh):
+            return value
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    return _mapped(move, given, specs)
+
+
+def _is_on(array: Array, mesh: jax.sharding.Mesh) -> bool:
+    """Whether an array lies on the mesh's devices, in their order where that can be told."""
+    sharding, devices = array.sharding, mesh.devices.flat
+    if isinstance(sharding, NamedSharding):
+        return sharding.mesh is mesh or list(sharding.mesh.devices.flat) == list(devices)
+    return len(sharding.device_set) > 1 or sharding.device_set == set(devices)
 
 
 @functools.lru_cache(maxsize=64)
@@ -180,9 +215,8 @@ def _program(static: _Static, check_vma: bool) -> Callable[..., Any]:
     options = dict(static.options)
     routed = static.num_experts is not None
     function = apply_routed_expert_parallel if routed else apply_expert_parallel
-    in_specs, out_specs = partition_specs(static.axes, routed=routed)
-    split, everywhere = PartitionSpec(static.axes), PartitionSpec()
-    specs = (in_specs, split, everywhere)
+    specs, out_specs = static.specs
+    everywhere = PartitionSpec()
 
     def rank(arguments: Any, num_tokens: Any, placement: Any) -> Any:
         live = None if num_tokens is None else num_tokens[0]
@@ -211,12 +245,15 @@ def _resharded(given: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
     def reshard(value: Any, spec: Any) -> Any:
         return None if value is None else jax.sharding.reshard(value, NamedSharding(mesh, spec))
 
-    arguments, num_tokens, placement = given
-    of_arguments, of_num_tokens, of_placement = specs
+    return _mapped(reshard, given, specs)
+
+
+def _mapped(function: Callable[[Any, Any], Any], given: Any, specs: Any) -> Any:
+    """Arguments, `num_tokens` and `placement`, each with its spec."""
+    (arguments, *others), (of_arguments, *of_others) = given, specs
     return (
-        tuple(itertools.starmap(reshard, zip(arguments, of_arguments, strict=True))),
-        reshard(num_tokens, of_num_tokens),
-        reshard(placement, of_placement),
+        tuple(itertools.starmap(function, zip(arguments, of_arguments, strict=True))),
+        *itertools.starmap(function, zip(others, of_others, strict=True)),
     )
 
 
@@ -256,6 +293,9 @@ def _check(
             f"gemm1_weights: expected experts that {group.count} ranks share equally, got "
             f"{num_slots}"
         )
+    factor = arrays.get("routed_scaling_factor", 1.0)
+    if not isinstance(factor, Array):  # one on a device would have to be read back
+        validate.real("routed_scaling_factor", factor)
     check_experts(num_slots // group.count, sizes["E"][0], group.count, placed)
 
 
