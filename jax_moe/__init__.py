@@ -32,9 +32,10 @@ tokens travel to the ranks that hold their experts, and their outputs come home.
 The stages are public as well: `quantize`, `route`, `plan_groups`, `up_project`, `down_project`,
 `unpermute`. `reference` and `reference_routed` are the float32 oracles, `workspace_bytes` bounds
 the temporary memory. `assume_device` and `interpret_mode` compile for, or imitate, a GPU that is
-not there.
+not there. `jax_moe.checkpoint`, `jax_moe.nn` and `jax_moe.models` are imported on demand.
 """
 
+import importlib
 import warnings
 from typing import Any
 
@@ -79,8 +80,13 @@ _RENAMED = {
 }
 """Public names of version 0.1 and what they are called now; they go with 0.3."""
 
+_ON_DEMAND = ("checkpoint", "models", "nn")
+"""Public modules that are imported where they are first named."""
+
 
 def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"jax_moe.{name}")
     if name not in _RENAMED:
         raise AttributeError(f"module 'jax_moe' has no attribute {name!r}")
     new = _RENAMED[name]

@@ -17,6 +17,7 @@ import pytest
 from jax import export
 from scipy import special
 
+import jax_moe
 from jax_moe import MoEConfig, nn
 from jax_moe.types import LayerWeights
 from tests import numpy_oracle
@@ -167,6 +168,11 @@ def test_dead_tokens_come_out_as_zeros_and_are_not_counted():
         ({"e_score_correction_bias": None}, ValueError, "e_score_correction_bias: expected an arr"),
         ({"shared_gate": None}, TypeError, "shared_gate: .*got None"),
         ({"shared_experts": None}, ValueError, "experts: expected all 8 experts and 2 fused"),
+        (
+            {"experts": (1, 2)},
+            TypeError,
+            r"params\.experts: expected a jax_moe\.ExpertWeights, .*tup",
+        ),
     ],
 )
 def test_bad_weights_are_refused_by_name(change, error, message):
@@ -178,16 +184,44 @@ def test_bad_arguments_are_refused_by_name():
     params = make()
     with pytest.raises(ValueError, match=r"hidden_states: .*H = 256 from config"):
         nn.moe_layer(params, hidden(2)[:, :128], config=CONFIG, backend="xla")
-    with pytest.raises(TypeError, match=r"config: expected a jax_moe\.nn\.LayerConfig, got MoE"):
+    with pytest.raises(
+        TypeError, match=r"config: expected a jax_moe\.nn\.LayerConfig, got .*MoEConfig"
+    ):
         nn.moe_layer(params, hidden(2), config=MoEConfig(2), backend="xla")
     with pytest.raises(TypeError, match=r"params: expected jax_moe\.LayerWeights, got tuple"):
         nn.moe_layer((), hidden(2), config=CONFIG, backend="xla")
+    with pytest.raises(
+        TypeError, match=r"hidden_states: expected an array \[\.\.\., H\], got list$"
+    ):
+        nn.moe_layer(params, [[1.0] * 256], config=CONFIG, backend="xla")
+    with pytest.raises(TypeError, match="with_load: expected a bool, got 'no'"):
+        nn.moe_layer(params, hidden(2), config=CONFIG, backend="xla", with_load="no")
+    with pytest.raises(ValueError, match=r"num_tokens: expected 0\.\.2, got an integer of"):
+        nn.moe_layer(params, hidden(2), config=CONFIG, with_load=True, num_tokens=10**99)
+    ungated = dataclasses.replace(CONFIG, has_shared_gate=False)
+    with pytest.raises(ValueError, match="shared_gate: expected None, as config says, got"):
+        nn.moe_layer(params, hidden(2), config=ungated, backend="xla")
+    with pytest.raises(TypeError, match=r"params: expected jax_moe\.LayerWeights, got .*Experts?W"):
+        nn.fuse_shared(params.experts, CONFIG)
+    with pytest.raises(TypeError, match=r"config: expected a jax_moe\.nn\.LayerConfig"):
+        nn.fuse_shared(params, CONFIG.router)
     with pytest.raises(ValueError, match=r"shared_swiglu_limit = 1\.5, .*got None"):
         nn.fuse_shared(params, dataclasses.replace(CONFIG, shared_swiglu_limit=None))
     with pytest.raises(ValueError, match="intermediate_size: expected 128 or more"):
         dataclasses.replace(CONFIG, intermediate_size=100)
     with pytest.raises(TypeError, match="router: expected"):
         dataclasses.replace(CONFIG, router=None)
+    with pytest.raises(TypeError, match="routed_scaling_factor: expected a number, got str"):
+        dataclasses.replace(CONFIG, routed_scaling_factor="2.5")
+    with pytest.raises(TypeError, match="has_routing_bias: expected a bool, got 'no'"):
+        dataclasses.replace(CONFIG, has_routing_bias="no")
+    assert dataclasses.replace(CONFIG, num_experts=np.int64(CONFIG.num_experts)) == CONFIG
+
+
+def test_public_modules_are_there_without_an_import_of_their_own():
+    assert jax_moe.__getattr__("nn") is nn  # Python asks it where nothing has imported the module
+    assert jax_moe.__getattr__("models").names()
+    assert callable(jax_moe.__getattr__("checkpoint").load_layer)
 
 
 def test_over_ranks():

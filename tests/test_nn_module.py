@@ -88,6 +88,26 @@ def test_from_a_checkpoint(tmp_path, fused):
     assert shape == (3, 256)
 
 
+def test_bad_arguments_are_refused_when_it_is_made(tmp_path):
+    rngs = nnx.Rngs(0)
+    with pytest.raises(TypeError, match=r"config: expected a jax_moe\.nn\.LayerConfig, got None"):
+        nn.DeepSeekMoE(None, rngs=rngs)
+    with pytest.raises(TypeError, match=r"rngs: expected flax\.nnx\.Rngs, got int"):
+        nn.DeepSeekMoE(CONFIG, rngs=0)
+    with pytest.raises(ValueError, match=r"backend: expected one of .*got 'none'"):
+        nn.DeepSeekMoE(CONFIG, rngs=rngs, backend="none")
+    with pytest.raises(
+        TypeError, match=r"weights: expected jax_moe\.LayerWeights, got .*LayerConfig"
+    ):
+        nn.DeepSeekMoE.from_weights(make(), CONFIG)
+    with pytest.raises(TypeError, match="folder: expected a path, got NoneType"):
+        nn.DeepSeekMoE.from_checkpoint(None, 3)
+    made = make_checkpoint(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: expected what the layer is"):
+        nn.DeepSeekMoE.from_checkpoint(tmp_path, made.layer)
+
+
 def test_the_linen_example_runs():
     from examples import linen_layer
 

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
+
 from jax_moe import huggingface
-from jax_moe.config import MoEConfig, checked_swiglu_limit
+from jax_moe.config import MoEConfig, checked_integer, checked_swiglu_limit
+from jax_moe.scalars import boolean, got, real
 from pallas_kernels.shapes import QUANT_BLOCK
 
 
@@ -44,7 +47,7 @@ class LayerConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.router, MoEConfig):
             raise TypeError(  # type: ignore[unreachable]
-                f"router: expected a jax_moe.MoEConfig, got {type(self.router).__name__}"
+                f"router: expected a jax_moe.MoEConfig, got {got(self.router)}"
             )
         for name, minimum in (
             ("num_experts", 1),
@@ -52,14 +55,19 @@ class LayerConfig:
             ("intermediate_size", QUANT_BLOCK),
             ("shared_intermediate_size", 0),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an integer, got {value!r}")
+            value = checked_integer(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if value < minimum or (name != "num_experts" and value % QUANT_BLOCK):
                 raise ValueError(
                     f"{name}: expected {minimum} or more in whole blocks of {QUANT_BLOCK}, "
                     f"got {value}"
                 )
+        for name in ("has_routing_bias", "has_shared_gate"):
+            object.__setattr__(self, name, boolean(name, getattr(self, name)))
+        factor = self.routed_scaling_factor
+        if not isinstance(factor, int | float | np.number):  # an array would not be hashable
+            raise TypeError(f"routed_scaling_factor: expected a number, got {got(factor)}")
+        real("routed_scaling_factor", factor)
         if self.has_shared_gate and not self.shared_intermediate_size:
             raise ValueError("has_shared_gate: expected shared experts to gate, got none")
         checked_swiglu_limit(self.shared_swiglu_limit)
@@ -90,3 +98,14 @@ class LayerConfig:
             shared_swiglu_limit=found.router["swiglu_limit"] if found.clamps_shared else None,
             has_shared_gate=found.has_shared_gate,
         )
+
+
+def checked_layer_config(value: object) -> LayerConfig:
+    """Checks what a caller passes as `config`.
+
+    Raises:
+        TypeError: It is no `LayerConfig`.
+    """
+    if not isinstance(value, LayerConfig):
+        raise TypeError(f"config: expected a jax_moe.nn.LayerConfig, got {got(value)}")
+    return value

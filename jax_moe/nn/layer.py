@@ -13,10 +13,11 @@ from jaxtyping import BFloat16, Float, Float32, Int32
 from jax_moe import entry, stages, validate
 from jax_moe.api import apply_routed
 from jax_moe.config import Precision, checked_batch_invariant, checked_precision
-from jax_moe.nn.config import LayerConfig
+from jax_moe.nn.config import LayerConfig, checked_layer_config
 from jax_moe.numerics import matmul, matmul_in_tiles
 from jax_moe.parallel import apply_routed_expert_parallel, placement
 from jax_moe.parallel.ranks import AxisName
+from jax_moe.scalars import alive, boolean, got, integer
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, LayerWeights, Routing
 from pallas_kernels.shapes import even_rows
@@ -79,6 +80,8 @@ def moe_layer(
     """
     x, num_fused = _checked(params, hidden_states, config, axis_name)
     router = config.router
+    with_load = boolean("with_load", with_load)
+    live: Any = None if num_tokens is None else integer("num_tokens", num_tokens, 0, len(x))
     batch_invariant = checked_batch_invariant(batch_invariant)
     routing = stages.route(
         _gate_logits(x, params.gate_weight, batch_invariant),
@@ -94,7 +97,7 @@ def moe_layer(
         rows = stages.quantize(x, scale_format=router.scale_format, backend=backend)
     call: dict[str, Any] = {
         "backend": backend,
-        "num_tokens": num_tokens,
+        "num_tokens": live,
         "scale_format": router.scale_format,
         "precision": precision,
         "batch_invariant": batch_invariant,
@@ -115,9 +118,9 @@ def moe_layer(
         out, load = out if with_load else (out, None)
     else:
         if with_load:
-            limit = None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
-            live = entry.of_live_tokens(routing.topk_ids, limit)
-            load = placement.load(live, config.num_experts)
+            limit = None if live is None else jnp.asarray(live)
+            counted = entry.of_live_tokens(routing.topk_ids, limit)
+            load = placement.load(counted, config.num_experts)
         chosen = routing
         if num_fused:
             weight = _shared_weight(params, x, config, batch_invariant)
@@ -155,10 +158,12 @@ def fuse_shared(params: LayerWeights, config: LayerConfig) -> LayerWeights:
         Weights with E plus the shared experts and no `shared_experts` of their own.
 
     Raises:
+        TypeError: `params` or `config` is of another type.
         ValueError: There are no shared experts, their size is no multiple of a routed expert's, or
             their activation is clamped otherwise.
     """
-    shared, width = params.shared_experts, config.intermediate_size
+    width = checked_layer_config(config).intermediate_size
+    shared = checked_layer_weights("params", params).shared_experts
     if shared is None:
         raise ValueError("params: expected shared_experts to fuse, got None")
     if config.shared_intermediate_size % width:
@@ -198,16 +203,26 @@ def _appended(routed: Any, shared: Any) -> Any:
     return concatenate([routed, shared], axis=0)
 
 
+def checked_layer_weights(name: str, value: object) -> LayerWeights:
+    """Checks the type of a layer's weights.
+
+    Raises:
+        TypeError: It is another.
+    """
+    if not isinstance(value, LayerWeights):
+        raise TypeError(f"{name}: expected jax_moe.LayerWeights, got {got(value)}")
+    return value
+
+
 def _checked(
     params: Any, hidden_states: Any, config: Any, axis_name: Any
 ) -> tuple[Float[Array, "T H"], int]:
     """The hidden states as rows, and how many experts of the weights are fused shared ones."""
-    if not isinstance(params, LayerWeights):
-        raise TypeError(f"params: expected jax_moe.LayerWeights, got {type(params).__name__}")
-    if not isinstance(config, LayerConfig):
-        raise TypeError(f"config: expected a jax_moe.nn.LayerConfig, got {type(config).__name__}")
+    checked_layer_weights("params", params)
+    checked_layer_config(config)
     if not isinstance(hidden_states, jax.Array | np.ndarray) or hidden_states.ndim < 1:
-        raise TypeError(f"hidden_states: expected an array [..., H], got {hidden_states!r}")
+        raise TypeError(f"hidden_states: expected an array [..., H], got {got(hidden_states)}")
+    alive("hidden_states", hidden_states)  # before it is reshaped
     x: Any = hidden_states.reshape(-1, hidden_states.shape[-1])
     sizes: validate.Sizes = {
         "H": (config.hidden_size, "config"),
@@ -216,18 +231,22 @@ def _checked(
     }
     validate.array("hidden_states", x, "T H", validate.UNQUANTIZED, sizes)
     validate.array("gate_weight", params.gate_weight, "E H", validate.UNQUANTIZED, sizes)
-    validate.weights(params.experts, sizes)
+    validate.weights(params.experts, sizes, "params.experts")
     if config.has_routing_bias != (params.e_score_correction_bias is not None):
         raise ValueError(
             f"e_score_correction_bias: expected {'an array' if config.has_routing_bias else 'None'}"
-            f", as config says, got {type(params.e_score_correction_bias).__name__}"
+            f", as config says, got {got(params.e_score_correction_bias)}"
         )
     if config.has_shared_gate:
         validate.array("shared_gate", params.shared_gate, "1 H", validate.UNQUANTIZED, sizes)
+    elif params.shared_gate is not None:
+        raise ValueError(
+            f"shared_gate: expected None, as config says, got {got(params.shared_gate)}"
+        )
     num_fused = 0
     if params.shared_experts is not None:
         shared = {"H": sizes["H"], "I": (config.shared_intermediate_size, "config")}
-        validate.weights(params.shared_experts, shared)
+        validate.weights(params.shared_experts, shared, "params.shared_experts")
     elif config.shared_intermediate_size:
         num_fused = config.shared_intermediate_size // config.intermediate_size
     if axis_name is not None and num_fused:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
+import os
 from typing import Any, Self
 
 import jax
@@ -12,11 +11,13 @@ from flax import nnx
 from jax import Array
 from jaxtyping import BFloat16, Float, Int32
 
-from jax_moe.checkpoint import load_layer
+from jax_moe import backends
+from jax_moe.checkpoint import Checkpoint, load_layer
 from jax_moe.config import Precision, checked_batch_invariant, checked_precision
-from jax_moe.nn.config import LayerConfig
-from jax_moe.nn.layer import fuse_shared, moe_layer
+from jax_moe.nn.config import LayerConfig, checked_layer_config
+from jax_moe.nn.layer import checked_layer_weights, fuse_shared, moe_layer
 from jax_moe.parallel.ranks import AxisName
+from jax_moe.scalars import boolean, got
 from jax_moe.types import ExpertWeights, LayerWeights
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -49,6 +50,10 @@ class DeepSeekMoE(nnx.Module):
         backend: As in `jax_moe.apply`.
         precision: As in `jax_moe.apply`.
         batch_invariant: As in `moe_layer`.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An option does not exist.
     """
 
     def __init__(
@@ -60,10 +65,12 @@ class DeepSeekMoE(nnx.Module):
         precision: Precision = "fast",
         batch_invariant: bool = False,
     ) -> None:
-        self.backend = backend
+        self.backend = backends.checked(backend)
         self.precision = checked_precision(precision)
         self.batch_invariant = checked_batch_invariant(batch_invariant)
-        self._fill(config, _random_weights(config, rngs.params()))
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs: expected flax.nnx.Rngs, got {got(rngs)}")
+        self._fill(config, _random_weights(checked_layer_config(config), rngs.params()))
 
     def _fill(self, config: LayerConfig, weights: LayerWeights) -> None:
         self.config = config
@@ -97,7 +104,12 @@ class DeepSeekMoE(nnx.Module):
 
         Returns:
             The module; the arrays are not copied.
+
+        Raises:
+            TypeError: An argument is of another type.
+            ValueError: An option does not exist.
         """
+        checked_layer_weights("weights", weights)
         options: dict[str, Any] = {
             "backend": backend,
             "precision": precision,
@@ -110,7 +122,7 @@ class DeepSeekMoE(nnx.Module):
     @classmethod
     def from_checkpoint(
         cls,
-        folder: str | pathlib.Path,
+        folder: str | os.PathLike[str] | Checkpoint,
         layer: int,
         *,
         fused: bool = False,
@@ -122,7 +134,7 @@ class DeepSeekMoE(nnx.Module):
         """A module with the weights of one layer of a checkpoint.
 
         Args:
-            folder: The checkpoint's folder, with its `config.json`.
+            folder: The checkpoint's folder, with its `config.json`, or a `Checkpoint` of it.
             layer: The layer's number.
             fused: Whether to make the shared experts part of the routed ones' matmuls.
             backend: As in `jax_moe.apply`.
@@ -136,12 +148,13 @@ class DeepSeekMoE(nnx.Module):
         Raises:
             TypeError: As `load_layer` and `LayerConfig.from_hf`.
             ValueError: As `load_layer` and `LayerConfig.from_hf`.
-            OSError: A file cannot be read.
         """
-        text = (pathlib.Path(folder) / "config.json").read_text(encoding="utf-8")
-        config = LayerConfig.from_hf(json.loads(text))
-        weights = load_layer(folder, layer, **options)
-        if fused:
+        source = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
+        if not source.config:
+            raise ValueError(f"{source.config_path}: expected what the layer is, got nothing")
+        config = LayerConfig.from_hf(source.config)
+        weights = load_layer(source, layer, **options)
+        if boolean("fused", fused):
             weights = fuse_shared(weights, config)
         return cls.from_weights(
             config,
