@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jax_moe.scalars import real
+
 
 class ModelConfig(NamedTuple):
     """The mixture-of-experts layers of a model.
@@ -180,7 +182,7 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
         num_experts=_number("num_experts", found["num_experts"]),
         hidden_size=_number("hidden_size", found["hidden_size"]),
         intermediate_size=_number("moe_intermediate_size", found["intermediate_size"]),
-        routed_scaling_factor=float(found["routed_scaling_factor"]),
+        routed_scaling_factor=float(real("routed_scaling_factor", found["routed_scaling_factor"])),
         has_routing_bias=bool(found["has_routing_bias"]),
         num_shared_experts=shared if width else 0,
         shared_intermediate_size=_number("shared_intermediate_size", width),
@@ -198,8 +200,13 @@ def _given(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     for key, value in config.items():
         if key in by_key:
             field = by_key[key]
-            if value is not None and found.setdefault(field, value) != value:
-                raise ValueError(f"{key}: expected {found[field]!r} as said before, got {value!r}")
+            if value is None and field == "num_shared_experts":
+                value = 0  # the models' own code makes none then, whatever the default is
+            if value is None:
+                continue
+            first = found.setdefault(field, value)
+            if first is not value and first != value:  # NaN differs from itself
+                raise ValueError(f"{key}: expected {first!r} as said before, got {value!r}")
         elif _ABOUT_EXPERTS.search(key) and not _WITHOUT_EFFECT.fullmatch(key) and value:
             raise ValueError(f"{key}: not known for model_type {kind!r}, got {value!r}")
     return found

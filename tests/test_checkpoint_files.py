@@ -115,9 +115,19 @@ def test_an_index_of_any_size_is_not_read(made, monkeypatch):
 
 def test_folders_without_a_checkpoint(made, tmp_path):
     (tmp_path / "empty").mkdir()
+    for folder, error in ((None, TypeError), (3, TypeError), (b"x", TypeError), ("", ValueError)):
+        for function in (checkpoint.Checkpoint, checkpoint.load_packed):
+            with pytest.raises(error, match="folder: expected a path, got"):
+                function(folder)
     for folder, message in (("no", "expected the folder of"), ("empty", "expected model.safetens")):
         with pytest.raises(ValueError, match=f"{folder}: {message}"):
             checkpoint.load_experts(tmp_path / folder, 3)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(made):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (made.folder / FIRST).write_text(text)
+    refused(made, f"checkpoint/{FIRST}: a pointer of Git LFS, not the file")
 
 
 @pytest.mark.parametrize("kind", ["missing", "dangling", "loop", "folder", "pipe"])
@@ -330,6 +340,7 @@ def test_the_index_and_a_shard_disagree(made):
         ({"tensor_parallel": (2, 2)}, ValueError, "tensor_parallel[0]: expected 0..1, got 2"),
         ({"tensor_parallel": 2}, TypeError, "tensor_parallel: expected (rank, ranks), got 2"),
         ({"num_threads": 0}, ValueError, "num_threads: expected"),
+        ({"progress": "no"}, TypeError, "progress: expected a bool, got 'no'"),
         ({"sharding": "expert"}, TypeError, "sharding: expected a jax.sharding.Mesh"),
     ],
 )

@@ -119,12 +119,18 @@ def test_the_defaults_are_those_of_transformers(kind):
         ({"num_experts": 128}, ValueError, "num_experts: expected 256 as said before, got 128"),
         ({"num_experts_per_tok": None}, ValueError, "num_experts_per_tok: expected a number"),
         ({"n_routed_experts": "many"}, TypeError, "num_experts: expected an integer"),
+        ({"routed_scaling_factor": "2.5"}, TypeError, "routed_scaling_factor: expected a real"),
+        ({"routed_scaling_factor": float("nan")}, ValueError, "factor: expected a finite float32"),
         ({"quantization_config": {"scale_fmt": "x"}}, ValueError, "scale_fmt: expected"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(change, error, message):
     with pytest.raises(error, match=message):
         MoEConfig.from_hf(DEEPSEEK_V31 | change)
+
+
+def test_no_shared_experts_are_none_whatever_the_default_is():
+    assert huggingface.read(DEEPSEEK_V31 | {"n_shared_experts": None}).num_shared_experts == 0
 
 
 def test_no_mapping():

@@ -20,7 +20,7 @@ from jax_moe.checkpoint.placing import Placement
 from jax_moe.checkpoint.reading import Piece, Stack
 from jax_moe.checkpoint.shards import Shard, Tensor
 from jax_moe.checkpoint.transfer import num_threads_of, readers
-from jax_moe.io.files import shown
+from jax_moe.io.files import folder_name, shown
 from jax_moe.types import ExpertWeights, LayerWeights
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -51,13 +51,18 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
         raise TypeError(
             f"weights: expected ExpertWeights or LayerWeights, got {type(weights).__name__}"
         )
+    folder = folder_name("folder", folder)
     _check(weights)
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise ImportError("save_packed: expected the package safetensors") from error
+        raise ImportError(
+            "save_packed: expected the package safetensors (pip install safetensors)"
+        ) from error
     tensors = dict(_named(weights))
     for name, array in tensors.items():
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError(f"{name}: expected an array with values, got a traced one")
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(f"{name}: expected an array of this process, got {array.sharding}")
     metadata = {"format": FORMAT, "version": VERSION, "kind": type(weights).__name__}
@@ -95,6 +100,7 @@ def load_packed(
         ImportError: `progress` without tqdm.
     """
     threads = num_threads_of(num_threads)
+    folder = folder_name("folder", folder)
     if not os.path.isdir(folder):
         raise ValueError(f"{shown(folder)}: expected the folder of packed weights")
     shard = Shard(os.path.join(folder, FILE))

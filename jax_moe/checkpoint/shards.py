@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jax_moe.io.files import parse_utf8, shown
+from jax_moe.io.files import folder_name, parse_utf8, shown
 from jax_moe.io.safetensors_header import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -185,6 +185,7 @@ class Checkpoint:
             cache of the hub; the names in the index are those of files in the folder.
 
     Raises:
+        TypeError: `folder` is no path.
         ValueError: No such folder, neither an index nor a single file, malformed, or the index
             names anything but a file in the folder.
 
@@ -195,7 +196,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = os.fspath(folder)
+        self._folder = folder_name("folder", folder)
         self._shards: dict[str, Shard] = {}
         if not os.path.isdir(self._folder):
             raise ValueError(f"{shown(folder)}: expected the folder of a checkpoint")

@@ -81,8 +81,10 @@ def readers(
         Both.
 
     Raises:
+        TypeError: `progress` is no bool.
         ImportError: There is to be a bar, and no tqdm.
     """
+    progress = validate.boolean("progress", progress)
     with ExitStack() as stack:
         # A mesh that the caller has set would spread what is made here without a sharding.
         stack.enter_context(jax.set_mesh(None))

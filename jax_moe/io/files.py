@@ -20,6 +20,7 @@ __all__ = [
     "confined_file",
     "confined_files",
     "data_set_root",
+    "folder_name",
     "naming",
     "parse_utf8",
     "read_bytes",
@@ -39,6 +40,28 @@ def shown(path: str | os.PathLike[str]) -> str:
     if len(text) > _MAX_SHOWN:
         text = f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
     return text if text.isprintable() else ascii(text)
+
+
+def folder_name(name: str, value: Any) -> str:
+    """A folder that a caller names, as text; it need not exist.
+
+    Args:
+        name: The argument's.
+        value: What the caller passed.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: It is no path of text.
+        ValueError: It is empty.
+    """
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str):
+        raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
+    if not path:
+        raise ValueError(f"{name}: expected a path, got an empty one")
+    return path
 
 
 @contextmanager

@@ -10,6 +10,7 @@ MAX_HEADER_BYTES = 2**20
 MAX_SHARD_HEADER_BYTES = 100_000_000
 """What the format itself allows; `read_header` reads nothing else of a file."""
 
+_LFS_POINTER = b"version "
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -77,6 +78,8 @@ def read_header(descriptor: int, where: str) -> Header:
 def _header_length(head: bytes, file_bytes: int, limit: int, where: str) -> int:
     if len(head) < 8:
         raise ValueError(f"{where}: truncated: {len(head)} bytes, not even a header length")
+    if head == _LFS_POINTER:  # what a clone without Git LFS leaves in place of the file
+        raise ValueError(f"{where}: a pointer of Git LFS, not the file: `git lfs pull` fetches it")
     length = int.from_bytes(head, "little")
     if length > min(limit, file_bytes - 8):
         raise ValueError(f"{where}: header of {length} bytes in a file of {file_bytes}")
