@@ -55,7 +55,7 @@ WITHOUT_GPUS = (
 """What CPU devices can check, at reduced size."""
 
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
-_BEFORE_S = 300  # for a step to start and compile while all others do
+_BEFORE_S = 420  # for a step to start and compile while all others do
 
 
 def steps_of(folder: Path, only: str, ranks: int | None = None) -> list[Step]:
@@ -63,7 +63,7 @@ def steps_of(folder: Path, only: str, ranks: int | None = None) -> list[Step]:
 
     Args:
         folder: Of the results.
-        only: Part of a name; all if empty.
+        only: Parts of names, by commas; all if empty.
         ranks: How many devices; None means all GPUs.
     """
     flags = os.environ.get("XLA_FLAGS", "")
@@ -80,7 +80,8 @@ def steps_of(folder: Path, only: str, ranks: int | None = None) -> list[Step]:
             quiet=not name.startswith("check"),
         )
         for name, what, graphs, seconds in STEPS
-        if only in name and (name in WITHOUT_GPUS or environment.has_gpu_driver())
+        if any(part in name for part in only.split(","))
+        and (name in WITHOUT_GPUS or environment.has_gpu_driver())
     ]
 
 
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--jobs", type=positive, help="steps that compile at once; one per core")
     parser.add_argument("--ranks", type=positive, help="devices; all GPUs, or two CPU devices")
-    parser.add_argument("--only", default="", help="steps whose name holds this")
+    parser.add_argument("--only", default="", help="steps whose name holds one of these")
     parser.add_argument(
         "--documents", action="store_true", help="write them again, measure nothing"
     )

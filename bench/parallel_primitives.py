@@ -24,16 +24,19 @@ class Primitive(NamedTuple):
     Attributes:
         function: Of bf16[rows,columns] on each rank.
         spreads: Whether its result has N times the rows, not its argument.
+        moves: Whether anything travels.
     """
 
     function: Callable[[Any], Any]
     spreads: bool = False
+    moves: bool = True
 
 
 def primitives(ranks: int) -> dict[str, dict[str, Primitive]]:
     """By name, in groups that fail together. Each moves (N-1)/N of the rows of its larger side."""
     return {
         "collectives": {
+            "nothing": Primitive(lambda x: x, moves=False),  # the loop, which all times hold
             "all_gather": Primitive(lambda x: lax.all_gather(x, AXIS, tiled=True), spreads=True),
             "all_to_all": Primitive(lambda x: lax.all_to_all(x, AXIS, 0, 0, tiled=True)),
             "reduce_scatter": Primitive(lambda x: lax.psum_scatter(x, AXIS, tiled=True)),
@@ -61,7 +64,7 @@ def measure(
         name, bytes, and either us and gb_s, sent bytes of a rank over the time, or the problem.
     """
     ranks = mesh.devices.size
-    found: list[tuple[dict[str, Any], jax.ShapeDtypeStruct, Any]] = []
+    found: list[tuple[dict[str, Any], float, jax.ShapeDtypeStruct, Any]] = []
     for size in sizes:
         columns = max(_COLUMNS[0], min(size // (2 * ranks), _COLUMNS[1]))
         part = max(size // (2 * columns) // ranks, 1)
@@ -73,16 +76,17 @@ def measure(
             except Exception as problem:
                 yield row | {"problem": one_line(problem)}
                 continue
-            found.append((row, spec, program))
+            sent = row["bytes"] * (ranks - 1) / ranks if primitive.moves else 0.0
+            found.append((row, sent, spec, program))
     steps.wait_for_turn()
-    for row, spec, program in found:
+    for row, sent, spec, program in found:
         zeros = functools.partial(jnp.zeros, spec.shape, spec.dtype)
         try:
             us = microseconds(program, jax.jit(zeros, out_shardings=spec.sharding)(), calls)
         except Exception as problem:
             yield row | {"problem": one_line(problem)}
             continue
-        yield row | {"us": us, "gb_s": row["bytes"] * (ranks - 1) / ranks / us / 1e3}
+        yield row | {"us": us, "gb_s": sent / us / 1e3}
 
 
 def looped(mesh: jax.sharding.Mesh, function: Callable[[Any], Any], calls: int) -> Any:

@@ -15,7 +15,7 @@ from bench.workloads import FULL, WORKLOADS
 from jax_moe import LayerInputs
 from tests.backend_cases import running
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("full_size")]
+pytestmark = pytest.mark.gpu
 
 LARGEST = max(WORKLOADS, key=lambda workload: workload.num_tokens)
 COUNTS = (1, 16, 17, 64, 901, 1537, 4096)
@@ -48,8 +48,15 @@ def bits(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.lax.bitcast_convert_type(array, jnp.uint16))
 
 
-@pytest.mark.parametrize("backend", ["mosaic", "triton"])
-@pytest.mark.parametrize(("precision", "dtype"), [("fast", "e4m3"), ("high", "bf16")])
+CASES = [
+    pytest.param(backend, *rows, marks=pytest.mark.xdist_group("-".join((backend, *rows))))
+    for backend in ("mosaic", "triton")
+    for rows in (("fast", "e4m3"), ("high", "bf16"))
+]
+"""Each in a process of its own: a case compiles a dozen layers."""
+
+
+@pytest.mark.parametrize(("backend", "precision", "dtype"), CASES)
 def test_batches_of_every_class(backend, precision, dtype):
     """Tokens of the largest workload, alone and in batches, both ways round, eager and jitted."""
     given = tokens_of(dtype)

@@ -185,7 +185,7 @@ def test_a_step_on_two_cpu_devices_ends_in_a_document(tmp_path, monkeypatch):
     code = parallel_gpus.main(command)
     assert code == 0, (tmp_path / "primitives_collectives.log").read_text()
     content = json.loads((tmp_path / "parallel_gpus.json").read_text())
-    names = ["all_gather", "all_to_all", "reduce_scatter"]
+    names = ["nothing", "all_gather", "all_to_all", "reduce_scatter"]
     assert [(row["name"], row["bytes"]) for row in content["primitives"]] == [
         (name, size) for size in (1024, 4096) for name in names
     ]

@@ -181,8 +181,7 @@ def test_a_torch_graph_capture_is_refused(inputs):
             to_jax(side)
 
 
-# What torch's own compiler imports makes use of it.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of its own parts, and of TF32
 def test_compiled_beside_cuda_graphs_of_torch(inputs, expected):
     """`reduce-overhead` makes graphs of what is around the layer, and leaves the layer out."""
 

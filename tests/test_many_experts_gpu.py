@@ -18,7 +18,7 @@ from jax_moe import MoEConfig, backends
 from tests.moe_inputs import E4M3, relative_error
 from tests.test_plan import check_plan, draw_ids, make_plan
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("full_size")]
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("many_experts")]
 
 # E = E_local, H, I, config: Qwen3-30B's experts, and the 11 GB of one DeepSeek-V3 layer.
 MODELS = {
