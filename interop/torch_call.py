@@ -174,6 +174,11 @@ def run(
         _check_out(out, inputs.hidden_states.shape, bridge.device)
     _require_memory(layer.options, inputs, bridge.target)
     result = layer.apply(inputs, num_tokens)
+    if isinstance(result, jax.core.Tracer):
+        raise RuntimeError(
+            "torch tensors have no values while JAX traces: call this outside of jax.jit and the "
+            "like, or jax_moe.apply on arrays inside"
+        )
     if not result.size:
         return dlpack.to_torch(result) if out is None else out
     exported = dlpack.export_buffer(result, stream)
@@ -236,4 +241,6 @@ def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> Non
             f"out: expected bfloat16 {list(shape)} on {device}, got "
             f"{str(out.dtype).removeprefix('torch.')} {list(out.shape)} on {out.device}"
         )
+    if any(step == 0 and size > 1 for step, size in zip(out.stride(), shape, strict=True)):
+        raise ValueError("out: expected memory of its own for each element, got an expanded tensor")
     dlpack.refuse_grad("out", out)

@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
@@ -291,6 +292,17 @@ def test_torch_scalars_count_as_numbers(inputs, expected):
 def test_bad_destinations_are_named(inputs, out):
     with pytest.raises(ValueError, match=r"out: expected bfloat16 \[20, 256\] on cpu, got"):
         torch_moe(*inputs.arguments, out=out)
+
+
+def test_a_destination_whose_elements_share_memory_is_named(inputs):
+    out = torch.zeros(1, 256, dtype=torch.bfloat16).expand(20, 256)
+    with pytest.raises(ValueError, match="out: expected memory of its own for each element"):
+        torch_moe(*inputs.arguments, out=out)
+
+
+def test_a_call_while_jax_traces_is_refused(inputs):
+    with pytest.raises(RuntimeError, match=r"while JAX traces: call this outside of jax\.jit"):
+        jax.jit(lambda x: (torch_moe(*inputs.arguments), x)[1])(1.0)
 
 
 def test_the_same_is_refused_without_a_handle(inputs):
