@@ -12,7 +12,6 @@ python bench_main.py --documents=out/bench/latest      # write a run's documents
 
 import logging
 import math
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from bench import (  # noqa: E402
     layers,
     parallel,
     routing,
+    run_folder,
     session,
     shared_expert,
     solutions,
@@ -132,7 +132,14 @@ _SHARED_EXPERT = flags.DEFINE_bool(
 _SCALING = flags.DEFINE_bool("scaling", False, "T = 1, 2, 4 ... 16384 instead of the workloads.")
 
 _OF_JAX_MOE = (_BACKEND, _PRECISION, _BATCH_INVARIANT)
-_OF_DOCUMENTS = ("documents", "report", "breakdown")
+_READ_BY = {
+    "list": ("backend", "model", "precision", "batch_invariant"),
+    "documents": ("report", "breakdown"),
+    "ranks": ("output",),
+    "layers": ("output",),
+    "shared_expert": ("model", "output"),
+}
+"""What other flags count beside one that asks for something other than timed solutions."""
 _OURS = [one.name for one in list(vars().values()) if isinstance(one, flags.FlagHolder)]
 
 for _name in ("rtol", "atol", "required_matched_ratio", "cool_down"):
@@ -223,11 +230,28 @@ def _folder(flag: flags.FlagHolder) -> Path | None:
         raise ValueError(f"--{flag.name}: {flag.value}: {error}") from None
 
 
+def _check_mode(mode: str) -> None:
+    """Refuses flags that are not read where something other than the solutions is asked for.
+
+    Raises:
+        ValueError: One was given; names it.
+    """
+    others = [name for name in _OURS if flags.FLAGS[name].present]
+    others = [name for name in others if name != mode and name not in _READ_BY[mode]]
+    if others:
+        known = ", ".join(f"--{name}" for name in _READ_BY[mode])
+        raise ValueError(f"--{mode}: reads {known} alone, got --{others[0]} too")
+
+
+def _results(default: str) -> Path:
+    """The folder of a mode's results, made before anything is measured."""
+    folder = _folder(_OUTPUT) or Path(default)
+    run_folder.make("--output", folder)
+    return folder
+
+
 def _documents(folder: Path) -> int:
     """Writes the documents of a finished run again."""
-    others = [name for name in _OURS if flags.FLAGS[name].present and name not in _OF_DOCUMENTS]
-    if others:
-        raise ValueError(f"--documents: takes the run's own settings, got --{others[0]} too")
     options = Options(report=_REPORT.value, breakdown=_BREAKDOWN.value)
     return session.write_documents(folder, options)
 
@@ -237,6 +261,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; all options are flags, see --help")
+        for mode in _READ_BY:
+            if flags.FLAGS[mode].value is not None and flags.FLAGS[mode].value is not False:
+                _check_mode(mode)
         if _LIST.value:
             options = {flag.name: flag.value for flag in (_PRECISION, _BATCH_INVARIANT)}
             print(session.list_solutions(_BACKEND.value, _MODEL.value, **options))
@@ -247,12 +274,11 @@ def main(argv: Sequence[str]) -> int:
             if (folder := _folder(_DOCUMENTS)) is not None:
                 return _documents(folder)
             if _RANKS.value is not None:
-                return parallel.run(_RANKS.value, _folder(_OUTPUT))
+                return parallel.run(_RANKS.value, _results("out/parallel"))
             if _LAYERS.value is not None:
-                return layers.run(_LAYERS.value, (), _folder(_OUTPUT) or Path("out/layers"))
+                return layers.run(_LAYERS.value, (), _results("out/layers"))
             if _SHARED_EXPERT.value:
-                folder = _folder(_OUTPUT) or Path("out/shared_expert")
-                return shared_expert.run(_MODEL.value, (), folder)
+                return shared_expert.run(_MODEL.value, (), _results("out/shared_expert"))
             environment.enable_compilation_cache()
             return session.execute(
                 _settings(),
@@ -278,16 +304,5 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(USAGE_ERROR)
 
 
-def _piped(argv: Sequence[str]) -> int:
-    """`main` where what reads its output may end first, as `head` does: no traceback then."""
-    try:
-        code = main(argv)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 128 + signal.SIGPIPE
-    return code
-
-
 if __name__ == "__main__":
-    app.run(_piped, flags_parser=_parse)
+    app.run(lambda argv: interruption.ended(lambda: main(argv)), flags_parser=_parse)

@@ -135,4 +135,4 @@ def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float32
 
 import jax_moe
-from bench import environment, execution, gpu_clock, inputs, scan_parts, sm_clock
+from bench import commands, environment, execution, gpu_clock, inputs, scan_parts, sm_clock
 from bench.failures import one_line
 from bench.results import KernelTime, plain
 from bench.runner import kernel_times
@@ -36,6 +36,7 @@ from bench.scan_parts import Parts
 from bench.sm_clock import Reading
 from bench.timers import Execution, warm_up
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
+from interop import interruption
 from interop.workloads import ROUTED_SCALING_FACTOR
 from jax_moe import DEEPSEEK_V3, ExpertWeights
 from jax_moe.io.files import write_atomically
@@ -298,11 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.layers")
     parser.add_argument("--layers", type=positive, help=f"L; {LAYERS} on a GPU")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
-    parser.add_argument("--output", type=Path, default=Path("out/layers"))
+    parser.add_argument("--output", type=commands.folder, default="out/layers")
     args = parser.parse_args(argv)
     return run(args.layers, args.tokens, args.output)
 
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

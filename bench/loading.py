@@ -28,8 +28,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench import environment
+from bench import commands, environment
 from bench.workloads import FULL, REDUCED, Sizes
+from interop import interruption
 from jax_moe import checkpoint
 from jax_moe.checkpoint.transfer import MAX_THREADS
 from jax_moe.io.files import write_atomically
@@ -161,12 +162,12 @@ def run(folder: Path, scratch: Path | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.loading")
-    parser.add_argument("--output", type=Path, default=Path("out/loading"))
-    parser.add_argument("--scratch", type=Path, help="folder for 1.4 GB of files")
+    parser.add_argument("--output", type=commands.folder, default="out/loading")
+    parser.add_argument("--scratch", type=commands.folder, help="folder for 1.4 GB of files")
     args = parser.parse_args(argv)
     return run(args.output, args.scratch)
 
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

@@ -34,11 +34,14 @@ from jaxtyping import Array, PyTree
 
 import jax_moe
 from bench import ahead, correctness, environment, gpu_clock, inputs, routing, tables, timers
+from bench.commands import folder
 from bench.correctness import Tolerance
 from bench.execution import compiled_program
 from bench.failures import one_line
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
+from interop import interruption
+from interop.arguments import natural
 from interop.processes import spawned
 from interop.workloads import Workload
 from jax_moe import DEEPSEEK_V3, LayerInputs, backends
@@ -327,7 +330,6 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def write(rows: Sequence[Row], backend: str, folder: Path) -> None:
     """`options.json` and, for people, `options.md`."""
-    folder.mkdir(parents=True, exist_ok=True)
     about = environment.about() | {"backend": backend, "seed": _SEED}
     with write_atomically(folder / "options.json", "w") as file:
         json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
@@ -384,8 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--workloads", type=lambda text: text.split(","), default=(), help="token counts, or all"
     )
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead")
-    parser.add_argument("--output", type=Path, default=Path("out/options"))
+    parser.add_argument("--jobs", type=natural, default=0, help="processes that compile ahead")
+    parser.add_argument("--output", type=folder, default="out/options")
     args = parser.parse_args(argv)
     try:
         return run(args.workloads, args.backend, args.jobs, args.output)
@@ -395,4 +397,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

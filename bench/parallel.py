@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe
-from bench import environment, parallel_rows, steps
+from bench import commands, environment, parallel_rows, steps
 from bench.failures import one_line
 from bench.parallel_inputs import (
     AXIS,
@@ -41,7 +41,9 @@ from bench.parallel_inputs import (
 )
 from bench.parallel_rows import Row
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
+from interop import interruption
 from jax_moe import LayerInputs
+from jax_moe.parallel.exchange import NAMES
 from pallas_kernels.tuning.command import positive
 
 TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
@@ -264,7 +266,7 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
     """Measures, prints, writes as it goes; returns the exit code.
 
     Raises:
-        ValueError: There are fewer devices than ranks, or the experts do not fit them.
+        ValueError: There are fewer devices than ranks, or the experts do not divide among them.
     """
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
@@ -272,6 +274,11 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
         raise ValueError(f"--ranks: expected at most {len(jax.devices())} devices, got {ranks}")
     if sizes.num_experts % ranks:
         raise ValueError(f"--ranks: expected a divisor of {sizes.num_experts} experts, got {ranks}")
+    for of in local_of:
+        if sizes.num_experts % of:
+            raise ValueError(
+                f"--local-of: expected divisors of {sizes.num_experts} experts, got {of}"
+            )
     if not on_gpu:
         print("CPU devices at reduced size: results are checked, times mean nothing", flush=True)
     about = environment.about() | {"exchanges": jax_moe.describe_exchange(mesh_of(ranks), AXIS)}
@@ -293,19 +300,19 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
     return 1 if any(row.problem for row in rows) else 0
 
 
-def run(ranks: int, folder: Path | None) -> int:
+def run(ranks: int, folder: Path) -> int:
     """What `bench_main.py --ranks` does: every exchange that these devices have.
 
     Args:
         ranks: How many devices.
-        folder: Of the results; None is `out/parallel`.
+        folder: Of the results.
 
     Returns:
         The exit code: 1 if a result is wrong or failed.
     """
     devices_for(ranks)
     environment.enable_compilation_cache()
-    return execute(ranks, (), Case(exchanges_on(ranks)), folder or Path("out/parallel"))
+    return execute(ranks, (), Case(exchanges_on(ranks)), folder)
 
 
 def devices_for(ranks: int) -> None:
@@ -327,14 +334,16 @@ def _names(text: str) -> tuple[str, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.parallel")
-    parser.add_argument("--ranks", type=positive, default=1)
-    parser.add_argument("--tokens", type=token_counts, default=())
-    parser.add_argument("--exchanges", type=_names)
+    parser.add_argument("--ranks", type=positive, default=1, help="devices, one rank each")
+    parser.add_argument("--tokens", type=token_counts, default=(), help="T's of all ranks")
+    parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--pieces", type=token_counts, default=(1,))
     parser.add_argument("--routings", type=_names, default=("even",))
     parser.add_argument("--local-of", type=token_counts, default=())
-    parser.add_argument("--output", type=Path, default=Path("out/parallel"))
+    parser.add_argument("--output", type=commands.folder, default="out/parallel")
     args = parser.parse_args(argv)
+    if unknown := set(args.exchanges or ()) - set(NAMES):
+        parser.error(f"--exchanges: expected some of {', '.join(NAMES)}, got {unknown}")
     devices_for(args.ranks)
     environment.enable_compilation_cache()
     case = Case(args.exchanges or exchanges_on(args.ranks), args.pieces, args.routings)
@@ -347,4 +356,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

@@ -24,9 +24,11 @@ from typing import Any
 
 import jax
 
-from bench import environment, parallel, parallel_documents
+from bench import commands, environment, parallel, parallel_documents
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
+from interop import interruption
+from interop.arguments import finite
 from pallas_kernels.tuning.command import positive
 
 SKEWED = (128, 1024, 8192)
@@ -142,8 +144,8 @@ def _kept(rows: Iterable[dict[str, Any]], path: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.parallel_gpus")
-    parser.add_argument("--output", type=Path, default=Path("out/parallel_gpus"))
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--output", type=commands.folder, default="out/parallel_gpus")
+    parser.add_argument("--minutes", type=finite, default=9.0, help="for all steps")
     parser.add_argument("--jobs", type=positive, help="steps that compile at once; one per core")
     parser.add_argument("--ranks", type=positive, help="devices; all GPUs, or two CPU devices")
     parser.add_argument("--only", default="", help="steps whose name holds one of these")
@@ -161,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     if not args.documents:
         steps = steps_of(args.output, args.only, args.ranks)
+        if not steps:
+            parser.error(f"--only: expected a part of a step's name, got {args.only!r}")
         jobs = args.jobs or os.cpu_count() or 1
         code = run_all(steps, args.output, args.minutes, jobs)
     for path in parallel_documents.write(args.output):
@@ -169,4 +173,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

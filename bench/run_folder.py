@@ -93,12 +93,17 @@ def make(flag: str, folder: Path) -> bool:
         ValueError: It cannot be used.
     """
     try:
-        with naming(folder):
-            is_new = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        return make_writable(folder)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
+
+
+def make_writable(folder: Path) -> bool:
+    """`make` for a caller that says itself what asks for the folder."""
+    with naming(folder):
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     return is_new
 
 

@@ -29,10 +29,11 @@ import numpy as np
 from jaxtyping import Array, BFloat16
 
 import jax_moe
-from bench import environment, execution, gpu_clock, inputs, tables, timers
+from bench import commands, environment, execution, gpu_clock, inputs, tables, timers
 from bench.failures import one_line
 from bench.timers import Execution
 from bench.workloads import Sizes, sizes_of, token_counts
+from interop import interruption
 from interop.solutions import deepgemm_dense
 from jax_moe import LayerInputs, LayerWeights, models
 from jax_moe.io.files import write_atomically
@@ -351,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.shared_expert")
     parser.add_argument("--model", default=models.DEEPSEEK_V3.name, help="of jax_moe.models")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
-    parser.add_argument("--output", type=Path, default=Path("out/shared_expert"))
+    parser.add_argument("--output", type=commands.folder, default="out/shared_expert")
     args = parser.parse_args(argv)
     try:
         return run(args.model, args.tokens, args.output)
@@ -361,4 +362,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_moe
-from interop import torch_problem
+from interop import interruption, torch_problem
 from jax_moe import LayerInputs
 
 if TYPE_CHECKING:
@@ -251,4 +251,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(interruption.ended(lambda: main(sys.argv[1:])))

@@ -7,8 +7,10 @@ and a long run asks for it between its steps.
 """
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
@@ -26,9 +28,12 @@ def remembered() -> Iterator[None]:
     """Within the block both signals raise `KeyboardInterrupt`, and `check` does so again.
 
     A signal that the parent had this process ignore stays ignored, as Python keeps it too. For the
-    main thread only, which is where Python runs handlers.
+    main thread only, which is where Python runs handlers. A block inside of another adds nothing.
     """
     global _asked
+    if _interrupt in map(signal.getsignal, _SIGNALS):
+        yield
+        return
     _asked = None
     heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
     before = [(one, signal.signal(one, _interrupt)) for one in heard]
@@ -69,3 +74,26 @@ def acknowledge() -> int:
     global _asked
     number, _asked = _asked or signal.SIGINT, None
     return 128 + number
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """Runs a command; what ends it from outside is an exit code and a line, never a traceback.
+
+    Args:
+        main: The command.
+
+    Returns:
+        Its exit code, that of a signal as `acknowledge` has it, or 141 where what reads its output
+        has ended first, as `head` does.
+    """
+    with remembered():
+        try:
+            code = main() or 0
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return acknowledge()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            return 128 + signal.SIGPIPE
+    return code

@@ -136,6 +136,12 @@ def test_an_alias_is_its_model_and_a_data_set_is_the_definition_s(asked, capsys,
         ("--solutions=jax_v1 --precision=high", "--precision=high: is what the solution jax_moe"),
         ("--solutions=jax_moe_mosaic_high --batch_invariant", "--batch_invariant=True: is what "),
         ("stray", "unexpected argument 'stray'"),
+        ("--layers=2 --ranks=2", "--ranks: reads --output alone, got --layers too"),
+        ("--layers=2 --workloads=1", "--layers: reads --output alone, got --workloads too"),
+        ("--shared_expert --precision=high", "--shared_expert: reads --model, --output alone, got"),
+        ("--list --solutions=jax_moe", "--list: reads --backend, --model, --precision, --batch_"),
+        ("--layers=2 --output=/proc/foo", "--output: /proc/foo: cannot be used: No such file"),
+        ("--shared_expert --output=/proc/foo", "--output: /proc/foo: cannot be used: No such file"),
     ],
 )
 def test_flags_that_contradict_the_machine_or_each_other(asked, capsys, flag, message):

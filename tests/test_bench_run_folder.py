@@ -300,7 +300,9 @@ def test_documents_of_a_folder_without_a_run(here, capsys):
     assert documents_of(f"--documents={here}") == bench_main.USAGE_ERROR
     assert f"{here}/results.json: damaged: KeyError" in capsys.readouterr().err
     assert documents_of(f"--documents={here}", "--seed=1") == bench_main.USAGE_ERROR
-    assert "takes the run's own settings, got --seed too" in capsys.readouterr().err
+    assert (
+        "--documents: reads --report, --breakdown alone, got --seed too" in capsys.readouterr().err
+    )
 
 
 def test_documents_of_a_run_of_an_earlier_version(here, capsys):

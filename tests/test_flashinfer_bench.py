@@ -373,3 +373,18 @@ def test_the_command_line_explains_bad_input(tmp_path, capsys):
     assert __main__.main(["run", str(tmp_path / "none")]) == 2
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["report", str(tmp_path), "--unknown"])
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "said"),
+    [
+        ("export", "--seed=-1", "--seed: expected 0 or a positive integer, got '-1'"),
+        ("run", "--iterations=0", "--iterations: expected a positive integer, got '0'"),
+        ("run", "--num-trials=x", "--num-trials: expected a positive integer, got 'x'"),
+        ("run", "--rtol=nan", "--rtol: expected a finite number of 0 or more, got 'nan'"),
+    ],
+)
+def test_numbers_are_checked_under_their_flag(tmp_path, capsys, command, argument, said):
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main([command, str(tmp_path), argument])
+    assert f"argument {said}" in capsys.readouterr().err

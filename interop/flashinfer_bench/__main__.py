@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interop import definitions, interruption
+from interop.arguments import finite, natural, positive
 from interop.flashinfer_bench import record, run, solutions
 from jax_moe.io.files import shown
 
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = 1
         except ValueError as error:
             text, code = str(error), 2
+        except BrokenPipeError:  # what reads the output has ended
+            raise
         except OSError as error:  # a full disk, mostly
             text, code = f"{shown(error.filename or arguments.folder)}: {error.strerror}", 1
     print(text, file=sys.stderr)
@@ -127,11 +130,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--definitions", help="names from `list`, or all: a data set each, DIR/NAME"
             )
             command.add_argument("--dataset", help="flashinfer-trace folder with the real blobs")
-            command.add_argument("--seed", type=int, default=0, help="of the stand-in blobs")
+            command.add_argument("--seed", type=natural, default=0, help="of the stand-in blobs")
         elif name == "run":
             for field, value in record.PUBLISHED._asdict().items():
                 flag = f"--{field.replace('_', '-')}"
-                command.add_argument(flag, type=type(value), default=value, help=f"default {value}")
+                kind = positive if isinstance(value, int) else finite
+                command.add_argument(flag, type=kind, default=value, help=f"default {value}")
             command.add_argument("--tokens", default="", help="only these token counts, 1,7,...")
             command.add_argument(
                 "--solutions",
@@ -144,4 +148,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

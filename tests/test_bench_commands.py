@@ -1,0 +1,83 @@
+"""The commands beside `bench_main.py`: bad arguments end before anything is measured."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from interop import interruption
+from tests.test_repository import ROOT
+
+COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert")
+
+
+def refused(capsys, command, *arguments):
+    """What a command says of its arguments."""
+    with pytest.raises(SystemExit) as raised:
+        importlib.import_module(f"bench.{command}").main(list(arguments))
+    assert raised.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1].partition("error: ")[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("", "expected a folder, got an empty name"),
+        (ROOT / "README.md", "cannot be used: File exists"),
+        (ROOT / "README.md/x", "cannot be used: Not a directory"),
+        ("~nobody_here/x", "home directory"),
+    ],
+)
+def test_folders_that_cannot_be_written_to(capsys, command, folder, reason):
+    said = refused(capsys, command, f"--output={folder}")
+    assert said.startswith("argument --output: ")
+    assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "said"),
+    [
+        ("options", "--jobs=-1", "argument --jobs: expected 0 or a positive integer, got '-1'"),
+        ("loading", "--scratch=", "argument --scratch: expected a folder, got an empty name"),
+        ("parallel", "--exchanges=pigeon", "--exchanges: expected some of auto, two_level, "),
+        ("parallel_gpus", "--only=nothing", "--only: expected a part of a step's name, got 'no"),
+        ("parallel_gpus", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
+        ("parallel_gpus", "--minutes=-1", "argument --minutes: expected a finite number of 0"),
+    ],
+)
+def test_values_that_cannot_be_meant(capsys, monkeypatch, tmp_path, command, argument, said):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, command, argument).startswith(said)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_line_and_its_exit_code(capsys, number, code):
+    before = signal.getsignal(number)
+    assert interruption.ended(lambda: signal.raise_signal(number)) == code
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(number) is before
+    assert interruption.ended(lambda: 3) == 3
+
+
+def test_a_block_inside_of_another_forgets_no_signal(capsys):
+    def command():
+        with interruption.remembered():
+            signal.raise_signal(signal.SIGTERM)
+
+    assert interruption.ended(command) == 143
+
+
+def test_what_reads_the_output_may_end_first():
+    command = [sys.executable, "-m", "interop.flashinfer_bench", "list"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == ""
