@@ -22,8 +22,6 @@ from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, LayerWeights, Routing
 from pallas_kernels.shapes import even_rows
 
-_MOST_ROWS_OF_FUSED = 16  # more would choose tiles that are too tall for the routed experts
-
 
 def moe_layer(
     params: LayerWeights,
@@ -131,7 +129,7 @@ def moe_layer(
             *chosen,
             0,
             num_experts=config.num_experts + num_fused,
-            expected_rows=_expected_rows(len(x), config, num_fused),
+            expected_rows=max(even_rows(len(x), router.top_k, config.num_experts), 1e-3),
             swiglu_limit=router.swiglu_limit,
             **call,
         )
@@ -289,17 +287,6 @@ def _shared(
         swiglu_limit=config.shared_swiglu_limit,
         **call,
     )
-
-
-def _expected_rows(num_tokens: int, config: LayerConfig, num_fused: int) -> float:
-    """Rows that an expert is likely to get, for the height of tiles.
-
-    A fused expert gets all T rows: in tiles for a few rows its weights are read again by each. From
-    about 40 tokens on taller tiles win; theirs are cut where a routed expert has few rows.
-    """
-    routed = even_rows(num_tokens, config.router.top_k, config.num_experts)
-    shared = min(num_tokens / 4, _MOST_ROWS_OF_FUSED) if num_fused else 0
-    return max(routed, shared, 1e-3)
 
 
 def _with_fused(
