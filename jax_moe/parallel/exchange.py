@@ -92,7 +92,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     "two_level": _Kind(lambda ranks, _: TwoLevel(ranks), _two_level_reason, "available"),
     "collectives": _Kind(lambda ranks, _: Collectives(ranks), _collectives_reason, "available"),
-    "nvlink": _Kind(NVLink, _nvlink_reason, "available; not yet measured on several GPUs"),
+    "nvlink": _Kind(NVLink, _nvlink_reason, "available; like collectives on two GPUs"),
 }
 """By name; "auto" takes the first that can run, which is never the last."""
 
