@@ -126,6 +126,24 @@ def test_the_cache_is_flushed_before_each_call_and_outside_of_its_time(monkeypat
     assert steps == ["flush", "clock", "call", "wait", "clock"] * 2
 
 
+def test_a_flush_overwrites_several_times_what_any_l2_holds(monkeypatch):
+    """The largest, a B200's, holds 126 MB; the docstring promises 256."""
+    zeroed = []
+
+    def empty(size, dtype, device):
+        return types.SimpleNamespace(zero_=lambda: zeroed.append((size * dtype, device)))
+
+    cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda: zeroed.append("w"))
+    torch = types.SimpleNamespace(cuda=cuda, empty=empty, int32=4)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(timers.jax, "default_backend", lambda: "gpu")
+    flush = timers.flusher.__wrapped__()
+    assert zeroed == []
+    flush()
+    flush()
+    assert zeroed == [(256 * 2**20, "cuda"), "w"] * 2
+
+
 @pytest.mark.parametrize("cold", [True, False])
 def test_the_gpu_clock_flushes_before_the_markers_of_a_call(monkeypatch, cold):
     steps = []

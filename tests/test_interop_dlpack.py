@@ -7,6 +7,7 @@ import gc
 import resource
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,16 @@ def test_what_cannot_be_shared_is_copied_once(make):
     assert array.unsafe_buffer_pointer() != tensor.data_ptr()
     assert array.unsafe_buffer_pointer() % dlpack.ALIGNMENT["cpu"] == 0
     np.testing.assert_array_equal(np.asarray(array, np.float32), expected)
+
+
+def test_one_quick_look_is_enough_for_a_tensor_that_crosses_as_it_is(monkeypatch):
+    def looks_closely(bridge, tensor, name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(dlpack.Bridge, "_made_ready", looks_closely)
+    assert to_jax(torch.ones(64), "x").shape == (64,)
+    with pytest.raises(AssertionError, match="y"):
+        to_jax(misaligned(), "y")
 
 
 REFUSED = {
@@ -229,6 +240,24 @@ def test_threads_wait_for_their_own_stream():
             done.result()
     assert len(shared.waited) == 80
     assert all(thread == recorded for thread, recorded in shared.waited)
+
+
+def test_arrays_are_kept_until_torch_has_passed_them():
+    """In the order of their events: one that has happened waits for those before it."""
+    happened = {"a": False, "b": False}
+
+    def keep(name):
+        event = types.SimpleNamespace(query=lambda: happened[name])
+        dlpack.keep_while_read(name, types.SimpleNamespace(record_event=lambda: event))
+        return [array for _, array in dlpack._in_flight]
+
+    dlpack.keep_while_read("on a CPU", None)
+    assert not dlpack._in_flight
+    assert keep("a") == ["a"]
+    happened["b"] = True
+    assert keep("b") == ["a", "b"]
+    happened["a"] = True
+    assert keep("b") == []
 
 
 def test_int64_crosses_whole_where_jax_has_it():

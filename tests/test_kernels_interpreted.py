@@ -18,7 +18,7 @@ from scipy import special
 
 import jax_moe
 from jax_moe.types import GroupPlan, Quantized
-from pallas_kernels.mosaic import group_quant, permute, routing, unpermute
+from pallas_kernels.mosaic import group_quant, membership, permute, routing, unpermute
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
@@ -209,11 +209,18 @@ def test_group_quant_bits(rows, dtype):
     np.testing.assert_array_equal(values.view(np.uint8), expected_values.view(np.uint8))
 
 
+@pytest.mark.parametrize(("columns", "is_padded"), [(384, True), (512, False), (640, False)])
+def test_a_row_of_a_group_for_each_warp_is_quantized_without_copies(columns, is_padded):
+    x = jax.ShapeDtypeStruct((1, columns), jnp.float32)
+    assert ("pad[" in str(jax.make_jaxpr(group_quant.quantize)(x))) == is_padded
+
+
 def test_group_quant_by_powers_of_two():
     rng = np.random.default_rng(0)
     exponents = rng.integers(-126, 128, (47, 1)) + rng.integers(-10, 1, (47, 256))
     x = np.ldexp(rng.uniform(-1, 1, (47, 256)), exponents).astype(np.float32)
-    x[:5, :128] = np.array([448, 448 * (1 + 2**-23), 448 * (1 - 2**-24), 0, 1e-40])[:, None]
+    above, below = (np.nextafter(np.float32(448), np.float32(to)) for to in (449, 447))
+    x[:5, :128] = np.array([448, above, below, 0, 1e-40])[:, None]
     x[5, 3], x[6, 200], x[7, 0] = np.nan, np.inf, -np.inf
     found = run(
         functools.partial(group_quant.quantize, scale_format="ue8m0"),
@@ -258,12 +265,13 @@ def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
     np.testing.assert_allclose(topk_weights, expected.topk_weights, rtol=1e-6)
 
 
-ONE_LAUNCH, TWO_LAUNCHES = (10**6, 64), (0, 2)  # `_COUNTED_BY_ALL` and `_MAX_BLOCKS`
+# `_COUNTED_BY_ALL`, `_MAX_BLOCKS` and `_MAX_PAIRS_PER_THREAD`
+ONE_LAUNCH, TWO_LAUNCHES, MANY_BLOCKS = (10**6, 64, 16), (0, 2, 1), (0, 64, 16)
 
 
 @pytest.mark.parametrize(
     (
-        "counted_by_all", "max_blocks",
+        "counted_by_all", "max_blocks", "pairs_per_thread",
         "num_tokens", "num_experts", "num_local_experts", "top_k", "offset", "block_m",
     ),
     [
@@ -272,20 +280,22 @@ ONE_LAUNCH, TWO_LAUNCHES = (10**6, 64), (0, 2)  # `_COUNTED_BY_ALL` and `_MAX_BL
         slow(*ONE_LAUNCH, 70, 32, 8, 4, 24, 32),
         (*TWO_LAUNCHES, 70, 32, 8, 4, 24, 32),
         (*ONE_LAUNCH, 3, 600, 300, 3, 250, 16),  # more experts than threads
-        (*TWO_LAUNCHES, 3, 600, 300, 3, 250, 16),
+        (*MANY_BLOCKS, 70, 2000, 130, 3, 70, 16),  # histogram and padding in two steps each
         (*ONE_LAUNCH, 290, 8, 5, 1, 0, 1),  # more words of tokens than are unrolled
         (*TWO_LAUNCHES, 290, 8, 5, 1, 0, 1),
     ],
 )  # fmt: skip
 def test_plan(
-    num_tokens, num_experts, num_local_experts, top_k, offset, block_m, counted_by_all, max_blocks,
-    monkeypatch,
+    num_tokens, num_experts, num_local_experts, top_k, offset, block_m,
+    counted_by_all, max_blocks, pairs_per_thread, monkeypatch,
 ):  # fmt: skip
     monkeypatch.setattr(plan_kernels, "_COUNTED_BY_ALL", counted_by_all)
     monkeypatch.setattr(plan_kernels, "_MAX_BLOCKS", max_blocks)
+    monkeypatch.setattr(membership, "_MAX_PAIRS_PER_THREAD", pairs_per_thread)
     ids = draw_ids(num_tokens, num_experts, top_k)
     ids[num_tokens // 2, -1] = ids[num_tokens // 2, 0]
     ids[1] = -1
+    ids[0, 0] = offset + num_local_experts - 1  # the last expert has tokens
     plan = run(
         plan_kernels.plan_groups,
         ids,
@@ -361,7 +371,9 @@ def test_combine(few_tokens, top_k, hidden_size, monkeypatch):
     outputs[taken] = rng.standard_normal((len(taken), hidden_size))
     topk_weights = rng.random((6, top_k)).astype(np.float32)
     topk_weights[pair_row < 0] = np.nan
-    found = run(unpermute.unpermute, outputs, topk_weights, pair_row.astype(np.int32))
+    with monkeypatch.context() as patched:
+        patched.delattr(unpermute, "_sum_row" if few_tokens else "_sum_part")  # not to be used
+        found = run(unpermute.unpermute, outputs, topk_weights, pair_row.astype(np.int32))
     expected = np.zeros((6, hidden_size), np.float32)
     for t, k in zip(token, choice, strict=True):
         expected[t] += topk_weights[t, k] * outputs[pair_row[t, k]].astype(np.float32)

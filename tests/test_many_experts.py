@@ -102,6 +102,17 @@ def test_plan(num_local_experts, top_k, num_tokens):
     check_plan(512, num_local_experts, top_k, num_tokens)
 
 
+@pytest.mark.parametrize("num_local_experts", [1, 48, 128, 256, 300, 1024, 4096])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 8), (4096, 1), (16384, 8), (10**6, 8)])
+def test_a_plan_takes_little_shared_memory(num_tokens, top_k, num_local_experts):
+    """Up to 32 KB of bits, whatever the sizes; an expert or a thread per column, half of them idle
+    at most."""
+    sizes = plan._sizes(num_tokens, top_k, num_local_experts)
+    assert 4 * sizes.words * sizes.width <= 32 * 1024
+    assert num_local_experts <= sizes.width < 2 * max(num_local_experts, 128)
+    assert sizes.num_blocks * sizes.block_words * 32 >= num_tokens
+
+
 @pytest.mark.parametrize(("num_experts", "top_k"), [(384, 8), (1024, 16)])
 def test_routing(num_experts, top_k):
     check_routing(num_experts, top_k, 1, 1, 64)

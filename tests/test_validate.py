@@ -244,13 +244,6 @@ def test_integers_of_more_digits_than_python_prints(name):
         call()
 
 
-def test_a_static_count_that_is_traced():
-    ids = np.zeros((1, 2), np.int32)
-    plan = functools.partial(jax_moe.plan_groups, ids, 0, num_local_experts=2)
-    with pytest.raises(TypeError, match="num_experts: expected a static integer, got a traced int"):
-        jax.jit(lambda count: plan(num_experts=count))(8)
-
-
 HUGE = [pytest.param(-(10**400), id="401 digits"), pytest.param(10**5000, id="5001 digits")]
 
 
@@ -308,6 +301,28 @@ def test_more_local_experts_than_experts():
     refuses(ValueError, "gemm1_weights: expected E_local in 1..E = 1..32, got 33", **changes)
 
 
+def test_one_local_expert_is_enough_and_none_is_not():
+    apply = functools.partial(jax_moe.apply, config=SMALL)
+    one = make_inputs(5, num_local_experts=1)
+    assert jax.eval_shape(apply, *one.arguments).shape == (5, 256)
+    none = {name: value[:0] for name, value in INPUTS.weights._asdict().items()}
+    refuses(ValueError, "gemm1_weights: expected E_local in 1..E = 1..32, got 0", **none)
+
+
+def test_choices_of_a_router_of_ones_own():
+    """Any number of experts per token from one on."""
+    _, _, *arrays, offset, _ = INPUTS.arguments
+
+    def shape_of(top_k):
+        ids = np.zeros((5, top_k), np.int32)
+        call = functools.partial(jax_moe.apply_routed, num_experts=32)
+        return jax.eval_shape(call, *arrays, ids, ids.astype(np.float32), offset).shape
+
+    assert shape_of(1) == shape_of(2) == (5, 384)
+    with pytest.raises(ValueError, match=r"topk_ids: expected k of at least 1, got int32 \[5, 0\]"):
+        shape_of(0)
+
+
 def test_more_pairs_than_int32_counts():
     many = jax.ShapeDtypeStruct((2**28, 32), jnp.float32)
     with pytest.raises(ValueError, match="T \\* top_k below 2\\^30, got 268435456 \\* 4"):
@@ -363,6 +378,8 @@ def test_stages():
         plan_groups(ids, 25)
     with pytest.raises(ValueError, match=r"num_local_experts: expected 1\.\.32, got 33"):
         plan_groups(ids, 0, num_local_experts=33)
+    with pytest.raises(ValueError, match=r"num_experts: expected 1\.\.1073741824, got 0"):
+        plan_groups(ids, 0, num_experts=0)
     plan = plan_groups(ids, offset)
     with pytest.raises(TypeError, match=r"plan: expected a jax_moe\.GroupPlan, got tuple"):
         jax_moe.up_project(x, x_scale, w13, s13, tuple(plan))
