@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import pytest
@@ -56,6 +57,35 @@ def test_a_report_counts_and_explains_survivors():
     assert "-    a = b + c\n+    a = b - c" in text
     explained = {(one.module, "a = b + c"): "both are zero"}
     assert "line 1: both are zero" in mutants.report(found, explained, "Seed 1.")
+
+
+def test_a_change_is_made_again_in_the_line_nearest_to_where_it_was():
+    (one,) = (mutant._replace(line=4) for mutant in some(1))
+    source = "    a = b + c\n# new\n\n# new\n    a = b + c\n"
+    expected = "    a = b + c\n# new\n\n# new\n    a = b - c\n"
+    assert mutants.applied(source, Verdict(one, "survived", DIFF)) == expected
+    assert mutants.applied("a = b + c\n", Verdict(one, "survived", DIFF)) is None
+
+
+def test_what_was_judged_again_counts_as_it_was_judged_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "FOLDER", tmp_path)
+    monkeypatch.setattr(mutants, "AGAIN", tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "drawn.json").write_text('{"commit": "abc"}')
+    found = [Verdict(one, "survived", DIFF) for one in some(3)]
+    mutants.write_report(found, 1)
+    assert "0 of 3 are killed" in (tmp_path / "mutants.md").read_text()
+    outcomes = {"job 0": "killed", "job 1": "survived"}
+    again = {"commit": "def", "outcomes": outcomes}
+    (tmp_path / "again" / "outcomes.json").write_text(json.dumps(again))
+    mutants.write_report(found, 1)
+    text = (tmp_path / "mutants.md").read_text()
+    assert "1 of 3 are killed" in text
+    assert (
+        "The 3 that survived were judged again, 2 so far, with code and tests of commit def" in text
+    )
+    rows = json.loads((tmp_path / "mutants.json").read_text())["rows"]
+    assert [row["outcome"] for row in rows] == ["killed", "survived", "survived"]
 
 
 def test_nothing_is_said_about_nothing():

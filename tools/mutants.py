@@ -2,6 +2,7 @@
 
     make mutants                       # 300 of them; what a run has judged stays judged
     make mutants ARGS="--count 30"
+    make mutants ARGS=--again          # what survived, with today's code and tests
 
 cosmic-ray makes the changes (another operator, another number, a condition turned round), in a copy
 of the checkout under `out/mutants/tree`. Each is judged by the tests of its module alone. A change
@@ -25,9 +26,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "out" / "mutants"
+AGAIN = FOLDER / "again"
 SEED, COUNT = 20261129, 300
 TIMEOUT_S = 240.0
 _UNCHANGED = "JAX_MOE_MUTANTS_OF"  # where the unchanged files are, for the test command
+_JUDGE = (str(ROOT / ".venv" / "bin" / "python"), "-m", "tools.mutants", "--judge")
 
 _INTERPRETED = "test_kernels_interpreted.py::"
 MODULES: dict[str, tuple[str, ...]] = {
@@ -42,6 +45,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "pallas_kernels/mosaic/plan.py": (_INTERPRETED + "test_plan", "test_many_experts.py"),
     "pallas_kernels/mosaic/group_quant.py": (
         _INTERPRETED + "test_group_quant_bits",
+        _INTERPRETED + "test_a_row_of_a_group_for_each_warp_is_quantized_without_copies",
         _INTERPRETED + "test_group_quant_by_powers_of_two",
         _INTERPRETED + "test_up_projection",
     ),
@@ -54,7 +58,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "bench/timers.py": ("test_bench_timing.py", "test_bench_execution.py"),
     "interop/dlpack.py": ("test_interop_dlpack.py",),
     "jax_moe/validate.py": ("test_validate.py",),
-    "jax_moe/scalars.py": ("test_validate.py",),
+    "jax_moe/scalars.py": ("test_scalars.py", "test_validate.py"),
 }
 """What is changed, and what of `tests/` judges it, as pytest's ids, the quickest first."""
 
@@ -125,28 +129,20 @@ def drawn(mutants: Iterable[Mutant], count: int, seed: int, root: Path = ROOT) -
 
 def prepare(count: int, seed: int) -> None:
     """Copies the checkout and has cosmic-ray list the mutants, unless an earlier run did."""
-    tree, session = FOLDER / "tree", FOLDER / "session.sqlite"
+    session = FOLDER / "session.sqlite"
     if session.exists():
         check_drawn(json.loads((FOLDER / "drawn.json").read_text()), count, seed)
         return
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    files = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    for name in filter(None, files.split("\0")):
-        _copy(ROOT / name, tree / name)
-    for name in MODULES:
-        _copy(ROOT / name, FOLDER / "unchanged" / name)
+    _copy_checkout(FOLDER)
     what = {"count": count, "seed": seed, "commit": _git_commit()}
     (FOLDER / "drawn.json").write_text(json.dumps(what))
     config = FOLDER / "config.toml"
-    command = f"{ROOT / '.venv' / 'bin' / 'python'} -m tools.mutants --judge"
     config.write_text(
         "[cosmic-ray]\n"
         f"module-path = {json.dumps(list(MODULES))}\n"
         f"timeout = {TIMEOUT_S}\n"
         "excluded-modules = []\n"
-        f"test-command = {json.dumps(command)}\n"
+        f"test-command = {json.dumps(' '.join(_JUDGE))}\n"
         '[cosmic-ray.distributor]\nname = "local"\n'
     )
     unfinished = FOLDER / "unfinished.sqlite"
@@ -174,6 +170,18 @@ def _git_commit() -> str:
     return git_commit()
 
 
+def _copy_checkout(folder: Path) -> None:
+    """Copies the tracked files to `folder/tree`, after emptying the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in filter(None, files.split("\0")):
+        _copy(ROOT / name, folder / "tree" / name)
+    for name in MODULES:
+        _copy(ROOT / name, folder / "unchanged" / name)
+
+
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source, target)
@@ -185,19 +193,20 @@ def restore(folder: Path = FOLDER) -> None:
         _copy(folder / "unchanged" / name, folder / "tree" / name)
 
 
-def check_unchanged() -> None:
+def check_unchanged(folder: Path = FOLDER) -> None:
     """Runs all the tests on the unchanged code, once: what fails there would kill every mutant."""
-    passed = FOLDER / "passed"
+    passed = folder / "passed"
     if passed.exists():
         return
-    command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "tools.mutants", "--judge"]
-    if subprocess.run(command, cwd=FOLDER / "tree", env=_environment(), check=False).returncode:
+    if subprocess.run(
+        _JUDGE, cwd=folder / "tree", env=_environment(folder), check=False
+    ).returncode:
         sys.exit("make mutants: the tests fail on the unchanged code, so they judge nothing")
     passed.touch()
 
 
-def _environment() -> dict[str, str]:
-    return os.environ | {_UNCHANGED: str(FOLDER / "unchanged"), "JAX_PLATFORMS": "cpu"}
+def _environment(folder: Path = FOLDER) -> dict[str, str]:
+    return os.environ | {_UNCHANGED: str(folder / "unchanged"), "JAX_PLATFORMS": "cpu"}
 
 
 def _cosmic_ray(*arguments: str) -> None:
@@ -280,10 +289,51 @@ def report(found: Sequence[Verdict], explained: dict[tuple[str, str], str], abou
     return "\n".join(lines)
 
 
-def changed_line(diff: str) -> str:
-    """The first line that a diff takes away, with its sign; empty if there is none."""
-    body = [line for line in diff.splitlines() if line.startswith("-") and line[:3] != "---"]
+def changed_line(diff: str, sign: str = "-") -> str:
+    """The first line that a diff takes away or, of "+", adds, with its sign; empty if none."""
+    body = [line for line in diff.splitlines() if line[:1] == sign and line[:3] != sign * 3]
     return body[0] if body else ""
+
+
+def applied(source: str, verdict: Verdict) -> str | None:
+    """A module's text with the change of a verdict; None where its line is no longer there.
+
+    Of several equal lines it is the nearest to where the changed one was.
+    """
+    lines, was = source.split("\n"), changed_line(verdict.diff)[1:]
+    places = [place for place, line in enumerate(lines, 1) if line == was]
+    if not places:
+        return None
+    place = min(places, key=lambda place: abs(place - verdict.mutant.line))
+    lines[place - 1] = changed_line(verdict.diff, "+")[1:]
+    return "\n".join(lines)
+
+
+def judge_again(survivors: Sequence[Verdict]) -> None:
+    """Makes the changes that survived in a copy of today's code; today's tests judge them."""
+    commit = _git_commit()
+    if _again().get("commit") != commit:
+        _copy_checkout(AGAIN)
+    outcomes = _again().get("outcomes", {})
+    restore(AGAIN)
+    check_unchanged(AGAIN)
+    for one in survivors:
+        path = AGAIN / "tree" / one.mutant.module
+        source = applied(path.read_text(), one)
+        if source is None or one.mutant.job in outcomes:
+            continue
+        path.write_text(source)
+        command = ["timeout", str(TIMEOUT_S), *_JUDGE]
+        status = subprocess.run(command, cwd=AGAIN / "tree", env=_environment(AGAIN), check=False)
+        restore(AGAIN)
+        outcomes[one.mutant.job] = "killed" if status.returncode else "survived"
+        done = {"commit": commit, "outcomes": outcomes}
+        (AGAIN / "outcomes.json").write_text(json.dumps(done, indent=1))
+
+
+def _again() -> dict[str, Any]:
+    path = AGAIN / "outcomes.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def judge() -> int:
@@ -304,28 +354,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.mutants")
     parser.add_argument("--count", type=int, default=COUNT, help="mutants to draw")
     parser.add_argument("--seed", type=int, default=SEED, help="of the draw")
+    parser.add_argument("--again", action="store_true", help="judge only what survived before")
     parser.add_argument("--judge", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.judge:
         return judge()
     prepare(args.count, args.seed)
     session = FOLDER / "session.sqlite"
-    restore()
-    check_unchanged()
     try:
-        _cosmic_ray("exec", str(FOLDER / "config.toml"), str(session))
+        if args.again:
+            judge_again([one for one in verdicts(session) if one.outcome == "survived"])
+        else:
+            restore()
+            check_unchanged()
+            _cosmic_ray("exec", str(FOLDER / "config.toml"), str(session))
     finally:
-        sys.path.insert(0, str(ROOT))
-        from tests.mutants_explained import EXPLAINED
-
-        found = verdicts(session)
-        commit = json.loads((FOLDER / "drawn.json").read_text())["commit"]
-        about = f"Commit {commit}, Python {sys.version.split()[0]}, seed {args.seed}."
-        (FOLDER / "mutants.md").write_text(report(found, EXPLAINED, about))
-        rows = [one.mutant._asdict() | {"outcome": one.outcome} for one in found]
-        (FOLDER / "mutants.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
-    print(f"wrote {FOLDER / 'mutants.md'}")
+        write_report(verdicts(session), args.seed)
     return 0
+
+
+def write_report(found: Sequence[Verdict], seed: int) -> None:
+    """Writes both files; what was judged again counts as it was judged last."""
+    sys.path.insert(0, str(ROOT))
+    from tests.mutants_explained import EXPLAINED
+
+    commit = json.loads((FOLDER / "drawn.json").read_text())["commit"]
+    about = f"Commit {commit}, Python {sys.version.split()[0]}, seed {seed}."
+    outcomes = _again().get("outcomes", {})
+    if outcomes:
+        about += (
+            f" The {sum(one.outcome == 'survived' for one in found)} that survived were judged "
+            f"again, {len(outcomes)} so far, with code and tests of commit {_again()['commit']}."
+        )
+    found = [one._replace(outcome=outcomes.get(one.mutant.job, one.outcome)) for one in found]
+    (FOLDER / "mutants.md").write_text(report(found, EXPLAINED, about))
+    rows = [one.mutant._asdict() | {"outcome": one.outcome} for one in found]
+    (FOLDER / "mutants.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    print(f"wrote {FOLDER / 'mutants.md'}")
 
 
 if __name__ == "__main__":
