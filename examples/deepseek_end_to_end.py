@@ -7,7 +7,7 @@ with 128x128 blocks as DeepSeek publishes it, loads the MoE layers from disk wit
 `jax_moe.checkpoint`, and compares them and the logits of the whole model with transformers' in
 float32 on the dequantized weights. The figures with `bf16_` are those of transformers' own model
 in bfloat16: a token near a tie of two experts changes its expert, and its logits, there as well.
-Needs torch, transformers and safetensors (`pip install jax-moe[models-test]`).
+Needs torch, transformers and safetensors (`pip install '.[bench,models-test]'`).
 """
 
 from __future__ import annotations
