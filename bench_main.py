@@ -170,7 +170,8 @@ def _settings() -> Settings:
             raise ValueError("--num_local_experts: the workloads of --dataset are of ranks of 32")
         experts = sizes_of(models.get(_MODEL.value), reduced=not on_gpu).num_experts
         if experts % local:
-            raise ValueError(f"--num_local_experts: expected a divisor of {experts}, got {local}")
+            held = f"{experts} experts" if on_gpu else f"{experts} experts, all at reduced size"
+            raise ValueError(f"--num_local_experts: expected a divisor of {held}, got {local}")
     missing = gpu_clock.unavailable_reason()
     if _TIMER.value == "gpu" and missing:
         raise ValueError(f"--timer=gpu: {missing}")

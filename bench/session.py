@@ -36,12 +36,15 @@ OK, FAILED = 0, 1
 def list_solutions(backend: str, model: str, **options: Any) -> str:
     """Every solution: what it is, whether it can run here and why not; as for `registry`."""
     lines = []
-    for name, solution in solutions.registry(backend, models.get(model), **options).items():
+    found = solutions.registry(backend, models.get(model), **options)
+    width = max(map(len, found))
+    for name, solution in found.items():
         reason = solution.unavailable_reason()
-        lines.append(f"{name:18} {'available' if reason is None else f'not available: {reason}'}")
-        lines.append(f"{'':18} {solution.description} [{solution.framework}]")
+        state = "available" if reason is None else f"not available: {reason}"
+        lines.append(f"{name:{width}} {state}")
+        lines.append(f"{'':{width}} {solution.description} [{solution.framework}]")
         if solution.caveat:
-            lines.append(f"{'':18} note: {solution.caveat}")
+            lines.append(f"{'':{width}} note: {solution.caveat}")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ source has and no test reaches must be in `UNREACHED`.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import functools
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -253,8 +254,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Plugin(site, os.environ.get(_RECORD)))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each removal; exit code 1 if one is neither seen nor explained."""
+    parser = argparse.ArgumentParser(prog="python -m tests.barrier_mutations")
+    parser.description = "Runs the kernels' tests without one barrier at a time; takes minutes."
+    parser.parse_args(argv)
     found = []
     for verdict in verdicts(record()):
         print(verdict, flush=True)

@@ -22,7 +22,9 @@ from typing import Any
 import tqdm
 
 from bench import environment
+from bench.commands import folder
 from interop import interruption
+from interop.arguments import finite
 from jax_moe.io.files import write_atomically
 
 INTERPRETED = "interpreted_mosaic"
@@ -166,11 +168,11 @@ def usable(names: str | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--minutes", type=finite, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="which cases, 0 or more")
     parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
     parser.add_argument("--case", type=int, help="runs this one case alone")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/fuzz"))
+    parser.add_argument("--output", type=folder, default="out/fuzz")
     args = parser.parse_args(argv)
     if args.seed < 0 or args.minutes <= 0 or (args.case or 0) < 0:
         parser.error("--seed, --case: expected 0 or more; --minutes: expected more than 0")
@@ -196,7 +198,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_for(campaign: Campaign, seed: int, seconds: float, output: pathlib.Path) -> dict[str, Any]:
     """Fuzzes; returns when, how long, and what on."""
-    output.mkdir(parents=True, exist_ok=True)
     slots = list(range(len(campaign.cases.SLOTS)))
     if INTERPRETED in campaign.backends:
         slots = list(campaign.cases.INTERPRETED_SLOTS)

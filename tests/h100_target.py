@@ -23,6 +23,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 import types
@@ -357,8 +358,14 @@ def main(argv: list[str] | None = None) -> int:
     module, _, function = args.target.partition(":")
     if not function:
         parser.error(f"target: expected module:function, got {args.target!r}")
+    if args.cuda_bin and shutil.which("ptxas", path=args.cuda_bin) is None:
+        parser.error(f"--cuda-bin: expected a folder with ptxas in it, got {args.cuda_bin!r}")
     prepare_environment(args.cuda_bin)
-    made = getattr(importlib.import_module(module), function)()
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        parser.error(f"target: {error}")
+    made = make()
     programs = [(args.target, *made)] if isinstance(made, tuple) else made
     for label, fn, specs in programs:
         report = compile_for_h100(fn, *specs)

@@ -18,8 +18,9 @@ COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared
 
 def refused(capsys, command, *arguments):
     """What a command says of its arguments."""
+    module = command if "." in command else f"bench.{command}"
     with pytest.raises(SystemExit) as raised:
-        importlib.import_module(f"bench.{command}").main(list(arguments))
+        importlib.import_module(module).main(list(arguments))
     assert raised.value.code == 2
     return capsys.readouterr().err.splitlines()[-1].partition("error: ")[2]
 
@@ -49,11 +50,26 @@ def test_folders_that_cannot_be_written_to(capsys, command, folder, reason):
         ("parallel_gpus", "--only=nothing", "--only: expected a part of a step's name, got 'no"),
         ("parallel_gpus", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
         ("parallel_gpus", "--minutes=-1", "argument --minutes: expected a finite number of 0"),
+        ("tests.fuzz", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
+        ("tests.fuzz", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No such"),
+        ("tests.barrier_mutations", "--fast", "unrecognized arguments: --fast"),
+        ("tools.compare_ptx", "/nowhere", "argument before: expected the folder of a checkout, "),
+        ("tests.h100_target", "tests.nowhere:x", "target: No module named 'tests.nowhere'"),
+        ("tests.h100_target", "tests.pairwise:x", "target: module 'tests.pairwise' has no attrib"),
     ],
 )
 def test_values_that_cannot_be_meant(capsys, monkeypatch, tmp_path, command, argument, said):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tests.h100_target.prepare_environment", lambda _: None)
     assert refused(capsys, command, argument).startswith(said)
+
+
+def test_a_folder_without_a_compiler_is_not_passed_over(capsys):
+    said = refused(capsys, "tests.h100_target", "tests.pairwise:x", "--cuda-bin=/nowhere")
+    assert said == "--cuda-bin: expected a folder with ptxas in it, got '/nowhere'"
+    assert refused(capsys, "tools.compare_ptx", ".", ".", "--tokens=1,x").startswith(
+        "argument --tokens: expected token counts such as 1,80"
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -137,5 +137,6 @@ for program in sys.argv[3:]:
 
 
 def test_a_checkout_that_does_not_compile_is_an_error(tmp_path):
+    (tmp_path / "pallas_kernels").mkdir()
     with pytest.raises(SystemExit, match=r"does not compile \(exit code 1\)"):
         compare_ptx.main([str(tmp_path), str(pathlib.Path.cwd())])

@@ -189,12 +189,26 @@ def _commit(checkout: pathlib.Path) -> str | None:
     return None if git("status", "--porcelain") else git("rev-parse", "HEAD")[:12]
 
 
+def _checkout(text: str) -> pathlib.Path:
+    path = pathlib.Path(text).resolve()
+    if not (path / "pallas_kernels").is_dir():
+        raise argparse.ArgumentTypeError(f"expected the folder of a checkout, got {text!r}")
+    return path
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected token counts such as 1,80, got {text!r}")
+    return [int(part) for part in parts]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line: compares two checkouts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("before", type=pathlib.Path, help="folder of a checkout")
-    parser.add_argument("after", type=pathlib.Path, help="folder of another one")
-    parser.add_argument("--tokens", default="1,80,1000,14107", help="values of T")
+    parser.add_argument("before", type=_checkout, help="folder of a checkout")
+    parser.add_argument("after", type=_checkout, help="folder of another one")
+    parser.add_argument("--tokens", type=_counts, default="1,80,1000,14107", help="values of T")
     parser.add_argument("--backend", default="mosaic", choices=("mosaic", "triton"))
     parser.add_argument("--experts", type=int, default=256, help="E")
     parser.add_argument("--local-experts", type=int, default=32, help="E_local")
@@ -204,10 +218,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names = ("backend", "experts", "local_experts", "hidden", "intermediate")
     options = {name: getattr(args, name) for name in names}
-    programs = [*(f"T={int(tokens)}" for tokens in args.tokens.split(",")), "quantize"]
+    programs = [*(f"T={tokens}" for tokens in args.tokens), "quantize"]
     cache = args.cache and args.cache.resolve()
     before, after = (
-        compile_checkout(checkout.resolve(), programs, options, cache)
+        compile_checkout(checkout, programs, options, cache)
         for checkout in (args.before, args.after)
     )
     differ = 0
