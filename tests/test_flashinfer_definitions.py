@@ -267,6 +267,8 @@ def test_a_folder_of_data_sets_is_written_and_listed(tmp_path, capsys):
     flags = ["export", str(tmp_path), f"--definitions={OTHERS[0].name}", "--dataset=x"]
     assert __main__.main(flags) == 2
     assert "--dataset: has workloads of moe_fp8" in capsys.readouterr().err
+    assert __main__.main(["report", str(tmp_path)]) == 2  # one without traces stops no other
+    assert capsys.readouterr().err.count(" with a measured trace") == 2
     assert __main__.main(["list"]) == 0
     shown = capsys.readouterr().out
     assert all(one.name in shown and one.source in shown for one in definitions.ALL)

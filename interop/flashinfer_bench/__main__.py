@@ -56,9 +56,15 @@ def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
     output = _folder(getattr(arguments, "output", None))
     if not (several := _data_sets(folder)):
         return _dispatch_one(arguments, extra, folder, output)
-    return max(
-        _dispatch_one(arguments, extra, one, output and output / one.name) for one in several
-    )
+    code = 0
+    for one in several:  # what one lacks keeps no other from its turn
+        try:
+            done = _dispatch_one(arguments, extra, one, output and output / one.name)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            done = 2
+        code = max(code, done)
+    return code
 
 
 def _dispatch_one(
