@@ -137,7 +137,7 @@ def torch_moe_routed(
 ) -> BFloat16[Tensor, "T H"]:
     """`jax_moe.apply_routed` on torch tensors: the caller says which experts each token goes to.
 
-    Example:
+    Examples:
         >>> weights, ids = torch.topk(logits.softmax(dim=1), 8)   # any router
         >>> out = torch_moe_routed(x, scale, *experts, ids.int(), weights, 0, num_experts=128)
 
@@ -212,7 +212,7 @@ class TorchMoE:
     with what was copied beside them. `state_dict`, `.to()` and dtype conversions of that module do
     not see it: register the weights as buffers if they are to be there as well.
 
-    Example:
+    Examples:
         >>> layer = TorchMoE(ExpertWeights(w13, w13_scale, w2, w2_scale))
         >>> out = layer(logits, bias, x, x_scale, 0, 2.5)
         >>> out = layer.routed(x, x_scale, ids, weights, 0, num_experts=256)

@@ -165,7 +165,7 @@ def apply_routed(
     `apply` is `route` followed by this, bit for bit. All that its docstring says of padding,
     transformations and repeatability holds here.
 
-    Example:
+    Examples:
         >>> weights, ids = jax.lax.top_k(jax.nn.softmax(logits), 8)   # any router
         >>> out = jax_moe.apply_routed(x, scale, *experts, ids, weights, 0, num_experts=128)
 

@@ -78,7 +78,7 @@ def describe_device(device: jax.Device) -> Device:
 def assume_device(name: str) -> Iterator[None]:
     """Traces as if for another device, for ahead-of-time compilation where it is not present.
 
-    Example:
+    Examples:
         >>> with jax_moe.assume_device("sm_90"):
         ...     lowered = jax.jit(step).trace(*h100_shapes).lower(lowering_platforms=("cuda",))
 

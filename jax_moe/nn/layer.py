@@ -47,7 +47,7 @@ def moe_layer(
     only; jit it, alone or with what is around it. Works under `jax.jit`, `jax.lax.scan` over layers
     with stacked weights, `jax.vmap`, `jax.shard_map` and `jax.export`, as `apply` does.
 
-    Example:
+    Examples:
         >>> folder = "DeepSeek-V3"                                            # doctest: +SKIP
         >>> params = jax_moe.checkpoint.load_layer(folder, 3)                 # doctest: +SKIP
         >>> config = LayerConfig.from_hf(json.load(open(f"{folder}/config.json")))  # doctest: +SKIP

@@ -39,7 +39,7 @@ class DeepSeekMoE(nnx.Module):
     metadata that splits their first axis over the mesh axis "expert"
     (`nnx.get_partition_spec(nnx.state(layer))`).
 
-    Example:
+    Examples:
         >>> layer = DeepSeekMoE(config, rngs=nnx.Rngs(0))                     # doctest: +SKIP
         >>> layer = DeepSeekMoE.from_checkpoint("DeepSeek-V3", 3)             # doctest: +SKIP
         >>> y = nnx.jit(lambda layer, x: layer(x))(layer, x)                  # doctest: +SKIP

@@ -69,7 +69,7 @@ def apply_expert_parallel(
     Every rank must make the same call with arrays of the same shapes, with `num_tokens` for ranks
     that have fewer tokens. Forward only, as `apply`.
 
-    Example:
+    Examples:
         >>> in_specs, out_specs = jax_moe.partition_specs("expert")
         >>> layer = jax.shard_map(
         ...     functools.partial(jax_moe.apply_expert_parallel, axis_name="expert"),

@@ -36,7 +36,7 @@ def partition_specs(
 
     Tokens and experts are split over the ranks, the bias and the scaling factor are everywhere.
 
-    Example:
+    Examples:
         >>> in_specs, out_specs = jax_moe.partition_specs("expert")
         >>> weights = jax.device_put(weights, jax.NamedSharding(mesh, in_specs[4]))
 
@@ -114,7 +114,7 @@ def expert_parallel(
     It makes the `jax.shard_map` and jits it. Arrays that already lie as `partition_specs` says are
     used where they are; others are moved there at every call, which weights should be spared.
 
-    Example:
+    Examples:
         >>> mesh = jax.make_mesh((8,), ("expert",))
         >>> layer = jax_moe.expert_parallel(mesh, "expert")
         >>> out = layer(logits, bias, x, x_scale, w13, w13_scale, w2, w2_scale, 2.5)
