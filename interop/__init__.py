@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from interop.torch_api import torch_moe as torch_moe
     from interop.torch_api import torch_moe_routed as torch_moe_routed
 
-TORCH = ("2.11", "2.13")
+TORCH = ("2.11", "2.14")
 """The oldest and newest PyTorch that the bridge is tested with: it calls functions not public."""
 
 _HOMES = {

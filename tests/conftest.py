@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 from collections.abc import Iterator
 
@@ -27,14 +28,20 @@ if not has_gpu_driver():
         h100_target.prepare_environment()
 
 
+# What JAX 0.11.1 says of a kernel of ours: its interpreter does not know the primitive.
+_NOT_INTERPRETED = "MLIR translation rule for primitive 'layout_cast' not found for platform cpu"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """Skips what asks the ahead-of-time harness on a JAX whose dumps it cannot read."""
+    """Skips what another JAX cannot do: interpret, or dump what the harness reads."""
     try:
         return (yield)
     except Exception as error:
         if h100_target.NEEDS_THIS_JAX in str(error):
             pytest.skip(str(error))
+        if _NOT_INTERPRETED in str(error) and importlib.metadata.version("jax") == "0.11.1":
+            pytest.skip("the interpreter of JAX 0.11.1 lacks layout_cast")
         raise
 
 

@@ -150,7 +150,7 @@ def test_what_a_shrunk_storage_still_holds_crosses():
     assert to_jax(freed(torch.ones(4, 0))).shape == (4, 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, in jvp
 @pytest.mark.parametrize(
     "transform",
     [torch.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), torch.func.functionalize],

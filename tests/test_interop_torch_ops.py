@@ -232,7 +232,7 @@ def test_fake_tensors_give_fake_results(inputs, handle, choices):
         assert (result.shape, result.dtype) == ((4, 128), torch.bfloat16)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_tracers_record_the_call(inputs, expected):
     """And no constant result."""
     graph = make_fx(plain)(*array_arguments(inputs))

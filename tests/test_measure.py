@@ -33,6 +33,12 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_steps_run_in_the_order_in_which_they_are_named():
+    names = ["tests", "bench", "tests"]
+    assert [step.name for step in measure.steps_of(names, OUT)] == ["tests", "bench"]
+    assert [step.name for step in measure.steps_of([], OUT)] == list(measure.KINDS)
+
+
 def test_without_time_nothing_begins(tmp_path):
     assert run_all([Step("late", ["-c", "print(1)"], 20)], tmp_path, 0.1) == 1
     assert states(tmp_path) == {"late": "not run: no time left"}

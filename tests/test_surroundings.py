@@ -132,7 +132,7 @@ def test_another_torch_is_named(monkeypatch):
         interop.to_jax  # noqa: B018
     for name in ("torch_reference", "sglang_v2", "deepgemm128"):
         reason = SOLUTIONS[name].unavailable_reason()
-        assert reason is None or "torch 2.11 to 2.13, got 2.4.1" in reason or "package" in reason
+        assert reason is None or "torch 2.11 to 2.14, got 2.4.1" in reason or "package" in reason
     assert "got 2.4.1" in SOLUTIONS["torch_reference"].unavailable_reason()
     assert SOLUTIONS["torch_reference"].framework == "torch"
 
@@ -156,7 +156,7 @@ def test_the_torch_that_is_needed_is_the_one_that_is_pinned():
 
 @pytest.mark.parametrize(
     ("version", "is_fit"),
-    [("2.10.0", False), ("2.11.0+cu130", True), ("2.13.1", True), ("2.14.0", False)],
+    [("2.10.0", False), ("2.11.0+cu130", True), ("2.14.1", True), ("2.15.0", False)],
 )
 def test_a_torch_of_the_window_is_taken(monkeypatch, version, is_fit):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: version)

@@ -117,7 +117,7 @@ def steps_of(names: Sequence[str], folder: Path) -> list[Step]:
     """The steps of some kinds.
 
     Args:
-        names: Of `KINDS`; none means all.
+        names: Of `KINDS`, in their order; none means all.
         folder: Above the steps' own folders.
 
     Raises:
@@ -127,9 +127,8 @@ def steps_of(names: Sequence[str], folder: Path) -> list[Step]:
         if name not in KINDS:
             raise ValueError(f"unknown step {name!r}; expected some of {', '.join(KINDS)}")
     return [
-        Step(name, kind.arguments(folder / name), kind.seconds)
-        for name, kind in KINDS.items()
-        if not names or name in names
+        Step(name, KINDS[name].arguments(folder / name), KINDS[name].seconds)
+        for name in dict.fromkeys(names or KINDS)
     ]
 
 
