@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import gc
 import resource
@@ -242,8 +243,9 @@ def test_threads_wait_for_their_own_stream():
     assert all(thread == recorded for thread, recorded in shared.waited)
 
 
-def test_arrays_are_kept_until_torch_has_passed_them():
+def test_arrays_are_kept_until_torch_has_passed_them(monkeypatch):
     """In the order of their events: one that has happened waits for those before it."""
+    monkeypatch.setattr(dlpack, "_in_flight", collections.deque())
     happened = {"a": False, "b": False}
 
     def keep(name):

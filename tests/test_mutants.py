@@ -8,8 +8,8 @@ import pathlib
 import pytest
 
 from tests.mutants_explained import EXPLAINED
-from tools import mutants
-from tools.mutants import Mutant, Verdict
+from tools import mutants, mutants_report
+from tools.mutants_report import Mutant, Verdict
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIFF = "--- mutation diff ---\n--- a\n+++ b\n@@ -1 +1 @@\n-    a = b + c\n+    a = b - c\n"
@@ -50,21 +50,21 @@ def test_a_seed_draws_the_same_mutants_in_any_order():
 def test_a_report_counts_and_explains_survivors():
     one, two, three = some(3)
     found = [Verdict(one, "killed"), Verdict(two, "survived", DIFF), Verdict(three, "")]
-    text = mutants.report(found, {}, "Seed 1.")
+    text = mutants_report.report(found, {}, "Seed 1.")
     assert "1 of 2 are killed, 50.0%." in text
     assert "**Incomplete**: 1 are not judged yet." in text
     assert f"`{one.module}` line 1: not explained" in text
     assert "-    a = b + c\n+    a = b - c" in text
     explained = {(one.module, "a = b + c"): "both are zero"}
-    assert "line 1: both are zero" in mutants.report(found, explained, "Seed 1.")
+    assert "line 1: both are zero" in mutants_report.report(found, explained, "Seed 1.")
 
 
 def test_a_change_is_made_again_in_the_line_nearest_to_where_it_was():
     (one,) = (mutant._replace(line=4) for mutant in some(1))
     source = "    a = b + c\n# new\n\n# new\n    a = b + c\n"
     expected = "    a = b + c\n# new\n\n# new\n    a = b - c\n"
-    assert mutants.applied(source, Verdict(one, "survived", DIFF)) == expected
-    assert mutants.applied("a = b + c\n", Verdict(one, "survived", DIFF)) is None
+    assert mutants_report.applied(source, Verdict(one, "survived", DIFF)) == expected
+    assert mutants_report.applied("a = b + c\n", Verdict(one, "survived", DIFF)) is None
 
 
 def test_what_was_judged_again_counts_as_it_was_judged_last(tmp_path, monkeypatch):
@@ -81,15 +81,22 @@ def test_what_was_judged_again_counts_as_it_was_judged_last(tmp_path, monkeypatc
     mutants.write_report(found, 1)
     text = (tmp_path / "mutants.md").read_text()
     assert "1 of 3 are killed" in text
-    assert (
-        "The 3 that survived were judged again, 2 so far, with code and tests of commit def" in text
-    )
+    assert "Of the 3 that survived, 2 were judged again with code and tests of commit def." in text
     rows = json.loads((tmp_path / "mutants.json").read_text())["rows"]
     assert [row["outcome"] for row in rows] == ["killed", "survived", "survived"]
 
 
+def test_only_survivors_that_are_not_explained_are_judged_again():
+    (module, line) = next(iter(EXPLAINED))
+    one, two, three = (mutant._replace(module=module) for mutant in some(3))
+    found = [Verdict(one, "survived", f"-  {line}\n+  x"), Verdict(two, "survived", DIFF)]
+    assert (
+        mutants_report.unexplained([*found, Verdict(three, "killed", DIFF)], EXPLAINED) == found[1:]
+    )
+
+
 def test_nothing_is_said_about_nothing():
-    assert "0 of 0 are killed." in mutants.report([], {}, "Seed 1.")
+    assert "0 of 0 are killed." in mutants_report.report([], {}, "Seed 1.")
 
 
 def test_explained_lines_are_still_there():

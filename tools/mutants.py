@@ -2,7 +2,7 @@
 
     make mutants                       # 300 of them; what a run has judged stays judged
     make mutants ARGS="--count 30"
-    make mutants ARGS=--again          # what survived, with today's code and tests
+    make mutants ARGS=--again          # survivors that are not explained, with today's tests
 
 cosmic-ray makes the changes (another operator, another number, a condition turned round), in a copy
 of the checkout under `out/mutants/tree`. Each is judged by the tests of its module alone. A change
@@ -22,7 +22,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from tools.mutants_report import Explanations, Mutant, Verdict, applied, report, unexplained
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "out" / "mutants"
@@ -42,7 +44,11 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_routing.py::test_the_interpreted_kernel_gives_the_ids_of_the_plain_backend",
         "test_many_experts.py",
     ),
-    "pallas_kernels/mosaic/plan.py": (_INTERPRETED + "test_plan", "test_many_experts.py"),
+    "pallas_kernels/mosaic/plan.py": (
+        "test_many_experts.py::test_a_plan_takes_little_shared_memory",
+        _INTERPRETED + "test_plan",
+        "test_many_experts.py",
+    ),
     "pallas_kernels/mosaic/group_quant.py": (
         _INTERPRETED + "test_group_quant_bits",
         _INTERPRETED + "test_a_row_of_a_group_for_each_warp_is_quantized_without_copies",
@@ -61,40 +67,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     "jax_moe/scalars.py": ("test_scalars.py", "test_validate.py"),
 }
 """What is changed, and what of `tests/` judges it, as pytest's ids, the quickest first."""
-
-
-class Mutant(NamedTuple):
-    """One change, as cosmic-ray numbers it.
-
-    Attributes:
-        module: Path in the checkout.
-        operator: cosmic-ray's name of the kind of change.
-        occurrence: The how-manieth place of that kind in the module.
-        line: Of the place, from 1.
-        column: Of the place, from 0.
-        job: cosmic-ray's key of it.
-    """
-
-    module: str
-    operator: str
-    occurrence: int
-    line: int
-    column: int
-    job: str = ""
-
-
-class Verdict(NamedTuple):
-    """What became of a mutant.
-
-    Attributes:
-        mutant: Which.
-        outcome: "killed", "survived", "incompetent" (the change cannot run) or "" (not yet run).
-        diff: The change, as lines of a unified diff.
-    """
-
-    mutant: Mutant
-    outcome: str
-    diff: str = ""
 
 
 def annotations(source: str) -> set[tuple[int, int]]:
@@ -257,58 +229,6 @@ def verdicts(path: Path) -> list[Verdict]:
         return sorted(found)
 
 
-def report(found: Sequence[Verdict], explained: dict[tuple[str, str], str], about: str) -> str:
-    """A Markdown document: how many were killed by module, then each survivor.
-
-    Args:
-        found: All verdicts.
-        explained: Why a survivor changes nothing, by module and changed line.
-        about: Commit, versions and seed, as a line.
-
-    Returns:
-        The document.
-    """
-    judged = [one for one in found if one.outcome in ("killed", "survived")]
-    killed = sum(one.outcome == "killed" for one in judged)
-    share = f", {killed / len(judged):.1%}" if judged else ""
-    lines = ["# Mutants", "", about, "", f"{killed} of {len(judged)} are killed{share}.", ""]
-    if open_ones := sum(not one.outcome for one in found):
-        lines += [f"**Incomplete**: {open_ones} are not judged yet.", ""]
-    lines += ["| module | killed | of |", "|---|--:|--:|"]
-    for name in MODULES:
-        own = [one.outcome for one in judged if one.mutant.module == name]
-        lines.append(f"| `{name}` | {own.count('killed')} | {len(own)} |")
-    lines += ["", "## Survivors", ""]
-    for one in judged:
-        if one.outcome == "survived":
-            changed = changed_line(one.diff)
-            why = explained.get((one.mutant.module, changed[1:].strip()), "not explained")
-            lines += [f"`{one.mutant.module}` line {one.mutant.line}: {why}", "", "```diff"]
-            changes = [line for line in one.diff.splitlines() if line[:1] in ("+", "-")]
-            lines += [*changes[2:], "```", ""]  # without the names of the files
-    return "\n".join(lines)
-
-
-def changed_line(diff: str, sign: str = "-") -> str:
-    """The first line that a diff takes away or, of "+", adds, with its sign; empty if none."""
-    body = [line for line in diff.splitlines() if line[:1] == sign and line[:3] != sign * 3]
-    return body[0] if body else ""
-
-
-def applied(source: str, verdict: Verdict) -> str | None:
-    """A module's text with the change of a verdict; None where its line is no longer there.
-
-    Of several equal lines it is the nearest to where the changed one was.
-    """
-    lines, was = source.split("\n"), changed_line(verdict.diff)[1:]
-    places = [place for place, line in enumerate(lines, 1) if line == was]
-    if not places:
-        return None
-    place = min(places, key=lambda place: abs(place - verdict.mutant.line))
-    lines[place - 1] = changed_line(verdict.diff, "+")[1:]
-    return "\n".join(lines)
-
-
 def judge_again(survivors: Sequence[Verdict]) -> None:
     """Makes the changes that survived in a copy of today's code; today's tests judge them."""
     commit = _git_commit()
@@ -329,6 +249,13 @@ def judge_again(survivors: Sequence[Verdict]) -> None:
         outcomes[one.mutant.job] = "killed" if status.returncode else "survived"
         done = {"commit": commit, "outcomes": outcomes}
         (AGAIN / "outcomes.json").write_text(json.dumps(done, indent=1))
+
+
+def _explanations() -> Explanations:
+    sys.path.insert(0, str(ROOT))
+    from tests.mutants_explained import EXPLAINED
+
+    return EXPLAINED
 
 
 def _again() -> dict[str, Any]:
@@ -363,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = FOLDER / "session.sqlite"
     try:
         if args.again:
-            judge_again([one for one in verdicts(session) if one.outcome == "survived"])
+            judge_again(unexplained(verdicts(session), _explanations()))
         else:
             restore()
             check_unchanged()
@@ -375,19 +302,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_report(found: Sequence[Verdict], seed: int) -> None:
     """Writes both files; what was judged again counts as it was judged last."""
-    sys.path.insert(0, str(ROOT))
-    from tests.mutants_explained import EXPLAINED
-
     commit = json.loads((FOLDER / "drawn.json").read_text())["commit"]
     about = f"Commit {commit}, Python {sys.version.split()[0]}, seed {seed}."
     outcomes = _again().get("outcomes", {})
     if outcomes:
         about += (
-            f" The {sum(one.outcome == 'survived' for one in found)} that survived were judged "
-            f"again, {len(outcomes)} so far, with code and tests of commit {_again()['commit']}."
+            f" Of the {sum(one.outcome == 'survived' for one in found)} that survived, "
+            f"{len(outcomes)} were judged again with code and tests of commit {_again()['commit']}."
         )
     found = [one._replace(outcome=outcomes.get(one.mutant.job, one.outcome)) for one in found]
-    (FOLDER / "mutants.md").write_text(report(found, EXPLAINED, about))
+    (FOLDER / "mutants.md").write_text(report(found, _explanations(), about))
     rows = [one.mutant._asdict() | {"outcome": one.outcome} for one in found]
     (FOLDER / "mutants.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
     print(f"wrote {FOLDER / 'mutants.md'}")
