@@ -73,12 +73,12 @@ def test_what_was_judged_again_counts_as_it_was_judged_last(tmp_path, monkeypatc
     (tmp_path / "again").mkdir()
     (tmp_path / "drawn.json").write_text('{"commit": "abc"}')
     found = [Verdict(one, "survived", DIFF) for one in some(3)]
-    mutants.write_report(found, 1)
+    mutants.write_report(found, "seed 1")
     assert "0 of 3 are killed" in (tmp_path / "mutants.md").read_text()
     outcomes = {"job 0": "killed", "job 1": "survived"}
     again = {"commit": "def", "outcomes": outcomes}
     (tmp_path / "again" / "outcomes.json").write_text(json.dumps(again))
-    mutants.write_report(found, 1)
+    mutants.write_report(found, "seed 1")
     text = (tmp_path / "mutants.md").read_text()
     assert "1 of 3 are killed" in text
     assert "Of the 3 that survived, 2 were judged again with code and tests of commit def." in text

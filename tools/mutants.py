@@ -14,6 +14,7 @@ Changes inside annotations are left out: nothing evaluates them.
 
 import argparse
 import ast
+import importlib.metadata
 import json
 import os
 import random
@@ -296,14 +297,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_unchanged()
             _cosmic_ray("exec", str(FOLDER / "config.toml"), str(session))
     finally:
-        write_report(verdicts(session), args.seed)
+        write_report(verdicts(session), f"{_versions()}, seed {args.seed}")
     return 0
 
 
-def write_report(found: Sequence[Verdict], seed: int) -> None:
+def _versions() -> str:
+    """Of what changes the code and of what the tests run on."""
+    code = "from importlib.metadata import version; print(version('jax'))"
+    jax = subprocess.run([_JUDGE[0], "-c", code], capture_output=True, text=True, check=True).stdout
+    changer = importlib.metadata.version("cosmic-ray")
+    return f"Python {sys.version.split()[0]}, jax {jax.strip()}, cosmic-ray {changer}"
+
+
+def write_report(found: Sequence[Verdict], how: str) -> None:
     """Writes both files; what was judged again counts as it was judged last."""
     commit = json.loads((FOLDER / "drawn.json").read_text())["commit"]
-    about = f"Commit {commit}, Python {sys.version.split()[0]}, seed {seed}."
+    about = f"Commit {commit}, {how}."
     outcomes = _again().get("outcomes", {})
     if outcomes:
         about += (
