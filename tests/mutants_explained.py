@@ -52,10 +52,6 @@ EXPLAINED: dict[tuple[str, str], str] = {
         "tile = threads(THREADS) + (step * num_blocks + block) * THREADS",
     ): "threads are below THREADS, a power of two, so no bits overlap",
     (
-        "pallas_kernels/mosaic/plan.py",
-        "live = tile < load_at(tile_ends, passed + (num_local_experts - 1), **how)",
-    ): "the place behind the last expert holds the same sum, where there is one",
-    (
         "pallas_kernels/mosaic/routing.py",
         "ids = [-to_lanes(chosen, slot, 0) for slot in slots]",
     ): "lanes past top_k store nothing; that they read before the first logit only a GPU shows",
