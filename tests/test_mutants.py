@@ -69,19 +69,18 @@ def test_a_change_is_made_again_in_the_line_nearest_to_where_it_was():
 
 def test_what_was_judged_again_counts_as_it_was_judged_last(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "FOLDER", tmp_path)
-    monkeypatch.setattr(mutants, "AGAIN", tmp_path / "again")
-    (tmp_path / "again").mkdir()
     (tmp_path / "drawn.json").write_text('{"commit": "abc"}')
     found = [Verdict(one, "survived", DIFF) for one in some(3)]
     mutants.write_report(found, "seed 1")
     assert "0 of 3 are killed" in (tmp_path / "mutants.md").read_text()
-    outcomes = {"job 0": "killed", "job 1": "survived"}
-    again = {"commit": "def", "outcomes": outcomes}
-    (tmp_path / "again" / "outcomes.json").write_text(json.dumps(again))
+    outcomes = {"job 0": ("killed", "def"), "job 1": ("survived", "123")}
+    again = {job: {"outcome": one, "commit": commit} for job, (one, commit) in outcomes.items()}
+    (tmp_path / "again.json").write_text(json.dumps(again))
     mutants.write_report(found, "seed 1")
     text = (tmp_path / "mutants.md").read_text()
     assert "1 of 3 are killed" in text
-    assert "Of the 3 that survived, 2 were judged again with code and tests of commit def." in text
+    said = "Of the 3 that survived, code and tests of later commits judged again: def 1, 123 1."
+    assert said in text
     rows = json.loads((tmp_path / "mutants.json").read_text())["rows"]
     assert [row["outcome"] for row in rows] == ["killed", "survived", "survived"]
 

@@ -14,6 +14,7 @@ Changes inside annotations are left out: nothing evaluates them.
 
 import argparse
 import ast
+import collections
 import importlib.metadata
 import json
 import os
@@ -166,16 +167,21 @@ def restore(folder: Path = FOLDER) -> None:
         _copy(folder / "unchanged" / name, folder / "tree" / name)
 
 
-def check_unchanged(folder: Path = FOLDER) -> None:
-    """Runs all the tests on the unchanged code, once: what fails there would kill every mutant."""
+def check_unchanged(folder: Path = FOLDER, modules: Iterable[str] = MODULES) -> None:
+    """Runs the tests on the unchanged code, once: what fails there would kill every mutant."""
     passed = folder / "passed"
     if passed.exists():
         return
-    if subprocess.run(
-        _JUDGE, cwd=folder / "tree", env=_environment(folder), check=False
-    ).returncode:
+    if _judged(folder, modules):
         sys.exit("make mutants: the tests fail on the unchanged code, so they judge nothing")
     passed.touch()
+
+
+def _judged(folder: Path, modules: Iterable[str] = ()) -> int:
+    """The status of the tests in a folder's tree, of these modules if none is changed there."""
+    limit = () if modules else ("timeout", str(TIMEOUT_S))
+    command, tree = (*limit, *_JUDGE, *modules), folder / "tree"
+    return subprocess.run(command, cwd=tree, env=_environment(folder), check=False).returncode
 
 
 def _environment(folder: Path = FOLDER) -> dict[str, str]:
@@ -231,25 +237,23 @@ def verdicts(path: Path) -> list[Verdict]:
 
 
 def judge_again(survivors: Sequence[Verdict]) -> None:
-    """Makes the changes that survived in a copy of today's code; today's tests judge them."""
-    commit = _git_commit()
-    if _again().get("commit") != commit:
-        _copy_checkout(AGAIN)
-    outcomes = _again().get("outcomes", {})
-    restore(AGAIN)
-    check_unchanged(AGAIN)
-    for one in survivors:
+    """Makes the changes that survive in a copy of today's code; today's tests judge them."""
+    commit, outcomes = _git_commit(), _again()
+    left = [one for one in survivors if outcomes.get(one.mutant.job, {}).get("commit") != commit]
+    if not left:
+        return
+    _copy_checkout(AGAIN)
+    check_unchanged(AGAIN, dict.fromkeys(one.mutant.module for one in left))
+    for one in left:
         path = AGAIN / "tree" / one.mutant.module
         source = applied(path.read_text(), one)
-        if source is None or one.mutant.job in outcomes:
+        if source is None:
             continue
         path.write_text(source)
-        command = ["timeout", str(TIMEOUT_S), *_JUDGE]
-        status = subprocess.run(command, cwd=AGAIN / "tree", env=_environment(AGAIN), check=False)
+        outcome = "killed" if _judged(AGAIN) else "survived"
         restore(AGAIN)
-        outcomes[one.mutant.job] = "killed" if status.returncode else "survived"
-        done = {"commit": commit, "outcomes": outcomes}
-        (AGAIN / "outcomes.json").write_text(json.dumps(done, indent=1))
+        outcomes[one.mutant.job] = {"outcome": outcome, "commit": commit}
+        (FOLDER / "again.json").write_text(json.dumps(outcomes, indent=1))
 
 
 def _explanations() -> Explanations:
@@ -259,19 +263,36 @@ def _explanations() -> Explanations:
     return EXPLAINED
 
 
+def judged_last(found: Iterable[Verdict]) -> list[Verdict]:
+    """The verdicts, newer ones in place of those of the session."""
+    again = _again()
+    return [
+        one._replace(outcome=again[one.mutant.job]["outcome"]) if one.mutant.job in again else one
+        for one in found
+    ]
+
+
 def _again() -> dict[str, Any]:
-    path = AGAIN / "outcomes.json"
+    """Outcome and commit of what was judged again, by job."""
+    path = FOLDER / "again.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def judge() -> int:
-    """What cosmic-ray runs in the copy: the tests of the one module that is changed there."""
+def judge(modules: Iterable[str] = ()) -> int:
+    """What cosmic-ray runs in the copy: the tests of the one module that is changed there.
+
+    Args:
+        modules: Those whose tests to run where none is changed; all, if none is named.
+
+    Returns:
+        pytest's status.
+    """
     original = Path(os.environ[_UNCHANGED])
     tree = Path.cwd()
     changed = [
         name for name in MODULES if (tree / name).read_bytes() != (original / name).read_bytes()
     ]
-    tests = dict.fromkeys(test for name in changed or MODULES for test in MODULES[name])
+    tests = dict.fromkeys(test for name in changed or modules or MODULES for test in MODULES[name])
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not gpu and not slow"]
     command += ["-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)]
     return subprocess.run(command, cwd=tree, check=False).returncode
@@ -283,15 +304,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=COUNT, help="mutants to draw")
     parser.add_argument("--seed", type=int, default=SEED, help="of the draw")
     parser.add_argument("--again", action="store_true", help="judge only what survived before")
-    parser.add_argument("--judge", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--judge", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.judge:
-        return judge()
+    if args.judge is not None:
+        return judge(args.judge)
     prepare(args.count, args.seed)
     session = FOLDER / "session.sqlite"
     try:
         if args.again:
-            judge_again(unexplained(verdicts(session), _explanations()))
+            judge_again(unexplained(judged_last(verdicts(session)), _explanations()))
         else:
             restore()
             check_unchanged()
@@ -313,13 +334,15 @@ def write_report(found: Sequence[Verdict], how: str) -> None:
     """Writes both files; what was judged again counts as it was judged last."""
     commit = json.loads((FOLDER / "drawn.json").read_text())["commit"]
     about = f"Commit {commit}, {how}."
-    outcomes = _again().get("outcomes", {})
-    if outcomes:
+    commits = collections.Counter(again["commit"] for again in _again().values())
+    if commits:
+        survived = sum(one.outcome == "survived" for one in found)
+        by_commit = ", ".join(f"{commit} {count}" for commit, count in commits.items())
         about += (
-            f" Of the {sum(one.outcome == 'survived' for one in found)} that survived, "
-            f"{len(outcomes)} were judged again with code and tests of commit {_again()['commit']}."
+            f" Of the {survived} that survived, code and tests of later commits judged again: "
+            f"{by_commit}."
         )
-    found = [one._replace(outcome=outcomes.get(one.mutant.job, one.outcome)) for one in found]
+    found = judged_last(found)
     (FOLDER / "mutants.md").write_text(report(found, _explanations(), about))
     rows = [one.mutant._asdict() | {"outcome": one.outcome} for one in found]
     (FOLDER / "mutants.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
