@@ -34,17 +34,22 @@ from pallas_kernels.tuning.command import positive
 SKEWED = (128, 1024, 8192)
 """Tokens per rank at which routing that is not even is measured too."""
 
+_EXCHANGES = ("collectives", "nvlink")
+
 STEPS = (
     ("check_collectives", ["check", "collectives"], True, 60),
     ("check_nvlink", ["check", "nvlink"], True, 60),
     ("check_nvlink_no_graphs", ["check", "nvlink"], False, 60),
-    *((f"layer_{t}", ["layer", str(t)], True, 75) for t in (128, 8, 1024, 8192)),
+    *((f"layer_{t}", ["layer", str(t)], True, 75) for t in (128, 8, 1024)),
+    # Many programs each, for as many pieces: a process per exchange, so that they compile sooner.
+    *((f"layer_8192_{name}", ["layer", "8192", name], True, 75) for name in _EXCHANGES),
     ("primitives_collectives", ["primitives", "collectives"], True, 60),
     ("primitives_nvlink", ["primitives", "nvlink"], True, 60),
-    *((f"layer_{t}", ["layer", str(t)], True, 75) for t in (4096, 32, 1)),
+    *((f"layer_{t}", ["layer", str(t)], True, 75) for t in (32, 1)),
+    *((f"layer_4096_{name}", ["layer", "4096", name], True, 75) for name in _EXCHANGES),
     *(
         (f"trace_{name}_{t}", ["trace", name, str(t)], False, 45)
-        for name in ("collectives", "nvlink")
+        for name in _EXCHANGES
         for t in (128, 4096)
     ),
     ("primitives_ragged", ["primitives", "ragged"], True, 40),
@@ -109,7 +114,8 @@ def run_step(name: str, what: Sequence[str], ranks: int, folder: Path) -> int:
     if kind == "layer":
         num_tokens = int(rest[0]) if on_gpu else min(int(rest[0]), 17)
         routings = ("even", "captured", "zipf") if int(rest[0]) in SKEWED else ("even",)
-        exchanges = parallel.exchanges_on(ranks)
+        wanted = rest[1:] or _EXCHANGES
+        exchanges = tuple(name for name in parallel.exchanges_on(ranks) if name in wanted)
         case = parallel.Case(exchanges, pieces_of(int(rest[0])), routings)
         return parallel.execute(ranks, (num_tokens,), case, folder / name)
     rows: Iterable[dict[str, Any]]
