@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 
@@ -18,6 +19,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's would spin against the other workers
 os.environ.setdefault("NPROC", "16")  # threads for the Mosaic GPU interpreter
 os.environ.setdefault("JAX_MOE_TUNING", "off")  # test what is shipped, not what this user measured
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job that a shell runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is tested
 if "," in (gpus := os.environ.get("CUDA_VISIBLE_DEVICES", "")):  # each worker takes one of them
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[worker % (gpus.count(",") + 1)]

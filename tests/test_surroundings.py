@@ -128,7 +128,7 @@ def test_64_bit_mode():
 
 def test_another_torch_is_named(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.4.1+cu121")
-    with pytest.raises(ImportError, match=r"interop\.to_jax: needs torch .*2\.13, got 2\.4\.1"):
+    with pytest.raises(ImportError, match=r"interop\.to_jax: needs torch .*2\.14, got 2\.4\.1"):
         interop.to_jax  # noqa: B018
     for name in ("torch_reference", "sglang_v2", "deepgemm128"):
         reason = SOLUTIONS[name].unavailable_reason()

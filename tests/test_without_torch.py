@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -62,8 +63,8 @@ def test_commands_that_need_no_torch(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     listed, helps, times, exported, run = done.stdout.split("== ")[1:]
-    assert "torch_reference    not available: package torch is not installed" in listed
-    assert "jax_v1             available" in listed
+    assert re.search("torch_reference +not available: package torch is not installed", listed)
+    assert re.search("jax_v1 +available", listed)
     for flag in ("--full_size", "--tokens", "workspace", "--hidden-size"):
         assert flag in helps
     missing = "pallas_kernels.triton.tune: needs the package triton: install the extra triton"
