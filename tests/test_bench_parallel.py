@@ -190,6 +190,7 @@ def test_a_step_on_two_cpu_devices_ends_in_a_document(tmp_path, monkeypatch):
         (name, size) for size in (1024, 4096) for name in names
     ]
     assert all(row["us"] > 0 for row in content["primitives"])
+    assert {row["name"] for row in content["primitives"] if row["gb_s"] == 0} == {"nothing"}
     assert content["about"]["device"]["platform"] == "cpu"
     assert "REDUCED sizes" in (tmp_path / "parallel_gpus.md").read_text()
 

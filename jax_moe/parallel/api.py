@@ -92,8 +92,8 @@ def apply_expert_parallel(
             r mod G of host r div G, of G devices per host.
         config: How experts are picked.
         backend: As in `apply`.
-        exchange: "collectives", "two_level", or "auto"; `jax_moe.describe_exchange` says what runs
-            and why not the others.
+        exchange: "collectives", "two_level", "nvlink", or "auto"; `jax_moe.describe_exchange` says
+            what runs and why not the others.
         num_tokens: How many of this rank's T rows are live, an integer scalar; may be traced and
             may differ between ranks. The others come out as zeros, whatever they hold.
         placement: i32[E_physical], the same on all ranks: which logical expert each physical slot
