@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 PASSED = "PASSED"
+CLOCKS = GPU_TIME, KERNEL_TIME, WALL_TIME = "GPU time", "kernel time", "wall time"
+ALL_WORKLOADS = "All workloads"
 _FEW = 3
 
 
@@ -28,8 +30,9 @@ class Measurement(NamedTuple):
             measured.
         workspace_bytes: peak bytes allocated by one call beyond inputs and output; None if not
             measured.
-        clocks: time of one call in ms by the name of each clock that took it, such as "GPU time";
-            empty where only the one of `latency_ms` is known.
+        clocks: time of one call in ms by each of `CLOCKS` that took it (`KERNEL_TIME` is
+            `GPU_TIME` without the gaps between kernels); empty where only the one of `latency_ms`
+            is known.
     """
 
     status: str
@@ -101,17 +104,21 @@ def latency_ratio(results: Results, slow: str, fast: str, uuid: str) -> float | 
 
 
 def clocks(results: Results) -> list[str]:
-    """The clocks that took a time of any solution."""
+    """Those of `CLOCKS` that took a time of any solution."""
     rows = [row for found in results.values() for row in found.values()]
-    return list(dict.fromkeys(clock for row in rows for clock in row.clocks))
+    return [clock for clock in CLOCKS if any(clock in row.clocks for row in rows)]
+
+
+def clock_time(results: Results, name: str, uuid: str, clock: str) -> float | None:
+    """The time in ms by one of the clocks, None unless passed."""
+    row = passed(results, name, uuid)
+    return row.clocks.get(clock) if row else None
 
 
 def clock_ratio(results: Results, slow: str, fast: str, uuid: str, clock: str) -> float | None:
     """`latency_ratio` by one of the clocks."""
-    a, b = passed(results, slow, uuid), passed(results, fast, uuid)
-    if a is None or b is None or clock not in a.clocks or clock not in b.clocks:
-        return None
-    return a.clocks[clock] / b.clocks[clock]
+    a, b = (clock_time(results, name, uuid, clock) for name in (slow, fast))
+    return a / b if a and b else None
 
 
 def pairs(results: Results) -> list[tuple[str, str]]:
@@ -227,7 +234,7 @@ def analysis(workloads: Sequence[WorkloadRow], results: Results) -> list[tuple[s
 
 def by_regime(workloads: Sequence[WorkloadRow]) -> list[tuple[str, list[WorkloadRow]]]:
     """All workloads, then those of each regime that holds one, with its name."""
-    groups = [("All workloads", list(workloads))]
+    groups = [(ALL_WORKLOADS, list(workloads))]
     for regime in REGIMES:
         groups.append((regime.name, [w for w in workloads if regime.holds(w.num_tokens)]))
     return [(name, rows) for name, rows in groups if rows]
