@@ -31,13 +31,16 @@ def collect(folder: Path) -> dict[str, Any]:
         folder: Of the run.
 
     Returns:
-        about, steps (the last state of each), layers, checks, primitives and traces.
+        about, steps (the last state of each, and the commit that its file names), layers, checks,
+        primitives and traces. Steps of several commits make an `about` that names them all.
     """
     found: dict[str, Any] = {"about": {}, "steps": _steps(folder), "layers": []}
+    commits: dict[str, str] = {}
     for path in sorted(folder.glob("layer_*/parallel.json")):
         rows, about = parallel_rows.read(path)
         found["layers"] += rows
         found["about"] |= about
+        commits[path.parent.name] = about.get("git_commit", "")
     found["layers"].sort(key=lambda row: (row.tokens, row.routing != "even", row.routing))
     found["layers"] = [row._asdict() for row in found["layers"]]
     for kind, prefix in (("checks", "check"), ("primitives", "primitives"), ("traces", "trace")):
@@ -46,11 +49,17 @@ def collect(folder: Path) -> dict[str, Any]:
             content = json.loads(path.read_text())
             found[kind] += [{"step": path.stem} | row for row in content["rows"]]
             found["about"] = content["about"] | found["about"]
+            commits[path.stem] = content["about"].get("git_commit", "")
     for trace in found["traces"]:
         path = folder / trace.get("trace", "")
         if path.is_file():
             kernels = by_kernel(read_trace(path))
             trace["kernels"] = [kernel._asdict() for kernel in kernels]
+    for step in found["steps"]:
+        if commit := commits.get(step["step"]):
+            step["commit"] = commit
+    if named := sorted({*commits.values()} - {""}):
+        found["about"]["git_commit"] = ", ".join(named)
     return found
 
 
@@ -64,14 +73,16 @@ def write(folder: Path) -> Iterator[Path]:
     """Writes what can be said of a run, complete or not.
 
     Args:
-        folder: Of the run.
+        folder: Of the run; where only its JSON file was kept, that is what is read.
 
     Yields:
         Each file once it is there.
     """
-    found = collect(folder)
-    write_json(found, folder / f"{STEM}.json")
-    yield folder / f"{STEM}.json"
+    found, path = collect(folder), folder / f"{STEM}.json"
+    if not found["about"] and path.exists():
+        found = json.loads(path.read_text())
+    write_json(found, path)
+    yield path
     rows = [Row(**row) for row in found["layers"]]
     kind = found["about"].get("device", {}).get("kind", "unknown devices")
     picture = folder / f"{STEM}.png"
@@ -181,7 +192,10 @@ def _breakdown(trace: Mapping[str, Any]) -> list[str]:
 
 
 def _states(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    cells = [["step", "state", "seconds of its turn", "last line"]]
+    cells = [["step", "state", "seconds of its turn", "commit", "last line"]]
+    several = len({step.get("commit") for step in steps} - {None}) > 1
     for one in steps:
-        cells.append([one["step"], one["state"], f"{one['seconds']:.1f}", one.get("said", "-")])
+        commit = one.get("commit", "-") if several else "-"
+        said = commit, one.get("said", "-")
+        cells.append([one["step"], one["state"], f"{one['seconds']:.1f}", *said])
     return without_empty([[cell.replace("|", "/") for cell in line] for line in cells])

@@ -164,6 +164,30 @@ def test_documents_are_made_of_what_there_is(tmp_path):
     assert not (tmp_path / "parallel_gpus.png").exists(), "no layer of even routing was timed"
 
 
+def test_steps_of_several_commits_are_told_apart_also_from_the_json_file_alone(tmp_path):
+    lines = []
+    for tokens, commit in ((8, "aaaaaaa"), (4096, "bbbbbbb")):
+        about = {"device": {"kind": "H200", "platform": "gpu"}, "git_commit": commit}
+        row = Row(2, tokens, "nvlink", layer_us=20.0, local_us=15.0)
+        parallel_rows.write([row], about, tmp_path / "run" / f"layer_{tokens}" / "parallel.json")
+        lines.append(json.dumps({"step": f"layer_{tokens}", "state": "ok", "seconds": 3.0}))
+    (tmp_path / "run" / "steps.jsonl").write_text("\n".join(lines))
+    assert parallel_gpus.main([f"--output={tmp_path / 'run'}", "--documents"]) == 0
+    texts = [(tmp_path / "run" / "parallel_gpus.md").read_text()]
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "run" / "parallel_gpus.json").rename(tmp_path / "kept" / "parallel_gpus.json")
+    assert parallel_gpus.main([f"--output={tmp_path / 'kept'}", "--documents"]) == 0
+    texts.append((tmp_path / "kept" / "parallel_gpus.md").read_text())
+    assert texts[0] == texts[1]
+    for line in (
+        "- Commit: aaaaaaa, bbbbbbb",
+        "| layer_8 | ok | 3.0 | aaaaaaa |",
+        "| layer_4096 | ok | 3.0 | bbbbbbb |",
+    ):
+        assert line in texts[0].splitlines()
+    assert (tmp_path / "kept" / "parallel_gpus.png").stat().st_size > 1000
+
+
 def test_on_a_machine_without_gpus_only_what_cpus_can_check(monkeypatch):
     names = {}
     for has_gpu in (False, True):
