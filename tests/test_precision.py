@@ -15,6 +15,7 @@ import jax_moe
 from jax_moe import MoEConfig
 from jax_moe.backends import xla
 from jax_moe.parallel import exchange
+from jax_moe.parallel.ranks import Ranks
 from tests.backend_cases import EVERYWHERE, running
 from tests.moe_inputs import SMALL, bits, make_inputs, relative_error, replaced
 
@@ -279,10 +280,12 @@ def test_a_wrong_precision_is_refused_by_name():
 
 def test_an_exchange_without_it_names_it():
     message = "exchange='nvlink': precision='high' is not supported, only 'fast'"
+    high = exchange.Place(Ranks(("expert",), (2,)), "mosaic", "high")
     with pytest.raises(NotImplementedError, match=message):
-        exchange.require_fast("nvlink", "high")
-    exchange.require_fast("nvlink", "fast")
-    exchange.require_fast("collectives", "high")
+        exchange.select("nvlink", high, 1)
+    assert exchange.select("nvlink", high._replace(precision="fast"), 1) == "nvlink"
+    for name in ("collectives", "auto"):
+        assert exchange.select(name, high, 1) == "collectives"
 
 
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])

@@ -4,7 +4,7 @@ api         apply_expert_parallel: checks, inside of `jax.shard_map`
 sharded     expert_parallel: the same as a function of global arrays
 layer       what a rank does: route at home, dispatch, the local layer, combine
 pieces      the same piece by piece, the exchange of one beside the matmuls of another
-exchange    the exchanges by name: collectives, two_level
+exchange    the exchanges by name (collectives, two_level, nvlink) and the choice among them
 placement   which rank holds which expert, copies of busy ones
 workspace   how much memory that takes
 ranks       the devices of a mesh axis; tokens: what travels

@@ -93,7 +93,7 @@ def apply_expert_parallel(
         config: How experts are picked.
         backend: As in `apply`.
         exchange: "collectives", "two_level", "nvlink", or "auto"; `jax_moe.describe_exchange` says
-            what runs and why not the others.
+            what runs, which one "auto" takes from how many tokens on, and why not the others.
         num_tokens: How many of this rank's T rows are live, an integer scalar; may be traced and
             may differ between ranks. The others come out as zeros, whatever they hold.
         placement: i32[E_physical], the same on all ranks: which logical expert each physical slot
@@ -286,8 +286,7 @@ def _run(
     )
     max_rows_at_once = workspace.rows_at_once(max_rows_at_once, group.count)
     chosen = backends.select(backend, ranks.device())
-    kind = exchanges.select(exchange, group, chosen)
-    exchanges.require_fast(kind, precision)
+    kind = exchanges.select(exchange, exchanges.Place(group, chosen, precision), tokens)
     if tokens == 0:
         out = jnp.zeros(inputs.hidden_states.shape, jnp.bfloat16)
         load = lax.psum(jnp.zeros(num_experts, jnp.int32), group.axes)

@@ -155,15 +155,16 @@ def expert_parallel(
     validate.moe_config(config)
     config.merged(scale_format, swiglu_limit)
     chosen = backends.select(backend, describe_device(mesh.devices.flat[0]))
+    place = exchanges.Place(group, chosen, checked_precision(precision), mesh)
+    exchanges.select(exchange, place, 0)  # refused before there are arguments
     options: dict[str, Any] = {
         "axis_name": group.axes,
         "backend": chosen,
-        "exchange": exchanges.select(exchange, group, chosen, mesh),
         "max_rows_at_once": workspace.rows_at_once(max_rows_at_once, group.count),
         "with_load": validate.boolean("with_load", with_load),
         "expected_rows": validate.expected_rows(expected_rows),
         "swiglu_limit": swiglu_limit,
-        "precision": checked_precision(precision),
+        "precision": place.precision,
         "batch_invariant": checked_batch_invariant(batch_invariant),
     }
     options |= {"config": config} if num_experts is None else {"num_experts": num_experts}
@@ -171,7 +172,11 @@ def expert_parallel(
         options["scale_format"] = scale_format
     static = _Static(mesh, group.axes, num_experts, tuple(options.items()))
     specs, _ = static.specs
-    program = _program(static, validate.boolean("check_vma", check_vma))
+    check_vma = validate.boolean("check_vma", check_vma)
+
+    @functools.cache
+    def program(num_tokens: int) -> Callable[..., Any]:
+        return _program(static, exchanges.select(exchange, place, num_tokens), check_vma)
 
     def layer(*arguments: Any, num_tokens: Any = None, placement: Any = None) -> Any:
         if len(arguments) != len(static.names):
@@ -179,9 +184,10 @@ def expert_parallel(
                 f"expert_parallel: expected {len(static.names)} positional arguments "
                 f"({', '.join(static.names)}), got {len(arguments)}"
             )
-        _check(dict(zip(static.names, arguments, strict=True)), group, static, config, placement)
+        arrays = dict(zip(static.names, arguments, strict=True))
+        tokens = _check(arrays, group, static, config, placement)
         given = (arguments, _one_per_rank(num_tokens, group.count), placement)
-        return program(*_on_mesh(given, specs, mesh))
+        return program(tokens)(*_on_mesh(given, specs, mesh))
 
     return layer
 
@@ -210,9 +216,9 @@ def _is_on(array: Array, mesh: jax.sharding.Mesh) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(static: _Static, check_vma: bool) -> Callable[..., Any]:
+def _program(static: _Static, exchange: str, check_vma: bool) -> Callable[..., Any]:
     """The jitted `shard_map`; `with_load` decides what it returns."""
-    options = dict(static.options)
+    options = dict(static.options) | {"exchange": exchange}
     routed = static.num_experts is not None
     function = apply_routed_expert_parallel if routed else apply_expert_parallel
     specs, out_specs = static.specs
@@ -271,8 +277,12 @@ def _one_per_rank(num_tokens: Any, count: int) -> Any:
 
 def _check(
     arrays: dict[str, Any], group: ranks.Ranks, static: _Static, config: Any, placed: Any
-) -> None:
-    """Checks of the global arrays that their parts cannot show, before anything is traced."""
+) -> int:
+    """Checks of the global arrays that their parts cannot show, before anything is traced.
+
+    Returns:
+        T of each rank.
+    """
     sizes: validate.Sizes = {}
     if static.num_experts is None:
         validate.routing(arrays["routing_logits"], arrays["routing_bias"], config, sizes)
@@ -297,10 +307,13 @@ def _check(
     if not isinstance(factor, Array):  # one on a device would have to be read back
         validate.real("routed_scaling_factor", factor)
     check_experts(num_slots // group.count, sizes["E"][0], group.count, placed)
+    return num_tokens // group.count
 
 
 def describe_exchange(mesh: jax.sharding.Mesh, axis_name: AxisName, backend: str = "auto") -> str:
     """Says which exchange "auto" means on a mesh, and why the others do not run or are not chosen.
+
+    That is for `precision="fast"`; with "high", "auto" never means "nvlink", which refuses it.
 
     Args:
         mesh: Devices of one kind.
@@ -325,9 +338,6 @@ def describe_exchange(mesh: jax.sharding.Mesh, axis_name: AxisName, backend: str
         f"mesh: {mesh.devices.size} x {first.device_kind}, {processes} process"
         + ("es" if processes > 1 else ""),
     ]
-    auto = exchanges.select(exchanges.AUTO, group, chosen, mesh)
-    for name in exchanges.NAMES[1:]:
-        reason = exchanges.unsupported_reason(name, group, chosen, mesh)
-        state = "chosen by auto" if name == auto else reason or exchanges.available(name)
-        lines.append(f"{name:13}{state}")
+    place = exchanges.Place(group, chosen, mesh=mesh)
+    lines += [f"{name:13}{exchanges.state(name, place)}" for name in exchanges.NAMES[1:]]
     return "\n".join(lines)
