@@ -17,13 +17,14 @@ from jaxtyping import Array, Float32
 
 # Bits of 2^126: below it the reciprocals of numbers from 1 on are normal.
 _DENORMAL_RECIPROCAL = 0x7E800000
-_PTX_RECIPROCAL = """{
+PTX_RECIPROCAL = """{
 .reg .f32 guess, error;
 rcp.approx.ftz.f32 guess, $1;
 fma.rn.f32 error, guess, $1, 0fBF800000;
 neg.f32 error, error;
 fma.rn.f32 $0, guess, error, guess;
 }"""
+"""The steps of `rcp.rn.f32` where neither the number nor the result is a denormal."""
 
 
 def divide(
@@ -45,15 +46,7 @@ def divide(
         # The barrier keeps XLA from multiplying by the reciprocal of a constant.
         return numerator / lax.optimization_barrier(denominator)
 
-    @plgpu.inline_mgpu(
-        arg_types=(layout, layout),
-        return_type=plgpu.ShapeDtypeStruct(numerator.shape, numerator.dtype, layout=layout),
-    )
-    def divide_registers(_, top, bottom):
-        pairs = zip(_lanes(top), _lanes(bottom), strict=True)
-        return _from_lanes(top, [_asm("div.rn.f32 $0, $1, $2;", a, b) for a, b in pairs])
-
-    return divide_registers(numerator, denominator)
+    return map_registers("div.rn.f32 $0, $1, $2;", numerator, denominator, layout=layout)
 
 
 def reciprocals(
@@ -71,47 +64,82 @@ def reciprocals(
     """
     if interpret:
         return [1.0 / lax.optimization_barrier(value) for value in values]
-    result = plgpu.ShapeDtypeStruct(values[0].shape, values[0].dtype, layout=layout)
+    return map_if_small(
+        (PTX_RECIPROCAL, "rcp.rn.f32 $0, $1;"),
+        [(value,) for value in values],
+        tested=values,
+        below=_DENORMAL_RECIPROCAL,
+        layout=layout,
+    )
 
-    @plgpu.inline_mgpu(arg_types=(layout,) * len(values), return_type=[result] * len(values))
-    def invert(_, *arrays):
+
+def map_if_small(
+    codes: tuple[str, str],
+    operands: Sequence[tuple[Float32[Array, "*n"], ...]],
+    *,
+    tested: Sequence[Float32[Array, "*n"]],
+    below: int,
+    layout: plgpu.Layout,
+) -> list[Float32[Array, "*n"]]:
+    """PTX for each number, one of two codes for all numbers of a lane, on a GPU only.
+
+    Instructions that round a quotient or a root correctly test each number and branch; ptxas then
+    computes one after the other. One test for all of them lets it interleave them.
+
+    Args:
+        codes: `$0` is the result, `$1`, `$2`, ... the operands. The first code runs where all of
+            `tested` are small, the second where one is not.
+        operands: Of each result, `f32[...]` of one shape, held in `layout`, as the results are.
+        tested: `f32[...]` of that shape, not negative or NaN.
+        below: Bits of the f32 that small numbers are below; NaN is above all.
+        layout: Register layout.
+    """
+    flat = [*tested, *(array for arrays in operands for array in arrays)]
+    result = plgpu.ShapeDtypeStruct(flat[-1].shape, flat[-1].dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(flat), return_type=[result] * len(operands))
+    def mapped(_, *arrays):
         i32 = ir.IntegerType.get_signless(32)
-        lanes = [lane for array in arrays for lane in _lanes(array)]
+        lanes = [lane for array in arrays[: len(tested)] for lane in _lanes(array)]
         # Compared as integers, NaN is above infinity.
         largest = functools.reduce(arith.maxui, [mgpu.utils.bitcast(lane, i32) for lane in lanes])
-        limit = mgpu.utils.c(_DENORMAL_RECIPROCAL, i32)
-        normal = arith.cmpi(arith.CmpIPredicate.ult, largest, limit)
-        types = [lane.type for lane in lanes]
-        branch = scf.IfOp(normal, types, has_else=True)  # type: ignore[call-arg]
-        codes = (_PTX_RECIPROCAL, "rcp.rn.f32 $0, $1;")
+        limit = mgpu.utils.c(below, i32)
+        small = arith.cmpi(arith.CmpIPredicate.ult, largest, limit)
+        remaining = iter(arrays[len(tested) :])
+        given = [[_lanes(next(remaining)) for _ in arrays] for arrays in operands]
+        numbers = [number for lanes in given for number in zip(*lanes, strict=True)]
+        branch = scf.IfOp(small, [number[0].type for number in numbers], has_else=True)  # type: ignore[call-arg]
         for block, code in zip((branch.then_block, branch.else_block), codes, strict=True):
             with ir.InsertionPoint(block):
-                scf.yield_([_asm(code, lane) for lane in lanes])
-        inverted, size = list(branch.results), len(lanes) // len(arrays)
-        return [_from_lanes(a, inverted[i * size :][:size]) for i, a in enumerate(arrays)]
+                scf.yield_([_asm(code, *number) for number in numbers])
+        results, size, like = list(branch.results), len(given[0][0]), arrays[-1]
+        return [_from_lanes(like, results[i * size :][:size]) for i in range(len(operands))]
 
-    return invert(*values)
+    return mapped(*flat)
 
 
 def map_registers(
-    code: str, values: Float32[Array, "*n"], *, layout: plgpu.Layout
+    code: str, *operands: Float32[Array, "*n"], layout: plgpu.Layout
 ) -> Float32[Array, "*n"]:
     """PTX for each number, on a GPU only.
 
     Args:
-        code: `$0` is the result, `$1` the number. All lanes run it together, and may exchange.
-        values: `f32[...]`, held in `layout`, as the result is.
+        code: `$0` is the result, `$1`, `$2`, ... the operands. All lanes run it together, and may
+            exchange.
+        operands: `f32[...]` of one shape, held in `layout`, as the result is.
         layout: Register layout.
     """
+    first = operands[0]
 
     @plgpu.inline_mgpu(
-        arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(values.shape, values.dtype, layout=layout),
+        arg_types=(layout,) * len(operands),
+        return_type=plgpu.ShapeDtypeStruct(first.shape, first.dtype, layout=layout),
     )
-    def mapped(_, array):
-        return _from_lanes(array, [_asm(code, lane) for lane in _lanes(array)])
+    def mapped(_, *arrays):
+        numbers = zip(*map(_lanes, arrays), strict=True)
+        return _from_lanes(arrays[0], [_asm(code, *number) for number in numbers])
 
-    return mapped(values)
+    return mapped(*operands)
 
 
 def _asm(code: str, *operands):
