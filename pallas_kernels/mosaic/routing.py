@@ -115,9 +115,8 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
     row = lax.min(token, jnp.int32(num_tokens - 1)) * num_experts
     load = functools.partial(load_at, layout=layout, interpret=interpret)
     store = functools.partial(store_at, layout=layout, interpret=interpret)
-    score, is_quick = functools.partial(_sigmoid, layout=layout, interpret=interpret), True
-    if scoring != "sigmoid" or not bias_gmem:
-        score, is_quick = _formula(scoring, load, logits_gmem, row, lane, interpret), False
+    sizes = {"num_experts": num_experts, "n_group": n_group, "top_k": top_k}
+    is_unrolled = all(size <= _MAX_UNROLLED[name] for name, size in sizes.items())
 
     def read(columns, starts):
         """Bias and logits of the experts `column + start`, a register each."""
@@ -125,13 +124,29 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
         bias = [load(ref, column, shift=start) for ref in bias_gmem for column, start in places]
         return bias, [load(logits_gmem, row + column, shift=start) for column, start in places]
 
-    def keys_of(loaded):
+    loaded = read(*_columns(num_experts, lane)) if is_unrolled else None
+
+    def logits_from(start):
+        if loaded is not None:
+            return loaded[1][start // _WIDTH]
+        column = lax.min(lane, jnp.int32(num_experts - 1 - start))
+        return load(logits_gmem, row + column, shift=start)
+
+    is_quick = scoring == "sigmoid" and bool(bias_gmem)
+    if is_quick:
+        score = score_all = functools.partial(_sigmoid, layout=layout, interpret=interpret)
+    else:
+        score, score_all = _formula(scoring, logits_from, num_experts, lane, interpret)
+
+    def keys_of(loaded, score=score):
         bias, logits = loaded
         if is_quick:
             return _biased_keys(score(logits), bias)
+        values = logits
         if bias:
-            logits = [s + b.astype(jnp.float32) for s, b in zip(score(logits), bias, strict=True)]
-        return [to_key(formulas.without_denormals(x)) for x in logits]
+            values = [s + b.astype(jnp.float32) for s, b in zip(score(logits), bias, strict=True)]
+        values = [formulas.without_denormals(value, interpret) for value in values]
+        return [to_key(value, x) for value, x in zip(values, logits, strict=True)]
 
     def value(key):
         """What an expert of this key adds to its group."""
@@ -142,13 +157,12 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
 
     def group_key(first, second):
         total = first + second
-        return to_key(total if is_quick else formulas.without_denormals(total))
+        return to_key(total if is_quick else formulas.without_denormals(total, interpret))
 
-    sizes = {"num_experts": num_experts, "n_group": n_group, "top_k": top_k}
     groups = {"topk_group": topk_group, "value": value, "group_key": group_key}
     slots = [lane + start for start in range(0, top_k, _WIDTH)]
-    if all(size <= _MAX_UNROLLED[name] for name, size in sizes.items()):
-        chosen = _choose_unrolled(read, keys_of, lane, **sizes, **groups)
+    if is_unrolled:
+        chosen = _choose_unrolled(keys_of(loaded, score_all), lane, **sizes, **groups)
         ids = [-to_lanes(chosen, slot, 0) for slot in slots]
     else:
         ids = routing_loop.choose(read, keys_of, lane, **sizes, **groups, slots=slots)
@@ -167,20 +181,17 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
         store(weights_gmem, token * top_k + slot, weight * scale, live)
 
 
-def _formula(scoring, load, logits_gmem, row, lane, interpret):
-    """Scores of registers of logits, as `pallas_kernels.scores` rounds them."""
+def _formula(scoring, read, num_experts, lane, interpret):
+    """Scores as `pallas_kernels.scores` rounds them: functions of registers of logits.
+
+    The second takes those of all experts, and may give a number to a NaN.
+    """
     if scoring == "softmax":
-        num_experts = logits_gmem.shape[1]
-
-        def read(start):
-            column = lax.min(lane, jnp.int32(num_experts - 1 - start))
-            return load(logits_gmem, row + column, shift=start)
-
-        one = formulas.softmax(read, num_experts, lane, interpret)
-    else:
-        formula = {"sigmoid": formulas.sigmoid, "sqrtsoftplus": formulas.sqrtsoftplus}[scoring]
-        one = functools.partial(formula, interpret=interpret)
-    return lambda logits: [one(x) for x in logits]
+        score, score_all = formulas.softmax(read, num_experts, lane, interpret)
+        return score, lambda _: score_all()
+    formula = {"sigmoid": formulas.sigmoid, "sqrtsoftplus": formulas.sqrtsoftplus}[scoring]
+    score = functools.partial(formula, interpret=interpret)
+    return score, score
 
 
 def _total(scores, lane, top_k):
@@ -193,19 +204,21 @@ def _total(scores, lane, top_k):
     return sum(chosen_scores[1:], chosen_scores[0])
 
 
-def _choose_unrolled(
-    read, keys_of, lane, *, num_experts, n_group, topk_group, top_k, value, group_key
-):
-    """The negated ids of the `top_k` best experts, `[4]` each, best first."""
+def _columns(num_experts, lane):
+    """What `read` takes for all experts; lanes past the last one read that again."""
     starts = range(0, num_experts, _WIDTH)
     columns = [lane] * len(starts)
+    if num_experts % _WIDTH:
+        columns[-1] = lax.min(lane, jnp.int32(num_experts % _WIDTH - 1))
+    return columns, starts
+
+
+def _choose_unrolled(keys, lane, *, num_experts, n_group, topk_group, top_k, value, group_key):
+    """The negated ids of the `top_k` best experts, `[4]` each, best first."""
     ragged = num_experts % _WIDTH
     if ragged:
-        columns[-1] = lax.min(lane, jnp.int32(ragged - 1))
-    keys = keys_of(read(columns, starts))
-    if ragged:
         keys[-1] = jnp.where(lane < ragged, keys[-1], TAKEN)
-    negated = [-(lane + start) for start in starts]
+    negated = [-(lane + start) for start in range(0, num_experts, _WIDTH)]
     if topk_group < n_group:
         group_size = num_experts // n_group
         groups = _best_groups(
