@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import scores
+from pallas_kernels.mosaic import routing
 from pallas_kernels.mosaic import scores as in_kernels
 from pallas_kernels.mosaic.rounding import PTX_RECIPROCAL
 
@@ -85,6 +86,7 @@ def run(code, *operands, ulp=0):
         "setp.eq.f32": lambda a, b: a == b,
         "setp.nan.f32": lambda a, b: np.isnan(a) | np.isnan(b),
         "selp.f32": lambda a, b, p: np.where(p, a, b),
+        "shfl.sync.idx.b32": lambda a, i, *_: np.take_along_axis(a, i & 31, axis=1),
         "shfl.sync.bfly.b32": lambda a, distance, *_: a[:, np.arange(32) ^ distance],
     }
     for statement in code.strip("{}").split(";"):
@@ -122,6 +124,7 @@ def emulated(monkeypatch):
         return [np.where(largest < below, a, b) for a, b in zip(*branches, strict=True)]
 
     monkeypatch.setattr(in_kernels, "map_registers", map_registers)
+    monkeypatch.setattr(routing, "map_registers", map_registers)
     monkeypatch.setattr(in_kernels, "map_if_small", map_if_small)
     return ulps
 
@@ -182,8 +185,7 @@ def test_a_softmax_has_the_bits_of_the_formula(emulated, num_experts, interpret)
         )
         found = np.concatenate(score(registers), axis=1)[:, :num_experts]
         same_bits(found, wanted)
-        found = np.concatenate(of_all(), axis=1)[:, :num_experts]
-        same_bits(found[~np.isnan(wanted)], wanted[~np.isnan(wanted)])
+        same_bits(np.concatenate(of_all(registers), axis=1)[:, :num_experts], wanted)
 
 
 @pytest.mark.parametrize("ulp", [-1, 0, 1])
@@ -209,3 +211,15 @@ def test_denormals_and_minus_zero_become_zero():
     x = np.float32([1e-40, -1e-40, -0.0, 0, 2**-126, -(2**-126), -1, np.inf, -np.inf, np.nan])
     found = run(in_kernels.PTX_WITHOUT_DENORMALS, x)
     same_bits(found, np.float32([0, 0, 0, 0, *x[4:]]))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("interpret", [True, None])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_chosen_scores_come_from_the_lanes_that_hold_them(count, interpret):
+    rng = np.random.default_rng(4)
+    values = rng.standard_normal((4, 32 * count), np.float32)
+    ids = rng.integers(0, 32 * count, (4, 32)).astype(np.int32)
+    registers = [jnp.asarray(register) for register in np.split(values, count, axis=1)]
+    found = routing._pick(registers, jnp.asarray(ids), None, interpret)
+    same_bits(found, np.take_along_axis(values, ids, axis=1))

@@ -28,12 +28,14 @@ from jaxtyping import Array, Float
 from pallas_kernels.mosaic import launch, layouts, routing_loop
 from pallas_kernels.mosaic import scores as formulas
 from pallas_kernels.mosaic.indexed_memory import load_at, store_at
-from pallas_kernels.mosaic.rounding import reciprocals
+from pallas_kernels.mosaic.rounding import map_registers, reciprocals
 from pallas_kernels.mosaic.topk import NOT_A_NUMBER, TAKEN, across, from_key, to_key, to_lanes, top
 from pallas_kernels.shapes import cdiv
 from pallas_kernels.types import Routing
 
 _WIDTH = 32  # an expert per lane, so a group of 32 is one register
+# Of `$1` in the lane of the lowest 5 bits of `$2`.
+_FROM_LANE = "{ .reg .b32 i; mov.b32 i, $2; shfl.sync.idx.b32 $0, $1, i, 31, -1; }"
 _MAX_UNROLLED = {"num_experts": 256, "n_group": 16, "top_k": 16}
 
 
@@ -132,21 +134,22 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
         column = lax.min(lane, jnp.int32(num_experts - 1 - start))
         return load(logits_gmem, row + column, shift=start)
 
-    is_quick = scoring == "sigmoid" and bool(bias_gmem)
+    is_quick, all_scores = scoring == "sigmoid" and bool(bias_gmem), None
     if is_quick:
-        score = score_all = functools.partial(_sigmoid, layout=layout, interpret=interpret)
+        score = functools.partial(_sigmoid, layout=layout, interpret=interpret)
     else:
         score, score_all = _formula(scoring, logits_from, num_experts, lane, interpret)
+        if loaded is not None and bias_gmem:
+            all_scores = score_all(loaded[1])
 
-    def keys_of(loaded, score=score):
+    def keys_of(loaded):
         bias, logits = loaded
         if is_quick:
             return _biased_keys(score(logits), bias)
-        values = logits
         if bias:
-            values = [s + b.astype(jnp.float32) for s, b in zip(score(logits), bias, strict=True)]
-        values = [formulas.without_denormals(value, interpret) for value in values]
-        return [to_key(value, x) for value, x in zip(values, logits, strict=True)]
+            biased = zip(all_scores or score(logits), bias, strict=True)
+            logits = [s + b.astype(jnp.float32) for s, b in biased]
+        return [to_key(formulas.without_denormals(x, interpret)) for x in logits]
 
     def value(key):
         """What an expert of this key adds to its group."""
@@ -162,14 +165,17 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
     groups = {"topk_group": topk_group, "value": value, "group_key": group_key}
     slots = [lane + start for start in range(0, top_k, _WIDTH)]
     if is_unrolled:
-        chosen = _choose_unrolled(keys_of(loaded, score_all), lane, **sizes, **groups)
+        chosen = _choose_unrolled(keys_of(loaded), lane, **sizes, **groups)
         ids = [-to_lanes(chosen, slot, 0) for slot in slots]
     else:
         ids = routing_loop.choose(read, keys_of, lane, **sizes, **groups, slots=slots)
 
-    # The choices have a lane each; their scores are computed again, which is less work than to
-    # carry all scores along.
-    scores = score([load(logits_gmem, row + i) for i in ids])
+    # The choices have a lane each. Of sigmoids, and where no others are held, it is less work to
+    # compute the scores again than to fetch them.
+    if all_scores is None:
+        scores = score([load(logits_gmem, row + i) for i in ids])
+    else:
+        scores = [_pick(all_scores, i, layout, interpret) for i in ids]
     if renormalize:
         total = _total(scores, lane, top_k)
         scale = across(factor_gmem[0] / (total + 1e-20), shape)
@@ -184,14 +190,25 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
 def _formula(scoring, read, num_experts, lane, interpret):
     """Scores as `pallas_kernels.scores` rounds them: functions of registers of logits.
 
-    The second takes those of all experts, and may give a number to a NaN.
+    The second takes those of all experts.
     """
     if scoring == "softmax":
-        score, score_all = formulas.softmax(read, num_experts, lane, interpret)
-        return score, lambda _: score_all()
+        return formulas.softmax(read, num_experts, lane, interpret)
     formula = {"sigmoid": formulas.sigmoid, "sqrtsoftplus": formulas.sqrtsoftplus}[scoring]
     score = functools.partial(formula, interpret=interpret)
     return score, score
+
+
+def _pick(registers, ids, layout, interpret):
+    """What lane `id % 32` of register `id // 32` holds."""
+    if interpret:
+        return jnp.take_along_axis(jnp.concatenate(registers, axis=1), ids, axis=1)
+    bits = lax.bitcast_convert_type(ids, jnp.float32)
+    moved = [map_registers(_FROM_LANE, register, bits, layout=layout) for register in registers]
+    picked = moved[0]
+    for number, register in enumerate(moved[1:], 1):
+        picked = jnp.where(ids >= number * _WIDTH, register, picked)
+    return picked
 
 
 def _total(scores, lane, top_k):

@@ -24,6 +24,7 @@ _LANES = 32
 _LAYOUT = layouts.row_per_warp(_LANES)
 
 type _Register = Float32[Array, "4 32"]
+type _Scores = Callable[[Sequence[_Register]], list[_Register]]
 
 
 def _bits(value: Any) -> str:
@@ -244,10 +245,7 @@ def sqrtsoftplus(logits: Sequence[_Register], interpret) -> list[_Register]:
 
 def softmax(
     read: Callable[[int], _Register], num_experts: int, lane: Array, interpret
-) -> tuple[
-    Callable[[Sequence[_Register]], list[_Register]],
-    Callable[[], list[_Register]],
-]:
+) -> tuple[_Scores, _Scores]:
     """`scores.softmax` of each row.
 
     Twice over the logits: the largest, then the sum of the exponentials in the order of
@@ -261,8 +259,8 @@ def softmax(
         interpret: The kernel's `interpret` argument.
 
     Returns:
-        `logits -> scores`; and the scores of all experts, a register for each 32, from the
-        exponentials that were summed: of a NaN 0.
+        `logits -> scores`; and the same for the logits of all experts, a register for each 32,
+        with the exponentials that were summed.
     """
     width = max(1, (1 << (num_experts - 1).bit_length()) // _LANES)
     registers = range(-(-num_experts // _LANES))
@@ -307,11 +305,13 @@ def softmax(
         inverse = map_registers(PTX_RECIPROCAL, of_row, layout=_LAYOUT)
         return [map_registers(PTX_SHARE, e, of_row, inverse, layout=_LAYOUT) for e in exponentials]
 
-    def score(logits: Sequence[_Register]) -> list[_Register]:
-        found = shares(map(exponential, logits))
+    def score(
+        logits: Sequence[_Register], exponentials: Iterable[_Register] | None = None
+    ) -> list[_Register]:
+        found = shares(map(exponential, logits) if exponentials is None else exponentials)
         return [jnp.where(x != x, x, share) for x, share in zip(logits, found, strict=True)]
 
-    return score, lambda: shares(map(summed, registers))
+    return score, lambda logits: score(logits, map(summed, registers))
 
 
 def _larger(a: _Register, b: _Register, interpret) -> _Register:

@@ -15,18 +15,10 @@ TAKEN = -(2**31)
 NOT_A_NUMBER = TAKEN + 1
 
 
-def to_key(value, other=None):
-    """Maps f32, which is not -0, to i32 that compare as the floats do; NaN comes below all.
-
-    Args:
-        value: A register.
-        other: A register that may have a NaN where `value` lost it.
-    """
+def to_key(value):
+    """Maps f32, which is not -0, to i32 that compare as the floats do; NaN comes below all."""
     key = _flip_negative(lax.bitcast_convert_type(value, jnp.int32))
-    is_nan = value != value
-    if other is not None:
-        is_nan |= other != other
-    return jnp.where(is_nan, NOT_A_NUMBER, key)
+    return jnp.where(value != value, NOT_A_NUMBER, key)
 
 
 def from_key(key):
