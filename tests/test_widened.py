@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
 from jax_moe.types import Quantized
-from pallas_kernels.mosaic import tilings
+from pallas_kernels.mosaic import layouts, tilings
+from pallas_kernels.mosaic.hopper import widened
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
@@ -29,7 +32,7 @@ from tests.test_kernels_interpreted import (
 )
 
 # Weights that were read to registers: as their scales, ordered by the mbarrier of the slot.
-REUSED_SLOTS = SCALES_OF_A_REUSED_SLOT | {"product", "Pipeline.produce"}
+REUSED_SLOTS = SCALES_OF_A_REUSED_SLOT | {"load", "product", "Pipeline.produce"}
 
 
 def f16_rows(sizes, block_m, columns):
@@ -66,6 +69,55 @@ def test_both_projections_of_16_bit_rows(block_m, tail_widths, sizes):
     # Small ones of a row are denormal in f16.
     tolerance = np.abs(expected) * 2**-10 + scales[0, live][:, None] * 2**-24
     assert (np.abs(found - expected) <= tolerance).all()
+
+
+def registers_of(layout, shape):
+    """A thread's registers in a layout: what number each [warp, lane] has in each of their places.
+
+    Elements are numbered row by row. The array of registers is Mosaic's.
+    """
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        kept = numbers.ndim - len(tile)
+        pairs = zip(numbers.shape[kept:], tile, strict=True)
+        numbers = numbers.reshape(
+            *numbers.shape[:kept], *(n for size, t in pairs for n in (size // t, t))
+        )
+        outer = range(kept, numbers.ndim, 2)
+        numbers = numbers.transpose(*range(kept), *outer, *(i + 1 for i in outer))
+    ours = [*layout.partitioned_warp_dims, *layout.partitioned_lane_dims, layout.vector_dim]
+    registers = np.empty(layout.registers_shape(shape), dtype=object)
+    numbers = np.moveaxis(numbers, ours, range(-len(ours), 0))
+    for place, register in zip(
+        np.ndindex(registers.shape),
+        numbers.reshape(registers.size, 4, 32, layout.vector_length),
+        strict=True,
+    ):
+        registers[place] = register
+    return registers
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "rename", "shape"),
+    [
+        (plgpu.Layout.WGMMA_UPCAST_2X, plgpu.Layout.WGMMA, "_as_pairs", (64, 128)),
+        (widened._ORDERED, layouts.row_per_warp(64), "_same", (8, 64)),
+    ],
+    ids=["weights", "activations"],
+)
+def test_renamed_registers_hold_columns_in_wgmma_order(was, becomes, rename, shape, monkeypatch):
+    """A thread takes a column for the one in whose place `wgmma_order` puts it."""
+    monkeypatch.setattr(mgpu.utils, "vector_slice", lambda register, part: register[..., part])
+    monkeypatch.setattr(mgpu.utils, "vector_concat", lambda parts: np.concatenate(parts, axis=-1))
+    meant = registers_of(becomes.to_mgpu(), shape)
+    renamed = getattr(widened, rename)(registers_of(was.to_mgpu(), shape), meant.shape)
+    columns = np.arange(shape[1], dtype=np.float16)
+    order = np.asarray(widened.wgmma_order(columns)).astype(int)
+    assert order[:16].tolist() == [0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15]
+    np.testing.assert_array_equal(widened.wgmma_order(columns[order]), columns)
+    for held, wanted in zip(renamed.flat, meant.flat, strict=True):
+        row, column = np.divmod(wanted, shape[1])
+        np.testing.assert_array_equal(held, row * shape[1] + order[column])
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
 from pallas_kernels.mosaic import group_quant, hopper, permute, routing, tilings
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic import unpermute as unpermute_kernel
-from pallas_kernels.mosaic.hopper import zero_rows
+from pallas_kernels.mosaic.hopper import widened, zero_rows
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, has_spare_warps
 from pallas_kernels.mosaic.hopper.side_job import SideJob
@@ -121,7 +121,7 @@ def up_project(
         scale_format=scale_format,
         batch_invariant=batch_invariant,
     )
-    return activations
+    return _reordered(activations)
 
 
 def layer(
@@ -151,7 +151,7 @@ def layer(
         batch_invariant=batch_invariant,
         side_job=_zeroing(weights.gemm1_weights, plan, precision),
     )
-    expert_outputs = down_project(
+    expert_outputs = _down(
         activations,
         weights.gemm2_weights,
         weights.gemm2_weights_scale,
@@ -179,9 +179,9 @@ def _up(
     The up-projection gathers rows itself where they are few.
     """
     gathers = tilings.gathers(plan.block_m)
-    rows = tokens
+    rows = _reordered(tokens)
     if not gathers:
-        rows = permute.permute_rows(tokens, plan, interpret=interpret_params())
+        rows = permute.permute_rows(rows, plan, interpret=interpret_params())
     return up_projection(
         rows,
         plan,
@@ -194,6 +194,13 @@ def _up(
         side_job=side_job,
         interpret=interpret_params(),
     )
+
+
+def _reordered(rows: Quantized) -> Quantized:
+    """f16 columns in the order in which the matmuls read them, or back."""
+    if not widened.is_widened(rows) or interpret_params() is not None:
+        return rows
+    return rows._replace(values=widened.wgmma_order(rows.values))
 
 
 def _up_config(
@@ -223,6 +230,20 @@ def down_project(
     batch_invariant: bool = False,
 ) -> Float[Array, "M H"]:
     """GEMM2; see `jax_moe.down_project`."""
+    activations = _reordered(activations)
+    return _down(
+        activations, gemm2_weights, gemm2_weights_scale, plan, batch_invariant=batch_invariant
+    )
+
+
+def _down(
+    activations: Quantized,
+    gemm2_weights: Array,
+    gemm2_weights_scale: Array,
+    plan: GroupPlan,
+    *,
+    batch_invariant: bool,
+) -> Array:
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
     choose = _CHOOSE[precision_of(activations.values)]
     chosen = choose(plan.block_m, hidden_size, intermediate_size, num_local_experts)

@@ -12,6 +12,8 @@ about 14 bits, so no product is longer than one step.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,8 @@ from pallas_kernels.mosaic.hopper.pipeline import Pipeline
 from pallas_kernels.mosaic.hopper.tile_queue import Tile
 from pallas_kernels.shapes import QUANT_BLOCK
 
+_MOST_TOKENS_AHEAD = 32  # wider tiles leave no registers for the weights of two blocks
+
 
 def accumulate(
     pipeline: Pipeline,
@@ -39,7 +43,8 @@ def accumulate(
 ):
     """Each weight block's promoted sum over the segments of a tile.
 
-    It is the sum, in order, of the sums of the segments.
+    It is the sum, in order, of the sums of the segments: a loop of its own each, so that the loop
+    over steps, which is all that counts, has no more to do than where there is one.
 
     Args:
         pipeline: Where the steps arrive.
@@ -55,10 +60,7 @@ def accumulate(
         `f32[64, width]`, weights x tokens.
     """
     blocks = shape.weight_blocks(tile.column)
-    begin, end = 0, shape.num_steps
-    if shape.is_split:
-        begin, end = tile.begin * shape.segment_steps, tile.end * shape.segment_steps
-    one_segment = shape.segments == 1
+    end = tile.end if shape.is_split else jnp.int32(shape.segments)
     my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
     token_major = is_token_major(width)
     sum_shape = (CONSUMER_ROWS, QUANT_BLOCK if token_major else width)
@@ -75,52 +77,72 @@ def accumulate(
             return pipeline.x.at[stage, my_rows], pipeline.weights.at[stage, i].T
         return pipeline.weights.at[stage, i, my_rows], pipeline.x.at[stage, pl.ds(0, width)].T
 
-    def promoted_product(stage, i, x_scales, weight_scale):
-        def multiply(accumulator):
-            plgpu.wgmma(accumulator, *factors(stage, i))
-            scale = lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
-            return accumulator[...] * scale
+    def promoted_products(stage, x_scales, scales):
+        """Of each block in turn."""
+        for i, weight_scale in enumerate(scales):
+            if i:
+                plgpu.barrier_wait(pipeline.full(stage, i))
 
-        def widened_product():
-            scale = lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
-            return scale * widened.product(
-                pipeline.weights.at[stage, i, my_rows],
-                pipeline.x.at[stage, pl.ds(0, width)],
+            def multiply(accumulator, i=i, weight_scale=weight_scale):
+                plgpu.wgmma(accumulator, *factors(stage, i))
+                scale = lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
+                return accumulator[...] * scale
+
+            yield pl.run_scoped(multiply, plgpu.ACC(sum_shape, jnp.float32))
+
+    def widened_products(stage, x_scales, scales):
+        """Of each block in turn, whose weights are widened while the one before is multiplied."""
+        tokens = pipeline.x.at[stage, pl.ds(0, width)]
+
+        def load(i):
+            if i == len(scales):
+                return None
+            if i:
+                plgpu.barrier_wait(pipeline.full(stage, i))
+            weights = pipeline.weights.at[stage, i, my_rows]
+            return widened.load(weights, interpreted=shape.is_interpreted)
+
+        ahead = width <= _MOST_TOKENS_AHEAD
+        weights = load(0)
+        for i, weight_scale in enumerate(scales):
+            following = functools.partial(load, i + 1)
+            product, weights = widened.product(
+                weights,
+                tokens,
+                following if ahead else lambda: None,
                 interpreted=shape.is_interpreted,
             )
-
-        if shape.is_widened:
-            return widened_product()
-        return pl.run_scoped(multiply, plgpu.ACC(sum_shape, jnp.float32))
+            weights = weights if ahead else following()
+            yield product * lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
 
     def weight_scales(k):
         return tuple(weights_scale[tile.expert, block, k] for block in blocks)
 
-    def close_segment(k, total, sums):
-        closes = lax.rem(k + 1, jnp.int32(shape.segment_steps)) == 0
-        if store_segment is not None:
-            segment = lax.div(k, jnp.int32(shape.segment_steps))
-            pl.when(closes)(lambda: store_segment(segment, sums))
-        closes = jnp.broadcast_to(closes, sum_shape)
-        total = tuple(lax.select(closes, a + b, a) for a, b in zip(total, sums, strict=True))
-        return total, tuple(lax.select(closes, z, a) for z, a in zip(zeros, sums, strict=True))
-
     def step(k, carry):
-        total, sums, scales = carry
+        sums, scales = carry
         stage = pipeline.stage(first_step + k)
         plgpu.barrier_wait(pipeline.full(stage, 0))
-        next_scales = weight_scales(lax.min(k + 1, jnp.int32(end - 1)))
+        last = end * shape.segment_steps - 1
+        next_scales = weight_scales(lax.min(k + 1, last))
         x_scales = plgpu.load(pipeline.x_scales.at[stage, my_scales], layout=scale_layout)
-        updated = []
-        for i, (sum_, scale) in enumerate(zip(sums, scales, strict=True)):
-            if i:
-                plgpu.barrier_wait(pipeline.full(stage, i))
-            updated.append(sum_ + promoted_product(stage, i, x_scales, scale))
+        products = widened_products if shape.is_widened else promoted_products
+        sums = tuple(map(operator.add, sums, products(stage, x_scales, scales)))
         plgpu.barrier_arrive(pipeline.empty.at[stage])
-        if one_segment:
-            return total, tuple(updated), next_scales
-        return *close_segment(k, total, updated), next_scales
+        return sums, next_scales
 
-    initial = (() if one_segment else zeros, zeros, weight_scales(jnp.int32(begin)))
-    total, sums, _ = lax.fori_loop(begin, end, step, initial)
-    return sums if one_segment else total
+    def segment_sums(segment, scales):
+        first = segment * shape.segment_steps
+        return lax.fori_loop(first, first + shape.segment_steps, step, (zeros, scales))
+
+    def next_segment(segment, carry):
+        total, scales = carry
+        sums, scales = segment_sums(segment, scales)
+        if store_segment is not None:
+            store_segment(segment, sums)
+        return tuple(map(operator.add, total, sums)), scales
+
+    if shape.segments == 1:
+        return segment_sums(0, weight_scales(jnp.int32(0)))[0]
+    begin = tile.begin if shape.is_split else jnp.int32(0)
+    scales = weight_scales(begin * shape.segment_steps)
+    return lax.fori_loop(begin, end, next_segment, (zeros, scales))[0]

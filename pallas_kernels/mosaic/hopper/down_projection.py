@@ -39,7 +39,8 @@ def down_projection(
     """`rows @ gemm2_weights[expert].T`, f32 sums, one cast to bf16; none of f16 rows.
 
     Args:
-        rows: Activations `[M, I]`, e4m3 or f16, in the order of the plan.
+        rows: Activations `[M, I]` in the order of the plan; e4m3, or f16 with columns in the order
+            of `widened.wgmma_order` (in the interpreter as they are).
         plan: Where the rows of each expert lie.
         gemm2_weights: `e4m3[E, H, I]`.
         gemm2_weights_scale: `f32[E, H/128, I/128]`.

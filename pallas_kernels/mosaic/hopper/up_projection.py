@@ -12,7 +12,8 @@ token-major epilogue:
                   -> scale -> e4m3 -> TMA store
 
 f16 rows, 32 tokens at a time:
-    as weight-major, but f32 -> shared memory, amax -> power of two -> f16 -> global memory
+    as weight-major, but f32 -> shared memory, amax -> power of two -> f16 -> global memory,
+    columns in the order of `widened.wgmma_order`
 
 The clamp is there with a `swiglu_limit` only. Scales of the format "ue8m0" are taken from the bits
 of amax, see `group_quant.power_of_two_scale`.
@@ -33,12 +34,11 @@ from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.mosaic import layouts
 from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL, power_of_two_scale
+from pallas_kernels.mosaic.hopper import widened
 from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulConfig
 from pallas_kernels.mosaic.hopper.side_job import SideJob
-from pallas_kernels.mosaic.hopper.widened import is_widened, transposed
-from pallas_kernels.mosaic.hopper.widened import power_of_two_scale as widened_scale
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import GroupPlan, Quantized, ScaleFormat
 
@@ -51,6 +51,7 @@ class _Activation(NamedTuple):
 
     swiglu_limit: float | None
     scale_format: ScaleFormat
+    interpreted: bool
 
 
 class _Staging(NamedTuple):
@@ -77,7 +78,8 @@ def up_projection(
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
 
     Args:
-        rows: Activations `[M, H]` in the order of the plan, or of tokens `[T, H]`; e4m3 or f16.
+        rows: Activations `[M, H]` in the order of the plan, or of tokens `[T, H]`; e4m3, or f16
+            with columns in the order of `widened.wgmma_order` (in the interpreter as they are).
         plan: Where the rows of each expert lie.
         gemm1_weights: `e4m3[E, 2 I, H]`; the second half of the rows is the gate.
         gemm1_weights_scale: `f32[E, 2 I/128, H/128]`.
@@ -90,8 +92,8 @@ def up_projection(
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `e4m3[M, I]`, of f16 rows `f16[M, I]`, and `f32[I/128, M]`, padding rows hold anything; and
-        what `side_job` gives, None without one.
+        `e4m3[M, I]`, of f16 rows `f16[M, I]` in that same order, and `f32[I/128, M]`, padding rows
+        hold anything; and what `side_job` gives, None without one.
 
     Raises:
         ValueError: The configuration does not fit the GPU, the plan or `side_job`.
@@ -100,8 +102,8 @@ def up_projection(
     intermediate_size = gemm1_weights.shape[1] // 2
     num_columns = intermediate_size // QUANT_BLOCK
     shape: Any = jax.ShapeDtypeStruct
-    activation = _Activation(swiglu_limit, scale_format)
-    wide = is_widened(rows)
+    activation = _Activation(swiglu_limit, scale_format, interpret is not None)
+    wide = widened.is_widened(rows)
     return grouped_matmul(
         rows,
         plan,
@@ -164,20 +166,25 @@ def _weight_major_epilogue(
     staged = staging.weight_major
     wide = staged.dtype == jnp.float32  # f16 is rounded once, when the row's scale is known
     activated = _swiglu(accumulators, activation.swiglu_limit)
-    activated = transposed(activated) if wide else activated.astype(staged.dtype)
+    activated = widened.transposed(activated) if wide else activated.astype(staged.dtype)
     chunk = staged.shape[1]
     for first in range(0, width, chunk):
         tokens = min(width - first, chunk)
         staged.at[warpgroup, pl.ds(0, tokens)].T[...] = activated[:, first : first + tokens]
         _sync_consumers(staging.consumers)
         mine = tokens // NUM_CONSUMERS
-        halves = [
-            plgpu.load(staged.at[i, pl.ds(warpgroup * mine, mine)], layout=layout)
-            for i in range(NUM_CONSUMERS)
-        ]
-        halves = [half.astype(jnp.float32) for half in halves]
+        staged_rows = [staged.at[i, pl.ds(warpgroup * mine, mine)] for i in range(NUM_CONSUMERS)]
+        if wide:
+            interpreted = activation.interpreted
+            halves = [widened.load_rows(rows, interpreted=interpreted) for rows in staged_rows]
+        else:
+            halves = [plgpu.load(rows, layout=layout) for rows in staged_rows]
+            halves = [half.astype(jnp.float32) for half in halves]
         amax = functools.reduce(lax.max, [jnp.max(jnp.abs(half), axis=1) for half in halves])
-        scale, inverse = widened_scale(amax) if wide else _scale_of(amax, activation.scale_format)
+        if wide:
+            scale, inverse = widened.power_of_two_scale(amax)
+        else:
+            scale, inverse = _scale_of(amax, activation.scale_format)
         inverse = lax.broadcast_in_dim(inverse, (mine, CONSUMER_ROWS), [0])
         row = pl.ds(tile.row + first + warpgroup * mine, mine)
         for i, half in enumerate(halves):

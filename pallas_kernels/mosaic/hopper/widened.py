@@ -1,22 +1,45 @@
 """Products of 16-bit rows: e4m3 weights, widened to f16 in registers, times f16 activations.
 
-    shared memory    e4m3 weights[64, 128]    -> registers, two neighbours of a row per 16 bits
-    registers        e4m3 -> f16, exact       -> the layout of wgmma's first operand
+    shared memory    e4m3 weights[64, 128]    -> registers, four neighbours of a row per 32 bits
+    registers        e4m3 -> f16, exact       -> wgmma's first operand
     wgmma            f16[64, 128] from registers x f16[128, tokens] from shared memory -> f32
+                     meanwhile the next weight block -> registers
 
 Not one byte of weights more is read than for FP8 rows. `wgmma` takes its first operand, the one on
 the 64-row side, from registers: so the weights are there for every width of a tile.
+
+Of every 16 columns `wgmma` wants two neighbours here and two 8 columns on in a thread, but loads of
+32 bits bring four neighbours. Instead of moving them between threads, which took longer than the
+product, columns are counted in another order. A sum does not mind, as long as the activations lie
+in memory in that order, too (`wgmma_order`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float16
 
+from pallas_kernels.mosaic import layouts
+from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS
 from pallas_kernels.shapes import F16_EXPONENT
 from pallas_kernels.types import Quantized
+
+_NATURAL = layouts.row_per_warp(CONSUMER_ROWS)
+# Lanes go through 16, 8, 4 and 2 columns; here 2 and 8 have changed places.
+_ORDERED = plgpu.Layout.TILED(
+    plgpu.Tiling(((layouts.ROWS_PER_WARPGROUP, CONSUMER_ROWS), (16,), (8,), (4,), (2,))),
+    warp_dims=(-6,),
+    lane_dims=(-5, -2, -3, -4),
+    vector_dim=-1,
+)
 
 _MANTISSA_BITS = 23
 _EXPONENT_BIAS = 127
@@ -32,30 +55,111 @@ def row_bytes(rows: Quantized) -> int:
     return rows.values.dtype.itemsize
 
 
-def product(weights, tokens, *, interpreted: bool):
-    """`weights @ tokens.T` of one step.
+def wgmma_order(values: Float16[Array, "R C"]) -> Float16[Array, "R C"]:
+    """Columns in the order in which `load` counts them, or back: the order is its own inverse.
+
+    Of a column's number, bits 1 and 3 change places: two neighbours stay together.
+
+    Args:
+        values: Of columns in multiples of 16.
+    """
+    bits = values.reshape(*values.shape[:-1], -1, 2, 2, 2, 2)
+    return bits.swapaxes(-4, -2).reshape(values.shape)
+
+
+def load(weights, *, interpreted: bool):
+    """The first operand of `product`.
 
     Args:
         weights: e4m3[64,128] of a consumer, in shared memory.
-        tokens: f16[width,128], in shared memory.
+        interpreted: Whether the interpreter runs this, where no order is changed.
+
+    Returns:
+        f16[64,128], columns in the order of `wgmma_order`.
+    """
+    if interpreted:
+        return weights[...].astype(jnp.float16)
+    loaded = plgpu.load(weights, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+    wide = loaded.astype(jnp.float16)
+    return _renamed(wide, plgpu.Layout.WGMMA_UPCAST_2X, plgpu.Layout.WGMMA, _as_pairs)
+
+
+def product(weights, tokens, meanwhile: Callable[[], Any], *, interpreted: bool):
+    """`weights @ tokens.T` of one step.
+
+    Args:
+        weights: f16[64,128], from `load`.
+        tokens: f16[width,128], in shared memory, columns in the order of `wgmma_order`.
+        meanwhile: Called between the start of the product and its end.
         interpreted: Whether the interpreter runs this. Its `wgmma` takes no operand in registers,
             so there it is a plain product of the same values.
 
     Returns:
-        f32[64,width].
+        f32[64,width], and what `meanwhile` returned.
     """
-    loaded = plgpu.load(weights, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-    wide = plgpu.layout_cast(loaded.astype(jnp.float16), plgpu.Layout.WGMMA)
     if interpreted:
         dimensions = (((1,), (1,)), ((), ()))
-        return lax.dot_general(wide, tokens[...], dimensions, preferred_element_type=jnp.float32)
+        wide = weights, tokens[...], dimensions
+        return lax.dot_general(*wide, preferred_element_type=jnp.float32), meanwhile()
 
     def multiply(accumulator):
-        plgpu.wgmma(accumulator, wide, tokens.T)
-        return accumulator[...]
+        plgpu.wgmma(accumulator, weights, tokens.T)
+        other = meanwhile()
+        return accumulator[...], other
 
     shape = (weights.shape[0], tokens.shape[0])
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def load_rows(rows, *, interpreted: bool):
+    """Rows of 64 columns, one per warp, their columns in the order of `wgmma_order`.
+
+    Args:
+        rows: f32[4 r,64], in shared memory.
+        interpreted: Whether the interpreter runs this, where no order is changed.
+
+    Returns:
+        f32[4 r,64], in `layouts.row_per_warp(64)`.
+    """
+    if interpreted:
+        return plgpu.load(rows, layout=_NATURAL)
+    return _renamed(plgpu.load(rows, layout=_ORDERED), _ORDERED, _NATURAL, _same)
+
+
+def _renamed(values, was: plgpu.Layout, becomes: plgpu.Layout, registers: Callable[..., Any]):
+    """The same registers as an array of another layout: `registers(theirs, new shape)`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(was,),
+        return_type=plgpu.ShapeDtypeStruct(values.shape, values.dtype, becomes),
+    )
+    def rename(_, array):
+        layout = becomes.to_mgpu()
+        theirs = registers(array.registers, layout.registers_shape(array.shape))
+        return mgpu.FragmentedArray(_registers=theirs, _layout=layout, _is_signed=None)
+
+    return rename(values)
+
+
+def _same(theirs, shape):
+    """Taken apart and put together: otherwise MLIR folds both names into the first."""
+    halves = [
+        [mgpu.utils.vector_slice(register, slice(i, i + 1)) for i in range(2)]
+        for register in theirs.flat
+    ]
+    same = np.empty(len(halves), dtype=object)
+    same[:] = [mgpu.utils.vector_concat(half) for half in halves]
+    return same.reshape(shape)
+
+
+def _as_pairs(theirs, shape):
+    """Four neighbours of 16 columns as two, and two 8 columns on."""
+    pairs = np.empty(shape, dtype=object)
+    for (row, column, *other, _), register in np.ndenumerate(theirs):
+        for half in range(2):
+            pair = mgpu.utils.vector_slice(register, slice(2 * half, 2 * half + 2))
+            pairs[(row, 2 * column + half, *other)] = pair
+    return pairs
 
 
 def transposed(values):
