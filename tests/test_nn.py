@@ -107,6 +107,27 @@ def test_against_numpy_with_and_without_fusion():
     assert relative_error(jitted()(fused, x), expected) < 0.006
 
 
+def test_tiles_are_as_tall_as_the_shared_expert_needs(monkeypatch):
+    rows = []
+
+    def recorded(x, *arguments, num_experts, expected_rows, **options):
+        rows.append((num_experts, expected_rows))
+        return jnp.zeros(x.shape, jnp.bfloat16)
+
+    monkeypatch.setattr("jax_moe.nn.layer.apply_routed", recorded)
+    params = make()
+    fused = nn.fuse_shared(params, CONFIG)
+    for num_tokens in (8, 64, 200):
+        for weights in (params, fused):
+            nn.moe_layer(weights, hidden(num_tokens), config=CONFIG, backend="xla")
+    routed, of_fused = CONFIG.num_experts, CONFIG.num_experts + 2
+    assert rows == [
+        *((routed, 2.0), (1, 8), (of_fused, 2.0)),
+        *((routed, 16.0), (1, 48), (of_fused, 16)),
+        *((routed, 50.0), (1, None), (of_fused, 50.0)),
+    ]
+
+
 def test_precision_is_that_of_routed_and_shared_experts():
     params, x = make(), hidden(3, 5)
     exact = numpy_layer(params, x, requantize=False)

@@ -212,7 +212,8 @@ def test_every_split_that_is_tried_splits(model):
         segments = {MatmulConfig(16, 5, split_k_steps=split).segments(steps) for split in splits}
         assert segments == {n for n in range(2, 9) if steps % n == 0}
     assert tune.choices(start, 56)["split_k_steps"] == (None, 7, 8, 14, 28)
-    assert tune.choices(MatmulConfig(64, 4), 56)["split_k_steps"] == (None,)
+    assert tune.choices(MatmulConfig(64, 4), 56)["split_k_steps"] == (None, 7, 8, 14, 28)
+    assert tune.choices(MatmulConfig(128, 4), 56)["split_k_steps"] == (None,)
 
 
 def run_main(monkeypatch, tmp_path, *argv):

@@ -22,6 +22,9 @@ from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, LayerWeights, Routing
 from pallas_kernels.shapes import even_rows
 
+_MOST_ROWS_OF_FUSED = 16  # more would choose tiles that are too tall for the routed experts
+_MOST_ROWS_OF_CUT, _FEW_TOKENS = 48, 128
+
 
 def moe_layer(
     params: LayerWeights,
@@ -129,7 +132,7 @@ def moe_layer(
             *chosen,
             0,
             num_experts=config.num_experts + num_fused,
-            expected_rows=max(even_rows(len(x), router.top_k, config.num_experts), 1e-3),
+            expected_rows=_expected_rows(len(x), config, num_fused),
             swiglu_limit=router.swiglu_limit,
             **call,
         )
@@ -284,9 +287,22 @@ def _shared(
     return apply_routed(
         *arguments,
         num_experts=1,
+        # Tiles of 64 rows, which are cut along K, where those of 128 would be too few for the GPU.
+        expected_rows=min(len(x), _MOST_ROWS_OF_CUT) if len(x) <= _FEW_TOKENS else None,
         swiglu_limit=config.shared_swiglu_limit,
         **call,
     )
+
+
+def _expected_rows(num_tokens: int, config: LayerConfig, num_fused: int) -> float:
+    """Rows that an expert is likely to get, for the height of tiles.
+
+    A fused expert gets all T rows, and each of its tiles reads its weights: low ones, for the few
+    rows of a routed expert, would read them T/16 times. Tall tiles are narrow for a routed expert.
+    """
+    routed = even_rows(num_tokens, config.router.top_k, config.num_experts)
+    shared = min(num_tokens / 4, _MOST_ROWS_OF_FUSED) if num_fused else 0
+    return max(routed, shared, 1e-3)
 
 
 def _with_fused(

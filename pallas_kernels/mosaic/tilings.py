@@ -74,8 +74,10 @@ def choose_widened(
 
 
 def _widened(config: MatmulConfig, most: int) -> MatmulConfig:
+    splits = config.split_k_steps if config.block_m == 16 else None  # no registers for more sums
     return dataclasses.replace(
         config,
+        split_k_steps=splits,
         num_stages=min(config.num_stages, most),
         stages_per_fill=min(config.stages_per_fill, 2),
         scheduler="static",

@@ -40,7 +40,7 @@ def choices(config: MatmulConfig, num_steps: int) -> Mapping[str, Sequence[Any]]
         "tail_widths": sorted(
             tail for tail in tails if len(tail) < 4 and not any(w % 16 for w in tail)
         ),
-        "split_k_steps": (None, *splits) if config.block_m == 16 else (None,),
+        "split_k_steps": (None, *splits) if config.block_m < 128 else (None,),
         "scheduler": typing.get_args(Scheduler),
     }
 
