@@ -1,7 +1,7 @@
 """What each option costs: routers, scale formats, the clamp, precision, batch invariance.
 
     python -m bench.options
-    python -m bench.options --workloads=1,16,80 --jobs=12
+    python -m bench.options --workloads=1,16,80 --jobs=12 --variants=e4m3,bf16
 
 Every variant runs on the same weights, tokens and logits in one process, by the clock of the
 benchmark: GPU span, cold L2. Three tables come of it:
@@ -188,13 +188,28 @@ class Order(NamedTuple):
     given: LayerInputs
 
 
-def orders_of(given: Mapping[str, LayerInputs], backend: str) -> list[Order]:
+def chosen_variants(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Those of `VARIANTS` whose name begins with one of these; all if there are none.
+
+    Raises:
+        ValueError: No variant's name begins so.
+    """
+    for name in names:
+        if not any(one.name.startswith(name) for one in VARIANTS):
+            known = ", ".join(repr(one.name) for one in VARIANTS)
+            raise ValueError(f"--variants: expected the beginning of {known}, got {name!r}")
+    return tuple(one for one in VARIANTS if not names or one.name.startswith(tuple(names)))
+
+
+def orders_of(
+    given: Mapping[str, LayerInputs], backend: str, variants: Sequence[Variant] = VARIANTS
+) -> list[Order]:
     """Each variant on the inputs of its dtype, then each different question to an oracle."""
     questions: list[Variant] = []
-    for variant in VARIANTS:
+    for variant in variants:
         if question(variant) not in questions:
             questions.append(question(variant))
-    asked = [(one, backend) for one in VARIANTS] + [(one, ORACLE) for one in questions]
+    asked = [(one, backend) for one in variants] + [(one, ORACLE) for one in questions]
     return [Order(variant, backend, given[variant.dtype]) for variant, backend in asked]
 
 
@@ -339,7 +354,9 @@ def write(rows: Sequence[Row], backend: str, folder: Path) -> None:
         file.write("\n".join(lines))
 
 
-def run(workloads: Sequence[str], backend: str, jobs: int, folder: Path) -> int:
+def run(
+    workloads: Sequence[str], backend: str, jobs: int, folder: Path, names: Sequence[str] = ()
+) -> int:
     """Measures, prints and writes.
 
     Args:
@@ -347,10 +364,12 @@ def run(workloads: Sequence[str], backend: str, jobs: int, folder: Path) -> int:
         backend: What runs the variants.
         jobs: Processes that compile; 0 compiles variant by variant.
         folder: Of the results.
+        names: Of variants, or how they begin; all if there are none.
 
     Returns:
         The exit code: 1 if something failed.
     """
+    variants = chosen_variants(names)
     environment.enable_compilation_cache()
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
@@ -360,14 +379,14 @@ def run(workloads: Sequence[str], backend: str, jobs: int, folder: Path) -> int:
     weights = inputs.draw_weights("realistic", sizes, _SEED)
     chosen = select(workloads or (USUAL if on_gpu else FEW), WORKLOADS)
     given = [make_inputs(row, sizes, weights) for row in chosen]
-    by_tokens = [orders_of(one, backend) for one in given]
+    by_tokens = [orders_of(one, backend, variants) for one in given]
     orders = [order for one in by_tokens for order in one]
     programs = iter(compile_all(orders, jobs) if jobs else [None] * len(orders))
     rows: list[Row] = []
     for of_tokens in by_tokens:
         pairs = list(zip(of_tokens, programs, strict=False))  # takes no more than it needs
         answers = [(one.variant, answer(one, p)) for one, p in pairs if one.backend == ORACLE]
-        for order, program in pairs[: len(VARIANTS)]:
+        for order, program in pairs[: len(variants)]:
             asked = question(order.variant)
             expected = next(found for variant, found in answers if variant == asked)
             iterations = _ITERATIONS if on_gpu else 1
@@ -385,12 +404,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workloads", type=lambda text: text.split(","), default=(), help="token counts, or all"
     )
+    parser.add_argument(
+        "--variants",
+        type=lambda text: text.split(","),
+        default=(),
+        help="only those whose name begins with one of these",
+    )
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
     parser.add_argument("--jobs", type=natural, default=0, help="processes that compile ahead")
     parser.add_argument("--output", type=folder, default="out/options")
     args = parser.parse_args(argv)
     try:
-        return run(args.workloads, args.backend, args.jobs, args.output)
+        return run(args.workloads, args.backend, args.jobs, args.output, args.variants)
     except ValueError as error:
         parser.error(str(error))
 

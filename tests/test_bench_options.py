@@ -76,8 +76,10 @@ def test_ratios_are_over_the_first_of_a_kind():
 
 
 def test_a_run_is_written_down(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(options, "VARIANTS", (of("route", "softmax"),))
-    assert options.main(["--workloads=1", "--jobs=1", f"--output={tmp_path}"]) == 0
+    monkeypatch.setattr(options, "VARIANTS", (of("route", "softmax"), of("layer", "bf16")))
+    assert (
+        options.main(["--workloads=1", "--jobs=1", "--variants=soft", f"--output={tmp_path}"]) == 0
+    )
     assert "times mean nothing" in capsys.readouterr().out
     written = json.loads((tmp_path / "options.json").read_text())
     assert [one["equal"] for one in written["rows"]] == [1.0]
@@ -89,3 +91,14 @@ def test_an_unknown_workload_is_refused(capsys):
     with pytest.raises(SystemExit):
         options.main(["--workloads=3"])
     assert "unknown workload '3'" in capsys.readouterr().err
+
+
+def test_an_unknown_variant_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        options.main(["--workloads=1", "--variants=e4m3,tanh"])
+    assert "expected the beginning of 'e4m3', " in capsys.readouterr().err
+    chosen = options.chosen_variants(["e4m3, high", "sig"])
+    assert [one.name for one in chosen] == [
+        "e4m3, high", "e4m3, high, batch_invariant", "sigmoid", "sigmoid, no bias",
+        "sigmoid, not renormalized",
+    ]  # fmt: skip
