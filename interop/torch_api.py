@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import jax
+import torch
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 from torch import Tensor
 
@@ -373,19 +374,17 @@ class TorchMoE:
         return torch_call.run(layer, inputs, num_tokens, out, self._bridge, stream)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it was made of; what was imported stays behind."""
-        return {"weights": self._tensors, "options": self._options}
+        """What it was made of; what was imported stays behind.
+
+        Float8 goes as bytes: torch 2.11 pickles such tensors, but `pickle.loads` cannot load them.
+        """
+        tensors: Any = self._tensors
+        weights = [t.view(torch.uint8) if t.itemsize == 1 else t for t in tensors]
+        return {"weights": ExpertWeights(*weights), "options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Imports the weights again."""
-        options = state["options"]
-        self.__init__(  # type: ignore[misc]
-            state["weights"],
-            config=options.config,
-            backend=options.backend,
-            expected_rows=options.expected_rows,
-            scale_format=options.scale_format,
-            swiglu_limit=options.swiglu_limit,
-            precision=options.precision,
-            batch_invariant=options.batch_invariant,
-        )
+        weights = [t.view(torch.float8_e4m3fn) if t.itemsize == 1 else t for t in state["weights"]]
+        options = state["options"]._asdict()
+        del options["num_experts"]  # of calls, not of a handle
+        self.__init__(ExpertWeights(*weights), **options)  # type: ignore[misc]

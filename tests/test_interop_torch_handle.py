@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -126,6 +129,50 @@ def test_a_module_with_a_handle_can_be_saved(model):
     torch.save(model, file)
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert nbytes <= len(file.getvalue()) < 1.5 * nbytes
+
+
+PICKLED = """
+import io
+import pickle
+
+import torch
+
+from interop import TorchMoE
+from tests.moe_inputs import handle_arguments
+from tests.test_interop_torch_handle import Model
+from tests.torch_inputs import torch_inputs
+
+inputs = torch_inputs(20)
+arguments = handle_arguments(inputs)
+handle = TorchMoE(inputs.weights, backend="xla")
+expected = handle(*arguments)
+holder = torch.nn.Linear(2, 2)  # a module whose own tensors are not float8
+holder.experts = handle
+for protocol in (2, pickle.DEFAULT_PROTOCOL):
+    again, held = pickle.loads(pickle.dumps((handle, holder), protocol))
+    assert held.experts is again
+    assert again._options == handle._options
+    assert torch.equal(again(*arguments), expected)
+    for found, kept in zip(again._tensors, inputs.weights):
+        assert (found.dtype, found.device) == (kept.dtype, kept.device)
+        assert torch.equal(found.view(torch.uint8), kept.view(torch.uint8))
+file = io.BytesIO()
+torch.save(Model(inputs.weights), file)
+file.seek(0)
+model = torch.load(file, weights_only=False)
+assert torch.equal(model(*arguments), expected)
+model.gemm1_weights.view(torch.uint8).zero_()  # its own buffer, which its own handle reads
+assert not model(*arguments).any()
+print("as it was")
+"""
+
+
+def test_a_handle_is_pickled_and_loaded_again():
+    """In a process of its own: nothing in the tree itself loads a pickle."""
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-c", PICKLED]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.stdout == "as it was\n", done.stderr
 
 
 def test_a_copied_handle_keeps_its_options(inputs):
