@@ -19,7 +19,7 @@ from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 from torch import Tensor
 
 from interop import dlpack, torch_call, torch_ops
-from interop.torch_call import LEADER, OPTIONAL, Inputs, Options
+from interop.torch_call import Inputs, Options
 from jax_moe import DEEPSEEK_V3, ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, validate
 from jax_moe.config import Precision, ScaleFormat
 from jax_moe.types import Routing
@@ -259,6 +259,7 @@ class TorchMoE:
         tensors = weights._asdict()
         self._bridge = dlpack.bridge_of(weights.gemm1_weights, "gemm1_weights")
         stream = self._bridge.current_stream()
+        torch_call.check_dtypes(tensors)
         shared = self._bridge.ready(tensors)
         self._arrays = ExpertWeights(**self._bridge.import_all(shared, stream)).check()
         # Aliases keep the storages that JAX reads, whatever becomes of the caller's tensors.
@@ -307,7 +308,7 @@ class TorchMoE:
             )
             return torch_ops.call(traced, self._options, num_tokens, out)
         stream = self._bridge.current_stream()
-        arrays = self._bridge.import_all(tensors, stream, OPTIONAL, LEADER)
+        arrays = torch_call.imported(self._bridge, tensors, stream)
         num_experts = torch_call.num_experts_of(arrays["routing_logits"])
         inputs = LayerInputs(
             **arrays,
@@ -348,7 +349,7 @@ class TorchMoE:
             "topk_ids": topk_ids,
             "topk_weights": topk_weights,
         }
-        arrays = self._bridge.import_all(tensors, stream, OPTIONAL, LEADER)
+        arrays = torch_call.imported(self._bridge, tensors, stream)
         layer = torch_call.layer_for(options, self._arrays.gemm1_weights)
         inputs = RoutedInputs(
             routing=Routing(arrays.pop("topk_ids"), arrays.pop("topk_weights")),

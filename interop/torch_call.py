@@ -1,10 +1,11 @@
 """One eager call of the layer on torch tensors: import, check, run, export."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,12 @@ from jax_moe.config import (
 from jax_moe.device import device_of
 from jax_moe.types import Routing
 
-OPTIONAL = ("routing_bias", "hidden_states_scale")
-LEADER = "hidden_states"  # no program of ours drops it
+_OPTIONAL = ("routing_bias", "hidden_states_scale")
+_LEADER = "hidden_states"  # no program of ours drops it
+_ACCEPTED = {
+    name: {ours for ours, theirs in dlpack.DTYPES.items() if np.dtype(theirs) in dtypes}
+    for name, (_, dtypes) in validate.ARGUMENTS.items()
+}
 
 _KEPT_SHAPES = 1024
 _ANY = 2**31 - 1
@@ -93,7 +98,7 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
     """`torch_moe` or `torch_moe_routed` on inputs by name."""
     bridge = dlpack.bridge_of(inputs.hidden_states, "hidden_states")
     stream = bridge.current_stream()
-    arrays = bridge.import_all(tensors_of(inputs), stream, OPTIONAL, LEADER)
+    arrays = imported(bridge, tensors_of(inputs), stream)
     weights = ExpertWeights(**{name: arrays.pop(name) for name in ExpertWeights._fields})
     layer = layer_for(options, arrays["hidden_states"])
     if isinstance(inputs, LayerInputs):
@@ -103,9 +108,33 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
         num_experts = layer.options.num_experts or 0
         arrays["routing"] = Routing(**{name: arrays.pop(name) for name in Routing._fields})
     arrays["local_expert_offset"] = offset(inputs.local_expert_offset, num_experts, weights)
-    imported = type(inputs)(weights=weights, **arrays)
-    live = None if num_tokens is None else live_tokens(num_tokens, imported.hidden_states)
-    return run(layer, imported, live, out, bridge, stream)
+    given = type(inputs)(weights=weights, **arrays)
+    live = None if num_tokens is None else live_tokens(num_tokens, given.hidden_states)
+    return run(layer, given, live, out, bridge, stream)
+
+
+def imported(
+    bridge: dlpack.Bridge, tensors: Mapping[str, Any], stream: dlpack.Stream
+) -> dict[str, Any]:
+    """The tensors of a call as JAX arrays, by name; their dtypes are checked first."""
+    check_dtypes(tensors)
+    return bridge.import_all(tensors, stream, _OPTIONAL, _LEADER)
+
+
+def check_dtypes(tensors: Mapping[str, Any]) -> None:
+    """Refuses dtypes that an argument does not take; the bridge knows only which can cross.
+
+    Args:
+        tensors: By the names of their arguments; what is no tensor is left to the bridge.
+
+    Raises:
+        TypeError: A tensor is of another dtype; names it.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype in _ACCEPTED[name]:
+            continue
+        if not tensor.is_nested:  # which has no shape to tell, and the bridge refuses it
+            raise validate.wrong_dtype(name, f"{tensor.dtype} {list(tensor.shape)}")
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Any]:
@@ -237,9 +266,10 @@ def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> Non
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
     if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
-        raise ValueError(
-            f"out: expected bfloat16 {list(shape)} on {device}, got "
-            f"{str(out.dtype).removeprefix('torch.')} {list(out.shape)} on {out.device}"
+        error = TypeError if out.dtype != torch.bfloat16 else ValueError
+        raise error(
+            f"out: expected bfloat16 {list(shape)} on {device}, got {out.dtype} {list(out.shape)} "
+            f"on {out.device}"
         )
     if any(step == 0 and size > 1 for step, size in zip(out.stride(), shape, strict=True)):
         raise ValueError("out: expected memory of its own for each element, got an expanded tensor")

@@ -179,7 +179,7 @@ def plan_groups(
         NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
-    validate.array("topk_ids", topk_ids, "T k", validate.I32, sizes)
+    validate.argument("topk_ids", topk_ids, sizes)
     num_tokens, top_k = topk_ids.shape
     num_experts = validate.num_experts(num_experts)
     num_local_experts = validate.static_integer(
@@ -245,7 +245,7 @@ def up_project(
     precision = checked_precision(precision)
     validate.array("hidden_states", hidden_states, "T H", validate.ROWS[precision], sizes)
     validate.blocked("H", sizes)
-    validate.array("hidden_states_scale", hidden_states_scale, "H/128 T", validate.F32, sizes)
+    validate.argument("hidden_states_scale", hidden_states_scale, sizes)
     validate.gemm1(gemm1_weights, gemm1_weights_scale, sizes)
     validate.plan(plan, sizes)
     validate.whole(
@@ -339,7 +339,7 @@ def unpermute(
         NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
-    validate.array("topk_weights", topk_weights, "T k", validate.F32, sizes)
+    validate.argument("topk_weights", topk_weights, sizes)
     validate.plan(plan, sizes)
     validate.array("expert_outputs", expert_outputs, "M H", validate.EXPERT_OUTPUTS, sizes)
     validate.blocked("H", sizes)

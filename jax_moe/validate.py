@@ -36,6 +36,27 @@ UNQUANTIZED = (*BF16, *F16, *F32)
 ROWS = {"fast": E4M3, "high": E4M3 + F16}  # with scales, by precision
 LOGITS = (*F32, *BF16, np.dtype(np.float16))
 
+
+class Argument(NamedTuple):
+    """What an array argument of the layer is: its axes in symbols, and the accepted dtypes."""
+
+    dims: str
+    dtypes: tuple[np.dtype, ...]
+
+
+ARGUMENTS = {
+    "routing_logits": Argument("T E", LOGITS),
+    "routing_bias": Argument("E", BIAS),
+    "hidden_states": Argument("T H", E4M3 + UNQUANTIZED),
+    "hidden_states_scale": Argument(f"H/{QUANT_BLOCK} T", F32),
+    "gemm1_weights": Argument("E_local 2*I H", E4M3),
+    "gemm1_weights_scale": Argument(f"E_local 2*I/{QUANT_BLOCK} H/{QUANT_BLOCK}", F32),
+    "gemm2_weights": Argument("E_local H I", E4M3),
+    "gemm2_weights_scale": Argument(f"E_local H/{QUANT_BLOCK} I/{QUANT_BLOCK}", F32),
+    "topk_ids": Argument("T k", I32),
+    "topk_weights": Argument("T k", F32),
+}
+
 type Sizes = dict[str, tuple[int, str]]
 """Symbol -> its size and the argument that set it."""
 
@@ -77,6 +98,21 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
                 f"{name}: expected {_wanted(dims, dtypes)} = [{shape}]{_source(axis, sizes)}, "
                 f"got {got(value)}{hint}: axis {position} differs"
             )
+
+
+def argument(name: str, value: Any, sizes: Sizes) -> None:
+    """`array` for an argument of the layer, by its name in `ARGUMENTS`."""
+    array(name, value, *ARGUMENTS[name], sizes)
+
+
+def wrong_dtype(name: str, found: str) -> TypeError:
+    """The error of `argument` for what is no JAX or NumPy array: a tensor of torch.
+
+    Args:
+        name: The argument's, one of `ARGUMENTS`.
+        found: Dtype and shape of what came.
+    """
+    return TypeError(f"{name}: expected {_wanted(*ARGUMENTS[name])}, got {found}")
 
 
 def whole(**values: Any) -> None:
@@ -178,9 +214,9 @@ def moe_config(value: Any) -> None:
 def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -> None:
     """Checks the arguments of the routing stage; sets T and E."""
     moe_config(config)
-    array("routing_logits", routing_logits, "T E", LOGITS, sizes)
+    argument("routing_logits", routing_logits, sizes)
     if routing_bias is not None:
-        array("routing_bias", routing_bias, "E", BIAS, sizes)
+        argument("routing_bias", routing_bias, sizes)
     num_experts = sizes["E"][0]
     if num_experts % config.n_group or num_experts < 2 * config.n_group:
         raise ValueError(
@@ -209,10 +245,10 @@ def pair_count(name: str, num_tokens: int, top_k: int) -> None:
 
 def hidden(hidden_states: Any, hidden_states_scale: Any, sizes: Sizes) -> None:
     """Checks the activations: e4m3 with scales, or bf16/f16/f32 without; sets H."""
-    array("hidden_states", hidden_states, "T H", E4M3 + UNQUANTIZED, sizes)
+    argument("hidden_states", hidden_states, sizes)
     blocked("H", sizes)
     if hidden_states.dtype in E4M3:
-        array("hidden_states_scale", hidden_states_scale, f"H/{QUANT_BLOCK} T", F32, sizes)
+        argument("hidden_states_scale", hidden_states_scale, sizes)
     elif hidden_states_scale is not None:
         raise ValueError(
             f"hidden_states_scale: expected None, as hidden_states is {got(hidden_states)}, "
@@ -263,12 +299,12 @@ def _offset(value: Any, num_experts: int, sizes: Sizes) -> Array | np.int32:
 
 def topk(topk_ids: Any, topk_weights: Any, sizes: Sizes) -> None:
     """Checks the choices of a router; sets T and k where nothing did."""
-    array("topk_ids", topk_ids, "T k", I32, sizes)
+    argument("topk_ids", topk_ids, sizes)
     num_tokens, top_k = sizes["T"][0], sizes["k"][0]
     if top_k < 1:
         raise ValueError(f"topk_ids: expected k of at least 1, got {got(topk_ids)}")
     pair_count("topk_ids", num_tokens, top_k)
-    array("topk_weights", topk_weights, "T k", F32, sizes)
+    argument("topk_weights", topk_weights, sizes)
 
 
 def num_experts(value: Any) -> int:
@@ -298,18 +334,16 @@ def weights(value: Any, sizes: Sizes, name: str = "weights") -> None:
 
 def gemm1(weights: Any, scale: Any, sizes: Sizes) -> None:
     """Checks the up-projection's weights; sets E_local and I."""
-    array("gemm1_weights", weights, "E_local 2*I H", E4M3, sizes)
+    argument("gemm1_weights", weights, sizes)
     blocked("I", sizes)
-    axes = f"E_local 2*I/{QUANT_BLOCK} H/{QUANT_BLOCK}"
-    array("gemm1_weights_scale", scale, axes, F32, sizes)
+    argument("gemm1_weights_scale", scale, sizes)
 
 
 def gemm2(weights: Any, scale: Any, sizes: Sizes) -> None:
     """Checks the down-projection's weights; sets H where nothing did."""
-    array("gemm2_weights", weights, "E_local H I", E4M3, sizes)
+    argument("gemm2_weights", weights, sizes)
     blocked("H", sizes)
-    axes = f"E_local H/{QUANT_BLOCK} I/{QUANT_BLOCK}"
-    array("gemm2_weights_scale", scale, axes, F32, sizes)
+    argument("gemm2_weights_scale", scale, sizes)
 
 
 def experts(num_local_experts: int, num_experts: int) -> None:

@@ -15,7 +15,14 @@ from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 import interop  # noqa: E402
 import jax_moe  # noqa: E402
-from interop import TorchMoE, host_time, to_jax, to_torch, torch_moe  # noqa: E402
+from interop import (  # noqa: E402
+    TorchMoE,
+    host_time,
+    to_jax,
+    to_torch,
+    torch_moe,
+    torch_moe_routed,
+)
 from interop.torch_call import _compiled  # noqa: E402
 from jax_moe import ExpertWeights, memory  # noqa: E402
 from tests import moe_inputs  # noqa: E402
@@ -196,7 +203,7 @@ BAD = {
     "gemm1_weights": (lambda t: t.float().numpy(), TypeError, "gemm1_weights: expected a"),
     "routing_bias": (lambda t: t.to("meta"), ValueError, "routing_bias: expected a tensor on"),
     "gemm2_weights": (
-        lambda t: t.to(torch.float8_e5m2), ValueError, "gemm2_weights: unsupported dtype"
+        lambda t: t.to(torch.float8_e5m2), TypeError, "gemm2_weights: .*, got torch.float8_e5m2"
     ),
     "hidden_states_scale": (
         lambda t: t.requires_grad_(), ValueError, "hidden_states_scale: requires grad"
@@ -211,6 +218,46 @@ def test_bad_tensors_are_named(inputs, name):
     spoiled = replaced(inputs, **{name: spoil(named_arguments(inputs)[name].clone())})
     with pytest.raises(error, match=message):
         torch_moe(*spoiled.arguments)
+
+
+WANTED = {
+    "routing_logits": "float32 or bfloat16 or float16 [T, E]",
+    "routing_bias": "bfloat16 or float32 [E]",
+    "hidden_states": "float8_e4m3fn or bfloat16 or float16 or float32 [T, H]",
+    "hidden_states_scale": "float32 [H/128, T]",
+    "gemm1_weights": "float8_e4m3fn [E_local, 2*I, H]",
+    "gemm1_weights_scale": "float32 [E_local, 2*I/128, H/128]",
+    "gemm2_weights": "float8_e4m3fn [E_local, H, I]",
+    "gemm2_weights_scale": "float32 [E_local, H/128, I/128]",
+    "topk_ids": "int32 [T, k]",
+    "topk_weights": "float32 [T, k]",
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.bool])
+def test_wrong_dtypes_are_named(inputs, handle, name, dtype):
+    """By one error in every call that takes the argument, whether or not such arrays can cross."""
+    choices = {"topk_ids": torch.zeros(20, 2, dtype=torch.int32), "topk_weights": torch.ones(20, 2)}
+    given = named_arguments(inputs) | choices
+    given[name] = given[name].to(torch.float32).to(dtype)
+    weights = ExpertWeights(*(given[field] for field in ExpertWeights._fields))
+    x = given["hidden_states"], given["hidden_states_scale"]
+    router = given["routing_logits"], given["routing_bias"]
+    ours = given["topk_ids"], given["topk_weights"]
+    calls = {
+        lambda: torch_moe(*router, *x, *weights, 8, 2.5): "routing hidden gemm",
+        lambda: torch_moe_routed(*x, *weights, *ours, 8, num_experts=64): "hidden gemm topk",
+        lambda: TorchMoE(weights): "gemm",
+        lambda: handle(*router, *x, 8, 2.5): "routing hidden",
+        lambda: handle.routed(*x, *ours, 8, num_experts=64): "hidden topk",
+    }
+    group = "gemm" if name in ExpertWeights._fields else name.split("_")[0]
+    shape = list(given[name].shape)
+    for call in (call for call, takes in calls.items() if group in takes):
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value) == f"{name}: expected {WANTED[name]}, got {dtype} {shape}"
 
 
 OFFSET, FACTOR = "local_expert_offset", "routed_scaling_factor"
@@ -281,16 +328,16 @@ def test_torch_scalars_count_as_numbers(inputs, expected):
 
 
 @pytest.mark.parametrize(
-    "out",
+    ("out", "error"),
     [
-        torch.zeros(20, 256),
-        torch.zeros(19, 256, dtype=torch.bfloat16),
-        torch.zeros(20, 256, dtype=torch.bfloat16, device="meta"),
+        (torch.zeros(20, 256), TypeError),
+        (torch.zeros(19, 256, dtype=torch.bfloat16), ValueError),
+        (torch.zeros(20, 256, dtype=torch.bfloat16, device="meta"), ValueError),
     ],
     ids=["dtype", "shape", "device"],
 )
-def test_bad_destinations_are_named(inputs, out):
-    with pytest.raises(ValueError, match=r"out: expected bfloat16 \[20, 256\] on cpu, got"):
+def test_bad_destinations_are_named(inputs, out, error):
+    with pytest.raises(error, match=r"out: expected bfloat16 \[20, 256\] on cpu, got torch\."):
         torch_moe(*inputs.arguments, out=out)
 
 
