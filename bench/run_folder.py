@@ -63,7 +63,7 @@ def opened(
         raise ValueError("--overwrite: goes with --output=FOLDER; other runs get folders of theirs")
     path, is_new = _existing_or_new(output, resume)
     try:
-        with folder_lock.held(path):
+        with _locked(path):
             earlier = files_of_a_run(path)
             note = _note(path, earlier, stem, output) if resume else None
             if earlier and not (resume or overwrite):
@@ -105,6 +105,16 @@ def make_writable(folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     return is_new
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock.held(path))
+        except ValueError as error:
+            raise ValueError(f"--output: {error}") from None
+        yield
 
 
 def files_of_a_run(folder: Path) -> list[str]:
