@@ -189,7 +189,8 @@ def _blob(spec: Any, where: str) -> BlobRef:
     if spec["type"] != "safetensors":
         raise ValueError(f"{where}: expected type 'safetensors', got {spec['type']!r}")
     if not isinstance(path, str) or not isinstance(key, str):
-        raise ValueError(f"{where}: expected text for path and tensor_key")
+        kinds = f"{type(path).__name__} and {type(key).__name__}"
+        raise ValueError(f"{where}: expected text for path and tensor_key, got {kinds}")
     if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
         raise ValueError(f"{where}: expected a relative path without '..', got {path!r}")
     try:

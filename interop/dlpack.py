@@ -44,6 +44,7 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.int64: np.int64,
 }
 _NARROW_DTYPES = DTYPES.keys() - {torch.int64}
+_SUPPORTED = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _TORCH_DTYPES = {np.dtype(value): key for key, value in DTYPES.items()}
 
 # XLA and TMA want aligned base addresses but accept others silently: we check. Both allocators give
@@ -108,13 +109,16 @@ def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
     if not isinstance(array, jax.Array):
         raise TypeError(f"{name}: expected a jax.Array, got {type(array).__name__}")
     if isinstance(array, jax.core.Tracer):
-        raise ValueError(f"{name}: a traced array has no memory to share; export it outside of jit")
+        raise ValueError(
+            f"{name}: expected an array with memory to share, got a traced one; export it outside "
+            "of jit"
+        )
     if array.is_deleted():
         raise ValueError(f"{name}: expected an array with memory, got a deleted or donated one")
     if len(array.devices()) != 1:
         raise ValueError(f"{name}: expected one device, got {sorted(map(str, array.devices()))}")
     if array.dtype not in _TORCH_DTYPES:
-        raise ValueError(f"{name}: unsupported dtype {array.dtype}; supported: {_supported()}")
+        raise ValueError(f"{name}: expected {_SUPPORTED}, got {array.dtype}")
     (device,) = array.devices()
     if device.platform not in ("cpu", "gpu"):
         raise ValueError(f"{name}: expected an array on cpu or gpu, got {device.platform}")
@@ -139,7 +143,7 @@ def jax_device(device: torch.device, name: str = "tensor") -> jax.Device:
     try:
         return _jax_device("cuda", index)
     except (RuntimeError, StopIteration):
-        raise ValueError(f"{name}: JAX does not see device cuda:{index}") from None
+        raise ValueError(f"{name}: expected a device that JAX sees, got cuda:{index}") from None
 
 
 @functools.cache
@@ -253,10 +257,11 @@ class Bridge:
         if tensor.is_nested:
             raise ValueError(f"{name}: expected a dense tensor, got a nested tensor")
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name}: unsupported dtype {tensor.dtype}; supported: {_supported()}")
+            raise ValueError(f"{name}: expected {_SUPPORTED}, got {tensor.dtype}")
         if tensor.dtype == torch.int64 and not jax.config.jax_enable_x64:
             raise ValueError(
-                f"{name}: int64 needs JAX_ENABLE_X64 (JAX would keep 32 bits); pass int32"
+                f"{name}: expected int32, got torch.int64, which needs JAX_ENABLE_X64: JAX would "
+                "keep 32 bits"
             )
         refuse_grad(name, tensor)
         _check_memory(tensor, name)
@@ -374,7 +379,3 @@ def keep_while_read(array: jax.Array, stream: Stream) -> None:
         _in_flight.append((event, array))
         while _in_flight and _in_flight[0][0].query():
             _in_flight.popleft()
-
-
-def _supported() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -220,8 +220,8 @@ def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -
     num_experts = sizes["E"][0]
     if num_experts % config.n_group or num_experts < 2 * config.n_group:
         raise ValueError(
-            f"config: expected n_group = {config.n_group} to split the {num_experts} experts of "
-            "routing_logits into equal groups of at least 2"
+            f"config: expected n_group to split the {num_experts} experts of routing_logits into "
+            f"equal groups of at least 2, got {config.n_group}"
         )
     kept = config.topk_group * (num_experts // config.n_group)
     if config.top_k > kept:

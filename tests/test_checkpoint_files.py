@@ -98,7 +98,7 @@ def test_the_index_names_files_of_its_folder_only(made, reads, file):
     [
         ("{", "not valid JSON"),
         ("[]", "expected a JSON object"),
-        ("{}", "expected a weight_map"),
+        ("{}", "expected a weight_map with tensors in it, got None"),
         ('{"weight_map": {}}', "expected a weight_map"),
         ('{"weight_map": {"a": "m.safetensors", "a": "m.safetensors"}}', "a key appears twice"),
     ],
@@ -119,7 +119,10 @@ def test_folders_without_a_checkpoint(made, tmp_path):
         for function in (checkpoint.Checkpoint, checkpoint.load_packed):
             with pytest.raises(error, match="folder: expected a path, got"):
                 function(folder)
-    for folder, message in (("no", "expected the folder of"), ("empty", "expected model.safetens")):
+    for folder, message in (
+        ("no", "expected the folder of .*, got nothing"),
+        ("empty", "expected model.*, got neither"),
+    ):
         with pytest.raises(ValueError, match=f"{folder}: {message}"):
             checkpoint.load_experts(tmp_path / folder, 3)
 
@@ -317,7 +320,7 @@ def test_layers_that_are_not_there(made):
     fused = {"model.layers.4.mlp.experts.gate_up_proj": np.zeros((2, 2, 2), E4M3)}
     rewritten(made, fused | {"model.layers.5.mlp.up_proj.weight": np.zeros(3, E4M3)})
     for layer, message in (
-        (4, "gate_up_proj': expected one tensor per expert and projection"),
+        (4, "expected one tensor per expert and projection, .*, got .*gate_up_proj'"),
         (5, "layer 5: no tensor such as"),
         (33, "layer 33: no tensor such as"),
     ):

@@ -104,7 +104,7 @@ def test_packed_files_that_are_damaged_or_missing_are_refused(saved, tmp_path):
     (folder / packed.FILE).unlink()
     with pytest.raises(ValueError, match=f"{packed.FILE}: cannot be opened"):
         checkpoint.load_packed(folder)
-    with pytest.raises(ValueError, match="nowhere: expected the folder of packed weights"):
+    with pytest.raises(ValueError, match=r"nowhere: expected the folder of .*, got nothing"):
         checkpoint.load_packed(tmp_path / "nowhere")
 
 

@@ -177,6 +177,19 @@ def test_nothing_in_the_tree_runs_code_from_files():
     assert found == {}
 
 
+def test_errors_that_say_what_was_expected_say_what_came():
+    rule = re.compile(r"(Type|Value)Error\(.*\bexpected\b(?!.*\b(got|found)\b)", re.DOTALL)
+    lacking = []
+    for path in tracked("interop/*.py", "jax_moe/*.py", "pallas_kernels/*.py"):
+        raised = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Raise))
+        lacking += [
+            f"{path.relative_to(ROOT)}:{node.lineno}"
+            for node in raised
+            if node.exc and rule.search(ast.unparse(node.exc))
+        ]
+    assert lacking == []
+
+
 def test_no_file_is_long():
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in tracked("*.py")}
     assert lengths

@@ -196,7 +196,7 @@ FAULTS = {
     "not UTF-8": (lambda content: b"\xff\xfe{}", "can't decode"),
     "nested": (lambda content: "[" * 200_000, "nested|recursion"),
     "a huge number": (lambda content: "9" * 10_000, "digits"),
-    "a list": (lambda content: "[]", "expected a JSON object"),
+    "a list": (lambda content: "[]", "expected a JSON object, got list"),
     "large": (lambda content: " " * (2**20 + 1), "expected at most 1048576 bytes, got 1048577"),
     "foreign device": (spoil(device="NVIDIA A100"), "device: expected 'NVIDIA H100"),
     "other JAX": (spoil(jax="0.4.0"), "jax: expected"),
@@ -242,8 +242,8 @@ def link(path):
 ODD_FILES = {
     "link": (link, "symbolic"),
     "loop": (lambda path: path.symlink_to(path), "symbolic"),
-    "pipe": (os.mkfifo, "regular file"),
-    "folder": (pathlib.Path.mkdir, "regular file"),
+    "pipe": (os.mkfifo, "regular file, got a pipe"),
+    "folder": (pathlib.Path.mkdir, "regular file, got a folder"),
 }
 
 

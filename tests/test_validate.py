@@ -281,8 +281,9 @@ def test_configs(fields, error, said):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (MoEConfig(8, 5, 3), "n_group = 5 to split the 32 experts"),
-        (MoEConfig(8, 32, 16), "equal groups of at least 2"),
+        (MoEConfig(8, 5, 3), "n_group to split the 32 experts of routing_logits"),
+        (MoEConfig(8, 5, 3), "got 5"),
+        (MoEConfig(8, 32, 16), "equal groups of at least 2, got 32"),
         (MoEConfig(17, 4, 2), "top_k of at most 16"),
         (MoEConfig(33, 1, 1), "top_k of at most 32"),
     ],

@@ -93,7 +93,8 @@ class Gpu:
         kind = jax.devices()[0].device_kind
         known = [rates for name, rates in _DATA_SHEETS.items() if name in kind]
         if not known:
-            raise RuntimeError(f"expected torch and Triton, or one of {list(_DATA_SHEETS)}: {kind}")
+            names = list(_DATA_SHEETS)
+            raise RuntimeError(f"expected torch and Triton, or one of {names}, got {kind}")
         return Rates(*known[0], source=f"data sheet of {kind}")
 
     def time_us(self, program: jax.stages.Compiled, problem: Problem) -> float:

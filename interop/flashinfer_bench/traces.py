@@ -182,7 +182,8 @@ def _check_solution(solution: dict[str, Any], definition: Definition, where: str
     spec = check_fields(solution["spec"], _SPEC, _SPEC_OPTIONAL, f"{where}: spec")
     sources = solution["sources"]
     if not isinstance(sources, list) or not sources:
-        raise ValueError(f"{where}: sources: expected a list with an entry")
+        found = reprlib.repr(sources)
+        raise ValueError(f"{where}: sources: expected a list with an entry, got {found}")
     paths: set[str] = set()
     for source in sources:
         check_fields(source, ("path", "content"), (), f"{where}: sources")

@@ -189,8 +189,8 @@ def _count(source: Checkpoint, module: str, names: list[str], naming: Naming) ->
     found = {(int(m[1]), m[2]) for name in names if (m := pattern.fullmatch(name))}
     if not found:
         raise ValueError(
-            f"{source.index}: {names[0]!r}: expected one tensor per expert and projection, such as "
-            f"'{module}experts.0.{naming.projections.gate}.weight'"
+            f"{source.index}: expected one tensor per expert and projection, such as "
+            f"'{module}experts.0.{naming.projections.gate}.weight', got {names[0]!r}"
         )
     fields = ("n_routed_experts", "num_experts", "num_local_experts")
     counts = [_option(source.config, field) for field in fields]

@@ -20,7 +20,7 @@ from jax_moe.checkpoint.placing import Placement
 from jax_moe.checkpoint.reading import Piece, Stack
 from jax_moe.checkpoint.shards import Shard, Tensor
 from jax_moe.checkpoint.transfer import num_threads_of, readers
-from jax_moe.io.files import folder_name, shown
+from jax_moe.io.files import folder_name, found_at, shown
 from jax_moe.types import ExpertWeights, LayerWeights
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -102,7 +102,8 @@ def load_packed(
     threads = num_threads_of(num_threads)
     folder = folder_name("folder", folder)
     if not os.path.isdir(folder):
-        raise ValueError(f"{shown(folder)}: expected the folder of packed weights")
+        found = found_at(folder)
+        raise ValueError(f"{shown(folder)}: expected the folder of packed weights, got {found}")
     shard = Shard(os.path.join(folder, FILE))
     is_layer, has_shared = _check_contents(shard)
     experts = _Packed(shard, "experts.")

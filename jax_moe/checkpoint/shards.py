@@ -7,6 +7,7 @@ memory that is used again spares the page faults of a map.
 
 import math
 import os
+import reprlib
 import stat
 import weakref
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jax_moe.io.files import folder_name, parse_utf8, shown
+from jax_moe.io.files import folder_name, found_at, kind, parse_utf8, shown
 from jax_moe.io.safetensors_header import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -199,7 +200,8 @@ class Checkpoint:
         self._folder = folder_name("folder", folder)
         self._shards: dict[str, Shard] = {}
         if not os.path.isdir(self._folder):
-            raise ValueError(f"{shown(folder)}: expected the folder of a checkpoint")
+            found = found_at(self._folder)
+            raise ValueError(f"{shown(folder)}: expected the folder of a checkpoint, got {found}")
         self.index = shown(self._path(INDEX))
         if os.path.lexists(self._path(INDEX)):
             index = _read_json(self._path(INDEX))
@@ -208,7 +210,7 @@ class Checkpoint:
             self.index = shown(self._path(SINGLE))
             self.weight_map = dict.fromkeys(self._shard(SINGLE).tensors, SINGLE)
         else:
-            raise ValueError(f"{shown(folder)}: expected {INDEX} or {SINGLE} in it")
+            raise ValueError(f"{shown(folder)}: expected {INDEX} or {SINGLE} in it, got neither")
         has_config = os.path.lexists(self._path(CONFIG))
         self.config: dict[str, Any] = _read_json(self._path(CONFIG)) if has_config else {}
 
@@ -245,9 +247,10 @@ def _open(path: str | os.PathLike[str]) -> int:
         raise ValueError(f"{shown(path)}: cannot be opened: {error.strerror}") from None
     except ValueError as error:  # a NUL in the path
         raise ValueError(f"{shown(path)}: cannot be opened: {error}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise ValueError(f"{shown(path)}: expected a regular file")
+        raise ValueError(f"{shown(path)}: expected a regular file, got {kind(mode)}")
     return descriptor
 
 
@@ -265,7 +268,8 @@ def _read_json(path: str) -> dict[str, Any]:
 
 def _checked_map(weight_map: Any, where: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{where}: expected a weight_map with tensors in it")
+        found = reprlib.repr(weight_map)
+        raise ValueError(f"{where}: expected a weight_map with tensors in it, got {found}")
     accepted: set[str] = set()
     for name, file in weight_map.items():
         if isinstance(file, str) and file in accepted:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe.io.strict_json import parse_object
+from pallas_kernels.files import kind as kind
 from pallas_kernels.files import write_atomically
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "confined_files",
     "data_set_root",
     "folder_name",
+    "found_at",
+    "kind",
     "naming",
     "parse_utf8",
     "read_bytes",
@@ -62,6 +65,14 @@ def folder_name(name: str, value: Any) -> str:
     if not path:
         raise ValueError(f"{name}: expected a path, got an empty one")
     return path
+
+
+def found_at(path: str | os.PathLike[str]) -> str:
+    """What is at a path, for errors: "a file"."""
+    try:
+        return kind(os.stat(path).st_mode)
+    except (OSError, ValueError):  # the second: a NUL in the path
+        return "nothing"
 
 
 @contextmanager
@@ -222,5 +233,7 @@ def parse_utf8(content: bytes, where: str) -> dict[str, Any]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: expected UTF-8: {error}") from None
+        raise ValueError(
+            f"{where}: not valid JSON: expected UTF-8, got other bytes: {error}"
+        ) from None
     return parse_object(text, where)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import reprlib
 from typing import Any, NamedTuple
 
 from jax_moe.io.files import parse_utf8
@@ -90,7 +91,8 @@ def _parse(header: bytes, data_bytes: int, where: str) -> Header:
     entries = parse_utf8(header, f"{where}: header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"{where}: '__metadata__': expected an object of strings")
+        found = reprlib.repr(metadata)
+        raise ValueError(f"{where}: '__metadata__': expected an object of strings, got {found}")
     tensors = {name: _entry(entry, f"{where}: {name!r}") for name, entry in entries.items()}
     end, last = 0, "header"
     # By end too: an empty tensor begins where its neighbour does, in whatever order they are named.
@@ -108,7 +110,8 @@ def _parse(header: bytes, data_bytes: int, where: str) -> Header:
 
 def _entry(entry: Any, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{where}: expected exactly dtype, shape and data_offsets")
+        found = reprlib.repr(entry)
+        raise ValueError(f"{where}: expected exactly dtype, shape and data_offsets, got {found}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
         raise ValueError(f"{where}: unknown dtype {dtype!r}")

@@ -251,7 +251,9 @@ def _checked(
     elif config.shared_intermediate_size:
         num_fused = config.shared_intermediate_size // config.intermediate_size
     if axis_name is not None and num_fused:
-        raise ValueError("params: expected shared_experts that are not fused, given axis_name")
+        raise ValueError(
+            "params: expected shared_experts that are not fused, given axis_name, got None"
+        )
     held = params.experts.num_local_experts
     if axis_name is None and held != config.num_experts + num_fused:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.files import cache_folder
+from pallas_kernels.files import cache_folder, kind
 from pallas_kernels.tuning import table_format
 from pallas_kernels.tuning.table_format import DEEPSEEK_V3, Kernels, Key, Sizes, Table
 
@@ -158,7 +158,7 @@ def _text(path: Path) -> str:
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("expected a regular file")
+            raise ValueError(f"expected a regular file, got {kind(status.st_mode)}")
         if status.st_size > _MAX_BYTES:
             raise ValueError(f"expected at most {_MAX_BYTES} bytes, got {status.st_size}")
         with open(handle, encoding="utf-8", closefd=False) as file:

@@ -121,7 +121,7 @@ def parse[C](text: str, kernels: Kernels[C], key: Key, jax_version: str | None =
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError("expected a JSON object")
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     wanted = _header(key) | ({"jax": jax_version} if jax_version else {})
     for name, value in wanted.items():
         if content.get(name) != value:
