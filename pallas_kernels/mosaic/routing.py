@@ -19,6 +19,7 @@ Source of the maths: DeepSeek-V3 technical report, section 2.1.2 ("noaux_tc" gat
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -177,8 +178,8 @@ def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
     else:
         scores = [_pick(all_scores, i, layout, interpret) for i in ids]
     if renormalize:
-        total = _total(scores, lane, top_k)
-        scale = across(factor_gmem[0] / (total + 1e-20), shape)
+        total = _total(scores, lane, top_k, layout, interpret)
+        scale = factor_gmem[0] / (total + 1e-20)
     else:
         scale = factor_gmem[0]
     for slot, expert, weight in zip(slots, ids, scores, strict=True):
@@ -211,14 +212,17 @@ def _pick(registers, ids, layout, interpret):
     return picked
 
 
-def _total(scores, lane, top_k):
-    """The sum of the chosen scores, `[4]`, in their order: the last bit depends on it."""
-    chosen_scores = []
-    for k in range(top_k):
-        bits = lax.bitcast_convert_type(scores[k // _WIDTH], jnp.int32)
-        bits = jnp.max(jnp.where(lane == k % _WIDTH, bits, TAKEN), axis=1)
-        chosen_scores.append(lax.bitcast_convert_type(bits, jnp.float32))
-    return sum(chosen_scores[1:], chosen_scores[0])
+def _total(scores, lane, top_k, layout, interpret):
+    """The sum of the chosen scores in every lane, in their order: the last bit depends on it."""
+
+    def of_choice(k):
+        if interpret:
+            chosen = lax.dynamic_slice_in_dim(scores[k // _WIDTH], k % _WIDTH, 1, axis=1)
+            return jnp.broadcast_to(chosen, lane.shape)
+        code = f"shfl.sync.idx.b32 $0, $1, {k % _WIDTH}, 31, -1;"
+        return map_registers(code, scores[k // _WIDTH], layout=layout)
+
+    return functools.reduce(operator.add, map(of_choice, range(top_k)))
 
 
 def _columns(num_experts, lane):
