@@ -38,6 +38,7 @@ from bench.commands import folder
 from bench.correctness import Tolerance
 from bench.execution import compiled_program
 from bench.failures import one_line
+from bench.option_variants import VARIANTS, Variant, chosen_variants
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
 from interop import interruption
@@ -52,26 +53,6 @@ _DEFAULT = Tolerance(rtol=0.01, atol=0.01, required_matched_ratio=0.0)
 ORACLE = "oracle"
 _SEED, _ITERATIONS = 0, 20
 _HEADER = ("stage", "variant", "T", "us", "vs", "error", "equal")
-
-
-class Variant(NamedTuple):
-    """One way to call a stage.
-
-    Attributes:
-        stage: "layer", "route" or "quantize".
-        name: In the tables.
-        options: Keywords of the stage.
-        router: Fields of the router's `MoEConfig` that are not DeepSeek-V3's.
-        dtype: Of the hidden states.
-        bias: Whether the router has one.
-    """
-
-    stage: str
-    name: str
-    options: Mapping[str, Any] = {}
-    router: Mapping[str, Any] = {}
-    dtype: str = "e4m3"
-    bias: bool = True
 
 
 class Row(NamedTuple):
@@ -101,27 +82,6 @@ class Row(NamedTuple):
     error: float | None = None
     equal: float | None = None
     problem: str = ""
-
-
-_HIGH, _INVARIANT = {"precision": "high"}, {"batch_invariant": True}
-VARIANTS = (
-    Variant("layer", "e4m3"),
-    Variant("layer", "e4m3, swiglu_limit=7", {"swiglu_limit": 7.0}),
-    Variant("layer", "e4m3, batch_invariant", _INVARIANT),
-    Variant("layer", "e4m3, high", _HIGH),
-    Variant("layer", "e4m3, high, batch_invariant", _HIGH | _INVARIANT),
-    Variant("layer", "bf16", dtype="bf16"),
-    Variant("layer", "bf16, ue8m0", {"scale_format": "ue8m0"}, dtype="bf16"),
-    Variant("layer", "bf16, high", _HIGH, dtype="bf16"),
-    Variant("route", "sigmoid"),
-    Variant("route", "softmax", router={"scoring": "softmax"}),
-    Variant("route", "sqrtsoftplus", router={"scoring": "sqrtsoftplus"}),
-    Variant("route", "sigmoid, no bias", bias=False),
-    Variant("route", "softmax, no bias", router={"scoring": "softmax"}, bias=False),
-    Variant("route", "sigmoid, not renormalized", router={"renormalize": False}),
-    Variant("quantize", "f32 scales", dtype="bf16"),
-    Variant("quantize", "ue8m0 scales", {"scale_format": "ue8m0"}, dtype="bf16"),
-)
 
 
 def function(variant: Variant, backend: str) -> Callable[[LayerInputs], PyTree[Array]]:
@@ -186,19 +146,6 @@ class Order(NamedTuple):
     variant: Variant
     backend: str
     given: LayerInputs
-
-
-def chosen_variants(names: Sequence[str]) -> tuple[Variant, ...]:
-    """Those of `VARIANTS` whose name begins with one of these; all if there are none.
-
-    Raises:
-        ValueError: No variant's name begins so.
-    """
-    for name in names:
-        if not any(one.name.startswith(name) for one in VARIANTS):
-            known = ", ".join(repr(one.name) for one in VARIANTS)
-            raise ValueError(f"--variants: expected the beginning of {known}, got {name!r}")
-    return tuple(one for one in VARIANTS if not names or one.name.startswith(tuple(names)))
 
 
 def orders_of(

@@ -76,7 +76,8 @@ def test_ratios_are_over_the_first_of_a_kind():
 
 
 def test_a_run_is_written_down(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(options, "VARIANTS", (of("route", "softmax"), of("layer", "bf16")))
+    known = of("route", "softmax"), of("layer", "bf16")
+    monkeypatch.setattr("bench.option_variants.VARIANTS", known)
     assert (
         options.main(["--workloads=1", "--jobs=1", "--variants=soft", f"--output={tmp_path}"]) == 0
     )

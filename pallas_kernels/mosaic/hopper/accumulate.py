@@ -61,59 +61,14 @@ def accumulate(
     """
     blocks = shape.weight_blocks(tile.column)
     end = tile.end if shape.is_split else jnp.int32(shape.segments)
-    my_rows = pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
-    token_major = is_token_major(width)
-    sum_shape = (CONSUMER_ROWS, QUANT_BLOCK if token_major else width)
-    token_axis = 0 if token_major else 1
+    products = (_widened_products if shape.is_widened else _products)(pipeline, shape, width)
+    token_axis = 0 if is_token_major(width) else 1
     scale_layout = plgpu.Layout.WGMMA.reduce(1 - token_axis)
     # Gathered scales begin at the start of a stage, those of a TMA copy where it is aligned.
     scale_offset = 0 if shape.is_gathered else pipeline.scale_offset(tile.row)
-    my_scales = my_rows if token_major else pl.ds(scale_offset, width)
-    zero = plgpu.layout_cast(jnp.zeros(sum_shape, jnp.float32), plgpu.Layout.WGMMA)
+    my_scales = _my_rows() if is_token_major(width) else pl.ds(scale_offset, width)
+    zero = plgpu.layout_cast(jnp.zeros(_sum_shape(width), jnp.float32), plgpu.Layout.WGMMA)
     zeros = (zero,) * len(blocks)
-
-    def factors(stage, i):
-        if token_major:
-            return pipeline.x.at[stage, my_rows], pipeline.weights.at[stage, i].T
-        return pipeline.weights.at[stage, i, my_rows], pipeline.x.at[stage, pl.ds(0, width)].T
-
-    def promoted_products(stage, x_scales, scales):
-        """Of each block in turn."""
-        for i, weight_scale in enumerate(scales):
-            if i:
-                plgpu.barrier_wait(pipeline.full(stage, i))
-
-            def multiply(accumulator, i=i, weight_scale=weight_scale):
-                plgpu.wgmma(accumulator, *factors(stage, i))
-                scale = lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
-                return accumulator[...] * scale
-
-            yield pl.run_scoped(multiply, plgpu.ACC(sum_shape, jnp.float32))
-
-    def widened_products(stage, x_scales, scales):
-        """Of each block in turn, whose weights are widened while the one before is multiplied."""
-        tokens = pipeline.x.at[stage, pl.ds(0, width)]
-
-        def load(i):
-            if i == len(scales):
-                return None
-            if i:
-                plgpu.barrier_wait(pipeline.full(stage, i))
-            weights = pipeline.weights.at[stage, i, my_rows]
-            return widened.load(weights, interpreted=shape.is_interpreted)
-
-        ahead = width <= _MOST_TOKENS_AHEAD
-        weights = load(0)
-        for i, weight_scale in enumerate(scales):
-            following = functools.partial(load, i + 1)
-            product, weights = widened.product(
-                weights,
-                tokens,
-                following if ahead else lambda: None,
-                interpreted=shape.is_interpreted,
-            )
-            weights = weights if ahead else following()
-            yield product * lax.broadcast_in_dim(x_scales * weight_scale, sum_shape, [token_axis])
 
     def weight_scales(k):
         return tuple(weights_scale[tile.expert, block, k] for block in blocks)
@@ -122,11 +77,14 @@ def accumulate(
         sums, scales = carry
         stage = pipeline.stage(first_step + k)
         plgpu.barrier_wait(pipeline.full(stage, 0))
-        last = end * shape.segment_steps - 1
-        next_scales = weight_scales(lax.min(k + 1, last))
+        next_scales = weight_scales(lax.min(k + 1, end * shape.segment_steps - 1))
         x_scales = plgpu.load(pipeline.x_scales.at[stage, my_scales], layout=scale_layout)
-        products = widened_products if shape.is_widened else promoted_products
-        sums = tuple(map(operator.add, sums, products(stage, x_scales, scales)))
+
+        def in_shape(weight_scale):
+            scales = x_scales * weight_scale
+            return lax.broadcast_in_dim(scales, _sum_shape(width), [token_axis])
+
+        sums = tuple(map(operator.add, sums, products(stage, map(in_shape, scales))))
         plgpu.barrier_arrive(pipeline.empty.at[stage])
         return sums, next_scales
 
@@ -146,3 +104,66 @@ def accumulate(
     begin = tile.begin if shape.is_split else jnp.int32(0)
     scales = weight_scales(begin * shape.segment_steps)
     return lax.fori_loop(begin, end, next_segment, (zeros, scales))[0]
+
+
+def _sum_shape(width: int) -> tuple[int, int]:
+    return (CONSUMER_ROWS, QUANT_BLOCK if is_token_major(width) else width)
+
+
+def _my_rows():
+    """Of 128, those of this consumer."""
+    return pl.ds(lax.axis_index("warpgroup") * CONSUMER_ROWS, CONSUMER_ROWS)
+
+
+def _products(pipeline: Pipeline, shape: MatmulShape, width: int):
+    """`products(stage, scales)`: the scaled product of each weight block in turn."""
+    my_rows = _my_rows()
+
+    def factors(stage, i):
+        if is_token_major(width):
+            return pipeline.x.at[stage, my_rows], pipeline.weights.at[stage, i].T
+        return pipeline.weights.at[stage, i, my_rows], pipeline.x.at[stage, pl.ds(0, width)].T
+
+    def products(stage, scales):
+        for i in range(shape.num_blocks):
+            if i:
+                plgpu.barrier_wait(pipeline.full(stage, i))
+
+            def multiply(accumulator, i=i):
+                plgpu.wgmma(accumulator, *factors(stage, i))
+                scale = next(scales)  # in the shadow of the product
+                return accumulator[...] * scale
+
+            yield pl.run_scoped(multiply, plgpu.ACC(_sum_shape(width), jnp.float32))
+
+    return products
+
+
+def _widened_products(pipeline: Pipeline, shape: MatmulShape, width: int):
+    """The same of 16-bit rows: a block's weights are widened while the one before is multiplied."""
+    my_rows = _my_rows()
+    ahead = width <= _MOST_TOKENS_AHEAD
+
+    def load(stage, i):
+        if i == shape.num_blocks:
+            return None
+        if i:
+            plgpu.barrier_wait(pipeline.full(stage, i))
+        weights = pipeline.weights.at[stage, i, my_rows]
+        return widened.load(weights, interpreted=shape.is_interpreted)
+
+    def products(stage, scales):
+        tokens = pipeline.x.at[stage, pl.ds(0, width)]
+        weights = load(stage, 0)
+        for i, scale in enumerate(scales):
+            following = functools.partial(load, stage, i + 1)
+            product, weights = widened.product(
+                weights,
+                tokens,
+                following if ahead else lambda: None,
+                interpreted=shape.is_interpreted,
+            )
+            weights = weights if ahead else following()
+            yield product * scale
+
+    return products
