@@ -149,7 +149,7 @@ BESIDE_TORCH = """
     jax.block_until_ready(jax_moe.apply(*inputs.arguments, config=SMALL))
     del held
     torch.cuda.empty_cache()
-    jax.block_until_ready(jax_moe.apply(*large, config=SMALL))
+    jax.block_until_ready(jax_moe.apply(*large.arguments, config=SMALL))
 """
 
 
