@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ def prepare_process(environ: Any = os.environ) -> None:
         environ.setdefault(name, value)
     if not has_gpu_driver():
         environ.setdefault("JAX_PLATFORMS", "cpu")
+        if environ is os.environ and (jax := sys.modules.get("jax")):  # has read it, used it not
+            jax.config.update("jax_platforms", environ["JAX_PLATFORMS"])
         environ.setdefault("NPROC", "16")  # threads for the interpreter's simulated warpgroups
 
 

@@ -1,0 +1,52 @@
+"""The tool that times two checkouts in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*arguments):
+    """The tool, on the CPU devices of a machine that it has to find out about by itself."""
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "tools/compare_times.py", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_two_checkouts_take_turns(tmp_path):
+    few = ["--workloads=1", "--rounds=2", "--iterations=1", "--jobs=2", f"--output={tmp_path}"]
+    done = run(ROOT, ROOT, *few)
+    assert done.returncode == 0, done.stderr
+    assert "times mean nothing" in done.stdout
+    assert "cuInit" not in done.stderr  # JAX's CUDA plugin was left alone where there is no GPU
+    written = json.loads((tmp_path / "times.json").read_text())
+    assert [one["folder"] for one in written["about"]["checkouts"]] == [str(ROOT)] * 2
+    [row] = written["rows"]
+    assert row["tokens"] == 1
+    for of_checkout in row["of_checkout"]:
+        assert of_checkout["same_bits"] is True
+        assert len(of_checkout["us"]) == 2
+        assert all(us > 0 for us in of_checkout["us"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere"], "expected the folder of a checkout, got '/nowhere'"),
+        ([ROOT, "--workloads=3"], "unknown workload '3'"),
+        ([ROOT, "--rounds=0"], "--rounds"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

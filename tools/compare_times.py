@@ -1,0 +1,205 @@
+"""Times the layer of several checkouts in one process, on the same inputs and by the same clock.
+
+    python tools/compare_times.py ../before . --workloads 1,80,901 --output out/times
+
+Each checkout compiles `jax_moe.apply` with its own modules, in processes of its own; the programs
+are then loaded here, so that all differ in nothing but their code. For each number of tokens they
+take turns, as often as `--rounds` says: what one takes twice shows what a difference is worth. GPU
+spans with a cold L2; on a CPU the programs are compared and times mean nothing.
+
+Kept lowerings and the compilation cache are off: they know sources, not what else may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from jax.experimental import serialize_executable
+
+from bench import environment, gpu_clock, inputs, tables, timers
+from bench.commands import folder
+from bench.options import make_inputs
+from bench.timers import Execution
+from bench.workloads import FULL, REDUCED, WORKLOADS, select
+from interop import interruption
+from interop.checkout import git_commit
+from interop.workloads import Workload
+from jax_moe.io.files import write_atomically
+from pallas_kernels.tuning.command import positive
+from tools.compare_ptx import _checkout
+
+# Runs in the checkout, with its own modules: only what all commits have is named here.
+_COMPILE = """
+import os, pathlib, pickle, sys
+from bench import environment
+environment.prepare_process()
+import jax
+jax.config.update("jax_enable_compilation_cache", False)
+from jax.experimental import serialize_executable
+import jax_moe
+
+shapes, target = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()), pathlib.Path(sys.argv[2])
+specs = [jax.ShapeDtypeStruct(*one) for one in shapes]
+compiled = jax.jit(lambda *arguments: jax_moe.apply(*arguments)).lower(*specs).compile()
+target.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+"""
+_WARM_UP = 3
+
+
+def compile_all(
+    checkouts: Sequence[pathlib.Path],
+    arguments: Sequence[tuple[Any, ...]],
+    scratch: pathlib.Path,
+    jobs: int,
+) -> list[list[pathlib.Path]]:
+    """Where the programs lie: of each checkout, one per tuple of arguments.
+
+    Args:
+        checkouts: Their folders.
+        arguments: Of `jax_moe.apply`.
+        scratch: An empty folder.
+        jobs: Processes at once.
+
+    Raises:
+        SystemExit: A checkout does not compile.
+    """
+    orders = []
+    for number, given in enumerate(arguments):
+        shapes = [(one.shape, one.dtype) for one in given]
+        (scratch / f"shapes{number}").write_bytes(pickle.dumps(shapes))
+    places = [
+        [scratch / f"{index}-{number}" for number in range(len(arguments))]
+        for index in range(len(checkouts))
+    ]
+    for checkout, row in zip(checkouts, places, strict=True):
+        orders += [(checkout, scratch / f"shapes{n}", place) for n, place in enumerate(row)]
+    for first in range(0, len(orders), jobs):
+        running = [
+            (checkout, subprocess.Popen([sys.executable, "-c", _COMPILE, shapes, place],
+                cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}))
+            for checkout, shapes, place in orders[first : first + jobs]
+        ]  # fmt: skip
+        for checkout, process in running:
+            if code := process.wait():
+                raise SystemExit(f"{checkout}: does not compile (exit code {code})")
+    return places
+
+
+def measure(
+    programs: Sequence[pathlib.Path],
+    arguments: tuple[Any, ...],
+    *,
+    rounds: int,
+    iterations: int,
+    clock: gpu_clock.GpuClock | None,
+) -> list[dict[str, Any]]:
+    """What each program takes, in turns.
+
+    Returns:
+        Per program `us`, a median per round, and whether its result has the bits of the first's.
+    """
+    compiled = [pickle.loads(path.read_bytes()) for path in programs]  # noqa: S301, written above
+    runs = [serialize_executable.deserialize_and_load(*one) for one in compiled]
+    results = [np.asarray(run(*arguments)).tobytes() for run in runs]
+    rows = [{"us": [], "same_bits": result == results[0]} for result in results]
+    for _ in range(rounds):
+        for run, row in zip(runs, rows, strict=True):
+            row["us"].append(_time(lambda run=run: run(*arguments), iterations, clock))
+    return rows
+
+
+def _time(call: Callable[[], Any], iterations: int, clock: gpu_clock.GpuClock | None) -> float:
+    execution = Execution(call, jax.block_until_ready, "jit", None)
+    timers.warm_up(execution, _WARM_UP)
+    if clock is None:
+        return timers.statistics_of(timers.wall_times(execution, iterations)).median
+    return timers.statistics_of([one.span_us for one in clock.time(execution, iterations)]).median
+
+
+def run(
+    checkouts: Sequence[pathlib.Path],
+    workloads: Sequence[Workload],
+    *,
+    rounds: int,
+    iterations: int,
+    jobs: int,
+    output: pathlib.Path,
+) -> None:
+    """Compiles, measures, prints a table and writes `times.json`, after each number of tokens."""
+    on_gpu = jax.default_backend() == "gpu"
+    sizes = FULL if on_gpu else REDUCED
+    clock = None if gpu_clock.unavailable_reason() else gpu_clock.GpuClock()
+    weights = inputs.draw_weights("realistic", sizes, 0)
+    given = [make_inputs(row, sizes, weights)["e4m3"].arguments for row in workloads]
+    names = [str(one) for one in checkouts]
+    lines = [["T", *names, "last / first", "same bits"]]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        arrays = [tuple(map(jax.numpy.asarray, one)) for one in given]
+        places = compile_all(checkouts, arrays, pathlib.Path(scratch), jobs)
+        for number, (workload, arguments) in enumerate(zip(workloads, arrays, strict=True)):
+            programs = [row[number] for row in places]
+            found = measure(programs, arguments, rounds=rounds, iterations=iterations, clock=clock)
+            medians = [float(np.median(one["us"])) for one in found]
+            same = all(one["same_bits"] for one in found)
+            lines.append([
+                str(workload.num_tokens), *(f"{us:.1f}" for us in medians),
+                f"{medians[-1] / medians[0]:.3f}", "yes" if same else "no",
+            ])  # fmt: skip
+            rows.append({"tokens": workload.num_tokens, "of_checkout": found})
+            about = environment.about() | {"rounds": rounds, "iterations": iterations}
+            about["checkouts"] = [
+                {"folder": str(one), "commit": git_commit(one)} for one in checkouts
+            ]
+            with write_atomically(output / "times.json", "w") as file:
+                json.dump({"about": about, "rows": rows}, file, indent=1)
+    if not on_gpu:
+        print("CPU at reduced size: results are compared, times mean nothing")
+    print("\n".join(tables.aligned(lines, left=0)))
+    print(f"wrote {output / 'times.json'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python tools/compare_times.py")
+    parser.add_argument("checkouts", nargs="+", type=_checkout, help="folders of checkouts")
+    parser.add_argument(
+        "--workloads", type=lambda text: text.split(","), default=("1", "80", "901"),
+        help="token counts, or all",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=2)
+    parser.add_argument("--iterations", type=positive, default=20)
+    parser.add_argument("--jobs", type=positive, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--output", type=folder, default="out/times")
+    args = parser.parse_args(argv)
+    try:
+        workloads = select(args.workloads, WORKLOADS)
+    except ValueError as error:
+        parser.error(str(error))
+    run(
+        args.checkouts,
+        workloads,
+        rounds=args.rounds,
+        iterations=args.iterations,
+        jobs=args.jobs,
+        output=args.output,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    environment.prepare_process()
+    sys.exit(interruption.ended(main))
