@@ -13,6 +13,7 @@ Kept lowerings and the compilation cache are off: they know sources, not what el
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -114,11 +115,14 @@ def measure(
     compiled = [pickle.loads(path.read_bytes()) for path in programs]  # noqa: S301, written above
     runs = [serialize_executable.deserialize_and_load(*one) for one in compiled]
     results = [np.asarray(run(*arguments)).tobytes() for run in runs]
-    rows = [{"us": [], "same_bits": result == results[0]} for result in results]
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        for run, row in zip(runs, rows, strict=True):
-            row["us"].append(_time(lambda run=run: run(*arguments), iterations, clock))
-    return rows
+        for run, found in zip(runs, times, strict=True):
+            found.append(_time(functools.partial(run, *arguments), iterations, clock))
+    return [
+        {"us": found, "same_bits": result == results[0]}
+        for found, result in zip(times, results, strict=True)
+    ]
 
 
 def _time(call: Callable[[], Any], iterations: int, clock: gpu_clock.GpuClock | None) -> float:
