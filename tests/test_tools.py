@@ -147,6 +147,40 @@ def test_parts_of_the_gpu_tests(tmp_path, monkeypatch, capsys):
     assert not ran
 
 
+def test_gpu_tests_go_on_where_they_were_cut_off(tmp_path):
+    suite = tmp_path / "test_three.py"
+    suite.write_text(
+        "import pytest\n"
+        "@pytest.fixture\ndef broken():\n    yield\n    raise RuntimeError\n"
+        "def test_good(): pass\ndef test_bad(): assert False\ndef test_after(broken): pass\n"
+    )
+    progress, leave_out = tmp_path / "progress.jsonl", tmp_path / "passed_before.txt"
+    assert gpu_tests.begin(progress, resume=False) == []
+
+    def run(*processes):
+        options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "-p", "tools.gpu_progress"]
+        files = [f"--progress={progress}", f"--leave-out={leave_out}", f"--rootdir={tmp_path}"]
+        command = [sys.executable, "-m", "pytest", *options, *files, *processes, suite]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+    leave_out.write_text("")
+    assert "1 failed, 2 passed, 1 error" in run("-n", "2")
+    with progress.open("a") as file:
+        file.write('{"test": "test_three.py::test_cut_o')
+    assert gpu_tests.begin(progress, resume=True) == ["test_three.py::test_good"]
+    leave_out.write_text("test_three.py::test_good\n")
+    assert "1 failed, 1 passed, 1 deselected, 1 error" in run()
+
+
+def test_gpu_tests_of_another_commit_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_tests, "run_pytest", lambda *_: pytest.fail("ran"))
+    assert gpu_tests.main([str(tmp_path), "--resume"]) == 2
+    assert "--resume: expected " in capsys.readouterr().err
+    (tmp_path / "progress.jsonl").write_text('{"commit": "older"}\n')
+    assert gpu_tests.main([str(tmp_path), "--resume"]) == 2
+    assert "got one of older" in capsys.readouterr().err
+
+
 def test_gpu_outcome_counts_and_names_failures(tmp_path):
     suite = tmp_path / "test_two.py"
     suite.write_text("def test_good(): pass\ndef test_bad(): assert False\n")

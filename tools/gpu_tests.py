@@ -2,6 +2,10 @@
 
     python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]
     python -m tools.gpu_tests RESULTS_FOLDER --only timing [...]     # or: --only parallel
+    python -m tools.gpu_tests RESULTS_FOLDER --resume [...]          # what has not passed yet
+
+`progress.jsonl` in the folder gets a line per test as it ends. So a run that was cut off goes on
+with `--resume`, at the same commit (`GIT_COMMIT` names it in a copy without history).
 
 Where `CUDA_VISIBLE_DEVICES` names several GPUs, each test process takes one of them.
 
@@ -22,6 +26,7 @@ from typing import Any
 
 from bench import environment
 from jax_moe.io.files import write_atomically
+from tools import gpu_progress
 
 ROOT = pathlib.Path(__file__).parent.parent
 MOST_WORKERS = 12
@@ -41,6 +46,31 @@ def outcome(junit: pathlib.Path) -> dict[str, Any]:
     ]
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     return {**counts, "seconds": float(suite.get("time", 0)), "failed": failed}
+
+
+def begin(progress: pathlib.Path, *, resume: bool) -> list[str]:
+    """Begins the file of outcomes, or goes on with it.
+
+    Args:
+        progress: The file.
+        resume: Whether to go on.
+
+    Returns:
+        The tests that passed before.
+
+    Raises:
+        ValueError: There is nothing to go on with, or it is another commit's.
+    """
+    commit = environment.git_commit()
+    if not resume:
+        progress.write_text(json.dumps({"commit": commit}) + "\n")
+        return []
+    if not progress.exists():
+        raise ValueError(f"--resume: expected {progress}, which a run before this one writes")
+    before = json.loads(progress.read_text().partition("\n")[0])["commit"]
+    if before != commit:
+        raise ValueError(f"--resume: expected a run of commit {commit}, got one of {before}")
+    return gpu_progress.passed(progress)
 
 
 def run_pytest(markers: str, junit: pathlib.Path, options: list[str]) -> int:
@@ -72,6 +102,8 @@ def main(argv: list[str]) -> int:
         print("usage: python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]", file=sys.stderr)
         return 2
     part, options = "", argv[1:]
+    if resume := "--resume" in options:
+        options.remove("--resume")
     if options[:1] == ["--only"]:
         part, options = "".join(options[1:2]), options[2:]
         if part not in PARTS:
@@ -79,6 +111,14 @@ def main(argv: list[str]) -> int:
             return 2
     folder = pathlib.Path(argv[0]).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    progress, leave_out = folder / "progress.jsonl", folder / "passed_before.txt"
+    try:
+        before = begin(progress, resume=resume)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    leave_out.write_text("".join(f"{test}\n" for test in before))
+    options += ["-p", "tools.gpu_progress", f"--progress={progress}", f"--leave-out={leave_out}"]
     parallel, alone = folder / "junit.xml", folder / "junit_timing.xml"
     for junit in (parallel, alone):
         junit.unlink(missing_ok=True)
@@ -97,6 +137,7 @@ def main(argv: list[str]) -> int:
     summary = {
         "started": started,
         "part": part or "all",
+        "passed_before": len(before),
         "exit_code": exit_code,
         **{key: sum((one[key] for one in outcomes[1:]), outcomes[0][key]) for key in outcomes[0]},
         "device": environment.device(),
@@ -106,12 +147,15 @@ def main(argv: list[str]) -> int:
     }
     with write_atomically(folder / "summary.json") as file:
         json.dump(summary, file, indent=2)
-    if summary["tests"] == summary["skipped"]:
+    if summary["tests"] == summary["skipped"] and not before:
         kind = environment.device()["kind"]
         print(f"no GPU test ran; JAX's device here is {kind!r}", file=sys.stderr)
         return 2
     bad = summary["failures"] + summary["errors"]
-    print(f"{folder / 'summary.json'}: {summary['tests']} tests, {bad} failed")
+    print(
+        f"{folder / 'summary.json'}: {summary['tests']} tests, {bad} failed; "
+        f"{len(before)} had passed before"
+    )
     return exit_code
 
 
