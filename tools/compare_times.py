@@ -2,8 +2,8 @@
 
     python tools/compare_times.py ../before . --workloads 1,80,901 --output out/times
 
-Each checkout compiles `jax_moe.apply` with its own modules, in processes of its own; the programs
-are then loaded here, so that all differ in nothing but their code. For each number of tokens they
+Each checkout lowers `jax_moe.apply` with its own modules, in processes of its own; the programs are
+compiled here, so that all differ in nothing but their code. For each number of tokens they
 take turns, as often as `--rounds` says: what one takes twice shows what a difference is worth. GPU
 spans with a cold L2; on a CPU the programs are compared and times mean nothing.
 
@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
-from jax.experimental import serialize_executable
+from jax import export
 
 from bench import environment, gpu_clock, inputs, tables, timers
 from bench.commands import folder
@@ -43,30 +42,32 @@ from pallas_kernels.tuning.command import positive
 from tools.compare_ptx import _checkout
 
 # Runs in the checkout, with its own modules: only what all commits have is named here.
-_COMPILE = """
-import os, pathlib, pickle, sys
+_LOWER = """
+import json, pathlib, sys
 from bench import environment
 environment.prepare_process()
-import jax
+import jax, jax.numpy as jnp
 jax.config.update("jax_enable_compilation_cache", False)
-from jax.experimental import serialize_executable
+from jax import export
 import jax_moe
 
-shapes, target = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()), pathlib.Path(sys.argv[2])
-specs = [jax.ShapeDtypeStruct(*one) for one in shapes]
-compiled = jax.jit(lambda *arguments: jax_moe.apply(*arguments)).lower(*specs).compile()
-target.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+shapes, target = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+checks = [export.DisabledSafetyCheck.custom_call(name) for name in json.loads(sys.argv[3])]
+layer = jax.jit(lambda *arguments: jax_moe.apply(*arguments))
+target.write_bytes(export.export(layer, disabled_checks=checks)(*specs).serialize())
 """
+_CUSTOM_CALLS = ("mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
 _WARM_UP = 3
 
 
-def compile_all(
+def lower_all(
     checkouts: Sequence[pathlib.Path],
     arguments: Sequence[tuple[Any, ...]],
     scratch: pathlib.Path,
     jobs: int,
 ) -> list[list[pathlib.Path]]:
-    """Where the programs lie: of each checkout, one per tuple of arguments.
+    """Where the lowered programs lie: of each checkout, one per tuple of arguments.
 
     Args:
         checkouts: Their folders.
@@ -75,28 +76,30 @@ def compile_all(
         jobs: Processes at once.
 
     Raises:
-        SystemExit: A checkout does not compile.
+        SystemExit: A checkout does not lower.
     """
-    orders = []
-    for number, given in enumerate(arguments):
-        shapes = [(one.shape, one.dtype) for one in given]
-        (scratch / f"shapes{number}").write_bytes(pickle.dumps(shapes))
-    places = [
-        [scratch / f"{index}-{number}" for number in range(len(arguments))]
-        for index in range(len(checkouts))
+    shapes = [json.dumps([(one.shape, one.dtype.name) for one in given]) for given in arguments]
+    orders = [
+        (checkout, shape, scratch / f"{index}-{number}")
+        for index, checkout in enumerate(checkouts)
+        for number, shape in enumerate(shapes)
     ]
-    for checkout, row in zip(checkouts, places, strict=True):
-        orders += [(checkout, scratch / f"shapes{n}", place) for n, place in enumerate(row)]
+    fixed = [sys.executable, "-c", _LOWER]
     for first in range(0, len(orders), jobs):
         running = [
-            (checkout, subprocess.Popen([sys.executable, "-c", _COMPILE, shapes, place],
-                cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}))
-            for checkout, shapes, place in orders[first : first + jobs]
+            (checkout, subprocess.Popen(
+                [*fixed, shape, place, json.dumps(_CUSTOM_CALLS)],
+                cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)},
+            ))
+            for checkout, shape, place in orders[first : first + jobs]
         ]  # fmt: skip
         for checkout, process in running:
             if code := process.wait():
-                raise SystemExit(f"{checkout}: does not compile (exit code {code})")
-    return places
+                raise SystemExit(f"{checkout}: does not lower (exit code {code})")
+    return [
+        [scratch / f"{index}-{number}" for number in range(len(shapes))]
+        for index in range(len(checkouts))
+    ]
 
 
 def measure(
@@ -112,8 +115,7 @@ def measure(
     Returns:
         Per program `us`, a median per round, and whether its result has the bits of the first's.
     """
-    compiled = [pickle.loads(path.read_bytes()) for path in programs]  # noqa: S301, written above
-    runs = [serialize_executable.deserialize_and_load(*one) for one in compiled]
+    runs = [jax.jit(export.deserialize(bytearray(path.read_bytes())).call) for path in programs]
     results = [np.asarray(run(*arguments)).tobytes() for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
@@ -153,7 +155,7 @@ def run(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         arrays = [tuple(map(jax.numpy.asarray, one)) for one in given]
-        places = compile_all(checkouts, arrays, pathlib.Path(scratch), jobs)
+        places = lower_all(checkouts, arrays, pathlib.Path(scratch), jobs)
         for number, (workload, arguments) in enumerate(zip(workloads, arrays, strict=True)):
             programs = [row[number] for row in places]
             found = measure(programs, arguments, rounds=rounds, iterations=iterations, clock=clock)
