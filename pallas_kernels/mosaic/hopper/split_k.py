@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import layouts
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUMERS, MatmulShape
 from pallas_kernels.mosaic.hopper.stream_k import Partition
 
@@ -55,7 +56,7 @@ class PartialSums(NamedTuple):
         @pl.when(tile.begin > 0)
         def _store():
             for i, sum_ in enumerate(sums):
-                self.memory[(*place, i, slice(None), pl.ds(0, width))] = sum_
+                layouts.store(self.memory, (*place, i, slice(None), pl.ds(0, width)), sum_)
 
     def publish(self, tile) -> None:
         """Tells the CTA that finishes the tile that all sums stored for it are in memory."""
