@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mosaic import hopper, tiling_check, tilings
-from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, Scheduler
+from pallas_kernels.mosaic.hopper.matmul_config import MOST_SEGMENTS, MatmulConfig, Scheduler
 from pallas_kernels.tuning import command, search
 from pallas_kernels.tuning.cache import Gpu
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
-_SEGMENTS = range(2, 9)
+_SEGMENTS = range(2, MOST_SEGMENTS + 1)
 
 
 def choices(config: MatmulConfig, num_steps: int) -> Mapping[str, Sequence[Any]]:

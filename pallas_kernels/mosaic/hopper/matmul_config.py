@@ -17,6 +17,8 @@ NUM_CONSUMERS = 2
 CONSUMER_ROWS = QUANT_BLOCK // NUM_CONSUMERS
 Scheduler = Literal["static", "dynamic"]
 
+MOST_SEGMENTS = 8  # whose partial sums a thread has in registers at once
+
 _BARRIER_BYTES = 512
 _MIN_SCALES = 32  # a TMA copy moves at least 128 bytes
 
@@ -121,10 +123,14 @@ class MatmulConfig:
         return 4 * sms * segments * num_blocks * QUANT_BLOCK * self.block_m
 
     def segments(self, num_steps: int) -> int:
-        """Pieces that a tile of `num_steps` steps may be split into."""
+        """Pieces that a tile of `num_steps` steps may be split into, at most `MOST_SEGMENTS`.
+
+        Of a longer K several segments are taken as one.
+        """
         if self.split_k_steps is None or num_steps % self.split_k_steps:
             return 1
-        return num_steps // self.split_k_steps
+        segments = num_steps // self.split_k_steps
+        return max(n for n in range(1, MOST_SEGMENTS + 1) if segments % n == 0)
 
 
 def has_spare_warps(config: MatmulConfig, *, gathered: bool, interpret: Any) -> bool:
