@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
+from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from tests.moe_inputs import SMALL
 from tests.test_api import TRITON_CALLS
 
@@ -111,3 +112,11 @@ def test_a_derivative_is_one_clear_error(backend):
 
     with pytest.raises(NotImplementedError, match="forward"):
         lower_for_hopper(jax.grad(loss), *specs())
+
+
+@pytest.mark.parametrize(
+    ("split_k_steps", "steps", "segments"),
+    [(14, 56, 4), (8, 16, 2), (8, 112, 7), (8, 88, 1), (7, 56, 8), (5, 56, 1), (None, 56, 1)],
+)
+def test_segments_are_few_however_long_k_is(split_k_steps, steps, segments):
+    assert MatmulConfig(64, 4, split_k_steps=split_k_steps).segments(steps) == segments

@@ -216,14 +216,6 @@ def test_every_split_that_is_tried_splits(model):
     assert tune.choices(MatmulConfig(128, 4), 56)["split_k_steps"] == (None,)
 
 
-@pytest.mark.parametrize(
-    ("split_k_steps", "steps", "segments"),
-    [(14, 56, 4), (8, 16, 2), (8, 112, 7), (8, 88, 1), (7, 56, 8), (5, 56, 1), (None, 56, 1)],
-)
-def test_segments_are_few_however_long_k_is(split_k_steps, steps, segments):
-    assert MatmulConfig(64, 4, split_k_steps=split_k_steps).segments(steps) == segments
-
-
 def run_main(monkeypatch, tmp_path, *argv):
     """`main` on a GPU that is not there, with tiny sizes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
