@@ -8,7 +8,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import export
+
+from tools import compare_times
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -36,6 +41,16 @@ def test_two_checkouts_take_turns(tmp_path):
         assert of_checkout["same_bits"] is True
         assert len(of_checkout["us"]) == 2
         assert all(us > 0 for us in of_checkout["us"])
+
+
+def test_other_bits_are_seen(tmp_path):
+    for name, factor in (("first", 2), ("same", 2), ("other", 3)):
+        program = export.export(jax.jit(lambda x, factor=factor: factor * x))(jnp.ones(3))
+        (tmp_path / name).write_bytes(program.serialize())
+    programs = [tmp_path / name for name in ("first", "same", "other")]
+    found = compare_times.measure(programs, (jnp.ones(3),), rounds=3, iterations=1, clock=None)
+    assert [one["same_bits"] for one in found] == [True, True, False]
+    assert [len(one["us"]) for one in found] == [3, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,8 @@ def _commit(checkout: pathlib.Path) -> str | None:
     return None if git("status", "--porcelain") else git("rev-parse", "HEAD")[:12]
 
 
-def _checkout(text: str) -> pathlib.Path:
+def checkout_folder(text: str) -> pathlib.Path:
+    """The folder that an argument names; an error of argparse where it is no checkout."""
     path = pathlib.Path(text).resolve()
     if not (path / "pallas_kernels").is_dir():
         raise argparse.ArgumentTypeError(f"expected the folder of a checkout, got {text!r}")
@@ -206,8 +207,8 @@ def _counts(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Command line: compares two checkouts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("before", type=_checkout, help="folder of a checkout")
-    parser.add_argument("after", type=_checkout, help="folder of another one")
+    parser.add_argument("before", type=checkout_folder, help="folder of a checkout")
+    parser.add_argument("after", type=checkout_folder, help="folder of another one")
     parser.add_argument("--tokens", type=_counts, default="1,80,1000,14107", help="values of T")
     parser.add_argument("--backend", default="mosaic", choices=("mosaic", "triton"))
     parser.add_argument("--experts", type=int, default=256, help="E")

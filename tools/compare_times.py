@@ -3,11 +3,11 @@
     python tools/compare_times.py ../before . --workloads 1,80,901 --output out/times
 
 Each checkout lowers `jax_moe.apply` with its own modules, in processes of its own; the programs are
-compiled here, so that all differ in nothing but their code. For each number of tokens they
-take turns, as often as `--rounds` says: what one takes twice shows what a difference is worth. GPU
-spans with a cold L2; on a CPU the programs are compared and times mean nothing.
+compiled here, so that all differ in nothing but their code. For each number of tokens they take
+turns, as often as `--rounds` says: what one takes twice shows what a difference is worth. GPU spans
+with a cold L2; on a CPU the programs are compared and times mean nothing.
 
-Kept lowerings and the compilation cache are off: they know sources, not what else may differ.
+Lowered layers are not kept meanwhile: what is kept knows its sources, not what else may differ.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from interop.checkout import git_commit
 from interop.workloads import Workload
 from jax_moe.io.files import write_atomically
 from pallas_kernels.tuning.command import positive
-from tools.compare_ptx import _checkout
+from tools.compare_ptx import checkout_folder
 
 # Runs in the checkout, with its own modules: only what all commits have is named here.
 _LOWER = """
@@ -53,11 +53,11 @@ import jax_moe
 
 shapes, target = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-checks = [export.DisabledSafetyCheck.custom_call(name) for name in json.loads(sys.argv[3])]
+kernels = "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call"
+checks = [export.DisabledSafetyCheck.custom_call(name) for name in kernels]
 layer = jax.jit(lambda *arguments: jax_moe.apply(*arguments))
 target.write_bytes(export.export(layer, disabled_checks=checks)(*specs).serialize())
 """
-_CUSTOM_CALLS = ("mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
 _WARM_UP = 3
 
 
@@ -84,11 +84,10 @@ def lower_all(
         for index, checkout in enumerate(checkouts)
         for number, shape in enumerate(shapes)
     ]
-    fixed = [sys.executable, "-c", _LOWER]
     for first in range(0, len(orders), jobs):
         running = [
             (checkout, subprocess.Popen(
-                [*fixed, shape, place, json.dumps(_CUSTOM_CALLS)],
+                [sys.executable, "-c", _LOWER, shape, place],
                 cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)},
             ))
             for checkout, shape, place in orders[first : first + jobs]
@@ -181,7 +180,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python tools/compare_times.py")
-    parser.add_argument("checkouts", nargs="+", type=_checkout, help="folders of checkouts")
+    parser.add_argument("checkouts", nargs="+", type=checkout_folder, help="folders of checkouts")
     parser.add_argument(
         "--workloads", type=lambda text: text.split(","), default=("1", "80", "901"),
         help="token counts, or all",

@@ -23,7 +23,6 @@ from jax_moe.types import ExpertWeights, LayerWeights, Routing
 from pallas_kernels.shapes import even_rows
 
 _MOST_ROWS_OF_FUSED = 16  # more would choose tiles that are too tall for the routed experts
-_MOST_ROWS_OF_CUT, _FEW_TOKENS = 48, 128
 
 
 def moe_layer(
@@ -289,8 +288,6 @@ def _shared(
     return apply_routed(
         *arguments,
         num_experts=1,
-        # Tiles of 64 rows, which are cut along K, where those of 128 would be too few for the GPU.
-        expected_rows=min(len(x), _MOST_ROWS_OF_CUT) if len(x) <= _FEW_TOKENS else None,
         swiglu_limit=config.shared_swiglu_limit,
         **call,
     )
