@@ -107,7 +107,7 @@ def test_against_numpy_with_and_without_fusion():
     assert relative_error(jitted()(fused, x), expected) < 0.006
 
 
-def test_tiles_are_as_tall_as_the_shared_expert_needs(monkeypatch):
+def test_tiles_are_as_tall_as_a_fused_shared_expert_needs(monkeypatch):
     rows = []
 
     def recorded(x, *arguments, num_experts, expected_rows=None, **options):
@@ -115,16 +115,17 @@ def test_tiles_are_as_tall_as_the_shared_expert_needs(monkeypatch):
         return jnp.zeros(x.shape, jnp.bfloat16)
 
     monkeypatch.setattr("jax_moe.nn.layer.apply_routed", recorded)
-    params = make()
-    fused = nn.fuse_shared(params, CONFIG)
+    router = dataclasses.replace(CONFIG.router, top_k=1)  # T/8 rows per routed expert
+    config, params = dataclasses.replace(CONFIG, router=router), make()
+    fused = nn.fuse_shared(params, config)
     for num_tokens in (8, 64, 200):
         for weights in (params, fused):
-            nn.moe_layer(weights, hidden(num_tokens), config=CONFIG, backend="xla")
+            nn.moe_layer(weights, hidden(num_tokens), config=config, backend="xla")
     routed, of_fused = CONFIG.num_experts, CONFIG.num_experts + 2
     assert rows == [
-        *((routed, 2.0), (1, None), (of_fused, 2.0)),
-        *((routed, 16.0), (1, None), (of_fused, 16)),
-        *((routed, 50.0), (1, None), (of_fused, 50.0)),
+        *((routed, 1.0), (1, None), (of_fused, 2.0)),
+        *((routed, 8.0), (1, None), (of_fused, 16)),
+        *((routed, 25.0), (1, None), (of_fused, 25.0)),
     ]
 
 
