@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels.mosaic.hopper.stream_k import Partition
 
-TOTALS = [0, 1, 2, 5, 32, 33, 131, 132, 136, 400, 416, 512, 1568]
+TOTALS = [0, 1, 2, 5, 32, 33, 56, 131, 132, 136, 224, 384, 400, 416, 448, 512, 1568]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -67,3 +67,20 @@ def test_pieces_cover_every_segment_once(segments, sms, total):
     if numbers.size:
         assert ((first[owner] <= numbers) & (numbers < first[owner + 1])).all()
         assert np.diff(first).max() - np.diff(first).min() <= 1, "equal runs"
+
+
+@pytest.mark.parametrize(
+    ("segments", "total", "expected"),
+    [
+        pytest.param(4, 32, 32, id="one round, a quarter of the CTAs busy"),
+        pytest.param(2, 56, 0, id="one round, more of them busy"),
+        pytest.param(4, 448, 52, id="the last of four rounds becomes two segments"),
+        pytest.param(4, 224, 92, id="the last of two rounds becomes three segments"),
+        pytest.param(2, 224, 0, id="of two segments neither could be saved"),
+        pytest.param(2, 448, 52, id="one of two segments is saved"),
+        pytest.param(4, 384, 0, id="a last round that is almost full"),
+        pytest.param(4, 264, 0, id="no tile left over"),
+    ],
+)
+def test_tiles_are_split_where_that_saves_a_segment(segments, total, expected):
+    assert Partition(segments, 132, jnp.int32(total)).split_tiles == expected

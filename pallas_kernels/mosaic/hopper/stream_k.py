@@ -1,8 +1,10 @@
 """Stream-K: the last tiles are split along K where they are few.
 
-CTAs take whole tiles in turn as long as there is one for each. If the tiles left over are so few
-that their CTAs could not use the whole memory bandwidth, they are laid out segment by segment (a
-segment is a fixed number of 128-column steps), and every CTA takes an equal run of segments:
+CTAs take whole tiles in turn as long as there is one for each. The tiles left over are laid out
+segment by segment (a segment is a fixed number of 128-column steps), and every CTA takes an equal
+run of segments, if that makes the last round at least a segment shorter. Where there is no round
+before it, the start of the kernel takes longer than a segment, and they are split only if they are
+so few that their CTAs could not use the whole memory bandwidth:
 
     tiles left        |    tile A     |    tile B     |
     their segments    | 0   1   2   3 | 0   1   2   3 |
@@ -53,7 +55,9 @@ class Partition(NamedTuple):
     def split_tiles(self):
         """How many of the last tiles are split."""
         left = lax.rem(self.total, jnp.int32(self.sms))
-        return lax.select(left * _BUSY_SHARE < self.sms, left, jnp.int32(0))
+        saves_a_segment = left * self.segments <= self.sms * (self.segments - 1)
+        is_worth_it = saves_a_segment & (self.total >= self.sms)
+        return lax.select(is_worth_it | (left * _BUSY_SHARE < self.sms), left, jnp.int32(0))
 
     def first_segment(self, cta):
         """Where the run of a CTA begins."""
