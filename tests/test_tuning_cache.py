@@ -110,7 +110,7 @@ def passing(role, config, sizes):
     """The check of kernels that can always be built."""
 
 
-@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H20", "NVIDIA GH200 480GB", None])
+@pytest.mark.parametrize("kind", ["NVIDIA H20", "NVIDIA GH200 480GB", None])
 def test_a_gpu_without_a_table_gets_that_of_its_capability(path, monkeypatch, kind):
     monkeypatch.setattr(device, "local_gpu", lambda: kind and gpu(kind))
     assert used() == shipped()
