@@ -48,8 +48,9 @@ def test_other_bits_are_seen(tmp_path):
     for name, factor in (("first", 2), ("same", 2), ("other", 3)):
         program = export.export(jax.jit(lambda x, factor=factor: factor * x))(jnp.ones(3))
         (tmp_path / name).write_bytes(program.serialize())
-    programs = [tmp_path / name for name in ("first", "same", "other")]
-    found = compare_times.measure(programs, (jnp.ones(3),), rounds=3, iterations=1, clock=None)
+    places, arguments = [[tmp_path / name] for name in ("first", "same", "other")], (jnp.ones(3),)
+    programs = [one for [one] in compare_times.compile_all(places, [arguments], jobs=2)]
+    found = compare_times.measure(programs, arguments, rounds=3, iterations=1, clock=None)
     assert [one["same_bits"] for one in found] == [True, True, False]
     assert [len(one["us"]) for one in found] == [3, 3, 3]
 

@@ -13,6 +13,7 @@ Lowered layers are not kept meanwhile: what is kept knows its sources, not what 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures as futures
 import functools
 import json
 import os
@@ -60,6 +61,9 @@ target.write_bytes(export.export(layer, disabled_checks=checks)(*specs).serializ
 """
 _WARM_UP = 3
 
+type Compiled = jax.stages.Compiled
+"""What `compile_all` makes."""
+
 
 def lower_all(
     checkouts: Sequence[pathlib.Path],
@@ -101,8 +105,28 @@ def lower_all(
     ]
 
 
+def compile_all(
+    places: Sequence[Sequence[pathlib.Path]], arguments: Sequence[tuple[Any, ...]], jobs: int
+) -> list[list[Compiled]]:
+    """The programs of `lower_all`, compiled here in threads: XLA and ptxas run without Python.
+
+    Args:
+        places: Of each checkout, one file per tuple of arguments.
+        arguments: Of the programs.
+        jobs: Threads at once.
+    """
+
+    def compiled(place: pathlib.Path, given: tuple[Any, ...]) -> Compiled:
+        program = export.deserialize(bytearray(place.read_bytes()))
+        return jax.jit(program.call).lower(*given).compile()
+
+    with futures.ThreadPoolExecutor(jobs) as pool:
+        pending = [pool.map(compiled, of_checkout, arguments) for of_checkout in places]
+        return [list(of_checkout) for of_checkout in pending]
+
+
 def measure(
-    programs: Sequence[pathlib.Path],
+    runs: Sequence[Compiled],
     arguments: tuple[Any, ...],
     *,
     rounds: int,
@@ -114,7 +138,6 @@ def measure(
     Returns:
         Per program `us`, a median per round, and whether its result has the bits of the first's.
     """
-    runs = [jax.jit(export.deserialize(bytearray(path.read_bytes())).call) for path in programs]
     results = [np.asarray(run(*arguments)).tobytes() for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
@@ -155,8 +178,9 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         arrays = [tuple(map(jax.numpy.asarray, one)) for one in given]
         places = lower_all(checkouts, arrays, pathlib.Path(scratch), jobs)
+        compiled = compile_all(places, arrays, jobs)
         for number, (workload, arguments) in enumerate(zip(workloads, arrays, strict=True)):
-            programs = [row[number] for row in places]
+            programs = [of_checkout[number] for of_checkout in compiled]
             found = measure(programs, arguments, rounds=rounds, iterations=iterations, clock=clock)
             medians = [float(np.median(one["us"])) for one in found]
             same = all(one["same_bits"] for one in found)
