@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import BFloat16
@@ -174,6 +173,17 @@ def layer(
             inputs.hidden_states, scale_format=options.scale_format, precision=options.precision
         )
         inputs = inputs._replace(hidden_states=values, hidden_states_scale=scales)
+    expected_rows = options.rows_per_expert(inputs.tokens)
+    if stages.layer is not None:
+        return stages.layer(
+            inputs,
+            num_tokens,
+            num_experts=options.num_experts,
+            expected_rows=expected_rows,
+            config=options.config,
+            **options.epilogue,
+            output_dtype=options.output_dtype,
+        )
     if isinstance(inputs, LayerInputs):
         assert options.config is not None
         routing = stages.route(
@@ -185,16 +195,14 @@ def layer(
         )
         inputs = inputs.routed(routing)
     plan = stages.plan_groups(
-        of_live_tokens(inputs.routing.topk_ids, num_tokens),
+        backends.of_live_tokens(inputs.routing.topk_ids, num_tokens),
         inputs.local_expert_offset,
         num_local_experts=inputs.weights.num_local_experts,
         num_experts=options.num_experts,
-        expected_rows=options.rows_per_expert(inputs.tokens),
+        expected_rows=expected_rows,
         precision=options.precision,
         batch_invariant=options.batch_invariant,
     )
-    if stages.layer is not None:
-        return stages.layer(inputs, plan, **options.epilogue, output_dtype=options.output_dtype)
     return _matmuls(inputs, plan, options, stages)
 
 
@@ -224,11 +232,3 @@ def _matmuls(
         batch_invariant=options.batch_invariant,
         output_dtype=options.output_dtype,
     )
-
-
-def of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:
-    """The expert ids, with -1, no expert, from token `num_tokens` on."""
-    if num_tokens is None:
-        return topk_ids
-    tokens = jnp.arange(topk_ids.shape[0], dtype=jnp.int32)
-    return jnp.where(tokens[:, None] < num_tokens, topk_ids, -1)

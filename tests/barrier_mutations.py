@@ -59,8 +59,6 @@ UNREACHED = {
     f"barrier_wait in {_HOPPER}.tile_queue.TileQueue.read_by_warp": _NO_ATOMICS,
     f"barrier_wait in {_HOPPER}.tile_queue.TileQueue.wait_empty_by_warp": _NO_ATOMICS,
     f"commit_smem in {_HOPPER}.split_k.PartialSums.publish._signal": _NO_ATOMICS,
-    f"semaphore_signal in {_HOPPER}.split_k.PartialSums.publish._signal": _NO_ATOMICS,
-    f"semaphore_wait in {_HOPPER}.split_k.PartialSums._reduce._wait": _NO_ATOMICS,
 }
 """Operations in functions that no interpreted test can reach, and why."""
 

@@ -309,13 +309,23 @@ def no_compilation_cache() -> Iterator[None]:
 
 def thunk_order(folder: pathlib.Path) -> list[tuple[int, str]]:
     """XLA's launch list: indentation and kind of each thunk, in the order of their launches."""
+    found = re.findall(r"^( *)\d+: (k\w+)", _thunk_text(folder), re.MULTILINE)
+    return [(len(indent), kind) for indent, kind in found]
+
+
+def launches_that_wait_for_none(folder: pathlib.Path) -> int:
+    """How many launches XLA lets run at once at the start of their command buffer or program."""
+    kinds = re.findall(r"^ *\d+: (k\w+) *\[source", _thunk_text(folder), re.MULTILINE)
+    return sum(kind not in _CONTROL_THUNKS for kind in kinds)
+
+
+def _thunk_text(folder: pathlib.Path) -> str:
     # The first file exists only where the passes (command buffers among them) changed something.
     names = ("*thunk_sequence_after_thunk_passes.txt", "*thunk_sequence.txt")
     files = [path for name in names for path in folder.glob(name)]
     if not files:
         raise RuntimeError(f"XLA dumped no thunk sequence, only {sorted(folder.glob('*'))}")
-    found = re.findall(r"^( *)\d+: (k\w+)", files[0].read_text(), re.MULTILINE)
-    return [(len(indent), kind) for indent, kind in found]
+    return files[0].read_text()
 
 
 def thunks(folder: pathlib.Path) -> tuple[dict[str, int], int, int]:

@@ -294,17 +294,18 @@ def test_plan(
     monkeypatch.setattr(membership, "_MAX_PAIRS_PER_THREAD", pairs_per_thread)
     ids = draw_ids(num_tokens, num_experts, top_k)
     ids[num_tokens // 2, -1] = ids[num_tokens // 2, 0]
-    ids[1] = -1
-    ids[0, 0] = offset + num_local_experts - 1  # the last expert has tokens
-    plan = run(
-        plan_kernels.plan_groups,
+    ids[1], ids[0, 0] = -1, offset + num_local_experts - 1  # the last expert has tokens
+    plan, zeros = run(
+        plan_kernels.plan_with_zeros,
         ids,
         np.int32(offset),
         num_local_experts=num_local_experts,
         num_experts=num_experts,
         block_m=block_m,
+        zeros=(264, 2),
     )
     check_plan(plan, ids, offset, num_local_experts, num_experts)
+    assert [array.tolist() for array in zeros] == [[0] * 264, [0] * 2]
 
 
 @pytest.mark.parametrize("num_blocks", [3, 28, 29])

@@ -33,9 +33,10 @@ class Backend(Protocol):
     """Whether a lowered layer is worth keeping for the next process (`lowering_cache`)."""
 
     layer: Callable[..., Array] | None
-    """All that follows the plan in one, where a backend does that otherwise than stage by stage.
+    """All from the routing on in one, where a backend does that otherwise than stage by stage.
 
-    Takes `RoutedInputs`, the `GroupPlan`, and the keywords of `up_project` and `unpermute`.
+    Takes `LayerInputs` or `RoutedInputs`, quantized, `num_tokens` as `of_live_tokens` does, and the
+    keywords of `plan_groups`, `up_project` and `unpermute`; with `LayerInputs` also `config`.
     """
 
     tiling_table: Callable[[int, int, int], object] | None
@@ -200,6 +201,14 @@ def in_precision(rows: Quantized, precision: Precision) -> Quantized:
     if precision == "high":
         return rows._replace(values=rows.values.astype(jnp.float16))
     return rows
+
+
+def of_live_tokens(topk_ids: Array, num_tokens: Array | None) -> Array:
+    """The expert ids, with -1, no expert, from token `num_tokens` on."""
+    if num_tokens is None:
+        return topk_ids
+    tokens = jnp.arange(topk_ids.shape[0], dtype=jnp.int32)
+    return jnp.where(tokens[:, None] < num_tokens, topk_ids, -1)
 
 
 def describe() -> str:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int32
 
-from jax_moe.backends import in_precision, precision_of
+from jax_moe.backends import in_precision, of_live_tokens, precision_of
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import interpret_params
 from jax_moe.numerics import scaled_f16
-from jax_moe.types import GroupPlan, Quantized, RoutedInputs, Routing
+from jax_moe.types import GroupPlan, LayerInputs, Quantized, RoutedInputs, Routing
 from pallas_kernels.mosaic import group_quant, hopper, permute, routing, tilings
 from pallas_kernels.mosaic import plan as plan_kernels
 from pallas_kernels.mosaic import unpermute as unpermute_kernel
 from pallas_kernels.mosaic.hopper import widened, zero_rows
+from pallas_kernels.mosaic.hopper.counted_in import num_zeros
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, has_spare_warps
 from pallas_kernels.mosaic.hopper.side_job import SideJob
@@ -86,15 +88,12 @@ def plan_groups(
 
     Batch invariance changes no tile: all widths sum alike, where K is in one segment.
     """
-    block_m = tilings.block_m(expected_rows)
-    if precision == "high":
-        block_m = min(block_m, tilings.MAX_WIDENED_BLOCK_M)
     return plan_kernels.plan_groups(
         topk_ids,
         jnp.asarray(local_expert_offset),
         num_local_experts=num_local_experts,
         num_experts=num_experts,
-        block_m=block_m,
+        block_m=_block_m(expected_rows, precision),
         interpret=interpret_params(),
     )
 
@@ -112,8 +111,9 @@ def up_project(
     batch_invariant: bool = False,
 ) -> Quantized:
     """Gather, GEMM1, SwiGLU, requantization; see `jax_moe.up_project`."""
+    rows = in_precision(Quantized(hidden_states, hidden_states_scale), precision)
     activations, _ = _up(
-        in_precision(Quantized(hidden_states, hidden_states_scale), precision),
+        _reordered(rows),
         gemm1_weights,
         gemm1_weights_scale,
         plan,
@@ -125,22 +125,35 @@ def up_project(
 
 
 def layer(
-    inputs: RoutedInputs,
-    plan: GroupPlan,
+    inputs: LayerInputs | RoutedInputs,
+    num_tokens: Array | None,
     *,
+    num_experts: int,
+    expected_rows: float,
+    config: MoEConfig | None = None,
     swiglu_limit: float | None = None,
     scale_format: ScaleFormat = "f32",
     precision: Precision = "fast",
     batch_invariant: bool = False,
     output_dtype: str = "bfloat16",
 ) -> Float[Array, "T H"]:
-    """The three stages after the plan.
+    """All stages from the routing on.
 
+    The rows are made ready beside the routing. The plan's kernel clears what the matmuls count in.
     Where the up-projection has a warp to spare, it writes the zeros of tokens without a local
     expert meanwhile, and `unpermute` the other tokens only.
     """
+    rows, inputs = _rows_first(inputs, precision)
+    inputs, plan, zeros = _routed_and_planned(
+        inputs,
+        num_tokens,
+        num_experts=num_experts,
+        expected_rows=expected_rows,
+        config=config,
+        precision=precision,
+    )
+    up_zeros, down_zeros = zeros
     weights = inputs.weights
-    rows = in_precision(inputs.rows, precision)
     activations, zeroed = _up(
         rows,
         weights.gemm1_weights,
@@ -150,6 +163,7 @@ def layer(
         scale_format=scale_format,
         batch_invariant=batch_invariant,
         side_job=_zeroing(weights.gemm1_weights, plan, precision),
+        zeros=up_zeros,
     )
     expert_outputs = _down(
         activations,
@@ -157,14 +171,69 @@ def layer(
         weights.gemm2_weights_scale,
         plan,
         batch_invariant=batch_invariant,
+        zeros=down_zeros,
     )
     return unpermute(
         expert_outputs, inputs.routing.topk_weights, plan, zeroed, output_dtype=output_dtype
     )
 
 
+def _rows_first(
+    inputs: LayerInputs | RoutedInputs, precision: Precision
+) -> tuple[Quantized, LayerInputs | RoutedInputs]:
+    """The rows as the up-projection takes them; nothing is routed or planned before they are there.
+
+    So XLA puts them into memory of their own, and the CUDA graph runs both side by side. By itself
+    it makes the rows last, in memory that the routing has used, and the graph waits for that.
+    """
+    assert inputs.hidden_states_scale is not None
+    rows = Quantized(inputs.hidden_states, inputs.hidden_states_scale)
+    rows = _reordered(in_precision(rows, precision))
+    if isinstance(inputs, LayerInputs):
+        rows, logits = lax.optimization_barrier((rows, inputs.routing_logits))
+        return rows, inputs._replace(routing_logits=logits)
+    rows, routing = lax.optimization_barrier((rows, inputs.routing))
+    return rows, inputs._replace(routing=routing)
+
+
+def _routed_and_planned(
+    inputs: LayerInputs | RoutedInputs,
+    num_tokens: Array | None,
+    *,
+    num_experts: int,
+    expected_rows: float,
+    config: MoEConfig | None,
+    precision: Precision,
+) -> tuple[RoutedInputs, GroupPlan, tuple[Array, ...]]:
+    interpret = interpret_params()
+    if isinstance(inputs, LayerInputs):
+        assert config is not None
+        chosen = route(
+            inputs.routing_logits,
+            inputs.routing_bias,
+            inputs.routed_scaling_factor,
+            config=config,
+        )
+        inputs = inputs.routed(chosen)
+    plan, zeros = plan_kernels.plan_with_zeros(
+        of_live_tokens(inputs.routing.topk_ids, num_tokens),
+        jnp.asarray(inputs.local_expert_offset),
+        num_local_experts=inputs.weights.num_local_experts,
+        num_experts=num_experts,
+        block_m=_block_m(expected_rows, precision),
+        zeros=(num_zeros(),) * 2 if interpret is None else (),
+        interpret=interpret,
+    )
+    return inputs, plan, zeros or (None, None)
+
+
+def _block_m(expected_rows: float, precision: Precision) -> int:
+    block_m = tilings.block_m(expected_rows)
+    return min(block_m, tilings.MAX_WIDENED_BLOCK_M) if precision == "high" else block_m
+
+
 def _up(
-    tokens: Quantized,
+    rows: Quantized,
     weights: Array,
     weights_scale: Array,
     plan: GroupPlan,
@@ -173,13 +242,14 @@ def _up(
     scale_format: ScaleFormat,
     batch_invariant: bool,
     side_job: SideJob | None = None,
+    zeros: Array | None = None,
 ) -> tuple[Quantized, Array | None]:
     """The activations, and what `side_job` gives; rows are gathered on the way, or permuted before.
 
     The up-projection gathers rows itself where they are few.
     """
     gathers = tilings.gathers(plan.block_m)
-    rows = _reordered(tokens)
+    precision = precision_of(rows.values)
     if not gathers:
         rows = permute.permute_rows(rows, plan, interpret=interpret_params())
     return up_projection(
@@ -187,11 +257,12 @@ def _up(
         plan,
         weights,
         weights_scale,
-        config=_up_config(weights, plan, precision_of(tokens.values), batch_invariant),
+        config=_up_config(weights, plan, precision, batch_invariant),
         swiglu_limit=swiglu_limit,
         scale_format=scale_format,
         gather_rows=gathers,
         side_job=side_job,
+        zeros=zeros,
         interpret=interpret_params(),
     )
 
@@ -243,6 +314,7 @@ def _down(
     plan: GroupPlan,
     *,
     batch_invariant: bool,
+    zeros: Array | None = None,
 ) -> Array:
     num_local_experts, hidden_size, intermediate_size = gemm2_weights.shape
     choose = _CHOOSE[precision_of(activations.values)]
@@ -253,6 +325,7 @@ def _down(
         gemm2_weights,
         gemm2_weights_scale,
         config=_adapted(chosen.down_projection, batch_invariant),
+        zeros=zeros,
         interpret=interpret_params(),
     )
 

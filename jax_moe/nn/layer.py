@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import BFloat16, Float, Float32, Int32
 
-from jax_moe import entry, stages, validate
+from jax_moe import backends, stages, validate
 from jax_moe.api import apply_routed
 from jax_moe.config import Precision, checked_batch_invariant, checked_precision
 from jax_moe.nn.config import LayerConfig, checked_layer_config
@@ -119,7 +119,7 @@ def moe_layer(
     else:
         if with_load:
             limit = None if live is None else jnp.asarray(live)
-            counted = entry.of_live_tokens(routing.topk_ids, limit)
+            counted = backends.of_live_tokens(routing.topk_ids, limit)
             load = placement.load(counted, config.num_experts)
         chosen = routing
         if num_fused:

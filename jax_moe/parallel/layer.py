@@ -122,7 +122,7 @@ def _at_home(inputs: Any, num_tokens: Any, *, plan: Plan) -> Tokens:
                 config=config,
                 batch_invariant=plan.batch_invariant,
             )
-        topk_ids = entry.of_live_tokens(routing.topk_ids, num_tokens)
+        topk_ids = backends.of_live_tokens(routing.topk_ids, num_tokens)
         return *rows, topk_ids, routing.topk_weights  # `jax.export` knows no types of ours
 
     static = ("at home", plan.config, plan.scale_format, plan.precision, plan.batch_invariant)

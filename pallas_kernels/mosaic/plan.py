@@ -14,6 +14,7 @@ are:
                                           row_token[pair_row] = token
             a thread per padding row   -> row_token = -1
             a thread per tile          -> tile_expert, by bisection of the experts' ends
+            the first block            -> zeros that the matmuls count in
 
 Of few pairs there is no `count`: every block sets the bits of all tokens. Rows of an expert ascend
 with the token, so the plan, and all that follows from it, is deterministic. A token that names an
@@ -23,7 +24,8 @@ expert twice sets one bit, so both pairs get one row.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,29 @@ def plan_groups(
     block_m: int,
     interpret=None,
 ) -> GroupPlan:
-    """Assigns expert-major rows to the local pairs.
+    """The plan of `plan_with_zeros`, whose arguments these are."""
+    plan, _ = plan_with_zeros(
+        topk_ids,
+        local_expert_offset,
+        num_local_experts=num_local_experts,
+        num_experts=num_experts,
+        block_m=block_m,
+        interpret=interpret,
+    )
+    return plan
+
+
+def plan_with_zeros(
+    topk_ids: Int32[Array, "T k"],
+    local_expert_offset: Int32[Array, ""],
+    *,
+    num_local_experts: int,
+    num_experts: int,
+    block_m: int,
+    zeros: Sequence[int] = (),
+    interpret=None,
+) -> tuple[GroupPlan, tuple[Int32[Array, " n"], ...]]:
+    """Assigns expert-major rows to the local pairs, and clears some memory.
 
     Args:
         topk_ids: `i32[T, k]` global expert ids; ids outside the local range are skipped. Pairs of
@@ -63,18 +87,20 @@ def plan_groups(
         num_local_experts: E_local.
         num_experts: E; ids from E up are skipped even where the local range covers them.
         block_m: Rows every expert is padded to.
+        zeros: Lengths of arrays to clear on the way, which saves a launch.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        The plan; `row_token` is unwritten past the last live tile.
+        The plan, whose `row_token` is unwritten past the last live tile, and arrays of zeros.
     """
     num_tokens, top_k = topk_ids.shape
     rows = round_up(max_rows(num_tokens, top_k, num_local_experts, block_m), 32)
     shapes = (
         *((num_local_experts,),) * 2, (rows,), topk_ids.shape, (cdiv(rows, block_m),), (1,),
+        *((length,) for length in zeros),
     )  # fmt: skip
     if num_tokens == 0:
-        return GroupPlan(*(jnp.zeros(shape, jnp.int32) for shape in shapes))
+        return _split([jnp.zeros(shape, jnp.int32) for shape in shapes])
     offset = jnp.reshape(local_expert_offset, (1,)).astype(jnp.int32)
     sizes = _sizes(num_tokens, top_k, num_local_experts)
     experts = {"num_experts": num_experts, "num_local_experts": num_local_experts}
@@ -109,7 +135,12 @@ def plan_groups(
         grid=(sizes.num_blocks,),
         kernel_name="moe_plan_place",
     )
-    return GroupPlan(*place(topk_ids, offset, *histogram))
+    return _split(place(topk_ids, offset, *histogram))
+
+
+def _split(arrays) -> tuple[GroupPlan, Any]:
+    end = len(GroupPlan._fields)
+    return GroupPlan(*arrays[:end]), tuple(arrays[end:])
 
 
 class _Sizes(NamedTuple):
@@ -177,10 +208,12 @@ def _place(
     ids_gmem, offset_gmem, *refs, sizes, block_m, interpret,
     members, first_rows, counts, earlier, starts, tile_ends, warp_rows, **experts,
 ):  # fmt: skip
-    *histogram, sizes_gmem, offsets_gmem, row_token_gmem, pair_row_gmem, tiles_gmem, \
-        num_tiles_gmem = refs  # fmt: skip
+    inputs = 1 if sizes.counted_rows else 0
+    histogram, (plan, zeros) = refs[:inputs], _split(refs[inputs:])
+    sizes_gmem, offsets_gmem, row_token_gmem, pair_row_gmem, tiles_gmem, num_tiles_gmem = plan
     block = lax.axis_index("block")
     topk_ids = TopkIds(ids_gmem, offset_gmem[0], **experts, interpret=interpret)
+    _clear(zeros, block, interpret)
     block_word = block * sizes.block_words
     first_word = block_word if histogram else jnp.int32(0)
     for ref in (members, counts, earlier) if histogram else (members,):
@@ -258,6 +291,16 @@ def _place(
     deal = {"block": block, "num_blocks": sizes.num_blocks, "interpret": interpret}
     _mark_padding(row_token_gmem, counts, starts, num_local_experts, block_m, **deal)
     _store_tiles(tiles_gmem, tile_ends, num_local_experts, **deal)
+
+
+def _clear(refs, block, interpret):
+    """The first block writes zeros."""
+    for ref in refs:
+        for first in range(0, ref.shape[0], THREADS):
+            place = threads(THREADS) + first
+            is_mine = (place < ref.shape[0]) & (lax.broadcast(block, place.shape) == 0)
+            nothing = lax.min(place, 0)  # a bare 0 has no layout
+            store_at(ref, place, nothing, is_mine, layout=flat(place), interpret=interpret)
 
 
 def _round_up(counts, multiple):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul
@@ -34,6 +34,7 @@ def down_projection(
     gemm2_weights_scale: Float[Array, "E H/128 I/128"],
     *,
     config: MatmulConfig,
+    zeros: Int32[Array, " n"] | None = None,
     interpret=None,
 ) -> Float[Array, "M H"]:
     """`rows @ gemm2_weights[expert].T`, f32 sums, one cast to bf16; none of f16 rows.
@@ -45,6 +46,7 @@ def down_projection(
         gemm2_weights: `e4m3[E, H, I]`.
         gemm2_weights_scale: `f32[E, H/128, I/128]`.
         config: Tile and pipeline; its `block_m` is that of the plan.
+        zeros: As for `counted_in.run`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -80,6 +82,7 @@ def down_projection(
             staging_types=plgpu.SMEM(staged, dtype, transforms=out_tiles),
         ),
         name="moe_down_projection",
+        zeros=zeros,
         interpret=interpret,
     )
     return out

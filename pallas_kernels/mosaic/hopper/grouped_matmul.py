@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.mosaic import launch
-from pallas_kernels.mosaic.hopper import gather, split_k, work_counter
+from pallas_kernels.mosaic.hopper import counted_in, gather, split_k
 from pallas_kernels.mosaic.hopper.consumer import Consumer, Epilogue
 from pallas_kernels.mosaic.hopper.matmul_config import (
     CONSUMER_ROWS,
@@ -83,6 +83,7 @@ def grouped_matmul(
     name: str,
     gather_rows: bool = False,
     side_job: SideJob | None = None,
+    zeros: Int32[Array, " n"] | None = None,
     interpret=None,
 ) -> tuple[Any, Array | None]:
     """Runs an epilogue on every tile of `rows @ weights[expert].T`.
@@ -100,6 +101,7 @@ def grouped_matmul(
         name: Kernel name.
         gather_rows: Whether row r is `rows[plan.row_token[r]]`.
         side_job: What a spare warp does meanwhile; only where `has_spare_warps`.
+        zeros: As for `counted_in.run`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -149,7 +151,12 @@ def grouped_matmul(
         interpret=interpret,
     )
     given = operands(rows, plan, weights, weights_scale, gather_rows=gather_rows, side_job=side_job)
-    results = Results(*kernel(given))
+    if shape.is_dynamic or shape.is_split:
+        results = counted_in.run(
+            lambda zeros_gmem: kernel(given._replace(zeros=zeros_gmem)), results, zeros
+        )
+    else:
+        results = Results(*kernel(given))
     return results.outputs, results.side_job
 
 
@@ -167,11 +174,10 @@ def _kernel(
     side_job: SideJob | None,
 ) -> None:
     """The kernel's body: the producer's and the consumers' warpgroups part ways here."""
-    scheduler = _scheduler(shape, inputs.plan)
+    scheduler = _scheduler(shape, inputs)
     partial_sums = None
     if isinstance(scheduler, StreamK):
-        flags = split_k.new_flags(shape.sms)
-        partial_sums = split_k.PartialSums(partials, flags, scheduler.partition)
+        partial_sums = split_k.PartialSums(partials, inputs.zeros, scheduler.partition)
     role = lax.axis_index("warpgroup")
     producer_registers, consumer_registers = _registers(shape)
 
@@ -191,13 +197,13 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _scheduler(shape: MatmulShape, plan: GroupPlan) -> TileScheduler:
+def _scheduler(shape: MatmulShape, inputs: Operands) -> TileScheduler:
     """The scheduler of the kernel that is being traced; the plan's fields are references."""
-    counter = work_counter.new_counter() if shape.is_dynamic else None
+    plan = inputs.plan
     total = plan.num_tiles[0] * shape.num_columns
     order = TileOrder(shape.block_m, shape.num_columns, shape.segments, plan, total)
     if shape.is_dynamic:
-        return DynamicScheduler(order, shape.sms, counter)
+        return DynamicScheduler(order, shape.sms, inputs.zeros)
     if shape.is_split:
         return StreamK(order, shape.sms, Partition(shape.segments, shape.sms, total))
     return StaticScheduler(order, shape.sms)

@@ -57,12 +57,11 @@ class MatmulConfig:
             a weight row's 128-byte pieces are then read side by side. Taken as 1 where the number
             of 128-column steps is not a multiple of it.
         scheduler: "static": a CTA computes every `sms`-th tile; "dynamic": it takes the next tile
-            that no CTA has. Worth it where tiles are many and long; the counter costs a launch of
-            its own. Taken as static where rows are gathered: that takes the scheduler's warp.
+            that no CTA has. Worth it where tiles are many and long. Taken as static where rows are
+            gathered: that takes the scheduler's warp.
         split_k_steps: Splits the last tiles along K, where they are few, into segments of that many
             128-column steps (`stream_k`); None, or a number of steps that it does not divide,
             leaves them whole. The order of additions does not depend on where a tile is split.
-            Costs a launch, too, for the flags.
     """
 
     block_m: int

@@ -20,6 +20,7 @@ class Operands(NamedTuple):
         weights: e4m3[E,N,K].
         weights_scale: f32[E,N/128,K/128].
         side_job: Inputs of the side job.
+        zeros: What the kernel counts in, if it does (`counted_in`).
     """
 
     rows: Quantized
@@ -28,6 +29,7 @@ class Operands(NamedTuple):
     weights: Any
     weights_scale: Any
     side_job: tuple[Any, ...]
+    zeros: Any = None
 
 
 def operands(

@@ -8,10 +8,9 @@
     epilogue
 
 Every segment has a sum of its own and sums are added in the order of the segments, so bits do not
-depend on the split. Flags are the call's own semaphores (as in `work_counter`), zeros before and
-after: XLA may let two layers share a plan, never these. A CTA waits for the next few only, which
-publish before they wait for anything, and CTAs start in order: beside another kernel, too, the
-first ones that are on the GPU can end.
+depend on the split. Flags are zeros before and after (`counted_in`). A CTA waits for the next few
+only, which publish before they wait for anything, and CTAs start in order: beside another kernel,
+too, the first ones that are on the GPU can end.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import layouts
@@ -29,9 +29,9 @@ from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS, NUM_CONSUM
 from pallas_kernels.mosaic.hopper.stream_k import Partition
 
 
-def new_flags(sms: int):
-    """The flags of the kernel that is being traced: one for each consumer warpgroup of a CTA."""
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((sms * NUM_CONSUMERS,)))
+def num_flags(sms: int) -> int:
+    """One for each consumer warpgroup of a CTA."""
+    return sms * NUM_CONSUMERS
 
 
 def partial_sums_type(shape: MatmulShape) -> jax.ShapeDtypeStruct | None:
@@ -64,7 +64,7 @@ class PartialSums(NamedTuple):
         @pl.when(tile.begin > 0)
         def _signal():
             plgpu.commit_smem()  # all threads have stored
-            plgpu.semaphore_signal(self._flag(lax.axis_index("sm")), memory_scope="gpu")
+            _raise(self._flag(lax.axis_index("sm")))
 
     def reduce_partials(self, tile, width: int, sums):
         """The sums of the CTA that finishes a tile plus those of the segments that it lacks."""
@@ -85,7 +85,7 @@ class PartialSums(NamedTuple):
 
             @pl.when((segment >= tile.end) & begins)
             def _wait(owner=owner):
-                plgpu.semaphore_wait(self._flag(owner), memory_scope="gpu")
+                _take(self._flag(owner))
 
             places.append((owner, lacking, warpgroup))
 
@@ -107,3 +107,23 @@ class PartialSums(NamedTuple):
 
     def _flag(self, cta):
         return self.flags.at[cta * NUM_CONSUMERS + lax.axis_index("warpgroup")]
+
+
+def _raise(flag_gmem) -> None:
+    """Sets a flag; what this thread has seen stored is seen by who takes it."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def signal(_, flag):
+        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(flag)).signal(1, memory_scope="gpu")
+
+    signal(flag_gmem)
+
+
+def _take(flag_gmem) -> None:
+    """Waits for a flag and lowers it again."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(_, flag):
+        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(flag)).wait(1, memory_scope="gpu")
+
+    wait(flag_gmem)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.mosaic import layouts, rounding
 from pallas_kernels.mosaic.group_quant import E4M3_MAX, SMALLEST_NORMAL, power_of_two_scale
@@ -82,6 +82,7 @@ def up_projection(
     scale_format: ScaleFormat = "f32",
     gather_rows: bool = False,
     side_job: SideJob | None = None,
+    zeros: Int32[Array, " n"] | None = None,
     interpret=None,
 ) -> tuple[Quantized, Array | None]:
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
@@ -98,6 +99,7 @@ def up_projection(
         scale_format: Of the result's scales; those of an f16 result are always powers of two.
         gather_rows: Whether `rows` are tokens.
         side_job: As for `grouped_matmul`.
+        zeros: As for `counted_in.run`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -133,6 +135,7 @@ def up_projection(
         name="moe_up_projection",
         gather_rows=gather_rows,
         side_job=side_job,
+        zeros=zeros,
         interpret=interpret,
     )
 

@@ -1,15 +1,13 @@
 """An atomic work counter in global memory: the CTAs of a running kernel take tiles from it.
 
-It is two of the call's own semaphores: tiles taken, and CTAs that are finished. Pallas hands them
-over as zeros and wants zeros back: the last CTA to finish sets them so. The interpreter cannot run
-these atomics.
+It is two numbers, tiles taken and CTAs that are finished: zeros before, and the last CTA to finish
+sets them so again (`counted_in`). The interpreter cannot run these atomics.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax._src.lib.mlir.dialects import llvm
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
@@ -34,16 +32,11 @@ _FINISH = """{{
 }}"""
 
 
-def new_counter():
-    """The counter of the kernel that is being traced, all zeros."""
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
-
-
 def next_tile(counter_gmem) -> Int32[Array, ""]:
     """The number of a tile that no CTA has taken: 0, 1, 2, ...; called by a single warp.
 
     Args:
-        counter_gmem: From `new_counter`.
+        counter_gmem: `i32[n]`, the counter in its first two.
     """
 
     @plgpu.inline_mgpu(
@@ -63,7 +56,7 @@ def finish(counter_gmem, num_ctas: int) -> None:
     """Says that this CTA takes no more tiles; called once, by one warp of each CTA.
 
     Args:
-        counter_gmem: From `new_counter`.
+        counter_gmem: `i32[n]`, the counter in its first two.
         num_ctas: CTAs of the grid.
     """
 

@@ -1,0 +1,48 @@
+"""Where the CTAs of a matmul count: zeros that no two kernels share.
+
+The kernel takes them as an input that it writes to in place, and says so: where XLA lets two layers
+share a plan, and with it the zeros that the plan kernel wrote, it gives the second one a copy.
+Without zeros of a plan, a launch clears them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Int32
+
+from pallas_kernels.device import num_sms
+from pallas_kernels.mosaic.hopper import split_k
+
+
+def num_zeros() -> int:
+    """How many a matmul may need on the GPU that is compiled for: flags, or a counter."""
+    return split_k.num_flags(num_sms())
+
+
+def run(
+    kernel: Callable[[Any], Any], types: Any, zeros: Int32[Array, " num_zeros"] | None = None
+) -> Any:
+    """`kernel(zeros)`, of a reference.
+
+    Args:
+        kernel: Writes to the zeros and leaves zeros.
+        types: Of its results, a pytree.
+        zeros: None for new ones.
+    """
+    leaves, structure = jax.tree.flatten(types)
+
+    def body(references):
+        zeros_gmem, results_gmem = references
+        for to, result in zip(results_gmem, jax.tree.leaves(kernel(zeros_gmem)), strict=True):
+            to[...] = result
+
+    if zeros is None:
+        zeros = jnp.zeros((num_zeros(),), jnp.int32)
+    _, results = pl.run_state(body)((zeros, [lax.empty(leaf.shape, leaf.dtype) for leaf in leaves]))
+    return jax.tree.unflatten(structure, results)
