@@ -26,6 +26,7 @@ _PACKAGES = (
     "triton",
     "sglang-kernel",
     "sgl-deep-gemm",
+    "flashinfer-python",
     "numpy",
 )
 _NEEDED = {

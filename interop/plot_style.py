@@ -30,6 +30,8 @@ STYLES = {
     "deepgemm": ("#C9B037", "h"),
     "deepgemm64": ("#E69F00", "D"),
     "deepgemm128": ("#8C6D00", "d"),
+    "deepgemm_mega": ("#F2C14E", "4"),
+    "flashinfer_cutlass": ("#4D4D4D", "+"),
 }
 _OTHERS = ("#A6761D", "#666600", "#B22222", "#2F4F4F", "#8A2BE2", "#708090")
 

@@ -16,7 +16,14 @@ torch = pytest.importorskip("torch")
 
 import jax_moe  # noqa: E402
 from interop import to_jax, to_torch, torch_definition  # noqa: E402
-from interop.solutions import SOLUTIONS, deepgemm, packages, sgl_library  # noqa: E402
+from interop.solutions import (  # noqa: E402
+    SOLUTIONS,
+    deepgemm,
+    deepgemm_mega,
+    flashinfer_cutlass,
+    packages,
+    sgl_library,
+)
 from jax_moe import MoEConfig, models  # noqa: E402
 from tests import cuda_tools, fake_sgl_ops  # noqa: E402
 from tests.moe_inputs import array_arguments, scalar_arguments  # noqa: E402
@@ -33,6 +40,8 @@ NAMES = (
     "deepgemm",
     "deepgemm64",
     "deepgemm128",
+    "deepgemm_mega",
+    "flashinfer_cutlass",
     "jax_v1",
     "jax_v2",
 )
@@ -59,6 +68,28 @@ def test_reasons_name_what_is_missing(monkeypatch, tmp_path):
     assert reason == f"JAX_MOE_SGL_LIBRARY names no file: {tmp_path / 'gone.so'}"
     with pytest.raises(RuntimeError, match=r"names no file: .*gone\.so"):
         sgl_library.load.__wrapped__()
+
+
+def test_peers_say_which_package_or_version_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(deepgemm, "unavailable_reason", lambda: None)
+    (tmp_path / "deep_gemm").mkdir()
+    (tmp_path / "deep_gemm" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "0.1.4 or newer" in deepgemm_mega.unavailable_reason()
+    kernel = tmp_path / "deep_gemm" / deepgemm_mega._KERNEL
+    kernel.parent.mkdir(parents=True)
+    kernel.touch()
+    assert deepgemm_mega.unavailable_reason() is None
+    monkeypatch.setattr(deepgemm, "unavailable_reason", lambda: "no")
+    assert deepgemm_mega.unavailable_reason() == "no"
+
+    here = {"flashinfer"}
+    monkeypatch.setattr(
+        flashinfer_cutlass, "missing", lambda name, what: None if name in here else f"no {what}"
+    )
+    assert flashinfer_cutlass.unavailable_reason() == "no apache-tvm-ffi"
+    here.clear()
+    assert flashinfer_cutlass.unavailable_reason() == "no flashinfer-python"
 
 
 def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
@@ -228,7 +259,7 @@ def test_deepgemm_glue_in_the_interpreter():
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("relative error") == 4
+    assert result.stdout.count("relative error") == 6
 
 
 KERNELS = {
@@ -242,6 +273,11 @@ KERNELS = {
         {"hidden_scale": "*fp32", "row_scale": "*fp32"},
         {"ALIGN": 64, "E_LOCAL": 32, "E_BLOCK": 32, "TOP_K": 8, "WORDS": 1792, "SCALES": 56}
         | {"BLOCK": 1024, "SCALE_BLOCK": 64},
+        4,
+    ),
+    "stage_kernel": (
+        {"hidden_scale": "*fp32", "scales": "*fp32"},
+        {"WORDS": 1792, "SCALES": 56, "BLOCK": 1024, "SCALE_BLOCK": 64},
         4,
     ),
     "swiglu_quantize_kernel": (

@@ -3,7 +3,16 @@
 Importing them needs none of their packages.
 """
 
-from interop.solutions import deepgemm, jax_v1, jax_v2, sglang_v1, sglang_v2, torch_reference
+from interop.solutions import (
+    deepgemm,
+    deepgemm_mega,
+    flashinfer_cutlass,
+    jax_v1,
+    jax_v2,
+    sglang_v1,
+    sglang_v2,
+    torch_reference,
+)
 from interop.solutions.base import Solution
 
 SOLUTIONS: dict[str, Solution] = {
@@ -14,6 +23,8 @@ SOLUTIONS: dict[str, Solution] = {
         *sglang_v1.VARIANTS,
         sglang_v2.SOLUTION,
         *deepgemm.solutions(),
+        deepgemm_mega.SOLUTION,
+        flashinfer_cutlass.SOLUTION,
         jax_v1.SOLUTION,
         jax_v2.SOLUTION,
     )

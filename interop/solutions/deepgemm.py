@@ -6,13 +6,10 @@ local). Any sizes, and routers of sigmoid or softmax whose weights are renormali
 
 import functools
 import math
-import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 from interop.solutions.base import Solution
-from interop.solutions.packages import hopper_unavailable, missing
+from interop.solutions.packages import hopper_unavailable, missing, nvcc_unavailable
 from jax_moe import DEEPSEEK_V3, LayerInputs, MoEConfig
 
 _FEW_TOKENS = 1000  # up to here 64-row tiles waste less padding than they cost, measured on an H100
@@ -62,8 +59,18 @@ def route(
     factor: float,
     num_local_experts: int,
     config: MoEConfig = DEEPSEEK_V3,
+    out: tuple[Any, Any] | None = None,
 ) -> Any:
     """Routing of T tokens.
+
+    Args:
+        logits: f32[T, E].
+        bias: bf16[E] or f32[E].
+        offset: First local expert.
+        factor: Multiplies the weights.
+        num_local_experts: E_local.
+        config: The router.
+        out: Where pair_expert (i32 or i64) and weights go; None allocates them.
 
     Returns:
         pair_expert i32[T, k] (local expert or -1), pair_slot i32[T, k] (place in the expert),
@@ -75,15 +82,17 @@ def route(
 
     num_tokens, num_experts = logits.shape
     shape, device = (num_tokens, config.top_k), logits.device
-    pair_expert = torch.empty(shape, dtype=torch.int32, device=device)
-    pair_slot = torch.empty_like(pair_expert)
-    weights = torch.empty(shape, dtype=torch.float32, device=device)
+    pair_expert, weights = out or (
+        torch.empty(shape, dtype=torch.int32, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+    )
+    pair_slot = torch.empty(shape, dtype=torch.int32, device=device)
     counts = torch.zeros(num_local_experts, dtype=torch.int32, device=device)
     n_group, topk_group = groups_of(config, num_experts)
     route_kernel[(num_tokens,)](
         logits, bias, pair_expert, pair_slot, weights, counts, int(offset), float(factor),
         E=num_experts, E_LOCAL=num_local_experts, N_GROUP=n_group, TOPK_GROUP=topk_group,
-        TOP_K=config.top_k, GROUP_BLOCK=_block(num_experts // n_group),
+        TOP_K=config.top_k, GROUP_BLOCK=block(num_experts // n_group),
         SOFTMAX=config.scoring == "softmax", num_warps=1,
     )  # fmt: skip
     return pair_expert, pair_slot, weights, counts
@@ -100,7 +109,7 @@ def groups_of(config: MoEConfig, num_experts: int) -> tuple[int, int]:
     return n_group, n_group
 
 
-def _block(count: int) -> int:
+def block(count: int) -> int:
     """The least power of two that holds so many."""
     return 1 << (count - 1).bit_length()
 
@@ -127,8 +136,8 @@ def gather(hidden: Any, hidden_scale: Any, routing: Any, align: int) -> Any:
     gather_kernel[(num_tokens,)](
         hidden.view(torch.int32), hidden_scale, pair_expert, pair_slot, counts,
         rows.view(torch.int32), row_scale, pair_row, ends, num_tokens, num_rows,
-        ALIGN=align, E_LOCAL=num_local_experts, E_BLOCK=_block(num_local_experts), TOP_K=top_k,
-        WORDS=hidden_size // 4, SCALES=num_scales, BLOCK=1024, SCALE_BLOCK=_block(num_scales),
+        ALIGN=align, E_LOCAL=num_local_experts, E_BLOCK=block(num_local_experts), TOP_K=top_k,
+        WORDS=hidden_size // 4, SCALES=num_scales, BLOCK=1024, SCALE_BLOCK=block(num_scales),
         num_warps=4,
     )  # fmt: skip
     return rows, row_scale, pair_row, ends
@@ -147,7 +156,7 @@ def swiglu_quantize(gemm1: Any, ends: Any, align: int) -> Any:
     items = num_rows // 8 * (intermediate_size // (128 * groups))
     swiglu_quantize_kernel[(min(items, 132 * 8),)](
         gemm1, ends, values, scales, num_rows,
-        ALIGN=align, E_LOCAL=ends.shape[0], E_BLOCK=_block(ends.shape[0]),
+        ALIGN=align, E_LOCAL=ends.shape[0], E_BLOCK=block(ends.shape[0]),
         INTERMEDIATE=intermediate_size, ROWS=8, GROUPS=groups, num_warps=4,
     )  # fmt: skip
     return values, scales
@@ -204,10 +213,7 @@ def unavailable_reason() -> str | None:
     for package, distribution in packages:
         if reason := missing(package, distribution):
             return reason
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if not (named or shutil.which("nvcc") or Path("/usr/local/cuda").exists()):
-        return "needs nvcc to compile its kernels: CUDA_HOME is not set"
-    return hopper_unavailable()
+    return nvcc_unavailable() or hopper_unavailable()
 
 
 def unsupported(config: MoEConfig) -> str | None:

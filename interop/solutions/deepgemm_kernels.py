@@ -1,4 +1,4 @@
-"""The Triton kernels around DeepGEMM's GEMMs: route, gather, SwiGLU + quantize, unpermute.
+"""The Triton kernels around DeepGEMM: route, gather, SwiGLU + quantize, unpermute; and stage.
 
 Rows are expert-major; each expert starts at a multiple of ALIGN and `ends[e]` is the row after its
 last one (DeepGEMM's "psum" layout). The row of a pair inside its expert comes from an atomic
@@ -114,6 +114,22 @@ def gather_kernel(
             target = tl.max(tl.where(choice == i, row, -1), axis=0)
             live = (block < SCALES) & (target >= 0)
             tl.store(row_scale + block.to(tl.int64) * num_rows + target, scale, mask=live)
+
+
+@triton.jit
+def stage_kernel(
+    hidden, hidden_scale, words, scales, num_tokens,
+    WORDS: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: its row, as WORDS 4-byte words, and its scales, to the same row of a buffer."""
+    token = tl.program_id(0).to(tl.int64)
+    for first in tl.static_range(0, WORDS, BLOCK):
+        word = first + tl.arange(0, BLOCK)
+        value = tl.load(hidden + token * WORDS + word, mask=word < WORDS)
+        tl.store(words + token * WORDS + word, value, mask=word < WORDS)
+    block = tl.arange(0, SCALE_BLOCK)
+    scale = tl.load(hidden_scale + block.to(tl.int64) * num_tokens + token, mask=block < SCALES)
+    tl.store(scales + token * SCALES + block, scale, mask=block < SCALES)
 
 
 @triton.jit

@@ -1,7 +1,10 @@
 """Why an optional package or the GPU it needs is missing: one line, never an exception."""
 
 import functools
+import os
+import shutil
 from importlib import util
+from pathlib import Path
 
 from interop import torch_problem
 
@@ -12,6 +15,14 @@ def missing(package: str, distribution: str) -> str | None:
     if util.find_spec(package) is not None:
         return None
     return f"package {distribution} is not installed"
+
+
+def nvcc_unavailable() -> str | None:
+    """Why a package cannot compile its kernels with nvcc here, or None."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named or shutil.which("nvcc") or Path("/usr/local/cuda").exists():
+        return None
+    return "needs nvcc to compile its kernels: CUDA_HOME is not set"
 
 
 def torch_unavailable() -> str | None:
