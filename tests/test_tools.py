@@ -11,7 +11,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from tools import check_pins, gpu_tests
+from tools import check_pins, flashinfer_module, gpu_tests
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -190,3 +190,47 @@ def test_gpu_outcome_counts_and_names_failures(tmp_path):
     outcome = gpu_tests.outcome(junit)
     assert (outcome["tests"], outcome["failures"], outcome["skipped"]) == (2, 1, 0)
     assert outcome["failed"] == ["test_two::test_bad"]
+
+
+def test_flashinfers_module_is_cut_to_one_pair_of_types(tmp_path, monkeypatch):
+    """The files, their compilers and what is cut; the compilers themselves are not run."""
+    backend = tmp_path / "flashinfer/data/csrc/fused_moe/cutlass_backend"
+    backend.mkdir(parents=True)
+    (backend / "flashinfer_cutlass_fused_moe_binding.cu").write_text(
+        '#include "../../tvm_ffi_utils.h"\n    // keep consistent with cpp/tensorrt_llm/plugins\n'
+        "    half\n    if (!mKernelRunner) {\n"
+    )
+    instantiation = backend / "cutlass_fused_moe_instantiation.cu"
+    instantiation.write_text(
+        "template class CutlassMoeFCRunner<float, float>;\n}  // namespace tensorrt_llm\n"
+    )
+    commands = []
+
+    def run(command, check):
+        assert check
+        commands.append(command)
+        pathlib.Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.setattr(subprocess, "run", run)
+    places = tmp_path / "flashinfer", tmp_path / "cuda", tmp_path / "tvm_ffi", tmp_path / "out"
+    library = flashinfer_module.build(*places, jobs=2)
+    assert library.name == "fused_moe_90.so"
+    *compiled, stub, link = commands
+    assert len(compiled) == 14
+    for command in compiled:
+        source = pathlib.Path(command[command.index("-c") + 1])
+        assert command[0] == ("c++" if source.suffix == ".cpp" else f"{tmp_path}/cuda/bin/nvcc")
+    assert link[-1] == str(library)
+    assert stub[-1] in link
+    assert sum(argument.endswith(".o") for argument in link) == 14
+    cut = (tmp_path / "out/binding.cu").read_text()
+    assert "half" not in cut
+    assert "CutlassMoeFCRunner<__nv_bfloat16, __nv_fp8_e4m3>>()" in cut
+    assert "<float" not in (tmp_path / "out/instantiation.cu").read_text()
+
+    commands.clear()
+    flashinfer_module.build(*places, jobs=1)
+    assert len(commands) == 2, "what is compiled is kept"
+    instantiation.write_text("another version")
+    with pytest.raises(ValueError, match=r"--package: expected a source with .*, got none"):
+        flashinfer_module.build(*places, jobs=1)
