@@ -114,3 +114,13 @@ def test_in_two_levels_a_row_crosses_once_per_pair_of_hosts(tmp_path):
     home = [shapes for kind, shapes in found if kind == "all-to-all"]
     assert sorted(home) == [["bf16[2,32,7168]"], ["bf16[4,64,7168]"]]
     assert report.command_buffers == 1
+
+
+def test_kernels_that_count_tiles_are_traced_inside_of_shard_map():
+    """Tiles of 128 rows are counted, by warps, which JAX refuses where references are varying."""
+    inputs = rank_specs(4096, num_experts=32, num_local=32, hidden=256, intermediate=256)
+    mesh = jax.make_mesh((1,), ("expert",))
+    with jax_moe.assume_device("sm_90"):
+        layer = jax_moe.expert_parallel(mesh, "expert", backend="mosaic")
+        traced = jax.jit(layer).trace(*sharded_arguments(inputs))
+    assert "moe_up_projection" in str(traced.jaxpr)

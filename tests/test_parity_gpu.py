@@ -91,15 +91,16 @@ def test_peers_run_in_a_cuda_graph(name, weights):
     if reason := solution.unavailable_reason():
         pytest.skip(reason)
     inputs = torch_inputs.full_size_inputs(ROWS["T=80"], weights)
+    arguments = solution.prepare(inputs) if solution.prepare else inputs.arguments
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            eager = solution.run(*inputs.arguments)
+            eager = solution.run(*arguments)
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = solution.run(*inputs.arguments)
+        captured = solution.run(*arguments)
     captured.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()

@@ -37,7 +37,7 @@ from examples.ladder.level_4_swap_ab import FEW_TOKENS, block_m
 from examples.ladder.level_5_wide_reads import tiles
 from examples.ladder.problem import Level
 from pallas_kernels.mosaic import launch
-from pallas_kernels.mosaic.hopper import work_counter
+from pallas_kernels.mosaic.hopper import counted_in
 from pallas_kernels.mosaic.hopper.consumer import Consumer, Epilogue
 from pallas_kernels.mosaic.hopper.matmul_config import NUM_CONSUMERS, MatmulConfig, MatmulShape
 from pallas_kernels.mosaic.hopper.operands import operands
@@ -85,7 +85,12 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    return kernel(operands(rows, plan, weights, weights_scale, gather_rows=False, side_job=None))
+    given = operands(rows, plan, weights, weights_scale, gather_rows=False, side_job=None)
+    if not shape.is_dynamic:
+        return kernel(given)
+    # The counter of tiles that are taken: zeros, cleared by a launch.
+    counting = lambda given, zeros: kernel(given._replace(zeros=zeros))  # noqa: E731
+    return counted_in.run(counting, given, epilogue.out_type)
 
 
 def on_this_device(config: MatmulConfig, interpret: Any) -> MatmulConfig:
@@ -98,7 +103,7 @@ def _kernel(inputs, out, *, pipeline, queue, staging, shape: MatmulShape, epilog
     order = TileOrder(shape.block_m, shape.num_columns, shape.segments, inputs.plan, total)
     scheduler: TileScheduler = StaticScheduler(order, shape.sms)
     if shape.is_dynamic:
-        scheduler = DynamicScheduler(order, shape.sms, work_counter.new_counter())
+        scheduler = DynamicScheduler(order, shape.sms, inputs.zeros)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == NUM_CONSUMERS)

@@ -204,7 +204,7 @@ def _routed_and_planned(
     expected_rows: float,
     config: MoEConfig | None,
     precision: Precision,
-) -> tuple[RoutedInputs, GroupPlan, tuple[Array, ...]]:
+) -> tuple[RoutedInputs, GroupPlan, tuple[Array | None, ...]]:
     interpret = interpret_params()
     if isinstance(inputs, LayerInputs):
         assert config is not None

@@ -14,8 +14,6 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     """`plgpu.kernel`, with the body traced in 32 bits whatever `JAX_ENABLE_X64` says.
 
     Under x64, sums and loop counters would become i64 and no longer match the i32 beside them.
-    Inside of `jax.shard_map`, the body's references are those of one device: JAX 0.11.2 refuses
-    `plgpu.warp_map` where they are marked as different between devices.
 
     Args:
         body: The kernel.
@@ -26,17 +24,33 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     """
 
     def call(*inputs: Any) -> Any:
-        run = plgpu.kernel(body, **options)
+        run = of_one_device(plgpu.kernel(body, **options))
         with jax.enable_x64(False):
-            leaves, structure = jax.tree.flatten(inputs)
-            kinds = [jax.typeof(leaf) for leaf in leaves]
-            arrays = all(isinstance(kind, jax.core.ShapedArray) for kind in kinds)
-            if not arrays or not any(kind.mat.varying for kind in kinds):
-                return run(*inputs)
-            specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-            local_inputs = jax.tree.unflatten(structure, specs)
-            traced, shapes = jax.make_jaxpr(run, return_shape=True)(*local_inputs)
-            results = jaxpr_as_fun(traced)(*leaves)
-            return jax.tree.unflatten(jax.tree.structure(shapes), results)
+            return run(*inputs)
+
+    return call
+
+
+def of_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced as on one device also inside of `jax.shard_map`.
+
+    JAX 0.11.2 refuses `plgpu.warp_map` where a kernel's references are marked as different between
+    devices.
+
+    Args:
+        function: Of pytrees of arrays or references, to arrays; runs kernels.
+    """
+
+    def call(*inputs: Any) -> Any:
+        leaves, structure = jax.tree.flatten(inputs)
+        kinds = [jax.typeof(leaf) for leaf in leaves]
+        arrays = all(isinstance(kind, jax.core.ShapedArray) for kind in kinds)
+        if not arrays or not any(kind.mat.varying for kind in kinds):
+            return function(*inputs)
+        specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        local_inputs = jax.tree.unflatten(structure, specs)
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*local_inputs)
+        results = jaxpr_as_fun(traced)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return call

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
 from pallas_kernels.device import num_sms
+from pallas_kernels.mosaic import launch
 from pallas_kernels.mosaic.hopper import split_k
 
 
@@ -26,23 +27,33 @@ def num_zeros() -> int:
 
 
 def run(
-    kernel: Callable[[Any], Any], types: Any, zeros: Int32[Array, " num_zeros"] | None = None
+    kernel: Callable[[Any, Any], Any],
+    given: Any,
+    types: Any,
+    zeros: Int32[Array, " num_zeros"] | None = None,
 ) -> Any:
-    """`kernel(zeros)`, of a reference.
+    """`kernel(given, zeros)`, of arrays and a reference.
 
     Args:
         kernel: Writes to the zeros and leaves zeros.
+        given: A pytree of arrays.
         types: Of its results, a pytree.
         zeros: None for new ones.
     """
     leaves, structure = jax.tree.flatten(types)
 
-    def body(references):
-        zeros_gmem, results_gmem = references
-        for to, result in zip(results_gmem, jax.tree.leaves(kernel(zeros_gmem)), strict=True):
-            to[...] = result
+    def call(given: Any, zeros: Any) -> list[Array]:
+        def body(references):
+            zeros_gmem, results_gmem = references
+            for to, result in zip(
+                results_gmem, jax.tree.leaves(kernel(given, zeros_gmem)), strict=True
+            ):
+                to[...] = result
+
+        empty = [lax.empty(leaf.shape, leaf.dtype) for leaf in leaves]
+        _, results = pl.run_state(body)((zeros, empty))
+        return results
 
     if zeros is None:
         zeros = jnp.zeros((num_zeros(),), jnp.int32)
-    _, results = pl.run_state(body)((zeros, [lax.empty(leaf.shape, leaf.dtype) for leaf in leaves]))
-    return jax.tree.unflatten(structure, results)
+    return jax.tree.unflatten(structure, launch.of_one_device(call)(given, zeros))

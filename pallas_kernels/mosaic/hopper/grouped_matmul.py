@@ -153,7 +153,7 @@ def grouped_matmul(
     given = operands(rows, plan, weights, weights_scale, gather_rows=gather_rows, side_job=side_job)
     if shape.is_dynamic or shape.is_split:
         results = counted_in.run(
-            lambda zeros_gmem: kernel(given._replace(zeros=zeros_gmem)), results, zeros
+            lambda given, zeros: kernel(given._replace(zeros=zeros)), given, results, zeros
         )
     else:
         results = Results(*kernel(given))
