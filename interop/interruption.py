@@ -1,20 +1,28 @@
 """Ctrl-C and SIGTERM that cannot get lost.
 
 Python raises `KeyboardInterrupt` wherever the main thread happens to be. Raised inside a callback,
-such as jaxlib's of the garbage collector, it is printed as "Exception ignored" and forgotten;
+such as jaxlib's of the garbage collector, it would be printed as "Exception ignored" and forgotten;
 native code that calls back may turn it into an error of its own. So a signal is also remembered,
 and a long run asks for it between its steps.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
 _asked: int | None = None  # the first signal that came
+
+
+def _unraisable(hook: Callable[[Any], object], swallowed: Any) -> None:
+    """Passes on what a callback swallowed, unless it is an interrupt that is remembered."""
+    if _asked is None or not issubclass(swallowed.exc_type, KeyboardInterrupt):
+        hook(swallowed)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -37,9 +45,12 @@ def remembered() -> Iterator[None]:
     _asked = None
     heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
     before = [(one, signal.signal(one, _interrupt)) for one in heard]
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for one, handler in before:
             signal.signal(one, handler)
         _asked = None

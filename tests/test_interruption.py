@@ -220,8 +220,9 @@ def signalled(monkeypatch, tmp_path):
 
 @on_cpu
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the swallowing
 def test_an_interrupt_that_a_callback_swallows_ends_the_run(signalled, number, capsys):
+    """Without a word of Python's about the callback: pytest makes a warning of that, an error."""
+
     def collect():
         gc.callbacks.append(in_callback)
         gc.collect()
