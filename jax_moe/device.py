@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jax_moe.scalars import quoted
+
 _INTERPRETER_THREADS = 16
 _LEAST_INTERPRETER_THREADS = 8
 
@@ -90,10 +92,10 @@ def assume_device(name: str) -> Iterator[None]:
         ValueError: It is neither.
     """
     if not isinstance(name, str):
-        raise TypeError(f'name: expected "cpu" or "sm_<capability>", got {name!r}')  # type: ignore[unreachable]
-    match = re.fullmatch(r"sm_(\d+)(\d)[af]?", name)
+        raise TypeError(f'name: expected "cpu" or "sm_<capability>", got {quoted(name)}')  # type: ignore[unreachable]
+    match = re.fullmatch("sm_([1-9][0-9]?)([0-9])[af]?", name)
     if name != "cpu" and match is None:
-        raise ValueError(f'name: expected "cpu" or "sm_<capability>" ("sm_90"), got {name!r}')
+        raise ValueError(f'name: expected "cpu" or "sm_<capability>" ("sm_90"), got {quoted(name)}')
     with _assumed(Device("gpu", f"{match[1]}.{match[2]}") if match else Device("cpu")):
         yield
 

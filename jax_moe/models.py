@@ -16,6 +16,7 @@ import dataclasses
 import functools
 
 from jax_moe.config import MoEConfig, ScaleFormat, Scoring
+from jax_moe.scalars import quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def get(name: str) -> Model:
     for model in MODELS:
         if name in (model.name, *model.aliases):
             return model
-    raise ValueError(f"model: expected one of {', '.join(names())}, got {name!r}")
+    raise ValueError(f"model: expected one of {', '.join(names())}, got {quoted(name)}")
 
 
 def names() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from jax import Array
 
 _MAX_F32 = float(np.finfo(np.float32).max)
 _PRINTED_BITS = 128  # Python refuses to print an integer of more than 4300 digits
+_QUOTED = 200
 
 
 def integer(name: str, value: Any, low: int, high: int, step: int = 1) -> Array | np.int32:
@@ -96,7 +97,7 @@ def boolean(name: str, value: Any) -> bool:
         TypeError: It is no bool.
     """
     if not isinstance(value, bool | np.bool):
-        raise TypeError(f"{name}: expected a bool, got {value!r} ({got(value)})")
+        raise TypeError(f"{name}: expected a bool, got {quoted(value)} ({got(value)})")
     return bool(value)
 
 
@@ -132,6 +133,16 @@ def printed(number: int) -> str:
     return f"an integer of {number.bit_length()} bits"
 
 
+def quoted(value: Any) -> str:
+    """Anything for a message: its `repr`, cut short; its type where Python refuses to print it."""
+    if isinstance(value, int):
+        return printed(value)
+    try:
+        return f"{value!r:.{_QUOTED}}"
+    except (ValueError, RecursionError):  # it holds an integer of many digits, or itself
+        return got(value)
+
+
 def _array(value: Any) -> str:
     byteorder = getattr(value.dtype, "byteorder", "")  # JAX's own dtypes, of keys, have none
     order = {">": "big-endian ", "<": "little-endian "}.get(byteorder, "")
@@ -149,7 +160,7 @@ def _check(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: An
             raise ValueError(f"{name}: expected a scalar, got {got(value)}")
         alive(name, value)
     elif isinstance(value, bool) or not isinstance(value, types):
-        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({got(value)})")
+        raise TypeError(f"{name}: expected {wanted}, got {quoted(value)} ({got(value)})")
 
 
 def _on_host(value: Any) -> Any:

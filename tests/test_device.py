@@ -135,7 +135,10 @@ def test_assume_device(name, expected):
     assert device_of() == before
 
 
-@pytest.mark.parametrize("name", ["hopper", "sm_", "sm_9", "90", "", None, 90])
+@pytest.mark.parametrize(
+    "name",
+    ["hopper", "sm_", "sm_9", "90", "", None, 90, "sm_٩٠", "sm_²0", "sm_09", "sm_" + "9" * 21],
+)
 def test_assume_device_refuses_other_names(name):
     error = ValueError if isinstance(name, str) else TypeError
     with (

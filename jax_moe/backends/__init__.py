@@ -15,6 +15,7 @@ from jax import Array
 
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import Device, device_of
+from jax_moe.scalars import quoted
 from jax_moe.types import GroupPlan, Quantized, Routing
 
 NAMES = ("mosaic", "triton", "xla")
@@ -165,8 +166,9 @@ def checked(name: str) -> str:
         ValueError: There is no such backend.
     """
     choices = ("auto", *NAMES)
-    if name not in choices:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, choices))}, got {name!r}")
+    if not isinstance(name, str) or name not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"backend: expected one of {known}, got {quoted(name)}")
     return name
 
 

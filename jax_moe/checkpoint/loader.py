@@ -11,6 +11,7 @@ from jax_moe.checkpoint.huggingface import LayerNames, find_layer
 from jax_moe.checkpoint.plan import Options, plan_experts, plan_shared
 from jax_moe.checkpoint.shards import Checkpoint
 from jax_moe.checkpoint.transfer import num_threads_of, readers
+from jax_moe.scalars import quoted
 from jax_moe.types import ExpertWeights, LayerWeights
 
 type Folder = str | os.PathLike[str] | Checkpoint
@@ -131,7 +132,8 @@ def _options(rank: Any, num_ranks: Any, tensor_parallel: Any, num_threads: Any) 
     num_ranks = int(validate.integer("num_ranks", num_ranks, 1, _MAX_INDEX))
     rank = int(validate.integer("rank", rank, 0, num_ranks - 1))
     if not isinstance(tensor_parallel, tuple) or len(tensor_parallel) != 2:
-        raise TypeError(f"tensor_parallel: expected (rank, ranks), got {tensor_parallel!r}")
+        found = quoted(tensor_parallel)
+        raise TypeError(f"tensor_parallel: expected (rank, ranks), got {found}")
     ranks = int(validate.integer("tensor_parallel[1]", tensor_parallel[1], 1, _MAX_INDEX))
     shard = int(validate.integer("tensor_parallel[0]", tensor_parallel[0], 0, ranks - 1))
     return Options(rank, num_ranks, (shard, ranks), num_threads_of(num_threads))
