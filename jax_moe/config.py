@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from jax_moe.scalars import boolean, printed
+from jax_moe.scalars import boolean, got, printed, quoted
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import Precision as Precision
 from pallas_kernels.types import ScaleFormat as ScaleFormat
@@ -74,8 +74,8 @@ class MoEConfig:
             )
         if self.block_size != QUANT_BLOCK:
             raise ValueError(f"block_size: only {QUANT_BLOCK} is supported, got {self.block_size}")
-        if self.scoring not in SCORINGS:
-            raise ValueError(f"scoring: expected one of {SCORINGS}, got {self.scoring!r}")
+        if not isinstance(self.scoring, str) or self.scoring not in SCORINGS:
+            raise ValueError(f"scoring: expected one of {SCORINGS}, got {quoted(self.scoring)}")
         object.__setattr__(self, "renormalize", boolean("renormalize", self.renormalize))
         object.__setattr__(self, "swiglu_limit", checked_swiglu_limit(self.swiglu_limit))
         checked_scale_format(self.scale_format)
@@ -144,8 +144,8 @@ def checked_scale_format(value: object) -> ScaleFormat:
     Raises:
         ValueError: It is none.
     """
-    if value not in SCALE_FORMATS:
-        raise ValueError(f"scale_format: expected one of {SCALE_FORMATS}, got {value!r}")
+    if not isinstance(value, str) or value not in SCALE_FORMATS:
+        raise ValueError(f"scale_format: expected one of {SCALE_FORMATS}, got {quoted(value)}")
     return value  # type: ignore[return-value]
 
 
@@ -156,7 +156,7 @@ def checked_precision(value: object) -> Precision:
         ValueError: It is none.
     """
     if not isinstance(value, str) or value not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {PRECISIONS}, got {value!r}")
+        raise ValueError(f"precision: expected one of {PRECISIONS}, got {quoted(value)}")
     return value  # type: ignore[return-value]
 
 
@@ -169,8 +169,8 @@ def checked_batch_invariant(value: object) -> bool:
     return boolean("batch_invariant", value)
 
 
-def checked_swiglu_limit(value: object) -> float | None:
-    """Checks a `swiglu_limit`.
+def checked_swiglu_limit(value: object, name: str = "swiglu_limit") -> float | None:
+    """Checks a `swiglu_limit`; `name` is the argument's.
 
     Raises:
         TypeError: It is no Python or NumPy number.
@@ -179,16 +179,13 @@ def checked_swiglu_limit(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(
-            f"swiglu_limit: expected a number or None, got {value!r} ({type(value).__name__})"
-        )
+        raise TypeError(f"{name}: expected a number or None, got {quoted(value)} ({got(value)})")
     with contextlib.suppress(OverflowError):  # a Python integer with many digits
         if float(_F32.tiny) <= float(value) <= float(_F32.max):
             return float(value)
-    found = printed(value) if isinstance(value, int) else repr(value)
     raise ValueError(
-        f"swiglu_limit: expected a positive number, normal and finite in float32, or None, "
-        f"got {found}"
+        f"{name}: expected a positive number, normal and finite in float32, or None, "
+        f"got {quoted(value)}"
     )
 
 
@@ -205,11 +202,36 @@ def checked_integer(name: str, value: object) -> int:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
-            f"{name}: expected an integer, got {value!r} ({type(value).__name__})"
+            f"{name}: expected an integer, got {quoted(value)} ({got(value)})"
         ) from None
     if abs(number) > _LARGEST:
         raise ValueError(f"{name}: expected at most {_LARGEST}, got {printed(number)}")
     return number
+
+
+def check_experts(name: str, config: MoEConfig, num_experts: int, source: str = "") -> None:
+    """Checks that a router fits the number of experts.
+
+    Args:
+        name: The argument that holds the router.
+        config: The router.
+        num_experts: E.
+        source: For the message, what has that many, as " of routing_logits".
+
+    Raises:
+        ValueError: The groups do not split the experts, or those kept hold too few.
+    """
+    if num_experts % config.n_group or num_experts < 2 * config.n_group:
+        raise ValueError(
+            f"{name}: expected n_group to split the {num_experts} experts{source} into "
+            f"equal groups of at least 2, got {config.n_group}"
+        )
+    kept = config.topk_group * (num_experts // config.n_group)
+    if config.top_k > kept:
+        raise ValueError(
+            f"{name}: expected top_k of at most {kept}, which is what {config.topk_group} of "
+            f"{config.n_group} groups of {num_experts} experts hold, got {config.top_k}"
+        )
 
 
 DEEPSEEK_V3 = MoEConfig(top_k=8, n_group=8, topk_group=4)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from jax_moe.config import MoEConfig
+from jax_moe.config import MoEConfig, check_experts
 from jax_moe.scalars import alive, got
 from jax_moe.scalars import boolean as boolean
 from jax_moe.scalars import integer as integer
@@ -218,17 +218,7 @@ def routing(routing_logits: Any, routing_bias: Any, config: Any, sizes: Sizes) -
     if routing_bias is not None:
         argument("routing_bias", routing_bias, sizes)
     num_experts = sizes["E"][0]
-    if num_experts % config.n_group or num_experts < 2 * config.n_group:
-        raise ValueError(
-            f"config: expected n_group to split the {num_experts} experts of routing_logits into "
-            f"equal groups of at least 2, got {config.n_group}"
-        )
-    kept = config.topk_group * (num_experts // config.n_group)
-    if config.top_k > kept:
-        raise ValueError(
-            f"config: expected top_k of at most {kept}, which is what {config.topk_group} of "
-            f"{config.n_group} groups of {num_experts} experts hold, got {config.top_k}"
-        )
+    check_experts("config", config, num_experts, " of routing_logits")
     num_tokens = sizes["T"][0]
     pair_count("routing_logits", num_tokens, config.top_k)
     if num_tokens * num_experts > _MAX_LOGITS:  # kernels find a logit by an int32 offset
@@ -324,10 +314,15 @@ def expected_rows(value: Any) -> float | None:
     return rows
 
 
-def weights(value: Any, sizes: Sizes, name: str = "weights") -> None:
-    """Checks the weights of both matmuls; `name` is that of the argument that holds them."""
+def expert_weights(name: str, value: Any) -> None:
+    """Checks that weights are of their type, whatever they hold."""
     if not isinstance(value, ExpertWeights):
         raise TypeError(f"{name}: expected a jax_moe.ExpertWeights, got {got(value)}")
+
+
+def weights(value: Any, sizes: Sizes, name: str = "weights") -> None:
+    """Checks the weights of both matmuls; `name` is that of the argument that holds them."""
+    expert_weights(name, value)
     gemm1(value.gemm1_weights, value.gemm1_weights_scale, sizes)
     gemm2(value.gemm2_weights, value.gemm2_weights_scale, sizes)
 

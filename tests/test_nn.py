@@ -237,7 +237,25 @@ def test_bad_arguments_are_refused_by_name():
         dataclasses.replace(CONFIG, routed_scaling_factor="2.5")
     with pytest.raises(TypeError, match="has_routing_bias: expected a bool, got 'no'"):
         dataclasses.replace(CONFIG, has_routing_bias="no")
+    with pytest.raises(ValueError, match="num_experts: expected 1 or more, got 0"):
+        dataclasses.replace(CONFIG, num_experts=0)
+    with pytest.raises(ValueError, match=r"shared_swiglu_limit: expected a positive.*, got"):
+        dataclasses.replace(CONFIG, shared_swiglu_limit=10**5000)
     assert dataclasses.replace(CONFIG, num_experts=np.int64(CONFIG.num_experts)) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ((9,), "router: expected top_k of at most 8, .*got 9"),
+        ((5, 2, 1), "router: expected top_k of at most 4, .*got 5"),
+        ((2, 7), "router: expected n_group to split the 8 experts into .*got 7"),
+        ((2, 8, 4), "router: expected n_group to .* groups of at least 2, got 8"),
+    ],
+)
+def test_a_router_that_does_not_fit_the_experts_is_refused_when_made(router, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, router=MoEConfig(*router))
 
 
 def test_public_modules_are_there_without_an_import_of_their_own():

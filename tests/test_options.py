@@ -195,6 +195,21 @@ def test_bad_options_are_refused_by_name(config, options, error, message):
                 )
 
 
+def test_values_that_python_does_not_print_are_refused_by_name():
+    inputs = make_inputs(2).arguments
+    for value in (10**5000, [10**5000]):
+        for name in ("backend", "precision", "scale_format", "swiglu_limit", "batch_invariant"):
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got "):
+                jax_moe.apply(*inputs, **{name: value})
+        for name in ("top_k", "scoring", "renormalize", "scale_format", "swiglu_limit"):
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got "):
+                MoEConfig(**{name: value})
+        with pytest.raises((TypeError, ValueError), match=r"^name: expected .*, got "):
+            jax_moe.assume_device(value).__enter__()
+        with pytest.raises(ValueError, match=r"^model: expected .*, got "):
+            jax_moe.models.get(value)
+
+
 def test_the_same_words_everywhere():
     both = {"scale_format", "swiglu_limit"}
     functions = (

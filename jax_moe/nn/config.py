@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from jax_moe import huggingface
-from jax_moe.config import MoEConfig, checked_integer, checked_swiglu_limit
+from jax_moe.config import MoEConfig, check_experts, checked_integer, checked_swiglu_limit
 from jax_moe.scalars import boolean, got, real
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -19,7 +19,7 @@ class LayerConfig:
     """The mixture-of-experts layer of a model, checked when made. Hashable.
 
     Attributes:
-        router: How experts are picked, clamped and quantized.
+        router: How experts are picked, clamped and quantized; it fits E.
         num_experts: E.
         hidden_size: H, a multiple of 128.
         intermediate_size: I of one routed expert, a multiple of 128.
@@ -57,11 +57,10 @@ class LayerConfig:
         ):
             value = checked_integer(name, getattr(self, name))
             object.__setattr__(self, name, value)
-            if value < minimum or (name != "num_experts" and value % QUANT_BLOCK):
-                raise ValueError(
-                    f"{name}: expected {minimum} or more in whole blocks of {QUANT_BLOCK}, "
-                    f"got {value}"
-                )
+            blocks = "" if name == "num_experts" else f" in whole blocks of {QUANT_BLOCK}"
+            if value < minimum or (blocks and value % QUANT_BLOCK):
+                raise ValueError(f"{name}: expected {minimum} or more{blocks}, got {value}")
+        check_experts("router", self.router, self.num_experts)
         for name in ("has_routing_bias", "has_shared_gate"):
             object.__setattr__(self, name, boolean(name, getattr(self, name)))
         factor = self.routed_scaling_factor
@@ -70,7 +69,7 @@ class LayerConfig:
         real("routed_scaling_factor", factor)
         if self.has_shared_gate and not self.shared_intermediate_size:
             raise ValueError("has_shared_gate: expected shared experts to gate, got none")
-        checked_swiglu_limit(self.shared_swiglu_limit)
+        checked_swiglu_limit(self.shared_swiglu_limit, "shared_swiglu_limit")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
