@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jax_moe.scalars import real
+from jax_moe.config import checked_integer, checked_swiglu_limit
+from jax_moe.scalars import boolean, got, quoted, real
 
 
 class ModelConfig(NamedTuple):
@@ -68,6 +69,9 @@ _NAMES = {
     "hidden_act": ("hidden_act",),
 }
 """A field, and the keys that different models have for it."""
+
+_FLAGS = ("renormalize", "has_routing_bias")
+_TEXTS = ("topk_method", "scoring", "hidden_act")
 
 _COMMON = {
     "top_k": None,
@@ -150,65 +154,68 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
         ValueError: The model type or a key is not known, a value is missing, or it means something
             that this layer does not compute; names it.
     """
-    if not isinstance(config, Mapping):
-        raise TypeError(f"config: expected a mapping, got {type(config).__name__}")
-    quantization = config.get("quantization_config") or {}
-    if isinstance(config.get("text_config"), Mapping):
-        config = config["text_config"]
-        quantization = config.get("quantization_config") or quantization
+    _mapping("config", config)
+    quantization = _part(config, "quantization_config") or {}
+    text = _part(config, "text_config")
+    if text is not None:
+        config = text
+        quantization = _part(config, "quantization_config") or quantization
     kind = config.get("model_type")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
-        raise ValueError(f"model_type: expected one of {known}, got {kind!r}")
+        raise ValueError(f"model_type: expected one of {known}, got {quoted(kind)}")
     found = _COMMON | _FAMILIES[kind] | _given(config, kind)
     for name in ("top_k", "num_experts", "hidden_size", "intermediate_size"):
         if found[name] is None:
             raise ValueError(f"{_NAMES[name][0]}: expected a number in the {kind} config, got none")
     if found["hidden_act"] != "silu":
-        raise ValueError(f"hidden_act: expected 'silu', got {found['hidden_act']!r}")
+        raise ValueError(f"hidden_act: expected 'silu', got {quoted(found['hidden_act'])}")
     _set_groups(found)
-    shared = _number("n_shared_experts", found["num_shared_experts"] or 0)
+    shared = found["num_shared_experts"]
     width = found["shared_intermediate_size"]
     if width is None:
         width = shared * found["intermediate_size"]
     scale_fmt = quantization.get("scale_fmt")
     if scale_fmt not in (None, "float", "ue8m0"):
-        raise ValueError(f"scale_fmt: expected 'ue8m0', 'float' or none, got {scale_fmt!r}")
+        raise ValueError(f"scale_fmt: expected 'ue8m0', 'float' or none, got {quoted(scale_fmt)}")
     router = {name: found[name] for name in ("top_k", "n_group", "topk_group", "scoring")}
     router |= {"renormalize": found["renormalize"], "swiglu_limit": found["swiglu_limit"]}
     router["scale_format"] = "ue8m0" if scale_fmt == "ue8m0" else "f32"
     return ModelConfig(
         router=router,
-        num_experts=_number("num_experts", found["num_experts"]),
-        hidden_size=_number("hidden_size", found["hidden_size"]),
-        intermediate_size=_number("moe_intermediate_size", found["intermediate_size"]),
-        routed_scaling_factor=float(real("routed_scaling_factor", found["routed_scaling_factor"])),
-        has_routing_bias=bool(found["has_routing_bias"]),
+        num_experts=found["num_experts"],
+        hidden_size=found["hidden_size"],
+        intermediate_size=found["intermediate_size"],
+        routed_scaling_factor=found["routed_scaling_factor"],
+        has_routing_bias=found["has_routing_bias"],
         num_shared_experts=shared if width else 0,
-        shared_intermediate_size=_number("shared_intermediate_size", width),
+        shared_intermediate_size=width,
         has_shared_gate=bool(found["has_shared_gate"] and width),
         clamps_shared=kind != "hy_v4",
     )
 
 
 def _given(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The fields that the file states, by our names."""
+    """The fields that the file states, by our names; each is of its type."""
     by_key = {key: field for field, keys in _NAMES.items() for key in keys}
     if kind in _NO_OWN_SIZE:
         by_key["intermediate_size"] = "intermediate_size"
     found: dict[str, Any] = {}
     for key, value in config.items():
+        if not isinstance(key, str):
+            raise TypeError(f"config: expected names of text, got {quoted(key)} ({got(key)})")
         if key in by_key:
             field = by_key[key]
             if value is None and field == "num_shared_experts":
                 value = 0  # the models' own code makes none then, whatever the default is
             if value is None:
                 continue
+            value = _of_its_type(key, field, value)
             first = found.setdefault(field, value)
-            if first is not value and first != value:  # NaN differs from itself
-                raise ValueError(f"{key}: expected {first!r} as said before, got {value!r}")
+            if first != value:
+                raise ValueError(f"{key}: expected {first!r} as said before, got {quoted(value)}")
         elif _ABOUT_EXPERTS.search(key) and not _WITHOUT_EFFECT.fullmatch(key) and value:
-            raise ValueError(f"{key}: not known for model_type {kind!r}, got {value!r}")
+            raise ValueError(f"{key}: not known for model_type {kind!r}, got {quoted(value)}")
     return found
 
 
@@ -216,7 +223,7 @@ def _set_groups(found: dict[str, Any]) -> None:
     """Groups as numbers; how a group is scored depends on the method's name."""
     method = found["topk_method"]
     if method not in (None, "noaux_tc", "greedy", "group_limited_greedy"):
-        raise ValueError(f"topk_method: expected 'noaux_tc' or 'greedy', got {method!r}")
+        raise ValueError(f"topk_method: expected 'noaux_tc' or 'greedy', got {quoted(method)}")
     n_group, topk_group = found["n_group"] or 1, found["topk_group"] or 1
     if method == "greedy":
         n_group = topk_group = 1
@@ -228,7 +235,32 @@ def _set_groups(found: dict[str, Any]) -> None:
     found["n_group"], found["topk_group"] = n_group, topk_group
 
 
-def _number(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
-    return value
+def _of_its_type(key: str, field: str, value: Any) -> Any:
+    """A value that the file states, checked under the name that the file has for it."""
+    if field in _FLAGS:
+        return boolean(key, value)
+    if field in _TEXTS:
+        if not isinstance(value, str):
+            raise TypeError(f"{key}: expected text, got {quoted(value)} ({got(value)})")
+        return value
+    if field == "swiglu_limit":
+        return checked_swiglu_limit(value, key)
+    if field == "routed_scaling_factor":
+        return float(real(key, value))
+    number = checked_integer(key, value)
+    if number < 0:
+        raise ValueError(f"{key}: expected 0 or more, got {number}")
+    return number
+
+
+def _mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected a mapping, got {type(value).__name__}")
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """A mapping within; None where the file does not have it, or has a null."""
+    part = config.get(name)
+    if part is not None:
+        _mapping(name, part)
+    return part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jax_moe import MoEConfig, huggingface, models
+from jax_moe import MoEConfig, huggingface, models, nn
 
 DEEPSEEK_V31 = {
     "model_type": "deepseek_v3",
@@ -118,7 +118,9 @@ def test_the_defaults_are_those_of_transformers(kind):
         ({"swiglu_alpha": 1.7}, ValueError, "swiglu_alpha: not known"),
         ({"num_experts": 128}, ValueError, "num_experts: expected 256 as said before, got 128"),
         ({"num_experts_per_tok": None}, ValueError, "num_experts_per_tok: expected a number"),
-        ({"n_routed_experts": "many"}, TypeError, "num_experts: expected an integer"),
+        ({"n_routed_experts": "many"}, TypeError, "n_routed_experts: expected an integer"),
+        ({"n_shared_experts": -1}, ValueError, "n_shared_experts: expected 0 or more, got -1"),
+        ({7: 8}, TypeError, r"config: expected names of text, got 7 \(int\)"),
         ({"routed_scaling_factor": "2.5"}, TypeError, "routed_scaling_factor: expected a real"),
         ({"routed_scaling_factor": float("nan")}, ValueError, "factor: expected a finite float32"),
         ({"quantization_config": {"scale_fmt": "x"}}, ValueError, "scale_fmt: expected"),
@@ -127,6 +129,49 @@ def test_the_defaults_are_those_of_transformers(kind):
 def test_what_is_not_known_is_refused_by_name(change, error, message):
     with pytest.raises(error, match=message):
         MoEConfig.from_hf(DEEPSEEK_V31 | change)
+
+
+KEYS = {key: field for field, keys in huggingface._NAMES.items() for key in keys}
+HOSTILE = (None, 5, "x", [], {}, float("nan"), True, 10**5000, [10**5000])
+FLAGS = ("renormalize", "has_routing_bias")
+TEXTS = ("topk_method", "scoring", "hidden_act", "model_type", "scale_fmt")
+PARTS = ("text_config", "quantization_config")
+
+
+@pytest.mark.parametrize("function", [MoEConfig.from_hf, nn.LayerConfig.from_hf])
+@pytest.mark.parametrize("key", [*KEYS, "model_type", *PARTS, "scale_fmt"])
+def test_a_value_of_another_type_is_refused_by_name(function, key):
+    field = KEYS.get(key, key)
+    usual = {name: value for name, value in QWEN3.items() if KEYS.get(name, name) != field}
+    for value in HOSTILE:
+        if key == "scale_fmt":
+            config = usual | {"quantization_config": {key: value}}
+        else:
+            config = usual | {"num_experts_per_tok": 4} | {key: value}
+            if field == "top_k" and key != "num_experts_per_tok":
+                del config["num_experts_per_tok"]
+        kind = bool if field in FLAGS else dict if field in PARTS else int
+        may_fit = value is None or (type(value) is kind and field not in TEXTS)
+        names = {key, field, *huggingface._NAMES.get(field, ())}
+        if key == "text_config" and value == {}:
+            names = {"model_type"}  # of which there is none
+        message = refusal(function, config)
+        if message is None:
+            assert may_fit
+            assert value != 10**5000
+        else:
+            said, _, found = message.partition(", got ")
+            assert any(name in said for name in names), message
+            assert found
+
+
+def refusal(function, config):
+    """What a refused configuration is told; None of one that is taken."""
+    try:
+        function(config)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def test_no_shared_experts_are_none_whatever_the_default_is():
