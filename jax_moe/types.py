@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float8e4m3fn, Float32
 
+from jax_moe.scalars import alive, got
 from pallas_kernels.types import GroupPlan as GroupPlan
 from pallas_kernels.types import Quantized as Quantized
 from pallas_kernels.types import Routing as Routing
@@ -92,14 +93,31 @@ class ExpertWeights(NamedTuple):
             The weights, up first.
 
         Raises:
-            ValueError: The rows or the scale's rows do not fall into two halves.
+            TypeError: An argument is no array.
+            ValueError: The rows or the scale's rows do not fall into two halves, or an array is
+                deleted.
         """
+        _check_arrays(
+            gate_up_weights=gate_up_weights,
+            gate_up_weights_scale=gate_up_weights_scale,
+            down_weights=down_weights,
+            down_weights_scale=down_weights_scale,
+        )
         return cls(
             _swap_halves("gate_up_weights", gate_up_weights),
             _swap_halves("gate_up_weights_scale", gate_up_weights_scale),
             down_weights,
             down_weights_scale,
         )
+
+
+def _check_arrays(**arrays: Any) -> None:
+    """Arrays of JAX or NumPy, or anything that can be copied as a torch tensor can."""
+    for name, array in arrays.items():
+        is_array = isinstance(array, jax.Array | np.ndarray)
+        if not is_array and not (hasattr(array, "shape") and hasattr(array, "clone")):
+            raise TypeError(f"{name}: expected a JAX, NumPy or torch array, got {got(array)}")
+        alive(name, array)
 
 
 def _swap_halves(name: str, array: Any) -> Any:

@@ -181,6 +181,20 @@ def test_a_shard_that_was_cut_elsewhere_is_padded(size, first_row, module):
     assert all(a is b for a, b in zip(again, padded, strict=True))
 
 
+@pytest.mark.parametrize(
+    "field", [None, "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale"]
+)
+@pytest.mark.parametrize("value", [None, [1], 5, (1, 2, 3, 4)])
+def test_only_weights_are_padded(field, value):
+    weights = value
+    if field is not None:
+        shapes = ((1, 256, 128), (1, 2, 1), (1, 128, 128), (1, 1, 1))
+        arrays = [np.zeros(s, (E4M3, np.float32)[i % 2]) for i, s in enumerate(shapes)]
+        weights = jax_moe.ExpertWeights(*arrays)._replace(**{field: value})
+    with pytest.raises(TypeError, match=f"^{field or 'weights'}: expected a .*, got "):
+        checkpoint.pad_intermediate(weights)
+
+
 def test_a_hub_cache_of_symlinks_is_followed(tmp_path):
     made = make_checkpoint(tmp_path / "checkpoint")
     blobs, snapshot = tmp_path / "hub/blobs", tmp_path / "hub/snapshots/0123abcd"

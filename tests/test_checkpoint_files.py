@@ -6,6 +6,7 @@ import json
 import os
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -115,9 +116,11 @@ def test_an_index_of_any_size_is_not_read(made, monkeypatch):
 
 def test_folders_without_a_checkpoint(made, tmp_path):
     (tmp_path / "empty").mkdir()
-    for folder, error in ((None, TypeError), (3, TypeError), (b"x", TypeError), ("", ValueError)):
+    wrong = dict.fromkeys((None, 3, b"x", ()), TypeError)
+    wrong |= dict.fromkeys(("", "a\0b", "\ud800"), ValueError)
+    for folder, error in wrong.items():
         for function in (checkpoint.Checkpoint, checkpoint.load_packed):
-            with pytest.raises(error, match="folder: expected a path, got"):
+            with pytest.raises(error, match=r"^folder: expected a path, got"):
                 function(folder)
     for folder, message in (
         ("no", "expected the folder of .*, got nothing"),
@@ -349,6 +352,16 @@ def test_the_index_and_a_shard_disagree(made):
 )
 def test_options_that_do_not_fit(made, options, error, message):
     refused(made, message, error=error, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["layer", "rank", "num_ranks", "tensor_parallel", "num_threads", "sharding", "progress"]
+)
+def test_options_of_other_types(made, name):
+    none = jax.sharding.Mesh(np.array(jax.devices()[0]), ())
+    for value in ([], {}, "x", float("nan"), -1, 10**5000, [10**5000], (10**5000, 2), none):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}(\[.\])?: expected .*, got "):
+            checkpoint.load_experts(made.folder, **{"layer": 3, name: value})
 
 
 def test_only_this_ranks_bytes_are_read_in_file_order(made, reads):

@@ -133,10 +133,17 @@ def test_what_is_no_weights_is_not_saved(saved, monkeypatch):
         (layer._replace(gate_weight=None), TypeError, "gate_weight: expected"),
         (layer._replace(shared_gate=layer.gate_weight), ValueError, "shared_gate: expected"),
         (layer._replace(shared_experts=layer.experts), ValueError, "gemm1_weights: expected"),
+        (None, TypeError, "weights: expected ExpertWeights or LayerWeights, got NoneType"),
+        (layer._replace(experts=[1]), TypeError, r"weights\.experts: expected .*, got list"),
+        (layer._replace(shared_experts=5), TypeError, r"weights\.shared_experts: .*, got int"),
+        (layer.experts._replace(gemm2_weights=[1]), TypeError, "gemm2_weights: .*, got list"),
     ):
         with pytest.raises(error, match=message):
             checkpoint.save_packed(folder / "none", weights)
     assert not (folder / "none").exists()
+    for name in (None, [], 5, "", "a\0b", "\ud800"):
+        with pytest.raises((TypeError, ValueError), match=r"^folder: expected a path, got "):
+            checkpoint.save_packed(name, layer)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match="save_packed: expected the package safetensors"):
         checkpoint.save_packed(folder / "none", layer)

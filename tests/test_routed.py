@@ -253,6 +253,26 @@ def test_weights_of_hugging_face_have_the_gate_first():
 
 
 @pytest.mark.parametrize(
+    "name", ["gate_up_weights", "gate_up_weights_scale", "down_weights", "down_weights_scale"]
+)
+def test_gate_first_weights_that_are_no_arrays(name):
+    arrays = dict.fromkeys(("gate_up_weights", "gate_up_weights_scale"), np.zeros((1, 2, 1)))
+    arrays |= dict.fromkeys(("down_weights", "down_weights_scale"), np.zeros((1, 1, 1)))
+    gone = jnp.zeros((1, 2, 1))
+    gone.delete()
+    for value in (
+        None,
+        [[[1.0], [1.0]]],
+        5,
+        "x",
+        jax.ShapeDtypeStruct((1, 2, 1), np.float32),
+        gone,
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected a.*, got "):
+            ExpertWeights.from_gate_up(**arrays | {name: value})
+
+
+@pytest.mark.parametrize(
     ("old", "new"),
     [("combine", "unpermute"), ("plan_dispatch", "plan_groups"), ("DispatchPlan", "GroupPlan")],
 )

@@ -90,10 +90,12 @@ def pad_intermediate(weights: ExpertWeights, *, first_row: int = 0) -> ExpertWei
         The same weights if there is nothing to pad; else of the least I that is a multiple of 128.
 
     Raises:
-        TypeError: An array is no JAX or NumPy array, or of another dtype; `first_row` no integer.
+        TypeError: These are no weights, or an array is no JAX or NumPy array, or of another dtype;
+            `first_row` no integer.
         ValueError: A shape does not fit, H is no multiple of 128, or `first_row` out of range.
     """
     first_row = int(validate.integer("first_row", first_row, 0, QUANT_BLOCK - 1))
+    validate.expert_weights("weights", weights)
     sizes: validate.Sizes = {}
     validate.argument("gemm1_weights", weights.gemm1_weights, sizes)
     validate.blocked("H", sizes)

@@ -43,7 +43,8 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
 
     Raises:
         TypeError: These are no weights, or an array is of a wrong type or dtype.
-        ValueError: A shape does not fit, or an array lies partly in other processes.
+        ValueError: A shape does not fit, an array lies partly in other processes, or `folder` is
+            no name that a folder can have.
         ImportError: The package safetensors is missing.
         OSError: The folder cannot be made, or the file cannot be written.
     """
@@ -209,7 +210,7 @@ def _check(weights: ExpertWeights | LayerWeights) -> None:
     if isinstance(weights, ExpertWeights):
         weights.check()
         return
-    validate.weights(weights.experts, sizes)
+    validate.weights(weights.experts, sizes, "weights.experts")
     validate.array("gate_weight", weights.gate_weight, "E H", validate.BIAS, sizes)
     if weights.e_score_correction_bias is not None:
         bias = weights.e_score_correction_bias
@@ -217,9 +218,8 @@ def _check(weights: ExpertWeights | LayerWeights) -> None:
     if weights.shared_gate is not None:
         validate.array("shared_gate", weights.shared_gate, "1 H", validate.BIAS, sizes)
     if weights.shared_experts is not None:
-        validate.weights(
-            weights.shared_experts, {"E_local": (1, "shared_experts"), "H": sizes["H"]}
-        )
+        sizes = {"E_local": (1, "shared_experts"), "H": sizes["H"]}
+        validate.weights(weights.shared_experts, sizes, "weights.shared_experts")
 
 
 def _named(weights: ExpertWeights | LayerWeights) -> Iterator[tuple[str, Any]]:

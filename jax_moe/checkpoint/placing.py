@@ -129,8 +129,8 @@ class Placement:
 def _as_sharding(sharding: Any) -> Sharding | None:
     if isinstance(sharding, Mesh):
         names = sharding.axis_names
-        axis = "expert" if "expert" in names else names[0]
-        if len(names) > 1 and axis != "expert":
+        axis = names[0] if len(names) == 1 else "expert"
+        if axis not in names:
             raise ValueError(
                 f"sharding: expected a mesh with an axis 'expert', or with one axis, got {names}; "
                 "a NamedSharding says which axis"

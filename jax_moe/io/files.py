@@ -57,13 +57,19 @@ def folder_name(name: str, value: Any) -> str:
 
     Raises:
         TypeError: It is no path of text.
-        ValueError: It is empty.
+        ValueError: It is empty, or holds what no name can: a NUL, a lone surrogate.
     """
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str):
         raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
     if not path:
         raise ValueError(f"{name}: expected a path, got an empty one")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise ValueError(f"{name}: expected a path, got {shown(path)}, which no file can be called")
     return path
 
 
