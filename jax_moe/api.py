@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 
@@ -278,7 +279,7 @@ def reference(
     )
     _, limit = config.merged(scale_format, swiglu_limit)
     if not inputs.tokens:
-        return transfers.zeros(hidden_states.shape, inputs)
+        return transfers.full(hidden_states.shape, 0, jnp.bfloat16, inputs)
     inputs = transfers.upload_numbers(inputs)
     return _jitted_reference(inputs, config=config, swiglu_limit=limit)
 
@@ -335,7 +336,7 @@ def reference_routed(
     checked_scale_format(scale_format)
     limit = checked_swiglu_limit(swiglu_limit)
     if not inputs.tokens:
-        return transfers.zeros(hidden_states.shape, inputs)
+        return transfers.full(hidden_states.shape, 0, jnp.bfloat16, inputs)
     inputs = transfers.upload_numbers(inputs)
     return _jitted_reference_routed(inputs, num_experts=num_experts, swiglu_limit=limit)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import BFloat16
@@ -90,7 +91,7 @@ def run(
     live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, rows)
     chosen = backends.select(backend, device_of(inputs))
     if rows == 0:
-        return transfers.zeros((0, hidden_size), inputs)
+        return transfers.full((0, hidden_size), 0, jnp.bfloat16, inputs)
     if buckets.is_eager(inputs):
         live = np.int32(rows) if live is None else live
         padded = buckets.bucket(rows)

@@ -26,7 +26,7 @@ def upload_numbers[T](tree: T) -> T:
     Returns:
         The same values.
     """
-    if not _is_guarded(tree):
+    if not is_guarded(tree):
         return tree
     where = _beside(tree)
     return jax.tree.map(
@@ -34,16 +34,20 @@ def upload_numbers[T](tree: T) -> T:
     )
 
 
-def zeros(shape: tuple[int, ...], like: Any) -> Array:
-    """bf16 zeros, under a transfer guard without an implicit upload."""
-    if not _is_guarded(like):
-        return jnp.zeros(shape, jnp.bfloat16)
-    return jax.device_put(np.zeros(shape, jnp.bfloat16), _beside(like))
+def full(shape: tuple[int, ...], value: float, dtype: Any, like: Any) -> Array:
+    """`jnp.full`, under a transfer guard without an implicit upload, beside other arrays."""
+    if not is_guarded(like):
+        return jnp.full(shape, value, dtype)
+    return jax.device_put(np.full(shape, value, dtype), _beside(like))
 
 
-def _is_guarded(tree: Any) -> bool:
-    """Whether a guard looks at the uploads of a call; under a trace there are none."""
-    if jax.config.jax_transfer_guard_host_to_device in (None, "allow"):
+def is_guarded(tree: Any) -> bool:
+    """Whether a guard looks at the uploads and moves of a call; under a trace there are none."""
+    guards = (
+        jax.config.jax_transfer_guard_host_to_device,
+        jax.config.jax_transfer_guard_device_to_device,
+    )
+    if all(guard in (None, "allow") for guard in guards):
         return False
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 

@@ -126,10 +126,16 @@ def _swap_halves(name: str, array: Any) -> Any:
         raise ValueError(f"{name}: expected [E_local, 2*n, m], got {list(array.shape)}")
     half = array.shape[1] // 2
     if isinstance(array, jax.Array):
-        return jnp.concatenate([array[:, half:], array[:, :half]], axis=1)
+        return _swap_halves_on_device(array)
     swapped = np.empty_like(array) if isinstance(array, np.ndarray) else array.clone()  # torch
     swapped[:, :half], swapped[:, half:] = array[:, half:], array[:, :half]
     return swapped
+
+
+@jax.jit  # one by one, its operations would upload numbers, which `jax.transfer_guard` may forbid
+def _swap_halves_on_device(array: Array) -> Array:
+    half = array.shape[1] // 2
+    return jnp.concatenate([array[:, half:], array[:, :half]], axis=1)
 
 
 class LayerWeights(NamedTuple):

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moe
 from jax_moe import LayerInputs
+from jax_moe.checkpoint import pad_intermediate
 from tests.backend_cases import EVERYWHERE, running
 from tests.moe_inputs import array_arguments, bits, make_inputs, on_device, replaced
 
@@ -279,3 +280,20 @@ def test_numbers_cross_a_transfer_guard(spelled):
     assert none.shape == (0, 128)
     np.testing.assert_array_equal(bits(some)[:3], bits(out)[:3])
     assert not bits(some)[3].any()
+
+
+def test_weights_that_are_made_under_a_transfer_guard():
+    weights = INPUTS.weights
+    short = weights._replace(
+        gemm1_weights=weights.gemm1_weights[:, :192], gemm2_weights=weights.gemm2_weights[:, :, :96]
+    )
+    on_host = jax_moe.ExpertWeights.from_gate_up(*weights), pad_intermediate(short, first_row=8)
+    there, short_there = jax.tree.map(jnp.asarray, (weights, short))
+    with jax.transfer_guard("disallow"):
+        made = (
+            jax_moe.ExpertWeights.from_gate_up(*there),
+            pad_intermediate(short_there, first_row=8),
+        )
+    for array, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(on_host), strict=True):
+        assert isinstance(array, jax.Array)
+        np.testing.assert_array_equal(bits(array), bits(wanted))

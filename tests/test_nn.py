@@ -107,6 +107,34 @@ def test_against_numpy_with_and_without_fusion():
     assert relative_error(jitted()(fused, x), expected) < 0.006
 
 
+def test_ranks_that_are_not_promoted():
+    params, x = make(), hidden(3, 5)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for weights in (params, nn.fuse_shared(params, CONFIG)):
+            for options in ({}, {"precision": "high", "batch_invariant": True}):
+                layer = functools.partial(
+                    nn.moe_layer, config=CONFIG, backend="xla", with_load=True, **options
+                )
+                out, load = jax.eval_shape(layer, weights, x, num_tokens=np.int32(15))
+                assert (out.shape, load.shape) == (x.shape, (8,))
+
+
+def test_numbers_cross_a_transfer_guard():
+    """Ours to upload; a NumPy array is the caller's, and the guard stops it."""
+    config = dataclasses.replace(CONFIG, has_shared_gate=False)
+    params, x = jax.tree.map(jnp.asarray, (make(config), hidden(4)))
+    layer = functools.partial(nn.moe_layer, config=config, backend="xla")
+    wanted = layer(params, x)
+    with jax.transfer_guard("disallow"):
+        out, load = layer(params, x, with_load=True, num_tokens=4)
+        fused = layer(nn.fuse_shared(params, config), x, batch_invariant=True)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+            layer(params, hidden(4))
+    np.testing.assert_array_equal(bits(out), bits(wanted))
+    assert relative_error(fused, wanted) < 0.006
+    assert load.sum() == 4 * 2
+
+
 def test_tiles_are_as_tall_as_a_fused_shared_expert_needs(monkeypatch):
     rows = []
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -134,5 +135,9 @@ def _pad(array: Any, axis: int, padding: tuple[int, int]) -> Any:
     widths = [(0, 0)] * array.ndim
     widths[axis] = padding
     # As bytes: a zero of e4m3 is a zero byte, and no bit pattern goes through a cast.
-    pad = np.pad if isinstance(array, np.ndarray) else jnp.pad
-    return pad(array.view(np.uint8), widths).view(array.dtype)
+    pad = np.pad if isinstance(array, np.ndarray) else _pad_on_device
+    return pad(array.view(np.uint8), tuple(widths)).view(array.dtype)
+
+
+# Jitted, as eagerly it would upload the zero, which `jax.transfer_guard` may forbid.
+_pad_on_device = jax.jit(lambda array, widths: jnp.pad(array, widths), static_argnums=1)

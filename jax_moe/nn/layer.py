@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import BFloat16, Float, Float32, Int32
 
-from jax_moe import backends, stages, validate
+from jax_moe import backends, stages, transfers, validate
 from jax_moe.api import apply_routed
 from jax_moe.config import Precision, checked_batch_invariant, checked_precision
 from jax_moe.nn.config import LayerConfig, checked_layer_config
@@ -118,9 +119,8 @@ def moe_layer(
         out, load = out if with_load else (out, None)
     else:
         if with_load:
-            limit = None if live is None else jnp.asarray(live)
-            counted = backends.of_live_tokens(routing.topk_ids, limit)
-            load = placement.load(counted, config.num_experts)
+            counted = transfers.upload_numbers((routing.topk_ids, live))
+            load = _load(*counted, num_experts=config.num_experts)
         chosen = routing
         if num_fused:
             weight = _shared_weight(params, x, config, batch_invariant)
@@ -265,15 +265,26 @@ def _checked(
 
 def _gate_logits(x: Array, weight: Any, batch_invariant: bool) -> Float32[Array, "T E"]:
     # One example after the other under `jax.vmap`, which changes shapes as well.
-    product = forward_only(matmul_in_tiles) if batch_invariant else matmul
+    product = _matmul_in_tiles if batch_invariant else matmul
     return product(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+# Jitted, as is all eager arithmetic with numbers here: operations one by one would upload them,
+# which `jax.transfer_guard` may forbid.
+_matmul_in_tiles = jax.jit(forward_only(matmul_in_tiles))
+
+
+@functools.partial(jax.jit, static_argnames="num_experts")
+def _load(topk_ids: Array, num_tokens: Array | None, *, num_experts: int) -> Int32[Array, " E"]:
+    """Pairs of each routed expert among the live tokens."""
+    return placement.load(backends.of_live_tokens(topk_ids, num_tokens), num_experts)
 
 
 def _shared_weight(
     params: LayerWeights, x: Array, config: LayerConfig, batch_invariant: bool
 ) -> Float[Array, "T 1"]:
     if not config.has_shared_gate:
-        return jnp.ones((x.shape[0], 1), jnp.float32)
+        return transfers.full((x.shape[0], 1), 1, jnp.float32, x)
     return jax.nn.sigmoid(_gate_logits(x, params.shared_gate, batch_invariant))
 
 
@@ -282,7 +293,7 @@ def _shared(
 ) -> BFloat16[Array, "T H"]:
     """The shared experts as one that every token takes."""
     weight = _shared_weight(params, x, config, call["batch_invariant"])
-    every = Routing(jnp.zeros((x.shape[0], 1), jnp.int32), weight)
+    every = Routing(transfers.full((x.shape[0], 1), 0, jnp.int32, x), weight)
     experts: Any = params.shared_experts
     arguments: Any = (*rows, *experts, *every, 0)
     return apply_routed(
@@ -304,6 +315,7 @@ def _expected_rows(num_tokens: int, config: LayerConfig, num_fused: int) -> floa
     return max(routed, shared, 1e-3)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _with_fused(
     routing: Routing, weight: Float[Array, "T 1"], num_experts: int, num_fused: int
 ) -> Routing:

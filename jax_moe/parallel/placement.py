@@ -26,9 +26,9 @@ def check(placement: Any, num_experts: int, num_slots: int) -> None:
     """
     sizes: validate.Sizes = {"E_physical": (num_slots, "gemm1_weights of all ranks")}
     validate.array("placement", placement, "E_physical", validate.I32, sizes)
-    if isinstance(placement, jax.core.Tracer) or not _is_readable(placement):
+    if not is_known(placement):
         return
-    held = np.asarray(placement)
+    held = jax.device_get(placement)
     wrong = held[(held < 0) | (held >= num_experts)]
     if wrong.size:
         raise ValueError(
@@ -42,12 +42,13 @@ def check(placement: Any, num_experts: int, num_slots: int) -> None:
         )
 
 
-def _is_readable(placement: Any) -> bool:
-    return (
-        not isinstance(placement, jax.Array)
-        or placement.is_fully_addressable
-        or placement.is_fully_replicated
-    )
+def is_known(array: Any) -> bool:
+    """Whether this process can read an array's values."""
+    if not isinstance(array, jax.Array):
+        return True
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return array.is_fully_addressable or array.is_fully_replicated
 
 
 def to_slots(
@@ -71,10 +72,10 @@ def to_slots(
     num_slots = placement.shape[0]
     slots = jnp.arange(num_slots, dtype=jnp.int32)
     experts = jnp.arange(num_experts, dtype=jnp.int32)
-    holds = placement == experts[:, None]  # [E, E_physical]
+    holds = placement[None] == experts[:, None]  # [E, E_physical]
     copies = holds.sum(axis=1, dtype=jnp.int32)
     first = jnp.cumsum(copies, dtype=jnp.int32) - copies
-    earlier = (placement == placement[:, None]) & (slots < slots[:, None])
+    earlier = (placement[None] == placement[:, None]) & (slots[None] < slots[:, None])
     which_copy = earlier.sum(axis=1, dtype=jnp.int32)
     is_expert = (placement >= 0) & (placement < num_experts)
     position = jnp.where(is_expert, first[placement] + which_copy, num_slots)
@@ -95,4 +96,4 @@ def to_slots(
 def load(topk_ids: Int32[Array, "T k"], num_experts: int) -> Int32[Array, " E"]:
     """Pairs of each logical expert among these tokens."""
     experts = jnp.arange(num_experts, dtype=jnp.int32)
-    return (topk_ids[:, :, None] == experts).sum(axis=(0, 1), dtype=jnp.int32)
+    return (topk_ids[:, :, None] == experts[None, None]).sum(axis=(0, 1), dtype=jnp.int32)
