@@ -205,8 +205,11 @@ def test_options_that_do_not_exist_or_fit():
             call(changes={"routed_scaling_factor": factor})
     with refused(ValueError, r"num_tokens: expected int32 \[N\] = \[4\]", r"got int32 \[3\]"):
         call(num_tokens=np.ones(3, np.int32))
-    with refused(ValueError, "num_tokens: expected 0..", "got -1"):
-        call(num_tokens=-1)
+    for wrong in (-1, 4, 10**9):  # of three tokens of each rank
+        each = np.array([3, wrong, 0, 1], np.int32)
+        for known in (wrong, np.int64(wrong), each, jnp.array(each)):
+            with refused(ValueError, rf"num_tokens: expected 0\.\.3, got {wrong}$"):
+                call(num_tokens=known)
     with refused(TypeError, "expected 9 positional arguments", "got 2"):
         LITTLE(mesh(), "expert")(1, 2)
     with refused(ValueError, "num_ranks: expected 1..", "got 0"):

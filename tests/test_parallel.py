@@ -37,7 +37,15 @@ def run_on_eight_devices(files: list[str], markers: str, seconds: int) -> None:
 
 @pytest.mark.parametrize(
     "files",
-    [["parallel_layer.py"], ["parallel_arguments.py", "parallel_cache.py", "parallel_choice.py"]],
+    [
+        ["parallel_layer.py"],
+        [
+            "parallel_arguments.py",
+            "parallel_cache.py",
+            "parallel_choice.py",
+            "parallel_surroundings.py",
+        ],
+    ],
 )
 def test_on_eight_devices(files):
     run_on_eight_devices(files, "not slow", 600)

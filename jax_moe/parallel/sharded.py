@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_moe import backends, validate
+from jax_moe import backends, transfers, validate
 from jax_moe.config import (
     DEEPSEEK_V3,
     MoEConfig,
@@ -21,6 +22,7 @@ from jax_moe.config import (
 )
 from jax_moe.device import describe_device
 from jax_moe.parallel import exchange as exchanges
+from jax_moe.parallel import placement as placements
 from jax_moe.parallel import ranks, workspace
 from jax_moe.parallel.api import apply_expert_parallel, apply_routed_expert_parallel, check_experts
 from jax_moe.parallel.ranks import AxisName
@@ -186,7 +188,10 @@ def expert_parallel(
             )
         arrays = dict(zip(static.names, arguments, strict=True))
         tokens = _check(arrays, group, static, config, placement)
-        given = (arguments, _one_per_rank(num_tokens, group.count), placement)
+        live = _one_per_rank(num_tokens, group.count, tokens)
+        if live is not num_tokens and transfers.is_guarded((arguments, live)):
+            live = jax.device_put(live, NamedSharding(mesh, PartitionSpec(group.axes)))
+        given = (tuple(arrays.values()), live, placement)
         return program(tokens)(*_on_mesh(given, specs, mesh))
 
     return layer
@@ -195,11 +200,15 @@ def expert_parallel(
 def _on_mesh(given: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
     """Arguments that were put on other devices, or on these in another order, moved here.
 
-    `jax.jit` refuses those. It moves all others itself.
+    `jax.jit` refuses those. It moves all others itself, unless `jax.transfer_guard` forbids that:
+    then they and the numbers are moved here as well.
     """
+    is_guarded = transfers.is_guarded(given)
 
     def move(value: Any, spec: Any) -> Any:
         is_put = isinstance(value, Array) and not isinstance(value, jax.core.Tracer)
+        if is_guarded and (is_put or isinstance(value, np.generic)):
+            return jax.device_put(value, NamedSharding(mesh, spec))
         if not is_put or not value.committed or _is_on(value, mesh):
             return value
         return jax.device_put(value, NamedSharding(mesh, spec))
@@ -263,15 +272,20 @@ def _mapped(function: Callable[[Any, Any], Any], given: Any, specs: Any) -> Any:
     )
 
 
-def _one_per_rank(num_tokens: Any, count: int) -> Any:
-    """`num_tokens` as i32[N]."""
+def _one_per_rank(num_tokens: Any, count: int, most: int) -> Any:
+    """`num_tokens` as i32[N], each of 0..`most` where that is known."""
     if num_tokens is None:
         return None
     if getattr(num_tokens, "ndim", 0) == 0:
-        number = validate.integer("num_tokens", num_tokens, 0, 2**30)
-        return jnp.broadcast_to(number, (count,))
+        number = validate.integer("num_tokens", num_tokens, 0, most)
+        if isinstance(number, Array):
+            return jnp.broadcast_to(number, (count,))
+        return np.full(count, number)
     sizes: validate.Sizes = {"N": (count, "mesh")}
     validate.array("num_tokens", num_tokens, "N", validate.I32, sizes)
+    if placements.is_known(num_tokens):
+        for number in jax.device_get(num_tokens):
+            validate.integer("num_tokens", number, 0, most)
     return num_tokens
 
 
@@ -281,7 +295,7 @@ def _check(
     """Checks of the global arrays that their parts cannot show, before anything is traced.
 
     Returns:
-        T of each rank.
+        T of each rank. A factor that is known is float32 afterwards.
     """
     sizes: validate.Sizes = {}
     if static.num_experts is None:
@@ -305,7 +319,9 @@ def _check(
         )
     factor = arrays.get("routed_scaling_factor", 1.0)
     if not isinstance(factor, Array):  # one on a device would have to be read back
-        validate.real("routed_scaling_factor", factor)
+        factor = validate.real("routed_scaling_factor", factor)
+    if static.num_experts is None:
+        arrays["routed_scaling_factor"] = factor
     check_experts(num_slots // group.count, sizes["E"][0], group.count, placed)
     return num_tokens // group.count
 

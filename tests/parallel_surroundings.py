@@ -1,0 +1,55 @@
+"""JAX's settings around the layer over several ranks; needs eight CPU devices.
+
+`tests/test_parallel.py` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+import jax_moe
+from tests.moe_inputs import SMALL, bits
+from tests.parallel_cases import Case, arguments, expected, live_tokens, mesh_of, placement_of, run
+
+CASE = Case(ranks=4, tokens=3, placement="copies", live="some")
+
+
+def layer_and_arrays(case):
+    """The layer, and its arguments but the factor where `partition_specs` says."""
+    over = mesh_of(case)
+    layer = jax_moe.expert_parallel(over, "expert", config=SMALL, with_load=True)
+    in_specs, _ = jax_moe.partition_specs("expert")
+    pairs = zip(arguments(case)[:8], in_specs[:8], strict=True)
+    return layer, [jax.device_put(array, NamedSharding(over, spec)) for array, spec in pairs]
+
+
+def test_ranks_and_dtypes_that_are_not_promoted():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        out, load = run(CASE)
+    np.testing.assert_array_equal(bits(out), bits(expected(CASE)))
+    assert load.sum() == live_tokens(CASE).sum() * SMALL.top_k
+
+
+def test_a_transfer_guard():
+    """Numbers are ours to upload, and arrays of JAX ours to move; a NumPy array is the caller's."""
+    case = CASE._replace(mesh="explicit")
+    layer, arrays = layer_and_arrays(case)
+    *_, factor = arguments(case)
+    elsewhere = [jnp.asarray(array) for array in arguments(case)[:8]]
+    live, placement = jnp.asarray(live_tokens(case)), jnp.asarray(placement_of(case))
+    with jax.transfer_guard("disallow"):
+        out, _ = layer(*arrays, float(factor), num_tokens=live, placement=placement)
+        moved, _ = layer(*elsewhere, np.float32(factor), num_tokens=live, placement=placement)
+        counts = [
+            layer(*arrays, factor, num_tokens=number, placement=placement)[1].sum()
+            for number in (2, np.int64(2))
+        ]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+            layer(*arrays, factor, num_tokens=live, placement=placement_of(case))
+    for found in (out, moved):
+        np.testing.assert_array_equal(bits(found), bits(expected(case)))
+    assert [int(count) for count in counts] == [4 * 2 * SMALL.top_k] * 2
