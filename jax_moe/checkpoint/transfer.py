@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jax_moe import validate
+from jax_moe import transfers, validate
 from jax_moe.checkpoint.reading import E4M3, Piece, Slab, Stack, aligned_empty, slabs_in_file_order
 
 SLAB_BYTES = 2**25
@@ -200,8 +200,13 @@ def _stream(
 
     def place() -> None:
         slab, buffer, future = reading.popleft()
-        first, tokens = np.int32(slab.experts.start - start), []
-        for position, part in enumerate(future.result()):
+        first: Any = np.int32(slab.experts.start - start)
+        tokens = []
+        for position, (part, sharding) in enumerate(
+            zip(future.result(), share.shardings, strict=True)
+        ):
+            if transfers.is_guarded(part):
+                first = jax.device_put(np.int32(slab.experts.start - start), sharding)
             array, token = _place(arrays[slab.which][position], part, first)
             arrays[slab.which][position] = array
             tokens.append(token)
