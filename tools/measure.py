@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.steps import Step, run_all
 
-_PEERS = "deepgemm,deepgemm64,sglang_v2,torch_reference"
+_PEERS = "deepgemm64,deepgemm128,deepgemm_mega,flashinfer_cutlass,sglang_v2,torch_reference"
 _FACTORS = "sglang_v1_native_quant,sglang_v1_zero_copy_swiglu,sglang_v1_small_workspace"
 _BENCH = "bench_main.py --nowall_time --jobs=12 --num_trials=1 --iterations=20 --resume --output={}"
 _OURS_AND_DEEPGEMM = "--solutions=jax_moe_mosaic,deepgemm64,deepgemm128"
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "bench": Kind(
-        f"{_BENCH} --solutions=jax_moe_mosaic,jax_moe_triton,{_PEERS} --breakdown --sustained",
+        f"{_BENCH} --solutions=jax_moe_mosaic,jax_moe_mosaic_high,{_PEERS} --breakdown --sustained",
         560,
         "the 19 workloads: ours and the peers, with clocks, floors and kernels",
     ),
