@@ -8,6 +8,7 @@ the current folder and on a CPU.
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import re
@@ -54,4 +55,6 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python tools/readme_examples.py")
+    parser.add_argument("document", help="a Markdown file")
+    sys.exit(main(parser.parse_args().document))
