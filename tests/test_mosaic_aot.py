@@ -58,9 +58,8 @@ def programs():
         for t in TOKENS
     ],
 )
-def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dtype, tmp_path):
-    arguments = specs_of(num_tokens, dtype).arguments
-    report = h100_target.compile_for_h100(layer, *arguments, dump=tmp_path)
+def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dtype):
+    report = h100_target.compile_for_h100(layer, *specs_of(num_tokens, dtype).arguments)
     spilled = {kernel.name: kernel.spill_bytes for kernel in report.kernels if kernel.spill_bytes}
     assert spilled == {}, f"with ptxas {report.ptxas_version}:\n{report}"
     multiplying = {kernel.name for kernel in report.kernels if "QGMMA" in kernel.instructions}
@@ -70,8 +69,6 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dt
     assert set(report.launches) == {"kCustomCall"}, "no launch that clears memory"
     assert report.command_buffers == 1
     assert report.launches_outside_command_buffers == 0
-    first = 2 if dtype == "bfloat16" else 1  # rows are quantized beside the routing
-    assert h100_target.launches_that_wait_for_none(tmp_path) == first
     with jax_moe.assume_device("sm_90"):
         bound = jax_moe.workspace_bytes(num_tokens, backend="mosaic", **SIZES)
     assert report.temp_bytes <= bound <= 2.5e9
