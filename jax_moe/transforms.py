@@ -37,6 +37,15 @@ def forward_only[R](function: Callable[..., R]) -> Callable[..., R]:
     return jax.custom_batching.sequential_vmap(primal)
 
 
+def is_tracing() -> bool:
+    """Whether JAX traces the caller (`jax.jit`, `jax.vmap` and the like), arrays of it or not."""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:  # it is for eager code only
+        return True
+    return False
+
+
 def _over_auto_axes[R](function: Callable[..., R], *args: Any) -> R:
     mesh = _mesh_of(args)
     if not mesh.explicit_axes:

@@ -38,7 +38,8 @@ def record_reads() -> None:
 
 def load(function, made, packed="", **options):
     READS.clear()
-    return function(made.folder / packed, *([] if packed else [made.layer]), **options)
+    with jax.transfer_guard("disallow"):  # all transfers are explicit
+        return function(made.folder / packed, *([] if packed else [made.layer]), **options)
 
 
 def check(made, weights, offset: int = 0) -> set[str]:

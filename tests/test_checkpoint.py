@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_moe
 from jax_moe import checkpoint
@@ -239,3 +241,42 @@ def test_single_files_are_found_without_an_index(tmp_path):
     write_safetensors(tmp_path / "other.safetensors", {"model.norm.weight": np.ones(3, np.float32)})
     source = checkpoint.Checkpoint(tmp_path)
     assert set(source.weight_map) == set(made.tensors)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("spec", ["mesh", P("expert"), P(), "device"])
+def test_where_arrays_go_under_a_transfer_guard(tmp_path, monkeypatch, spec, streamed):
+    """Loading is the transfer that was asked for."""
+    monkeypatch.setattr(transfer, "_is_streamed", lambda share: streamed)
+    made = make_checkpoint(tmp_path, num_experts=2)
+    mesh = jax.make_mesh((1,), ("expert",))
+    sharding = {"mesh": mesh, "device": SingleDeviceSharding(jax.devices()[0])}.get(spec)
+    sharding = sharding or NamedSharding(mesh, spec)
+    with jax.transfer_guard("disallow"):
+        layer = checkpoint.load_layer(tmp_path, made.layer, sharding=sharding)
+        checkpoint.save_packed(tmp_path / "packed", layer)
+        again = checkpoint.load_packed(tmp_path / "packed", sharding=sharding)
+    wanted = {
+        False: NamedSharding(mesh, P("expert")) if spec == "mesh" else sharding,
+        True: sharding if spec == "device" else NamedSharding(mesh, P()),
+    }
+    for path, array in jax.tree.leaves_with_path(layer):
+        assert array.sharding == wanted[path[0].name != "experts"]
+    for expert in range(2):
+        assert_expert(layer.experts, expert, made.expert(expert))
+    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(layer), strict=True):
+        assert new.sharding == old.sharding
+        np.testing.assert_array_equal(bits(new), bits(old))
+
+
+def test_files_are_not_read_while_jax_traces(tmp_path):
+    made = make_checkpoint(tmp_path, num_experts=2)
+    checkpoint.save_packed(tmp_path / "packed", checkpoint.load_layer(tmp_path, made.layer))
+    for load in (
+        lambda: checkpoint.load_layer(tmp_path, made.layer),
+        lambda: checkpoint.load_experts(tmp_path, made.layer),
+        lambda: checkpoint.load_packed(tmp_path / "packed"),
+    ):
+        for traced in (jax.jit(load), lambda load=load: jax.eval_shape(load)):
+            with pytest.raises(RuntimeError, match=r"outside of jax\.jit .*, got one while JAX"):
+                traced()

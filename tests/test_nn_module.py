@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jax_moe import nn
 from tests.hf_checkpoint import make_checkpoint
@@ -73,7 +75,13 @@ def test_from_a_checkpoint(tmp_path, fused):
         "topk_group": 1,
     }
     path.write_text(json.dumps(config))
-    layer = nn.DeepSeekMoE.from_checkpoint(tmp_path, made.layer, fused=fused, backend="xla")
+    load = functools.partial(
+        nn.DeepSeekMoE.from_checkpoint, tmp_path, made.layer, fused=fused, backend="xla"
+    )
+    with jax.transfer_guard("disallow"):
+        layer = load(sharding=SingleDeviceSharding(jax.devices()[0]))
+        if not fused:
+            load(sharding=jax.make_mesh((1,), ("expert",)))
     assert layer.config == nn.LayerConfig.from_hf(config)
     assert (layer.shared_experts is None) == fused
     held = layer.weights.experts
@@ -84,6 +92,8 @@ def test_from_a_checkpoint(tmp_path, fused):
     if fused:
         _, up, _ = made.expert("shared_experts.")[:3]
         np.testing.assert_array_equal(bits(held.gemm1_weights[8, :128]), bits(up))
+        with pytest.raises(ValueError, match=r"params\.experts\.gemm1_weights: .* whole on every"):
+            load(sharding=jax.make_mesh((1,), ("expert",)))
     shape = jax.eval_shape(layer, jnp.zeros((3, 256), jnp.bfloat16)).shape
     assert shape == (3, 256)
 

@@ -64,6 +64,7 @@ def load_experts(
             tensor named: truncated, overlapping or out of range, a wrong dtype or shape, a tensor
             missing, an unknown quantization, H no multiple of 128.
         ImportError: `progress` without tqdm.
+        RuntimeError: Called while JAX traces, as inside of `jax.jit`.
     """
     options = _options(rank, num_ranks, tensor_parallel, num_threads)
     source, names = _find(folder, layer)
@@ -104,6 +105,7 @@ def load_layer(
         TypeError: As `load_experts`.
         ValueError: As `load_experts`; the shared experts must be FP8 as well.
         ImportError: As `load_experts`.
+        RuntimeError: As `load_experts`.
     """
     options = _options(rank, num_ranks, tensor_parallel, num_threads)
     source, names = _find(folder, layer)

@@ -70,7 +70,8 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as temporary:
         path = os.path.join(temporary, FILE)
-        arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        # Explicit, as `jax.transfer_guard` may forbid the implicit way to the host.
+        arrays = {n: np.ascontiguousarray(jax.device_get(a)) for n, a in tensors.items()}
         save_file(arrays, path, metadata)
         os.replace(path, os.path.join(folder, FILE))
 
@@ -99,6 +100,7 @@ def load_packed(
         ValueError: The file is missing, truncated, of another format or version, or a tensor does
             not fit; names file and tensor.
         ImportError: `progress` without tqdm.
+        RuntimeError: Called while JAX traces, as inside of `jax.jit`.
     """
     threads = num_threads_of(num_threads)
     folder = folder_name("folder", folder)

@@ -60,12 +60,8 @@ class Placement:
             filled = put_stacks(stacks, share, pool, advance)
             for arrays, more in zip(per_device, filled, strict=True):
                 arrays += more
-        if self._sharding is None or isinstance(self._sharding, SingleDeviceSharding):
-            return [array for (array,) in per_device]
         return [
-            jax.make_array_from_single_device_arrays(
-                stack.shape, self._sharding, arrays, dtype=E4M3
-            )
+            self._joined(stack.shape, self._sharding, arrays)
             for stack, arrays in zip(stacks, per_device, strict=True)
         ]
 
@@ -82,22 +78,31 @@ class Placement:
         Returns:
             The array.
         """
-        if self._sharding is None:
-            return jax.device_put(read(range(shape[0])))
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # the array has axes
-            return read(range(*index[0].indices(shape[0])))
-
-        return jax.make_array_from_callback(shape, self._sharding, part, dtype=dtype)
+        placed = []
+        for share in self.shares:
+            values = read(share.experts)
+            placed += [jax.device_put(values, sharding) for sharding in share.shardings]
+        return self._joined(shape, self._sharding, placed, dtype)
 
     def put_replicated(self, array: np.ndarray) -> Array:
         """Puts an array whole on each device."""
-        if self._sharding is None:
-            return jax.device_put(array)
-        target = self.replicated
-        assert target is not None
-        return jax.make_array_from_callback(array.shape, target, lambda index: array[index])
+        shardings = [sharding for share in self.shares for sharding in share.shardings]
+        placed = [jax.device_put(array, sharding) for sharding in shardings]
+        return self._joined(array.shape, self.replicated, placed, array.dtype)
+
+    @staticmethod
+    def _joined(
+        shape: tuple[int, ...], sharding: Sharding | None, placed: list[Array], dtype: Any = E4M3
+    ) -> Array:
+        """One array of those on each device of this process.
+
+        `jax.make_array_from_callback` would upload them itself, which `jax.transfer_guard` may
+        forbid: to it only `jax.device_put` is explicit.
+        """
+        if sharding is None or isinstance(sharding, SingleDeviceSharding):
+            (alone,) = placed
+            return alone
+        return jax.make_array_from_single_device_arrays(shape, sharding, placed, dtype=dtype)
 
     @property
     def replicated(self) -> Sharding | None:

@@ -26,6 +26,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jax_moe import transfers, validate
 from jax_moe.checkpoint.reading import E4M3, Piece, Slab, Stack, aligned_empty, slabs_in_file_order
+from jax_moe.transforms import is_tracing
 
 SLAB_BYTES = 2**25
 """Large enough that the few microseconds of a transfer's start do not count."""
@@ -83,8 +84,14 @@ def readers(
     Raises:
         TypeError: `progress` is no bool.
         ImportError: There is to be a bar, and no tqdm.
+        RuntimeError: JAX traces the caller.
     """
     progress = validate.boolean("progress", progress)
+    if is_tracing():
+        raise RuntimeError(
+            "expected a call outside of jax.jit and the like, got one while JAX traces: files are "
+            "not read when a program runs; load weights before, and pass them in"
+        )
     with ExitStack() as stack:
         # A mesh that the caller has set would spread what is made here without a sharding.
         stack.enter_context(jax.set_mesh(None))

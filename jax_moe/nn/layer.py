@@ -159,8 +159,8 @@ def fuse_shared(params: LayerWeights, config: LayerConfig) -> LayerWeights:
 
     Raises:
         TypeError: `params` or `config` is of another type.
-        ValueError: There are no shared experts, their size is no multiple of a routed expert's, or
-            their activation is clamped otherwise.
+        ValueError: There are no shared experts, their size is no multiple of a routed expert's,
+            their activation is clamped otherwise, or arrays are split over Explicit mesh axes.
     """
     width = checked_layer_config(config).intermediate_size
     shared = checked_layer_weights("params", params).shared_experts
@@ -171,6 +171,7 @@ def fuse_shared(params: LayerWeights, config: LayerConfig) -> LayerWeights:
             f"config: expected shared_intermediate_size to be a multiple of {width}, "
             f"got {config.shared_intermediate_size}"
         )
+    validate.whole(**{"params.experts": params.experts, "params.shared_experts": shared})
     if config.shared_swiglu_limit != config.router.swiglu_limit:
         raise ValueError(
             f"config: expected shared_swiglu_limit = {config.router.swiglu_limit}, as for routed "

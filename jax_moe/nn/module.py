@@ -148,6 +148,7 @@ class DeepSeekMoE(nnx.Module):
         Raises:
             TypeError: As `load_layer` and `LayerConfig.from_hf`.
             ValueError: As `load_layer` and `LayerConfig.from_hf`.
+            RuntimeError: As `load_layer`.
         """
         source = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
         if not source.config:
