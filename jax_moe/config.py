@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from jax_moe.scalars import boolean, got, printed, quoted
+from jax_moe.scalars import boolean, got, is_real, printed, quoted
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import Precision as Precision
 from pallas_kernels.types import ScaleFormat as ScaleFormat
@@ -86,7 +86,9 @@ class MoEConfig:
 
         Reads the names that the model's own code reads, with that code's defaults, from the part
         about text where there are several. The factor `routed_scaling_factor` is no field: pass it
-        to `apply` (`jax_moe.nn.LayerConfig.from_hf` keeps it, and the sizes).
+        to `apply` (`jax_moe.nn.LayerConfig.from_hf` keeps it, and the sizes). A null means none (a
+        factor of 1, one group, no clamp, no shared experts), and is refused where the model has
+        one by default; but for shared experts, of which there are none then.
 
         Args:
             config: The model's `config.json`, as `json.load` gives it.
@@ -169,7 +171,7 @@ def checked_batch_invariant(value: object) -> bool:
     return boolean("batch_invariant", value)
 
 
-def checked_swiglu_limit(value: object, name: str = "swiglu_limit") -> float | None:
+def checked_swiglu_limit(value: Any, name: str = "swiglu_limit") -> float | None:
     """Checks a `swiglu_limit`; `name` is the argument's.
 
     Raises:
@@ -178,7 +180,7 @@ def checked_swiglu_limit(value: object, name: str = "swiglu_limit") -> float | N
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    if not is_real(value):
         raise TypeError(f"{name}: expected a number or None, got {quoted(value)} ({got(value)})")
     with contextlib.suppress(OverflowError):  # a Python integer with many digits
         if float(_F32.tiny) <= float(value) <= float(_F32.max):

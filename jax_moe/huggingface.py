@@ -70,6 +70,19 @@ _NAMES = {
 }
 """A field, and the keys that different models have for it."""
 
+_NONE = {
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": None,
+    "renormalize": False,
+    "routed_scaling_factor": 1.0,
+    "has_routing_bias": False,
+    "shared_intermediate_size": None,
+    "swiglu_limit": None,
+}
+"""What a null can mean: none of it, where that is the model's default as well."""
+
+_SIZES = ("top_k", "num_experts", "hidden_size", "intermediate_size")
 _FLAGS = ("renormalize", "has_routing_bias")
 _TEXTS = ("topk_method", "scoring", "hidden_act")
 
@@ -164,8 +177,9 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(kind, str) or kind not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
         raise ValueError(f"model_type: expected one of {known}, got {quoted(kind)}")
-    found = _COMMON | _FAMILIES[kind] | _given(config, kind)
-    for name in ("top_k", "num_experts", "hidden_size", "intermediate_size"):
+    defaults = _COMMON | _FAMILIES[kind]
+    found = defaults | _given(config, kind, defaults)
+    for name in _SIZES:
         if found[name] is None:
             raise ValueError(f"{_NAMES[name][0]}: expected a number in the {kind} config, got none")
     if found["hidden_act"] != "silu":
@@ -195,7 +209,7 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _given(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _given(config: Mapping[str, Any], kind: str, defaults: dict[str, Any]) -> dict[str, Any]:
     """The fields that the file states, by our names; each is of its type."""
     by_key = {key: field for field, keys in _NAMES.items() for key in keys}
     if kind in _NO_OWN_SIZE:
@@ -209,6 +223,7 @@ def _given(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
             if value is None and field == "num_shared_experts":
                 value = 0  # the models' own code makes none then, whatever the default is
             if value is None:
+                _check_null(key, field, kind, defaults[field])
                 continue
             value = _of_its_type(key, field, value)
             first = found.setdefault(field, value)
@@ -217,6 +232,16 @@ def _given(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
         elif _ABOUT_EXPERTS.search(key) and not _WITHOUT_EFFECT.fullmatch(key) and value:
             raise ValueError(f"{key}: not known for model_type {kind!r}, got {quoted(value)}")
     return found
+
+
+def _check_null(key: str, field: str, kind: str, default: Any) -> None:
+    """Refuses a null where it is not the same as no key at all; a size is asked for later."""
+    if field in _SIZES or (field in _NONE and default == _NONE[field]):
+        return
+    raise ValueError(
+        f"{key}: expected a value or no such key in the {kind} config (which means {default!r}), "
+        "got null"
+    )
 
 
 def _set_groups(found: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ argument, what was expected and what came.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,10 +38,10 @@ def integer(name: str, value: Any, low: int, high: int, step: int = 1) -> Array 
         ValueError: Not a scalar, or out of range.
     """
     if type(value) is not int:  # the usual case, and it is quick
-        _check(name, value, "an integer", (int, np.integer), jnp.integer)
+        _check(name, value, "an integer", is_integer, jnp.integer)
         if isinstance(value, jax.core.Tracer):
             return _traced_integer(value)
-        value = operator.index(_on_host(value))
+        value = int(_on_host(value))
     if not low <= value <= high or value % step:
         wanted = f"{low}..{high}" if step == 1 else f"a multiple of {step} in {low}..{high}"
         raise ValueError(f"{name}: expected {wanted}, got {printed(value)}")
@@ -76,7 +77,7 @@ def real(name: str, value: Any) -> Array | np.float32:
         ValueError: Not a scalar, or known and not finite in float32.
     """
     if type(value) is not float:  # the usual case, and it is quick
-        _check(name, value, "a real number", (int, float, np.integer, np.floating), jnp.number)
+        _check(name, value, "a real number", is_real, jnp.number)
         if isinstance(value, jax.core.Tracer):
             return value.astype(jnp.float32)
         try:
@@ -88,6 +89,16 @@ def real(name: str, value: Any) -> Array | np.float32:
     if not abs(value) <= _MAX_F32:
         raise ValueError(f"{name}: expected a finite float32, got {value}")
     return np.float32(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer scalar of Python or NumPy; a bool is none."""
+    return type(value) is int or _is_scalar(value, int, jnp.integer)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real scalar of Python or NumPy; a bool is none."""
+    return type(value) in (int, float) or _is_scalar(value, (int, float), jnp.number)
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -149,7 +160,14 @@ def _array(value: Any) -> str:
     return f"{order}{value.dtype.name} {list(value.shape)}"
 
 
-def _check(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: Any) -> None:
+def _is_scalar(value: Any, types: Any, kind: Any) -> bool:
+    if not isinstance(value, np.generic):
+        return isinstance(value, types) and not isinstance(value, bool)
+    # By its dtype: the scalars of ml_dtypes, such as bfloat16, are no `np.floating`.
+    return jnp.issubdtype(value.dtype, kind) and value.dtype.kind not in "cm"
+
+
+def _check(name: str, value: Any, wanted: str, is_scalar: Callable[[Any], bool], kind: Any) -> None:
     if isinstance(value, np.ma.MaskedArray):  # numpy.ma.masked is one as well
         raise TypeError(f"{name}: expected {wanted}, got {got(value)}")
     if isinstance(value, jax.Array | np.ndarray):
@@ -159,7 +177,7 @@ def _check(name: str, value: Any, wanted: str, types: tuple[type, ...], kind: An
         if value.ndim:
             raise ValueError(f"{name}: expected a scalar, got {got(value)}")
         alive(name, value)
-    elif isinstance(value, bool) or not isinstance(value, types):
+    elif not is_scalar(value):
         raise TypeError(f"{name}: expected {wanted}, got {quoted(value)} ({got(value)})")
 
 

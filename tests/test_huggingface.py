@@ -178,6 +178,23 @@ def test_no_shared_experts_are_none_whatever_the_default_is():
     assert huggingface.read(DEEPSEEK_V31 | {"n_shared_experts": None}).num_shared_experts == 0
 
 
+def test_a_null_is_none_where_that_is_the_default():
+    """MiMo-V2-Flash publishes a null factor; its own code makes it 1."""
+    mimo = DEEPSEEK_V31 | {"model_type": "mimo_v2_flash", "routed_scaling_factor": None}
+    assert huggingface.read(mimo).routed_scaling_factor == 1
+    for key, kind in (
+        ("routed_scaling_factor", "deepseek_v3"),
+        ("n_group", "deepseek_v3"),
+        ("norm_topk_prob", "mimo_v2_flash"),
+        ("scoring_func", "mimo_v2_flash"),
+        ("hidden_act", "mimo_v2_flash"),
+        ("swiglu_limit", "deepseek_v4"),
+    ):
+        given = DEEPSEEK_V31 | {"model_type": kind, key: None}
+        with pytest.raises(ValueError, match=f"{key}: expected a value .* {kind} .*, got null"):
+            MoEConfig.from_hf(given)
+
+
 def test_no_mapping():
     with pytest.raises(TypeError, match="config: expected a mapping, got str"):
         MoEConfig.from_hf("config.json")

@@ -1,15 +1,17 @@
-"""Scalar arguments that are traced: what test_validate.py says of those whose value is known."""
+"""Scalar arguments: traced ones, and numbers of NumPy; the others are in test_validate.py."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import scalars
+from jax_moe import config, nn, scalars, validate
 
 
 def test_traced_integers_that_int32_cannot_hold_are_clipped():
@@ -27,3 +29,47 @@ def test_a_static_count_that_is_traced():
     plan = functools.partial(jax_moe.plan_groups, ids, 0, num_local_experts=2)
     with pytest.raises(TypeError, match="num_experts: expected a static integer, got a traced int"):
         jax.jit(lambda count: plan(num_experts=count))(8)
+
+
+NUMBERS = [
+    pytest.param(ml_dtypes.bfloat16(2.5), True, id="bfloat16"),
+    pytest.param(ml_dtypes.float8_e4m3fn(2.5), True, id="float8"),
+    pytest.param(np.float16(2.5), True, id="float16"),
+    pytest.param(np.True_, False, id="bool"),
+    pytest.param(np.complex64(2.5), False, id="complex"),
+    pytest.param(np.timedelta64(2, "s"), False, id="seconds"),
+]
+TAKERS = {
+    "factor": lambda value: scalars.real("factor", value),
+    "expected_rows": validate.expected_rows,
+    "swiglu_limit": config.checked_swiglu_limit,
+    "routed_scaling_factor": lambda value: (
+        nn.LayerConfig(
+            jax_moe.MoEConfig(2), 8, 128, 128, routed_scaling_factor=value
+        ).routed_scaling_factor
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+@pytest.mark.parametrize(("value", "is_number"), NUMBERS)
+def test_real_numbers_are_those_of_numpy_and_ml_dtypes(value, is_number, name):
+    if is_number:
+        assert TAKERS[name](value) == 2.5
+    else:
+        with pytest.raises(TypeError, match=f"{name}: expected a .*number"):
+            TAKERS[name](value)
+
+
+@pytest.mark.parametrize("name", ["expected_rows", "swiglu_limit", "routed_scaling_factor"])
+@pytest.mark.parametrize("number", [jnp.float32(3), np.array(3.0)])
+def test_real_numbers_that_are_static_are_no_arrays(number, name):
+    with pytest.raises(TypeError, match=f"{name}: expected a number.*, got .*float"):
+        TAKERS[name](number)
+
+
+def test_integers_of_ml_dtypes():
+    for value in (ml_dtypes.int4(2), np.array(2, ml_dtypes.int4)):
+        assert scalars.integer("offset", value, 0, 24) == 2
+    with pytest.raises(TypeError, match=r"offset: expected an integer, got .*timedelta"):
+        scalars.integer("offset", np.timedelta64(2, "s"), 0, 24)

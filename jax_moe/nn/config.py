@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-import numpy as np
-
 from jax_moe import huggingface
 from jax_moe.config import MoEConfig, check_experts, checked_integer, checked_swiglu_limit
-from jax_moe.scalars import boolean, got, real
+from jax_moe.scalars import boolean, got, is_real, real
 from pallas_kernels.shapes import QUANT_BLOCK
 
 
@@ -64,12 +62,14 @@ class LayerConfig:
         for name in ("has_routing_bias", "has_shared_gate"):
             object.__setattr__(self, name, boolean(name, getattr(self, name)))
         factor = self.routed_scaling_factor
-        if not isinstance(factor, int | float | np.number):  # an array would not be hashable
+        if not is_real(factor):  # an array would not be hashable
             raise TypeError(f"routed_scaling_factor: expected a number, got {got(factor)}")
         real("routed_scaling_factor", factor)
+        object.__setattr__(self, "routed_scaling_factor", float(factor))
         if self.has_shared_gate and not self.shared_intermediate_size:
             raise ValueError("has_shared_gate: expected shared experts to gate, got none")
-        checked_swiglu_limit(self.shared_swiglu_limit, "shared_swiglu_limit")
+        limit = checked_swiglu_limit(self.shared_swiglu_limit, "shared_swiglu_limit")
+        object.__setattr__(self, "shared_swiglu_limit", limit)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
