@@ -58,11 +58,11 @@ def apply(
     gives the layer. Only local (token, expert) pairs are computed.
 
     Forward only. Works eagerly, under `jax.jit` without a host synchronization, under `jax.vmap`
-    (one example after the other), inside `jax.shard_map`, and through `jax.export` (where backend
-    "triton" needs `disabled_checks` for the custom call "triton_kernel_call_ffi"). Eager calls
-    pad T to one of few sizes, so a varying T compiles few programs; under your own `jit`, pad T
-    yourself and pass `num_tokens`. The same inputs on the same device give the same bits; with
-    `batch_invariant=True` a token's bits are the same in any batch.
+    (one example after the other), inside `jax.shard_map`, and through `jax.export`, at static sizes
+    (where backend "triton" needs `disabled_checks` for the custom call "triton_kernel_call_ffi").
+    Eager calls pad T to one of few sizes, so a varying T compiles few programs; under your own
+    `jit`, pad T yourself and pass `num_tokens`. The same inputs on the same device give the same
+    bits; with `batch_invariant=True` a token's bits are the same in any batch.
 
     Symbols: T tokens (0 is fine), E experts, H hidden and I intermediate size, both multiples of
     128. Scales multiply: `value * scale` dequantizes.
@@ -88,9 +88,9 @@ def apply(
         num_tokens: How many of the T rows are live, an integer scalar, may be traced: the rows
             from there on cost no matrix work and come out as zeros, whatever they hold. None
             means all.
-        expected_rows: Rows that an expert is likely to get, a positive Python number. It chooses
-            the tiling; None takes T*k/E, which misleads where T is the capacity of a buffer that
-            is mostly empty.
+        expected_rows: Rows that an expert is likely to get, a positive number of Python or NumPy.
+            It chooses the tiling; None takes T*k/E, which misleads where T is the capacity of a
+            buffer that is mostly empty.
         scale_format: Scales of the activations that are quantized here, as in `quantize`; None
             takes that of `config`.
         swiglu_limit: Clamp before the activation, as in `up_project`; None takes that of `config`.

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -30,6 +30,12 @@ class Device(NamedTuple):
     platform: str
     compute_capability: str | None = None
     interpreted: bool = False
+
+    @classmethod
+    def of(cls, device: jax.Device) -> Self:
+        """What counts of a device."""
+        capability = getattr(device, "compute_capability", None)
+        return cls(device.platform, None if capability is None else str(capability))
 
     def __str__(self) -> str:
         """For messages: "gpu with compute capability 9.0"."""
@@ -72,13 +78,15 @@ def describe_device(device: jax.Device) -> Device:
     """What counts of a device, or what `assume_device` or `interpret_mode` set instead."""
     if _assumed.value is not None:
         return _assumed.value
-    capability = getattr(device, "compute_capability", None)
-    return Device(device.platform, None if capability is None else str(capability))
+    return Device.of(device)
 
 
 @contextlib.contextmanager
 def assume_device(name: str) -> Iterator[None]:
     """Traces as if for another device, for ahead-of-time compilation where it is not present.
+
+    Within it programs are traced, lowered and exported. They cannot run on this device: eager calls
+    that would are refused.
 
     Examples:
         >>> with jax_moe.assume_device("sm_90"):
@@ -140,6 +148,11 @@ def _ensure_interpreter_threads() -> None:
             f"{_LEAST_INTERPRETER_THREADS} threads, got {threads}; set the environment variable "
             f"NPROC={_INTERPRETER_THREADS} before JAX is first used"
         )
+
+
+def is_assumed() -> bool:
+    """Whether `assume_device` surrounds the caller, and no interpreter that runs the kernels."""
+    return _assumed.value is not None and not _assumed.value.interpreted
 
 
 def has_context() -> bool:

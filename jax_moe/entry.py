@@ -16,7 +16,7 @@ from jaxtyping import BFloat16
 
 from jax_moe import backends, buckets, lowering_cache, memory, transfers, validate
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
-from jax_moe.device import device_of, jax_device_of
+from jax_moe.device import jax_device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
 from pallas_kernels.shapes import even_rows
@@ -89,7 +89,7 @@ def run(
     """
     rows, hidden_size = inputs.hidden_states.shape
     live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, rows)
-    chosen = backends.select(backend, device_of(inputs))
+    chosen = backends.select_for_call(backend, inputs)
     if rows == 0:
         return transfers.full((0, hidden_size), 0, jnp.bfloat16, inputs)
     if buckets.is_eager(inputs):

@@ -24,7 +24,6 @@ from jax_moe.config import (
     checked_scale_format,
     checked_swiglu_limit,
 )
-from jax_moe.device import device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import GroupPlan, Quantized, Routing
 from pallas_kernels.shapes import even_rows
@@ -351,7 +350,7 @@ def unpermute(
 
 
 def _run(stage: str, backend: str, *arrays: Any, **static: Any) -> Any:
-    chosen = backends.select(backend, device_of(arrays))
+    chosen = backends.select_for_call(backend, arrays)
     arrays = transfers.upload_numbers(arrays)
     return _jitted(*arrays, stage=stage, backend=chosen, static=tuple(static.items()))
 

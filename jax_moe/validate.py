@@ -76,7 +76,7 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
 
     Raises:
         TypeError: Not a JAX or NumPy array, or of another dtype.
-        ValueError: Of another rank or shape.
+        ValueError: Of another rank or shape, or of symbolic sizes (`jax.export.symbolic_shape`).
     """
     axes = _axes(dims)
     if not isinstance(value, jax.Array | np.ndarray) or isinstance(value, np.ma.MaskedArray):
@@ -88,6 +88,11 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
     if value.ndim != len(axes):
         rank = f"rank {len(axes)}, {_wanted(dims, dtypes)}"
         raise ValueError(f"{name}: expected {rank}, got {got(value)}")
+    if isinstance(value, jax.core.Tracer) and not all(type(size) is int for size in value.shape):
+        raise ValueError(
+            f"{name}: expected static sizes, got {got(value)}; jax.export needs a program per T, "
+            "and num_tokens tells it how many rows are live"
+        )
     for position, (axis, found) in enumerate(zip(axes, value.shape, strict=True)):
         if not _matches(axis, found, name, sizes):
             expected = [_size(axis, sizes) for axis in axes]
@@ -306,8 +311,10 @@ def expected_rows(value: Any) -> float | None:
     """Checks how many rows an expert is likely to get, which is static."""
     if value is None:
         return None
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError("expected_rows: expected a Python number or None, got a traced array")
+    if isinstance(value, jax.Array | np.ndarray):  # it is part of the key of a program
+        raise TypeError(
+            f"expected_rows: expected a number of Python or NumPy, or None, got {got(value)}"
+        )
     rows = float(real("expected_rows", value))
     if rows <= 0:
         raise ValueError(f"expected_rows: expected a positive number or None, got {value}")

@@ -5,15 +5,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_moe
 from tests.moe_inputs import SMALL, bits
-from tests.parallel_cases import Case, arguments, expected, live_tokens, mesh_of, placement_of, run
+from tests.parallel_cases import (
+    FACTOR,
+    Case,
+    arguments,
+    expected,
+    live_tokens,
+    mesh_of,
+    placement_of,
+    run,
+)
 
 CASE = Case(ranks=4, tokens=3, placement="copies", live="some")
 
@@ -53,3 +65,28 @@ def test_a_transfer_guard():
     for found in (out, moved):
         np.testing.assert_array_equal(bits(found), bits(expected(case)))
     assert [int(count) for count in counts] == [4 * 2 * SMALL.top_k] * 2
+
+
+def test_another_mesh_that_is_set():
+    """Eager calls leave it, whatever it is made of; where JAX traces, both are named."""
+    layer, arrays = layer_and_arrays(CASE)
+    call = functools.partial(layer, num_tokens=live_tokens(CASE), placement=placement_of(CASE))
+    devices = np.array(jax.devices())
+    others = [
+        Mesh(devices.reshape(2, 4), ("data", "expert"), axis_types=(AxisType.Explicit,) * 2),
+        Mesh(devices[3::-1], ("expert",), axis_types=(AxisType.Auto,)),
+    ]
+    for other, given in zip(others, (list(arguments(CASE)[:8]), arrays), strict=True):
+        with jax.set_mesh(other):
+            given[2] = jnp.asarray(np.asarray(given[2]))  # made on that mesh
+            out, _ = call(*given, FACTOR)
+        np.testing.assert_array_equal(bits(out), bits(expected(CASE)))
+        assert out.sharding.mesh == mesh_of(CASE)
+    said = r"mesh: expected the one that jax\.set_mesh .*'data': 2.*, got Mesh\('expert': 4"
+    with jax.set_mesh(others[0]), pytest.raises(ValueError, match=said):
+        jax.jit(call)(*arguments(CASE))
+    inside = jax.shard_map(
+        lambda *given: call(*given)[0], mesh=mesh_of(CASE), in_specs=P(), out_specs=P()
+    )
+    with pytest.raises(ValueError, match=r"mesh: expected a call outside of jax\.shard_map, got"):
+        inside(*arguments(CASE))

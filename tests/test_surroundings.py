@@ -5,6 +5,7 @@ What surrounds a call in one process is a table in `test_ambient_state.py`.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -14,10 +15,17 @@ import sys
 import textwrap
 import tomllib
 
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import interop
+import jax_moe
 from interop.solutions import SOLUTIONS
+from jax_moe import ExpertWeights, LayerInputs, LayerWeights, nn
+from tests.moe_inputs import array_arguments, make_inputs, named_arrays
 
 SHARD_MAP = """
     import functools, jax, jax.numpy as jnp, numpy as np
@@ -170,3 +178,61 @@ def test_importing_compiles_and_loads_nothing():
         import jax
         assert not jax._src.xla_bridge.backends_are_initialized()
     """)
+
+
+ROUTER = jax_moe.MoEConfig(2)
+LITTLE = make_inputs(
+    4, num_experts=8, num_local_experts=8, hidden_size=128, intermediate_size=128, offset=0
+)
+
+
+def calls_of(inputs):
+    """One call of each entry point, by the argument with an axis of T that it checks first."""
+    logits, bias, x, x_scale, *weights = array_arguments(inputs)
+    ids = jnp.zeros((x.shape[0], 2), jnp.int32)
+    experts = {"num_local_experts": 8, "num_experts": 8}
+    config = nn.LayerConfig(ROUTER, 8, 128, 128, has_routing_bias=False)
+    layer = LayerWeights(ExpertWeights(*weights), np.zeros((8, 128), np.float32), None, None, None)
+    mesh = jax.make_mesh((1,), ("expert",))
+    ranks = functools.partial(jax_moe.expert_parallel, mesh, "expert", config=ROUTER)
+    routed = (x, x_scale, *weights, ids, jnp.ones(ids.shape), 0)
+    return [
+        ("routing_logits", lambda: jax_moe.apply(*inputs.arguments, config=ROUTER)),
+        ("routing_logits", lambda: ranks()(logits, bias, x, x_scale, *weights, 2.5)),
+        ("routing_logits", lambda: jax_moe.route(logits, bias, 2.5, config=ROUTER)),
+        ("hidden_states", lambda: jax_moe.apply_routed(*routed, num_experts=8)),
+        ("hidden_states", lambda: nn.moe_layer(layer, x.astype(jnp.bfloat16), config=config)),
+        ("x", lambda: jax_moe.quantize(x.astype(jnp.bfloat16))),
+        ("topk_ids", lambda: jax_moe.plan_groups(ids, 0, **experts)),
+    ]
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_symbolic_sizes_are_refused_by_name(which):
+    (t,) = jax.export.symbolic_shape("t")
+    shapes = {"routing_logits": (t, 8), "hidden_states": (t, 128), "hidden_states_scale": (1, t)}
+    specs = [
+        jax.ShapeDtypeStruct(shapes.get(name, array.shape), array.dtype)
+        for name, array in named_arrays(LITTLE).items()
+    ]
+
+    def call(*arrays):
+        name, function = calls_of(LayerInputs.of(*arrays, 0, 2.5))[which]
+        names.append(name)
+        return function()
+
+    names: list[str] = []
+    with pytest.raises(ValueError, match=r": expected static sizes, got .* \[t, ") as refused:
+        jax.export.export(jax.jit(call))(*specs)
+    assert str(refused.value).startswith(f"{names[0]}: ")
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_an_assumed_device_runs_nothing(which):
+    """It is for tracing, which goes on working."""
+    _, call = calls_of(LITTLE)[which]
+    said = r"backend='mosaic': needs an NVIDIA GPU .*\(got: cpu; under jax_moe\.assume_device"
+    with jax_moe.assume_device("sm_90"):
+        with pytest.raises(NotImplementedError, match=said):
+            call()
+        jax.eval_shape(call)

@@ -8,14 +8,16 @@ is a reason not to choose it, never an error of the others.
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
-from jax_moe.device import Device, device_of
+from jax_moe.device import Device, describe_device, device_of, is_assumed, jax_device_of
 from jax_moe.scalars import quoted
+from jax_moe.transforms import is_tracing
 from jax_moe.types import GroupPlan, Quantized, Routing
 
 NAMES = ("mosaic", "triton", "xla")
@@ -191,6 +193,33 @@ def select(name: str, device: Device) -> str:
     if reason := unsupported_reason(name, device):
         raise NotImplementedError(f"backend={name!r}: {reason} (got: {device})")
     return name
+
+
+def select_for_call(name: str, arrays: Any, device: jax.Device | None = None) -> str:
+    """`select` for a call with these arrays, which an eager one must be able to run as well.
+
+    Args:
+        name: As for `select`.
+        arrays: The arguments.
+        device: Where the call runs; None is where the arrays are.
+
+    Returns:
+        One of `NAMES`.
+
+    Raises:
+        ValueError: There is no such backend.
+        NotImplementedError: It cannot run there, or not eagerly under `jax_moe.assume_device`.
+    """
+    there = jax_device_of(arrays) if device is None else device
+    chosen = select(name, describe_device(there))
+    if is_assumed() and not is_tracing():
+        found = Device.of(there)
+        if reason := unsupported_reason(chosen, found):
+            raise NotImplementedError(
+                f"backend={chosen!r}: {reason} (got: {found}; under jax_moe.assume_device a call "
+                "can be traced, lowered and exported, not run)"
+            )
+    return chosen
 
 
 def precision_of(rows: Array) -> Precision:

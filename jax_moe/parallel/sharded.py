@@ -1,5 +1,6 @@
 """The layer as a function of global arrays, and what can be asked about a mesh beforehand."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from jax_moe.parallel import placement as placements
 from jax_moe.parallel import ranks, workspace
 from jax_moe.parallel.api import apply_expert_parallel, apply_routed_expert_parallel, check_experts
 from jax_moe.parallel.ranks import AxisName
+from jax_moe.transforms import is_tracing
 
 _PER_TOKEN = {"hidden_states_scale": 1}
 """Axis of the tokens; of the other arrays of tokens it is the first."""
@@ -114,7 +116,8 @@ def expert_parallel(
     """`apply_expert_parallel` as a function of global arrays.
 
     It makes the `jax.shard_map` and jits it. Arrays that already lie as `partition_specs` says are
-    used where they are; others are moved there at every call, which weights should be spared.
+    used where they are; others are moved there at every call, which weights should be spared. Where
+    `jax.set_mesh` has set another mesh, eager calls leave that; inside of `jax.jit` one cannot.
 
     Examples:
         >>> mesh = jax.make_mesh((8,), ("expert",))
@@ -188,13 +191,40 @@ def expert_parallel(
             )
         arrays = dict(zip(static.names, arguments, strict=True))
         tokens = _check(arrays, group, static, config, placement)
-        live = _one_per_rank(num_tokens, group.count, tokens)
-        if live is not num_tokens and transfers.is_guarded((arguments, live)):
-            live = jax.device_put(live, NamedSharding(mesh, PartitionSpec(group.axes)))
-        given = (tuple(arrays.values()), live, placement)
-        return program(tokens)(*_on_mesh(given, specs, mesh))
+        backends.select_for_call(chosen, (), mesh.devices.flat[0])
+        with _without_another_mesh(mesh):
+            live = _one_per_rank(num_tokens, group.count, tokens)
+            if live is not num_tokens and transfers.is_guarded((arguments, live)):
+                live = jax.device_put(live, NamedSharding(mesh, PartitionSpec(group.axes)))
+            given = (tuple(arrays.values()), live, placement)
+            return program(tokens)(*_on_mesh(given, specs, mesh))
 
     return layer
+
+
+def _without_another_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[object]:
+    """Leaves the mesh of a `jax.set_mesh` around the call, which `jax.shard_map` would refuse.
+
+    Raises:
+        ValueError: That mesh is another one, and JAX traces, so that it cannot be left.
+    """
+    surrounding = jax.sharding.get_abstract_mesh()
+    if surrounding.empty:
+        return contextlib.nullcontext()
+    if not is_tracing():
+        is_ours = jax.sharding.get_mesh() == mesh
+        return contextlib.nullcontext() if is_ours else jax.set_mesh(None)
+    if surrounding.manual_axes:
+        raise ValueError(
+            f"mesh: expected a call outside of jax.shard_map, got {mesh} inside of one over "
+            f"{surrounding}; jax_moe.apply_expert_parallel is for inside"
+        )
+    if surrounding != mesh.abstract_mesh:
+        raise ValueError(
+            f"mesh: expected the one that jax.set_mesh has set around jax.jit, {surrounding}, got "
+            f"{mesh}"
+        )
+    return contextlib.nullcontext()
 
 
 def _on_mesh(given: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
