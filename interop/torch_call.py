@@ -11,7 +11,16 @@ from torch import Tensor
 
 import jax_moe
 from interop import dlpack
-from jax_moe import ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, backends, memory, validate
+from jax_moe import (
+    ExpertWeights,
+    LayerInputs,
+    MoEConfig,
+    RoutedInputs,
+    backends,
+    memory,
+    transfers,
+    validate,
+)
 from jax_moe.config import (
     Precision,
     ScaleFormat,
@@ -20,7 +29,6 @@ from jax_moe.config import (
     checked_scale_format,
     checked_swiglu_limit,
 )
-from jax_moe.device import device_of
 from jax_moe.types import Routing
 
 _OPTIONAL = ("routing_bias", "hidden_states_scale")
@@ -74,7 +82,7 @@ def layer_for(options: Options, array: jax.Array) -> Layer:
     if options.scale_format is not None:
         checked_scale_format(options.scale_format)
     options = options._replace(
-        backend=backends.select(options.backend, device_of(array)),
+        backend=backends.select_for_call(options.backend, array),
         expected_rows=validate.expected_rows(options.expected_rows),
         swiglu_limit=checked_swiglu_limit(options.swiglu_limit),
         precision=checked_precision(options.precision),
@@ -202,7 +210,7 @@ def run(
     if out is not None:
         _check_out(out, inputs.hidden_states.shape, bridge.device)
     _require_memory(layer.options, inputs, bridge.target)
-    result = layer.apply(inputs, num_tokens)
+    result = layer.apply(*transfers.upload_numbers((inputs, num_tokens)))
     if isinstance(result, jax.core.Tracer):
         raise RuntimeError(
             "torch tensors have no values while JAX traces: call this outside of jax.jit and the "

@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -327,3 +328,22 @@ def test_options_reach_the_layer(inputs):
     np.testing.assert_array_equal(bits(again), bits(result))
     with pytest.raises(ValueError, match=r"swiglu_limit: expected None or 0\.5, as in config"):
         TorchMoE(inputs.weights, config=config, swiglu_limit=7.0)
+
+
+def test_numbers_cross_a_transfer_guard(inputs, handle, expected):
+    weights, (offset, factor) = inputs.weights, scalar_arguments(inputs)
+    tokens = inputs.hidden_states, inputs.hidden_states_scale
+    router = inputs.routing_logits, inputs.routing_bias
+    routing = jax_moe.route(*map(to_jax, router), factor)
+    choices = [to_torch(array) for array in routing]
+    out = torch.empty_like(expected)
+    with jax.transfer_guard("disallow"):
+        results = (
+            torch_moe(*inputs.arguments),
+            torch_moe(*inputs.arguments, out=out),
+            torch_moe_routed(*tokens, *weights, *choices, offset, num_experts=256),
+            handle(*handle_arguments(inputs)),
+            TorchMoE(weights).routed(*tokens, *choices, offset, num_experts=256),
+        )
+    for result in results:
+        np.testing.assert_array_equal(bits(result), bits(expected))
