@@ -281,7 +281,9 @@ def _measure(
                     results.put(row)
                     progress.done(row)
         except KeyboardInterrupt:
-            problem = "interrupted: what was finished is kept; --resume goes on from there"
+            problem = "interrupted"
+            if results.rows:
+                problem += ": what was finished is kept; --resume goes on from there"
             bar.write(problem)
             results.about["stopped"] = "interrupted"
             return interruption.acknowledge(), problem
@@ -295,7 +297,9 @@ def _measure(
             problem = f"stopped: {error}; finished rows are kept"
         except Exception:
             bar.write(traceback.format_exc())
-            problem = "stopped: the device failed outside of a solution; finished rows are kept"
+            problem = "stopped: the device failed outside of a solution"
+            if results.rows:
+                problem += "; finished rows are kept"
         else:
             results.about["complete"] = True
             return (FAILED if results.failures() else OK), ""

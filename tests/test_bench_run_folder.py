@@ -103,7 +103,9 @@ def test_a_run_without_a_row_leaves_nothing_and_moves_no_link(here, monkeypatch,
     assert ((root / "latest").resolve(), len(list(root.iterdir()))) == before
     assert execute(settings(output=here / "mine")) == 130
     assert not (here / "mine").exists()
-    assert "no rows were finished: nothing was written" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "no rows were finished: nothing was written" in shown
+    assert "finished is kept" not in shown
 
 
 def test_what_is_no_link_is_not_replaced(here):
