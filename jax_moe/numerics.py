@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float16, Float32
 
-from pallas_kernels.shapes import F16_EXPONENT, QUANT_BLOCK
+from pallas_kernels.shapes import F16_EXPONENT, LARGEST_F16, QUANT_BLOCK
 
 
 def matmul(x: Float32[Array, "R K"], weight: Float32[Array, "N K"]) -> Float32[Array, "R N"]:
@@ -63,9 +63,6 @@ def power_of_two_scales(scales: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     return jnp.where(jnp.isnan(scales), scales, rounded)
 
 
-_LARGEST = 2.0 ** (F16_EXPONENT + 1) - 16  # the largest f16 below 2^15
-
-
 def scaled_f16(
     x: Float[Array, "R C"],
 ) -> tuple[Float16[Array, "R C"], Float32[Array, "C//128 R"]]:
@@ -92,8 +89,7 @@ def scaled_f16(
     scales = lax.bitcast_convert_type(exponent << 23, jnp.float32)
     inverse = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
     values = blocks * inverse[:, :, None]
-    # Rounded up to 2^15, the largest float32 would dequantize to infinity.
-    clipped = jnp.clip(values, -_LARGEST, _LARGEST)
+    clipped = jnp.clip(values, -LARGEST_F16, LARGEST_F16)
     values = jnp.where(jnp.isinf(blocks), values, clipped).astype(jnp.float16)
     return values.reshape(rows, columns), scales.T
 

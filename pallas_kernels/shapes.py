@@ -6,6 +6,10 @@ QUANT_BLOCK = 128
 F16_EXPONENT = 14
 """Of the largest magnitude of a row's 128 columns in f16, once its power of two is taken off."""
 
+LARGEST_F16 = 2 ** (F16_EXPONENT + 1) - 16
+"""The largest f16 of that exponent: rounded up to the next power, the largest f32 would overflow
+once it is dequantized."""
+
 
 def cdiv(a: int, b: int) -> int:
     """`a / b`, rounded up."""

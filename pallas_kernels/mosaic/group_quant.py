@@ -82,13 +82,27 @@ def _kernel(x_gmem, values_gmem, scales_gmem, *, rows, scale_format, interpret):
     at = (pl.ds(first, rows), pl.ds(column * QUANT_BLOCK, QUANT_BLOCK))
     layout = layouts.row_per_warp(QUANT_BLOCK)
     x = plgpu.load(x_gmem.at[at], layout=layout, optimized=False).astype(jnp.float32)
-    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
-    if scale_format == "ue8m0":
-        values, scale = _quantize_by_powers_of_two(x)
-    else:
-        values, scale = quantize_rows(x, layout, interpret)
+    values, scale = to_e4m3(x, layout, scale_format=scale_format, interpret=interpret)
     layouts.store(values_gmem, at, values)
     layouts.store(scales_gmem, (column, pl.ds(first, rows)), scale)
+
+
+def to_e4m3(x, layout, *, scale_format: ScaleFormat, interpret):
+    """Quantizes `f32[r, c]` registers as `quantize` does, one group per row.
+
+    Args:
+        x: `f32[r, c]`, held in `layout`.
+        layout: Register layout.
+        scale_format: Of the scales.
+        interpret: The kernel's `interpret` argument.
+
+    Returns:
+        `e4m3[r, c]` and `f32[r]`.
+    """
+    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
+    if scale_format == "ue8m0":
+        return _quantize_by_powers_of_two(x)
+    return quantize_rows(x, layout, interpret)
 
 
 def quantize_rows(x, layout, interpret):

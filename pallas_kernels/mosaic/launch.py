@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxpr_as_fun
 
@@ -29,6 +33,58 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
             return run(*inputs)
 
     return call
+
+
+class Blocks(NamedTuple):
+    """Blocks of a launch that do one kind of work.
+
+    Attributes:
+        num_blocks: How many there are.
+        inputs: Arrays that they take.
+        out_type: Shapes and dtypes of the arrays that they give.
+        body: `body(block, *inputs, *outputs)`, with references in place of the arrays.
+    """
+
+    num_blocks: int
+    inputs: tuple[Any, ...]
+    out_type: tuple[Any, ...]
+    body: Callable[..., None]
+
+
+def side_by_side(
+    *kinds: Blocks, kernel_name: str, interpret: Any = None
+) -> tuple[tuple[Any, ...], ...]:
+    """One launch of blocks of several kinds, none of which waits for another.
+
+    Args:
+        *kinds: The blocks, those first that take the longest.
+        kernel_name: Of the launch.
+        interpret: Interpreter parameters, or None for the GPU.
+
+    Returns:
+        The arrays that each kind gives.
+    """
+    ends = list(itertools.accumulate(kind.num_blocks for kind in kinds))
+
+    def body(*refs: Any) -> None:
+        block = lax.axis_index("block")
+        inputs, outputs = refs[: len(kinds)], refs[len(kinds) :]
+        for kind, end, ins, outs in zip(kinds, ends, inputs, outputs, strict=True):
+            first = end - kind.num_blocks
+            run = functools.partial(kind.body, block - first if first else block, *ins, *outs)
+            if len(kinds) == 1:
+                run()
+            else:
+                pl.when((block >= first) & (block < end))(run)
+
+    return kernel(
+        body,
+        out_type=tuple(kind.out_type for kind in kinds),
+        grid=(ends[-1],),
+        grid_names=("block",),
+        kernel_name=kernel_name,
+        interpret=interpret,
+    )(*(kind.inputs for kind in kinds))
 
 
 def of_one_device(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,6 +34,7 @@ from pallas_kernels.mosaic.topk import NOT_A_NUMBER, TAKEN, across, from_key, to
 from pallas_kernels.shapes import cdiv
 from pallas_kernels.types import Routing
 
+KERNEL_NAME = "moe_routing"
 _WIDTH = 32  # an expert per lane, so a group of 32 is one register
 # Of `$1` in the lane of the lowest 5 bits of `$2`.
 _FROM_LANE = "{ .reg .b32 i; mov.b32 i, $2; shfl.sync.idx.b32 $0, $1, i, 31, -1; }"
@@ -72,29 +73,55 @@ def route(
     Returns:
         `topk_ids i32[T, k]`, best first, and `topk_weights f32[T, k]`, factor included.
     """
-    num_tokens = routing_logits.shape[0]
-    kernel = launch.kernel(
-        functools.partial(
-            _kernel,
+    (routing,) = launch.side_by_side(
+        blocks(
+            routing_logits,
+            routing_bias,
+            routed_scaling_factor,
+            top_k=top_k,
             n_group=n_group,
             topk_group=topk_group,
-            top_k=top_k,
             scoring=scoring,
             renormalize=renormalize,
             interpret=interpret,
         ),
+        kernel_name=KERNEL_NAME,
+        interpret=interpret,
+    )
+    return Routing(*routing)
+
+
+def blocks(
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, "E"] | None,
+    routed_scaling_factor: Float[Array, ""],
+    *,
+    top_k: int,
+    scoring: str = "sigmoid",
+    renormalize: bool = True,
+    interpret=None,
+    **groups: int,
+) -> launch.Blocks:
+    """The blocks of `route`, whose arguments these are; they give the fields of `Routing`."""
+    num_tokens = routing_logits.shape[0]
+    bias = () if routing_bias is None else (routing_bias,)
+    factor = jnp.reshape(routed_scaling_factor, (1,)).astype(jnp.float32)
+    return launch.Blocks(
+        num_blocks=cdiv(num_tokens, layouts.ROWS_PER_WARPGROUP),
+        inputs=(routing_logits, *bias, factor),
         out_type=(
             jax.ShapeDtypeStruct((num_tokens, top_k), jnp.int32),
             jax.ShapeDtypeStruct((num_tokens, top_k), jnp.float32),
         ),
-        grid=(cdiv(num_tokens, layouts.ROWS_PER_WARPGROUP),),
-        grid_names=("block",),
-        kernel_name="moe_routing",
-        interpret=interpret,
+        body=functools.partial(
+            _kernel,
+            top_k=top_k,
+            scoring=scoring,
+            renormalize=renormalize,
+            interpret=interpret,
+            **groups,
+        ),
     )
-    bias = () if routing_bias is None else (routing_bias,)
-    factor = jnp.reshape(routed_scaling_factor, (1,)).astype(jnp.float32)
-    return Routing(*kernel(routing_logits, *bias, factor))
 
 
 def _sigmoid(logits, *, layout, interpret):
@@ -108,13 +135,13 @@ def _biased_keys(scores, bias):
     return [to_key(s + b.astype(jnp.float32)) for s, b in zip(scores, bias, strict=True)]
 
 
-def _kernel(*refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
+def _kernel(block, *refs, n_group, topk_group, top_k, scoring, renormalize, interpret):
     logits_gmem, *bias_gmem, factor_gmem, ids_gmem, weights_gmem = refs
     num_tokens, num_experts = logits_gmem.shape
     shape = (layouts.ROWS_PER_WARPGROUP, _WIDTH)
     layout = layouts.row_per_warp(_WIDTH)
     lane = layouts.iota(shape, 1, layout)
-    token = layouts.iota(shape, 0, layout) + lax.axis_index("block") * shape[0]
+    token = layouts.iota(shape, 0, layout) + block * shape[0]
     row = lax.min(token, jnp.int32(num_tokens - 1)) * num_experts
     load = functools.partial(load_at, layout=layout, interpret=interpret)
     store = functools.partial(store_at, layout=layout, interpret=interpret)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.shapes import F16_EXPONENT, QUANT_BLOCK, cdiv
+from pallas_kernels.shapes import F16_EXPONENT, LARGEST_F16, QUANT_BLOCK, cdiv
 from pallas_kernels.triton.launch import Launch
 from pallas_kernels.types import Precision, ScaleFormat
 
@@ -20,7 +20,7 @@ _ONE_POWER = tl.constexpr(0x00800000)  # added to the bits of a float, doubles i
 _ROUND_UP = tl.constexpr(0x001FFFFF)  # carries where the mantissa is above that of 448 = 1.75 * 2^8
 _TWICE_ONE_BITS = tl.constexpr(0x7F000000)  # less the bits of 2^n: those of 2^-n
 _F16_EXPONENT = tl.constexpr(F16_EXPONENT)
-_LARGEST_F16 = tl.constexpr(2.0 ** (F16_EXPONENT + 1) - 16)  # the largest below 2^15
+_LARGEST_F16 = tl.constexpr(float(LARGEST_F16))
 
 
 @triton.jit

@@ -28,11 +28,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float16
 
 from pallas_kernels.mosaic import layouts
+from pallas_kernels.mosaic.group_quant import SMALLEST_NORMAL
 from pallas_kernels.mosaic.hopper.matmul_config import CONSUMER_ROWS
-from pallas_kernels.shapes import F16_EXPONENT
+from pallas_kernels.shapes import F16_EXPONENT, LARGEST_F16
 from pallas_kernels.types import Quantized
 
-_NATURAL = layouts.row_per_warp(CONSUMER_ROWS)
+ROW_LAYOUT = layouts.row_per_warp(CONSUMER_ROWS)
 # Lanes go through 16, 8, 4 and 2 columns; here 2 and 8 have changed places.
 _ORDERED = plgpu.Layout.TILED(
     plgpu.Tiling(((layouts.ROWS_PER_WARPGROUP, CONSUMER_ROWS), (16,), (8,), (4,), (2,))),
@@ -111,19 +112,21 @@ def product(weights, tokens, meanwhile: Callable[[], Any], *, interpreted: bool)
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def load_rows(rows, *, interpreted: bool):
-    """Rows of 64 columns, one per warp, their columns in the order of `wgmma_order`.
+def load_rows(rows, *, interpreted: bool, optimized: bool = True):
+    """Rows, one per warp, their columns in the order of `wgmma_order`.
 
     Args:
-        rows: f32[4 r,64], in shared memory.
+        rows: [4 r,64 c], any dtype, in memory.
         interpreted: Whether the interpreter runs this, where no order is changed.
+        optimized: As for `plgpu.load`.
 
     Returns:
-        f32[4 r,64], in `layouts.row_per_warp(64)`.
+        The same shape and dtype, in `ROW_LAYOUT`.
     """
     if interpreted:
-        return plgpu.load(rows, layout=_NATURAL)
-    return _renamed(plgpu.load(rows, layout=_ORDERED), _ORDERED, _NATURAL, _same)
+        return plgpu.load(rows, layout=ROW_LAYOUT, optimized=optimized)
+    loaded = plgpu.load(rows, layout=_ORDERED, optimized=optimized)
+    return _renamed(loaded, _ORDERED, ROW_LAYOUT, _same)
 
 
 def _renamed(values, was: plgpu.Layout, becomes: plgpu.Layout, registers: Callable[..., Any]):
@@ -168,6 +171,27 @@ def transposed(values):
     bf16 sums need no such cast: `stmatrix` transposes them on its way.
     """
     return plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def to_scaled_f16(x):
+    """Rows in f16 with a power of two each, in registers.
+
+    The bits of `precision="high"`: f32 denormals count as zero, NaN and infinity stay, each in its
+    own place, and no finite number becomes infinite.
+
+    Args:
+        x: f32[r,128].
+
+    Returns:
+        f16[r,128] and the scales, f32[r].
+    """
+    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
+    # As integers, whose maximum drops no NaN and takes one instruction per warp.
+    amax = jnp.max(lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=1)
+    scale, inverse = power_of_two_scale(lax.bitcast_convert_type(amax, jnp.float32))
+    values = x * lax.broadcast_in_dim(inverse, x.shape, [0])
+    clipped = jnp.clip(values, -LARGEST_F16, LARGEST_F16)
+    return jnp.where(jnp.abs(x) < jnp.inf, clipped, values).astype(jnp.float16), scale
 
 
 def power_of_two_scale(amax):
