@@ -169,11 +169,6 @@ def layer(
     stages: backends.Backend,
 ) -> BFloat16[Array, "T H"]:
     """The stages, in the order in which the data flows."""
-    if inputs.hidden_states_scale is None:
-        values, scales = stages.quantize(
-            inputs.hidden_states, scale_format=options.scale_format, precision=options.precision
-        )
-        inputs = inputs._replace(hidden_states=values, hidden_states_scale=scales)
     expected_rows = options.rows_per_expert(inputs.tokens)
     if stages.layer is not None:
         return stages.layer(
@@ -185,6 +180,11 @@ def layer(
             **options.epilogue,
             output_dtype=options.output_dtype,
         )
+    if inputs.hidden_states_scale is None:
+        values, scales = stages.quantize(
+            inputs.hidden_states, scale_format=options.scale_format, precision=options.precision
+        )
+        inputs = inputs._replace(hidden_states=values, hidden_states_scale=scales)
     if isinstance(inputs, LayerInputs):
         assert options.config is not None
         routing = stages.route(

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
 from jax_moe.types import Quantized
-from pallas_kernels.mosaic import layouts, tilings
+from pallas_kernels.mosaic import routing_and_rows, tilings
 from pallas_kernels.mosaic.hopper import widened
 from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
@@ -101,9 +101,10 @@ def registers_of(layout, shape):
     ("was", "becomes", "rename", "shape"),
     [
         (plgpu.Layout.WGMMA_UPCAST_2X, plgpu.Layout.WGMMA, "_as_pairs", (64, 128)),
-        (widened._ORDERED, layouts.row_per_warp(64), "_same", (8, 64)),
+        (widened._ORDERED, widened.ROW_LAYOUT, "_same", (8, 64)),
+        (widened._ORDERED, widened.ROW_LAYOUT, "_same", (16, 128)),
     ],
-    ids=["weights", "activations"],
+    ids=["weights", "activations", "tokens"],
 )
 def test_renamed_registers_hold_columns_in_wgmma_order(was, becomes, rename, shape, monkeypatch):
     """A thread takes a column for the one in whose place `wgmma_order` puts it."""
@@ -154,8 +155,12 @@ def test_the_layer_is_one_cuda_graph_of_kernels_that_do_not_spill(num_tokens, dt
     report = h100_target.compile_for_h100(layer, *specs.arguments, dump=tmp_path)
     spilled = {kernel.name: kernel.spill_bytes for kernel in report.kernels if kernel.spill_bytes}
     assert spilled == {}
-    if dtype == "float8_e4m3fn" and num_tokens == 1:  # rows are widened beside the routing
-        assert h100_target.launches_that_wait_for_none(tmp_path) == 2
+    is_in_one_launch = num_tokens <= routing_and_rows.MAX_TOKENS
+    if dtype == "float8_e4m3fn":  # rows are widened beside the routing
+        roots = h100_target.launches_that_wait_for_none(tmp_path)
+        assert roots == (1 if is_in_one_launch else 2)
+    if is_in_one_launch:
+        assert sum(report.launches.values()) == 5
     multiplying = {kernel.name for kernel in report.kernels if "HGMMA" in kernel.instructions}
     assert multiplying == {"moe_up_projection", "moe_down_projection"}
     assert report.command_buffers == 1

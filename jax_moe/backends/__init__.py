@@ -36,10 +36,11 @@ class Backend(Protocol):
     """Whether a lowered layer is worth keeping for the next process (`lowering_cache`)."""
 
     layer: Callable[..., Array] | None
-    """All from the routing on in one, where a backend does that otherwise than stage by stage.
+    """All stages in one, where a backend does that otherwise than stage by stage.
 
-    Takes `LayerInputs` or `RoutedInputs`, quantized, `num_tokens` as `of_live_tokens` does, and the
-    keywords of `plan_groups`, `up_project` and `unpermute`; with `LayerInputs` also `config`.
+    Takes `LayerInputs` or `RoutedInputs`, quantized or not, `num_tokens` as `of_live_tokens` does,
+    and the keywords of `plan_groups`, `up_project` and `unpermute`; with `LayerInputs` also
+    `config`.
     """
 
     tiling_table: Callable[[int, int, int], object] | None

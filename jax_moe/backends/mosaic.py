@@ -26,6 +26,7 @@ from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, has_spare_warps
 from pallas_kernels.mosaic.hopper.side_job import SideJob
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
+from pallas_kernels.mosaic.routing_and_rows import has_rows_to_prepare, route_and_prepare
 from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 
 NAME = "mosaic"
@@ -137,23 +138,24 @@ def layer(
     batch_invariant: bool = False,
     output_dtype: str = "bfloat16",
 ) -> Float[Array, "T H"]:
-    """All stages from the routing on.
+    """All stages.
 
     The rows are made ready beside the routing. The plan's kernel clears what the matmuls count in.
     Where the up-projection has a warp to spare, it writes the zeros of tokens without a local
     expert meanwhile, and `unpermute` the other tokens only.
     """
-    rows, inputs = _rows_first(inputs, precision)
-    inputs, plan, zeros = _routed_and_planned(
-        inputs,
-        num_tokens,
+    rows, inputs = _rows_and_routing(inputs, config, scale_format, precision)
+    weights, interpret = inputs.weights, interpret_params()
+    plan, zeros = plan_kernels.plan_with_zeros(
+        of_live_tokens(inputs.routing.topk_ids, num_tokens),
+        jnp.asarray(inputs.local_expert_offset),
+        num_local_experts=weights.num_local_experts,
         num_experts=num_experts,
-        expected_rows=expected_rows,
-        config=config,
-        precision=precision,
+        block_m=_block_m(expected_rows, precision),
+        zeros=(num_zeros(),) * 2 if interpret is None else (),
+        interpret=interpret,
     )
-    up_zeros, down_zeros = zeros
-    weights = inputs.weights
+    up_zeros, down_zeros = zeros or (None, None)
     activations, zeroed = _up(
         rows,
         weights.gemm1_weights,
@@ -178,53 +180,54 @@ def layer(
     )
 
 
-def _rows_first(
-    inputs: LayerInputs | RoutedInputs, precision: Precision
-) -> tuple[Quantized, LayerInputs | RoutedInputs]:
+def _rows_and_routing(
+    inputs: LayerInputs | RoutedInputs,
+    config: MoEConfig | None,
+    scale_format: ScaleFormat,
+    precision: Precision,
+) -> tuple[Quantized, RoutedInputs]:
+    """The rows as the up-projection takes them, and the inputs once experts are chosen."""
+    if isinstance(inputs, RoutedInputs):
+        return _rows_first(inputs, scale_format, precision)
+    assert config is not None
+    given = inputs.hidden_states, inputs.hidden_states_scale
+    if has_rows_to_prepare(given[0], given[1] is not None, precision):
+        chosen, rows = route_and_prepare(
+            inputs.routing_logits.astype(jnp.float32),
+            inputs.routing_bias,
+            inputs.routed_scaling_factor,
+            *given,
+            **config.routing_options,
+            scale_format=scale_format,
+            precision=precision,
+            interpret=interpret_params(),
+        )
+        return rows, inputs.routed(chosen)
+    rows, inputs = _rows_first(inputs, scale_format, precision)
+    chosen = route(
+        inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, config=config
+    )
+    return rows, inputs.routed(chosen)
+
+
+def _rows_first[Inputs: (LayerInputs, RoutedInputs)](
+    inputs: Inputs, scale_format: ScaleFormat, precision: Precision
+) -> tuple[Quantized, Inputs]:
     """The rows as the up-projection takes them; nothing is routed or planned before they are there.
 
     So XLA puts them into memory of their own, and the CUDA graph runs both side by side. By itself
     it makes the rows last, in memory that the routing has used, and the graph waits for that.
     """
-    assert inputs.hidden_states_scale is not None
-    rows = Quantized(inputs.hidden_states, inputs.hidden_states_scale)
+    if inputs.hidden_states_scale is None:
+        rows = quantize(inputs.hidden_states, scale_format=scale_format, precision=precision)
+    else:
+        rows = Quantized(inputs.hidden_states, inputs.hidden_states_scale)
     rows = _reordered(in_precision(rows, precision))
     if isinstance(inputs, LayerInputs):
         rows, logits = lax.optimization_barrier((rows, inputs.routing_logits))
         return rows, inputs._replace(routing_logits=logits)
-    rows, routing = lax.optimization_barrier((rows, inputs.routing))
-    return rows, inputs._replace(routing=routing)
-
-
-def _routed_and_planned(
-    inputs: LayerInputs | RoutedInputs,
-    num_tokens: Array | None,
-    *,
-    num_experts: int,
-    expected_rows: float,
-    config: MoEConfig | None,
-    precision: Precision,
-) -> tuple[RoutedInputs, GroupPlan, tuple[Array | None, ...]]:
-    interpret = interpret_params()
-    if isinstance(inputs, LayerInputs):
-        assert config is not None
-        chosen = route(
-            inputs.routing_logits,
-            inputs.routing_bias,
-            inputs.routed_scaling_factor,
-            config=config,
-        )
-        inputs = inputs.routed(chosen)
-    plan, zeros = plan_kernels.plan_with_zeros(
-        of_live_tokens(inputs.routing.topk_ids, num_tokens),
-        jnp.asarray(inputs.local_expert_offset),
-        num_local_experts=inputs.weights.num_local_experts,
-        num_experts=num_experts,
-        block_m=_block_m(expected_rows, precision),
-        zeros=(num_zeros(),) * 2 if interpret is None else (),
-        interpret=interpret,
-    )
-    return inputs, plan, zeros or (None, None)
+    rows, chosen = lax.optimization_barrier((rows, inputs.routing))
+    return rows, inputs._replace(routing=chosen)
 
 
 def _block_m(expected_rows: float, precision: Precision) -> int:
