@@ -8,6 +8,7 @@ import pytest
 from scipy import special
 
 from pallas_kernels import scores
+from tests.fused import fma
 from tests.moe_inputs import bits
 
 f32 = np.float32
@@ -48,22 +49,37 @@ def sigmoid(x):
     return f32(1) / (f32(1) + exp(-x))
 
 
+def decay(x, exponent=0):
+    integer = f32(1.5 * 2**23 + exponent)
+    limit = scores.decay_limit(exponent)
+    x = np.where(x < limit, x, limit)
+    i = fma(x, -scores.LOG2_E, integer)
+    n = i - integer
+    p = fused_horner(fma(x, -scores.LOG2_E, -n), scores.EXP2)
+    y = np.ldexp(p.astype(np.float64), n.astype(np.int32) + exponent).astype(f32)
+    return np.where(y < scores.SMALLEST_NORMAL, f32(0), y)
+
+
+def fused_horner(x, coefficients):
+    total = np.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        total = fma(total, x, c)
+    return total
+
+
 def sqrtsoftplus(x):
-    t = exp(-np.abs(x))
-    d = (t + t) / (f32(2) + t)
-    s = d * f32(0.5)
-    z = s * s
-    return np.sqrt(np.maximum(x, f32(0)) + (d + d * (z * horner(z, scores.ATANH))))
+    t = np.where(np.abs(x) > 87, f32(0), decay(np.abs(x)))
+    y = np.sqrt(fma(t, fused_horner(t, scores.LOG1P), np.where(x > 0, x, f32(0))))
+    return np.where(x < np.inf, y, x)
 
 
 def softmax(x):
-    e = exp(x - x.max(axis=1, keepdims=True))
+    e = decay(x.max(axis=1, keepdims=True) - x, -44)
     total = np.zeros((len(x), 1 << (x.shape[1] - 1).bit_length()), f32)
     total[:, : x.shape[1]] = e
     while total.shape[1] > 1:
         total = total[:, : total.shape[1] // 2] + total[:, total.shape[1] // 2 :]
-    quotient = e / total
-    return np.where(quotient < scores.SMALLEST_NORMAL, f32(0), quotient)
+    return e * (f32(1) / total)
 
 
 EXACT = {
@@ -72,6 +88,9 @@ EXACT = {
     "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x)),
     "softmax": lambda x: special.softmax(x, axis=1),
 }
+
+
+RTOL = {"exp": 2e-7, "sigmoid": 2e-7, "sqrtsoftplus": 7e-7}
 
 
 @pytest.mark.parametrize("name", ["exp", "sigmoid", "sqrtsoftplus"])
@@ -83,7 +102,7 @@ def test_every_bit_is_as_written_and_close_to_the_exact_value(name):
     found = np.asarray(jax.jit(getattr(scores, name))(x))
     np.testing.assert_array_equal(bits(found), bits(expected))
     normal = np.abs(x) <= 87  # NaN is not
-    np.testing.assert_allclose(found[normal], exact[normal], rtol=2e-7)
+    np.testing.assert_allclose(found[normal], exact[normal], rtol=RTOL[name])
     assert np.isnan(found[-1])
 
 
@@ -97,7 +116,22 @@ def test_softmax_is_as_written(num_experts, spread):
     np.testing.assert_array_equal(bits(found), bits(expected))
     exact = EXACT["softmax"](x.astype(np.float64))
     distance = x.max(axis=1, keepdims=True) - x  # its rounding is most of the error
-    assert (np.abs(found - exact) <= exact * (3e-7 + distance * 2**-24) + 1e-37).all()
+    bound = exact * (4e-7 + distance * 8e-8)
+    assert (np.abs(found - exact) <= np.where(distance > 56, 2**-81, bound)).all()
+
+
+@pytest.mark.parametrize("size", [1, 1e-3, 1e-7, 1e5, 0])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_products_and_sums_are_rounded_once(size):
+    """Also where they cancel (size 0) and where little is missing to a tie."""
+    rng = np.random.default_rng(2)
+    a, b, c = rng.standard_normal((3, 100_000)).astype(f32)
+    c = c * f32(size) if size else -a * b
+    near = 1 + rng.integers(0, 8, (3, 100_000)) * 2.0**-23
+    near *= 2.0 ** rng.integers([[0], [0], [-30]], [[1], [1], [30]], near.shape)
+    found = jax.jit(scores.fma)
+    np.testing.assert_array_equal(bits(found(a, b, c)), bits(fma(a, b, c)))
+    np.testing.assert_array_equal(bits(found(*near.astype(f32))), bits(fma(*near.astype(f32))))
 
 
 def test_softmax_of_what_is_no_number_or_infinite():

@@ -13,18 +13,7 @@ import pytest
 from pallas_kernels import scores
 from pallas_kernels.mosaic import routing
 from pallas_kernels.mosaic import scores as in_kernels
-from pallas_kernels.mosaic.rounding import PTX_RECIPROCAL
-
-
-def fma(a, b, c):
-    """`a b + c` of f32, rounded once: to odd in float64, which leaves the second rounding right."""
-    product = a.astype(np.float64) * b
-    total = product + c
-    rest = total - product
-    error = (product - (total - rest)) + (c - rest)
-    is_even = total.view(np.int64) & 1 == 0
-    odd = np.where(is_even & (error != 0), np.nextafter(total, error * np.inf), total)
-    return np.where(np.isfinite(error), odd, total).astype(np.float32)
+from tests.fused import fma
 
 
 def approximate(function, ulp):
@@ -67,9 +56,11 @@ def run(code, *operands, ulp=0):
         "abs.f32": np.abs,
         "min.f32": lambda a, b: number_of(a, b, np.minimum),
         "max.f32": lambda a, b: number_of(a, b, np.maximum),
+        "max.NaN.f32": np.maximum,
         "mul.rn.f32": lambda a, b: a * b,
         "add.rn.f32": lambda a, b: a + b,
         "add.rn.ftz.f32": lambda a, b: flushed(flushed(a) + flushed(b)),
+        "mul.rn.ftz.f32": lambda a, b: flushed(flushed(a) * flushed(b)),
         "sub.rn.f32": lambda a, b: a - b,
         "fma.rn.f32": fma,
         "rcp.approx.ftz.f32": approximate(lambda a: 1 / a, ulp),
@@ -141,7 +132,7 @@ def test_the_bits_are_those_of_the_formula(name):
 
 @pytest.mark.parametrize("ulp", [-1, 0, 1])
 def test_the_quick_steps_of_sqrtsoftplus(emulated, ulp):
-    """Numbers next to half of an odd integer over LOG2_E are where they could be others."""
+    """Numbers next to half of an odd integer over LOG2_E are where another n is near."""
     emulated[0] = ulp
     rng = np.random.default_rng(2)
     drawn = np.concatenate([rng.standard_normal(20000) * scale for scale in (1e-3, 1, 4, 16)])
@@ -176,6 +167,7 @@ def test_a_softmax_has_the_bits_of_the_formula(emulated, num_experts, interpret)
     for row in range(0, len(logits), 4):
         wanted = expected[row : row + 4]
         registers = np.split(padded[row : row + 4], padded.shape[1] // 32, axis=1)
+        numbers = ~np.isnan(wanted)
         registers = [jnp.asarray(register) for register in registers]
         score, of_all = in_kernels.softmax(
             functools.partial(lambda registers, start: registers[start // 32], registers),
@@ -185,26 +177,23 @@ def test_a_softmax_has_the_bits_of_the_formula(emulated, num_experts, interpret)
         )
         found = np.concatenate(score(registers), axis=1)[:, :num_experts]
         same_bits(found, wanted)
-        same_bits(np.concatenate(of_all(registers), axis=1)[:, :num_experts], wanted)
+        of_numbers = np.concatenate(of_all(registers), axis=1)[:, :num_experts][numbers]
+        same_bits(of_numbers, wanted[numbers])
 
 
-@pytest.mark.parametrize("ulp", [-1, 0, 1])
-def test_shares_are_quotients_rounded_once(ulp):
-    """Down to the smallest that is no denormal, whose remainders need the factor of both."""
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("interpret", [True, None])
+def test_a_softmax_without_its_total(emulated, interpret):
     rng = np.random.default_rng(3)
-    total = rng.uniform(1, 2, 40_000) * 2.0 ** rng.integers(0, 13, 40_000)
-    e = rng.uniform(1, 2, 40_000) * 2.0 ** np.linspace(-125, -1, 40_000).astype(int)
-    near = total * 2.0**-126 * (1 + rng.integers(-4, 5, 40_000) * 2.0**-23)
-    total = np.tile(total, 2).astype(np.float32)
-    e = np.concatenate([e, np.maximum(near, 2.0**-125)]).astype(np.float32)
-    factor = np.float32(2**60)
-    with np.errstate(all="ignore"):
-        inverse = run(PTX_RECIPROCAL, total * factor, ulp=ulp)
-        assert (inverse == 1 / (total * factor)).mean() > 0.99
-        inverse = 1 / (total * factor)
-        found = run(in_kernels.PTX_SHARE, e * factor, total * factor, inverse)
-        expected = e / total
-    same_bits(found, np.where(expected < scores.SMALLEST_NORMAL, np.float32(0), expected))
+    logits = np.sort(rng.uniform(-80, 80, (4, 32)).astype(np.float32), axis=1)[:, ::-1]
+    logits[1, 3], logits[2, 0], logits[3, 9:] = np.nan, np.inf, -np.inf
+    largest = np.repeat(logits[:, :1], 32, axis=1)
+    (found,) = in_kernels.softmax_of_best([jnp.asarray(logits)], jnp.asarray(largest), interpret)
+    distance = np.where(logits == largest, np.float32(0), largest - logits)
+    expected = jax.jit(functools.partial(scores.decay, exponent=scores.SOFTMAX_EXPONENT))(distance)
+    same_bits(found, np.where(np.isnan(logits), logits, expected))
+    assert (np.asarray(found)[3, 9:] == 0).all()
+    assert (np.asarray(found)[0] == 0).any()
 
 
 def test_denormals_and_minus_zero_become_zero():

@@ -18,6 +18,7 @@ from interop.triton_launch import launch_torch
 from jax_moe import GroupPlan
 from pallas_kernels.triton import plan as plan_kernels
 from pallas_kernels.triton import routing
+from tests.fused import fma
 from tests.moe_inputs import bits
 
 # The interpreter computes with NumPy, which remarks on every infinity.
@@ -33,15 +34,20 @@ _NUMPY_TYPES = {
 
 @pytest.fixture(autouse=True)
 def mended_interpreter(monkeypatch):
-    """Three faults of Triton's interpreter.
+    """Four faults of Triton's interpreter.
 
     In 3.6, rounding loses the carry, and NumPy's scalars are those of old; in 3.7, the difference
-    of a constant and a tensor, which is in a constexpr, is no argument of most functions.
+    of a constant and a tensor, which is in a constexpr, is no argument of most functions. In both
+    `tl.fma` rounds twice.
     """
 
     def convert(data, source, target, _rounding_mode):
         values = data.view(_NUMPY_TYPES[source.name]).astype(np.float32)
         return values.astype(_NUMPY_TYPES[target.name]).view(f"u{target.primitive_bitwidth // 8}")
+
+    def create_fma(self, x, y, z):
+        result = fma(*np.broadcast_arrays(x.data, y.data, z.data))
+        return interpreter.TensorHandle(result, z.dtype.scalar)
 
     original = interpreter._patch_lang_tensor
 
@@ -56,6 +62,7 @@ def mended_interpreter(monkeypatch):
 
     monkeypatch.setattr(TritonSemantic, "to_tensor", to_tensor_of_constexpr)
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
 
 

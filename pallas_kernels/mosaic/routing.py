@@ -11,7 +11,8 @@ choices, 128 at a time are merged into what each lane has found best (`routing_l
 and registers stay bounded; only a softmax's total is written out for all experts.
 
 Other scores are those of `pallas_kernels.scores`, to the last bit. Without a bias every score rises
-with its logit, which is then the key itself; only the sums of groups need scores.
+with its logit, which is then the key itself; only the sums of groups need scores. A softmax's total
+over all experts is computed only where ids or weights depend on it.
 
 Source of the maths: DeepSeek-V3 technical report, section 2.1.2 ("noaux_tc" gating).
 """
@@ -163,9 +164,11 @@ def _kernel(block, *refs, n_group, topk_group, top_k, scoring, renormalize, inte
         return load(logits_gmem, row + column, shift=start)
 
     is_quick, all_scores = scoring == "sigmoid" and bool(bias_gmem), None
+    # It is one factor of all weights, and logits or quotients of weights do not depend on it.
+    needs_total = bool(bias_gmem) or topk_group < n_group or not renormalize
     if is_quick:
         score = functools.partial(_sigmoid, layout=layout, interpret=interpret)
-    else:
+    elif scoring != "softmax" or needs_total:
         score, score_all = _formula(scoring, logits_from, num_experts, lane, interpret)
         if loaded is not None and bias_gmem:
             all_scores = score_all(loaded[1])
@@ -176,8 +179,10 @@ def _kernel(block, *refs, n_group, topk_group, top_k, scoring, renormalize, inte
             return _biased_keys(score(logits), bias)
         if bias:
             biased = zip(all_scores or score(logits), bias, strict=True)
-            logits = [s + b.astype(jnp.float32) for s, b in biased]
-        return [to_key(formulas.without_denormals(x, interpret)) for x in logits]
+            values = [formulas.add(s, b.astype(jnp.float32), interpret) for s, b in biased]
+        else:
+            values = [formulas.without_denormals(x, interpret) for x in logits]
+        return [to_key(*each) for each in zip(values, logits, strict=True)]
 
     def value(key):
         """What an expert of this key adds to its group."""
@@ -198,14 +203,19 @@ def _kernel(block, *refs, n_group, topk_group, top_k, scoring, renormalize, inte
     else:
         ids = routing_loop.choose(read, keys_of, lane, **sizes, **groups, slots=slots)
 
-    # The choices have a lane each. Of sigmoids, and where no others are held, it is less work to
-    # compute the scores again than to fetch them.
-    if all_scores is None:
-        scores = score([load(logits_gmem, row + i) for i in ids])
-    else:
+    # The choices have a lane each. But for square roots it is less work to compute the scores
+    # again than to fetch them.
+    if all_scores is not None and scoring == "sqrtsoftplus":
         scores = [_pick(all_scores, i, layout, interpret) for i in ids]
+    else:
+        chosen = [load(logits_gmem, row + i) for i in ids]
+        if scoring == "softmax" and not needs_total:
+            largest = _of_choice(chosen, 0, layout, interpret)
+            scores = formulas.softmax_of_best(chosen, largest, interpret)
+        else:
+            scores = score(chosen)
     if renormalize:
-        total = _total(scores, lane, top_k, layout, interpret)
+        total = _total(scores, top_k, layout, interpret)
         scale = factor_gmem[0] / (total + 1e-20)
     else:
         scale = factor_gmem[0]
@@ -218,7 +228,7 @@ def _kernel(block, *refs, n_group, topk_group, top_k, scoring, renormalize, inte
 def _formula(scoring, read, num_experts, lane, interpret):
     """Scores as `pallas_kernels.scores` rounds them: functions of registers of logits.
 
-    The second takes those of all experts.
+    The second takes those of all experts, and may give numbers for what is NaN.
     """
     if scoring == "softmax":
         return formulas.softmax(read, num_experts, lane, interpret)
@@ -239,17 +249,18 @@ def _pick(registers, ids, layout, interpret):
     return picked
 
 
-def _total(scores, lane, top_k, layout, interpret):
+def _total(scores, top_k, layout, interpret):
     """The sum of the chosen scores in every lane, in their order: the last bit depends on it."""
+    choices = [_of_choice(scores, k, layout, interpret) for k in range(top_k)]
+    return functools.reduce(operator.add, choices)
 
-    def of_choice(k):
-        if interpret:
-            chosen = lax.dynamic_slice_in_dim(scores[k // _WIDTH], k % _WIDTH, 1, axis=1)
-            return jnp.broadcast_to(chosen, lane.shape)
-        code = f"shfl.sync.idx.b32 $0, $1, {k % _WIDTH}, 31, -1;"
-        return map_registers(code, scores[k // _WIDTH], layout=layout)
 
-    return functools.reduce(operator.add, map(of_choice, range(top_k)))
+def _of_choice(registers, choice, layout, interpret):
+    """In every lane what the lane of a choice holds."""
+    register, lane = registers[choice // _WIDTH], choice % _WIDTH
+    if interpret:
+        return jnp.broadcast_to(register[:, lane : lane + 1], register.shape)
+    return map_registers(f"shfl.sync.idx.b32 $0, $1, {lane}, 31, -1;", register, layout=layout)
 
 
 def _columns(num_experts, lane):

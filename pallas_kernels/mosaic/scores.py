@@ -9,7 +9,7 @@ Registers are `f32[4, 32]` in `layouts.row_per_warp(32)`: an expert per lane.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,40 +71,28 @@ _EXP = [
 _REGISTERS = [".reg .f32 x, y, i, n, r;", ".reg .b32 b, e;", ".reg .pred p;"]
 
 
-def _exp_of_negative(product_and_sum: Sequence[str], summand: np.float32) -> list[str]:
-    """`y` becomes the exponential of `x` in -87..0, times a power of two, as `_EXP` rounds it.
+def _fma_horner(x: str, coefficients: Sequence[Any], to: str) -> list[str]:
+    """`_horner` with product and sum rounded together."""
+    first, *others = map(_bits, coefficients)
+    return [f"mov.f32 {to}, {first};", *(f"fma.rn.f32 {to}, {to}, {x}, {c};" for c in others)]
 
-    Args:
-        product_and_sum: `i` becomes the product of `x` and LOG2_E, plus `summand`.
-        summand: 1.5 2^23, which leaves the nearest integer n in the lowest bits, plus the exponent
-            of the power of two.
+
+def _decay(exponent: int) -> list[str]:
+    """`y` becomes `scores.decay` of `x`, which is no larger than `scores.decay_limit`.
+
+    What counts as 0 comes as an f32 denormal of any size.
     """
+    integer = _bits(scores.INTEGER + exponent)
     return [
-        *product_and_sum,
-        f"sub.rn.f32 n, i, {_bits(summand)};",
-        f"fma.rn.f32 r, n, {_bits(-scores.LN2_HIGH)}, x;",  # the product is exact
-        f"mul.rn.f32 y, n, {_bits(scores.LN2_LOW)};",
-        "sub.rn.f32 r, r, y;",
-        *_horner("r", scores.EXP, "y"),
-        "mul.rn.f32 n, r, r;",
-        "mul.rn.f32 y, y, n;",
-        "add.rn.f32 y, y, r;",
-        f"add.rn.f32 y, y, {_ONE};",
+        f"fma.rn.f32 i, x, {_bits(-scores.LOG2_E)}, {integer};",
+        f"sub.rn.f32 n, {integer}, i;",
+        f"fma.rn.f32 r, x, {_bits(-scores.LOG2_E)}, n;",
+        *_fma_horner("r", scores.EXP2, "y"),
         "mov.b32 e, i;",
         "shl.b32 e, e, 23;",
         "mov.b32 b, y;",
         "add.s32 b, b, e;",
         "mov.b32 y, b;",
-    ]
-
-
-def _quotient(to: str, a: str, b: str, reciprocal: str, scratch: str) -> list[str]:
-    """`to` becomes `a / b`: the last steps of `div.rn.f32`, for results that are no denormals."""
-    return [
-        f"mul.rn.f32 {to}, {a}, {reciprocal};",
-        f"neg.f32 {scratch}, {to};",
-        f"fma.rn.f32 {scratch}, {scratch}, {b}, {a};",
-        f"fma.rn.f32 {to}, {scratch}, {reciprocal}, {to};",
     ]
 
 
@@ -120,105 +108,69 @@ PTX_SIGMOID = "\n".join(
         "}",
     ]
 )
+# `y`, the decay of a number's magnitude, becomes the softplus of that number, `$1`.
+_SOFTPLUS_OF_DECAY = [
+    *_fma_horner("y", scores.LOG1P, "n"),
+    f"max.f32 x, $1, {_bits(0)};",
+    "fma.rn.f32 y, y, n, x;",
+]
 PTX_SQRTSOFTPLUS = "\n".join(
     [
         "{",
         *_REGISTERS,
-        "abs.f32 x, $1;",
-        "neg.f32 x, x;",
-        *_EXP,
-        "add.rn.f32 i, y, y;",
-        f"add.rn.f32 n, {_bits(2)}, y;",
-        "div.rn.f32 r, i, n;",  # r is d, i becomes z
-        f"mul.rn.f32 i, r, {_bits(0.5)};",
-        "mul.rn.f32 i, i, i;",
-        *_horner("i", scores.ATANH, "y"),
-        "mul.rn.f32 y, i, y;",
-        "mul.rn.f32 y, r, y;",
-        "add.rn.f32 y, r, y;",
-        f"max.f32 x, $1, {_bits(0)};",  # of a NaN 0, but then y is one
-        "add.rn.f32 y, x, y;",
-        "sqrt.rn.f32 $0, y;",
+        "abs.f32 r, $1;",
+        f"setp.gt.f32 p, r, {_LARGEST};",
+        f"min.f32 x, r, {_LARGEST};",
+        *_decay(0),
+        f"selp.f32 y, {_bits(0)}, y, p;",
+        *_SOFTPLUS_OF_DECAY,
+        "sqrt.rn.f32 y, y;",
+        "setp.nan.f32 p, $1, $1;",
+        "selp.f32 $0, $1, y, p;",
         "}",
     ]
 )
-_INTEGER = np.float32(1.5 * 2**23)  # a sum with it is rounded to an integer
 QUICK_SQRTSOFTPLUS = np.float32(45)
-"""Below this magnitude `PTX_QUICK_SQRTSOFTPLUS` gives the bits of the formula, without branches.
-
-No edge of the exponential and no denormal is near. The product with LOG2_E is fused with the sum
-after it: of all numbers in -87..0, ten then round to another n. Four of them are above -45, where
-the root has the same bits nevertheless, as every f32 below 45 in magnitude has: all were compared.
-"""
-# `$2` is the magnitude of `$1`. The exponential comes doubled.
+"""Below this magnitude `PTX_QUICK_SQRTSOFTPLUS` gives the bits of the formula, without branches."""
 PTX_QUICK_SQRTSOFTPLUS = "\n".join(
     [
         "{",
         *_REGISTERS,
-        ".reg .f32 g, h;",
-        "neg.f32 x, $2;",
-        *_exp_of_negative(
-            [f"fma.rn.f32 i, x, {_bits(scores.LOG2_E)}, {_bits(_INTEGER + 1)};"], _INTEGER + 1
-        ),
-        f"fma.rn.f32 n, y, {_bits(0.5)}, {_bits(2)};",
-        # The steps of `div.rn.f32`; r becomes d.
-        "rcp.approx.ftz.f32 g, n;",
-        "neg.f32 h, n;",
-        f"fma.rn.f32 h, h, g, {_ONE};",
-        "fma.rn.f32 g, g, h, g;",
-        *_quotient("r", "y", "n", "g", "h"),
-        "mul.rn.f32 i, r, r;",  # 4 z; the coefficients make up for it
-        *_horner("i", [c / 4 ** (4 - k) for k, c in enumerate(scores.ATANH)], "y"),
-        "mul.rn.f32 y, i, y;",
-        "mul.rn.f32 y, r, y;",
-        "add.rn.f32 y, r, y;",
-        f"max.f32 x, $1, {_bits(0)};",
-        "add.rn.f32 y, x, y;",
-        # The steps of `sqrt.rn.f32`.
-        "rsqrt.approx.ftz.f32 g, y;",
-        "mul.rn.f32 r, y, g;",
-        f"mul.rn.f32 h, g, {_bits(0.5)};",
+        "abs.f32 x, $1;",
+        *_decay(0),
+        *_SOFTPLUS_OF_DECAY,
+        # The steps of `sqrt.rn.f32`: no denormal is near.
+        "rsqrt.approx.ftz.f32 i, y;",
+        "mul.rn.f32 r, y, i;",
+        f"mul.rn.f32 i, i, {_bits(0.5)};",
         "neg.f32 n, r;",
         "fma.rn.f32 n, n, r, y;",
-        "fma.rn.f32 $0, n, h, r;",
+        "fma.rn.f32 $0, n, i, r;",
         "}",
     ]
 )
-_SOFTMAX_EXPONENT = np.float32(60)
-# The exponential of `$1`, a logit, less `$2`, the largest of the row, times 2^60; 0 of a NaN.
+# NaN if one is.
+PTX_LARGER_MAGNITUDE = "{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.NaN.f32 $0, a, b; }"
+# `scores.decay` of `$2`, the largest logit of the row, less the logit `$1`. A NaN counts as -inf.
 PTX_SOFTMAX_EXP = "\n".join(
     [
         "{",
         *_REGISTERS,
-        "sub.rn.f32 x, $1, $2;",
+        "sub.rn.f32 x, $2, $1;",
         "setp.eq.f32 p, $1, $2;",
         f"selp.f32 x, {_bits(0)}, x, p;",  # also where both are infinite
-        *_exp_of_negative(
-            [
-                f"mul.rn.f32 i, x, {_bits(scores.LOG2_E)};",
-                f"add.rn.f32 i, i, {_bits(_INTEGER + _SOFTMAX_EXPONENT)};",
-            ],
-            _INTEGER + _SOFTMAX_EXPONENT,
-        ),
-        f"setp.ge.f32 p, x, {_bits(-scores.LARGEST_EXPONENT)};",
-        f"selp.f32 $0, y, {_bits(0)}, p;",
+        f"min.f32 x, x, {_bits(scores.decay_limit(scores.SOFTMAX_EXPONENT))};",
+        *_decay(scores.SOFTMAX_EXPONENT),
+        "mov.f32 $0, y;",
         "}",
     ]
 )
-# `$1` is the exponential, `$2` the total and `$3` its reciprocal. The factor of the two keeps the
-# remainder of the smallest quotients exact; a denormal becomes 0 at the end.
-PTX_SHARE = "\n".join(
-    [
-        "{",
-        ".reg .f32 q, r;",
-        *_quotient("q", "$1", "$2", "$3", "r"),
-        f"add.rn.ftz.f32 $0, q, {_bits(0)};",
-        "}",
-    ]
-)
+# Of f32 denormals, which are 0. No result is one.
+PTX_ADD = "add.rn.ftz.f32 $0, $1, $2;"
+PTX_MULTIPLY = "mul.rn.ftz.f32 $0, $1, $2;"
 PTX_WITHOUT_DENORMALS = f"add.rn.ftz.f32 $0, $1, {_bits(0)};"
 _ADD_ACROSS = (
-    "{{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, -1; add.rn.f32 $0, $1, t; }}"
+    "{{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, -1; add.rn.ftz.f32 $0, $1, t; }}"
 )
 
 
@@ -233,11 +185,11 @@ def sqrtsoftplus(logits: Sequence[_Register], interpret) -> list[_Register]:
     """`scores.sqrtsoftplus` of each."""
     if interpret:
         return [scores.sqrtsoftplus(x) for x in logits]
-    magnitudes = [jnp.abs(x) for x in logits]
+    larger = functools.partial(map_registers, PTX_LARGER_MAGNITUDE, layout=_LAYOUT)
     return map_if_small(
         (PTX_QUICK_SQRTSOFTPLUS, PTX_SQRTSOFTPLUS),
-        list(zip(logits, magnitudes, strict=True)),
-        tested=magnitudes,
+        [(x,) for x in logits],
+        tested=[jnp.abs(functools.reduce(larger, logits))],
         below=int(QUICK_SQRTSOFTPLUS.view(np.int32)),
         layout=_LAYOUT,
     )
@@ -260,7 +212,7 @@ def softmax(
 
     Returns:
         `logits -> scores`; and the same for the logits of all experts, a register for each 32,
-        with the exponentials that were summed.
+        from the exponentials that were summed, so that a NaN has the score 0.
     """
     width = max(1, (1 << (num_experts - 1).bit_length()) // _LANES)
     registers = range(-(-num_experts // _LANES))
@@ -277,41 +229,54 @@ def softmax(
     )
     key = jnp.max(topk.to_key(largest_of_lane), axis=1)
     largest = topk.from_key(topk.across(key, lane.shape))
-
-    def exponential(x: _Register) -> _Register:
-        if interpret:
-            e = scores.exp(jnp.where(x == largest, jnp.float32(0), x - largest))
-            return jnp.where(x != x, jnp.float32(0), e)
-        return map_registers(PTX_SOFTMAX_EXP, x, largest, layout=_LAYOUT)
-
-    summed = functools.cache(lambda register: exponential(logits(register)))
+    summed = functools.cache(lambda register: _exponential(logits(register), largest, interpret))
 
     def total(first: int, step: int) -> _Register | None:
         """Of the registers `first`, `first + step`, ...; None where no expert is."""
         if step == width:
             return summed(first) if first in registers else None
         lower, upper = total(first, 2 * step), total(first + step, 2 * step)
-        return lower if lower is None or upper is None else lower + upper
+        return lower if lower is None or upper is None else add(lower, upper, interpret)
 
     of_lane = total(0, 1)
     assert of_lane is not None
     of_row = _across_lanes(of_lane, interpret)
-
-    def shares(exponentials: Iterable[_Register]) -> list[_Register]:
-        if interpret:
-            quotients = [divide(e, of_row, layout=_LAYOUT, interpret=True) for e in exponentials]
-            return [without_denormals(quotient, interpret) for quotient in quotients]
-        # The total is far from denormals, or 0 where all are NaN.
+    if interpret:
+        inverse = divide(jnp.ones_like(of_row), of_row, layout=_LAYOUT, interpret=True)
+    else:  # the total is far from denormals, or 0 where all are NaN
         inverse = map_registers(PTX_RECIPROCAL, of_row, layout=_LAYOUT)
-        return [map_registers(PTX_SHARE, e, of_row, inverse, layout=_LAYOUT) for e in exponentials]
 
-    def score(
-        logits: Sequence[_Register], exponentials: Iterable[_Register] | None = None
-    ) -> list[_Register]:
-        found = shares(map(exponential, logits) if exponentials is None else exponentials)
-        return [jnp.where(x != x, x, share) for x, share in zip(logits, found, strict=True)]
+    def score(logits: Sequence[_Register]) -> list[_Register]:
+        exponentials = [_exponential(x, largest, interpret) for x in logits]
+        shares = [_multiply(e, inverse, interpret) for e in exponentials]
+        return [jnp.where(x != x, x, share) for x, share in zip(logits, shares, strict=True)]
 
-    return score, lambda logits: score(logits, map(summed, registers))
+    return score, lambda _: [_multiply(summed(r), inverse, interpret) for r in registers]
+
+
+def softmax_of_best(logits: Sequence[_Register], largest: _Register, interpret) -> list[_Register]:
+    """A softmax but for a factor of the row, whose largest logit is known."""
+    shares = [without_denormals(_exponential(x, largest, interpret), interpret) for x in logits]
+    return [jnp.where(x != x, x, share) for x, share in zip(logits, shares, strict=True)]
+
+
+def _exponential(x: _Register, largest: _Register, interpret) -> _Register:
+    """What a logit adds to the total of its row."""
+    if interpret:
+        distance = jnp.where(x == largest, jnp.float32(0), largest - x)
+        return scores.decay(distance, scores.SOFTMAX_EXPONENT)
+    return map_registers(PTX_SOFTMAX_EXP, x, largest, layout=_LAYOUT)
+
+
+def add(a: _Register, b: _Register, interpret) -> _Register:
+    """The sum of two exponentials, or of a score and a bias; no result but 0 is near a denormal."""
+    if interpret:
+        return scores.without_denormals(a + b)
+    return map_registers(PTX_ADD, a, b, layout=_LAYOUT)
+
+
+def _multiply(a: _Register, b: _Register, interpret) -> _Register:
+    return a * b if interpret else map_registers(PTX_MULTIPLY, a, b, layout=_LAYOUT)
 
 
 def _larger(a: _Register, b: _Register, interpret) -> _Register:

@@ -15,10 +15,18 @@ TAKEN = -(2**31)
 NOT_A_NUMBER = TAKEN + 1
 
 
-def to_key(value):
-    """Maps f32, which is not -0, to i32 that compare as the floats do; NaN comes below all."""
+def to_key(value, source=None):
+    """Maps f32, which is not -0, to i32 that compare as the floats do; NaN comes below all.
+
+    Args:
+        value: A register.
+        source: One whose NaNs count too.
+    """
     key = _flip_negative(lax.bitcast_convert_type(value, jnp.int32))
-    return jnp.where(value != value, NOT_A_NUMBER, key)
+    is_nan = value != value
+    if source is not None:
+        is_nan |= source != source  # a GPU tests two numbers at once
+    return jnp.where(is_nan, NOT_A_NUMBER, key)
 
 
 def from_key(key):

@@ -20,10 +20,21 @@ _EXP_4 = tl.constexpr(float(scores.EXP[1]))
 _EXP_3 = tl.constexpr(float(scores.EXP[2]))
 _EXP_2 = tl.constexpr(float(scores.EXP[3]))
 _EXP_1 = tl.constexpr(float(scores.EXP[4]))
-_ATANH_4 = tl.constexpr(float(scores.ATANH[0]))
-_ATANH_3 = tl.constexpr(float(scores.ATANH[1]))
-_ATANH_2 = tl.constexpr(float(scores.ATANH[2]))
-_ATANH_1 = tl.constexpr(float(scores.ATANH[3]))
+_EXP2_5 = tl.constexpr(float(scores.EXP2[0]))
+_EXP2_4 = tl.constexpr(float(scores.EXP2[1]))
+_EXP2_3 = tl.constexpr(float(scores.EXP2[2]))
+_EXP2_2 = tl.constexpr(float(scores.EXP2[3]))
+_EXP2_1 = tl.constexpr(float(scores.EXP2[4]))
+_LOG1P_7 = tl.constexpr(float(scores.LOG1P[0]))
+_LOG1P_6 = tl.constexpr(float(scores.LOG1P[1]))
+_LOG1P_5 = tl.constexpr(float(scores.LOG1P[2]))
+_LOG1P_4 = tl.constexpr(float(scores.LOG1P[3]))
+_LOG1P_3 = tl.constexpr(float(scores.LOG1P[4]))
+_LOG1P_2 = tl.constexpr(float(scores.LOG1P[5]))
+_LOG1P_1 = tl.constexpr(float(scores.LOG1P[6]))
+_LOG1P_0 = tl.constexpr(float(scores.LOG1P[7]))
+_SOFTMAX_EXPONENT = tl.constexpr(float(scores.SOFTMAX_EXPONENT))
+_SOFTMAX_LIMIT = tl.constexpr(float(scores.decay_limit(scores.SOFTMAX_EXPONENT)))
 _SMALLEST_NORMAL = tl.constexpr(float(scores.SMALLEST_NORMAL))
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it is rounded to an integer
 _ROUND_BITS = tl.constexpr(0x4B400000)
@@ -56,16 +67,40 @@ def without_denormals(x):
 
 
 @triton.jit
+def _decay(x, EXPONENT: tl.constexpr):
+    """`scores.decay` of what is below its limit."""
+    shifted = tl.fma(x, -_LOG2_E, _ROUND + EXPONENT)
+    f = tl.fma(x, -_LOG2_E, (_ROUND + EXPONENT) - shifted)
+    p = tl.fma(f, _EXP2_5, _EXP2_4)
+    p = tl.fma(p, f, _EXP2_3)
+    p = tl.fma(p, f, _EXP2_2)
+    p = tl.fma(p, f, _EXP2_1)
+    p = tl.fma(p, f, 1.0)
+    bits = p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return tl.where(bits >= 1 << 23, bits.to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
+def _of_softmax(x, best):
+    """What a logit adds to the total; 0 of a NaN."""
+    distance = tl.where(x == best, 0.0, best - x)
+    return _decay(tl.where(distance < _SOFTMAX_LIMIT, distance, _SOFTMAX_LIMIT), _SOFTMAX_EXPONENT)
+
+
+@triton.jit
 def _sqrtsoftplus(x):
-    t = exp(-tl.abs(x))
-    d = tl.div_rn(t + t, 2.0 + t)
-    s = d * 0.5
-    z = s * s
-    q = z * _ATANH_4 + _ATANH_3
-    q = z * q + _ATANH_2
-    q = z * q + _ATANH_1
-    log1p = d + d * (z * q)
-    return tl.sqrt_rn(tl.where(x > 0, x, 0.0) + log1p)  # of a NaN log1p is one
+    size = tl.abs(x)
+    t = _decay(tl.where(size < _LARGEST_EXPONENT, size, _LARGEST_EXPONENT), 0.0)
+    t = tl.where(size > _LARGEST_EXPONENT, 0.0, t)
+    q = tl.fma(t, _LOG1P_7, _LOG1P_6)
+    q = tl.fma(q, t, _LOG1P_5)
+    q = tl.fma(q, t, _LOG1P_4)
+    q = tl.fma(q, t, _LOG1P_3)
+    q = tl.fma(q, t, _LOG1P_2)
+    q = tl.fma(q, t, _LOG1P_1)
+    q = tl.fma(q, t, _LOG1P_0)
+    y = tl.sqrt_rn(tl.fma(t, q, tl.where(x > 0, x, 0.0)))
+    return tl.where(x != x, x, y)
 
 
 @triton.jit
@@ -84,7 +119,7 @@ def total(x, best, BLOCK: tl.constexpr, STEPS: tl.constexpr):
         BLOCK: A power of two.
         STEPS: Its logarithm.
     """
-    e = tl.where(x != x, 0.0, exp(tl.where(x == best, 0.0, x - best)))
+    e = _of_softmax(x, best)
     for step in tl.static_range(STEPS):
         e = tl.sum(tl.reshape(e, [2, BLOCK >> (step + 1)]), axis=0)
     return tl.sum(e, axis=0)
@@ -101,8 +136,7 @@ def score(x, best, sum_of_all, SCORING: tl.constexpr):
         SCORING: "sigmoid", "softmax" or "sqrtsoftplus".
     """
     if SCORING == "softmax":
-        e = exp(tl.where(x == best, 0.0, x - best))
-        y = without_denormals(tl.div_rn(e, sum_of_all))
+        y = tl.where(x != x, x, _of_softmax(x, best) * tl.div_rn(1.0, sum_of_all))
     elif SCORING == "sqrtsoftplus":
         y = _sqrtsoftplus(x)
     else:
