@@ -202,19 +202,17 @@ def apply_routed(
     """
     weights = ExpertWeights(gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale)
     routing = Routing(topk_ids, topk_weights)
-    inputs = RoutedInputs(hidden_states, hidden_states_scale, weights, routing, local_expert_offset)
-    num_experts = validate.num_experts(num_experts)
-    inputs = validate.routed_inputs(inputs, num_experts)
-    options = Options(
+    return entry.run_routed(
+        RoutedInputs(hidden_states, hidden_states_scale, weights, routing, local_expert_offset),
         num_experts=num_experts,
-        top_k=topk_ids.shape[1],
-        expected_rows=validate.expected_rows(expected_rows),
-        scale_format=checked_scale_format(scale_format),
-        swiglu_limit=checked_swiglu_limit(swiglu_limit),
-        precision=checked_precision(precision),
-        batch_invariant=checked_batch_invariant(batch_invariant),
+        backend=backend,
+        num_tokens=num_tokens,
+        expected_rows=expected_rows,
+        scale_format=scale_format,
+        swiglu_limit=swiglu_limit,
+        precision=precision,
+        batch_invariant=batch_invariant,
     )
-    return entry.run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply_routed")
 
 
 def reference(

@@ -15,7 +15,15 @@ from jax import Array
 from jaxtyping import BFloat16
 
 from jax_moe import backends, buckets, lowering_cache, memory, transfers, validate
-from jax_moe.config import MoEConfig, Precision, ScaleFormat
+from jax_moe.config import (
+    MoEConfig,
+    Precision,
+    ScaleFormat,
+    checked_batch_invariant,
+    checked_precision,
+    checked_scale_format,
+    checked_swiglu_limit,
+)
 from jax_moe.device import jax_device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
@@ -38,6 +46,8 @@ class Options:
         precision: What activations are rounded to.
         batch_invariant: Whether a token's bits are the same in any batch.
         output_dtype: Of the result: "bfloat16", or "float32" where ranks add theirs up.
+        num_shared_experts: So many of the last local experts are taken by all live tokens, which
+            name them in the last of their k choices, in the experts' order. Not checked.
     """
 
     num_experts: int
@@ -49,6 +59,7 @@ class Options:
     precision: Precision = "fast"
     batch_invariant: bool = False
     output_dtype: str = "bfloat16"
+    num_shared_experts: int = 0
 
     @property
     def epilogue(self) -> dict[str, Any]:
@@ -100,6 +111,35 @@ def run(
     inputs, live = transfers.upload_numbers((inputs, live))
     out = _jitted(inputs, live, options=options, backend=chosen)
     return buckets.take_rows(out, rows) if out.shape[0] != rows else out
+
+
+def run_routed(
+    inputs: RoutedInputs,
+    *,
+    num_experts: int,
+    backend: str,
+    num_tokens: Any = None,
+    expected_rows: float | None = None,
+    scale_format: ScaleFormat = "f32",
+    swiglu_limit: float | None = None,
+    precision: Precision = "fast",
+    batch_invariant: bool = False,
+    num_shared_experts: int = 0,
+) -> BFloat16[Array, "T H"]:
+    """`jax_moe.apply_routed` of unchecked arguments; the last one is that of `Options`."""
+    num_experts = validate.num_experts(num_experts)
+    inputs = validate.routed_inputs(inputs, num_experts)
+    options = Options(
+        num_experts=num_experts,
+        top_k=inputs.routing.topk_ids.shape[1],
+        expected_rows=validate.expected_rows(expected_rows),
+        scale_format=checked_scale_format(scale_format),
+        swiglu_limit=checked_swiglu_limit(swiglu_limit),
+        precision=checked_precision(precision),
+        batch_invariant=checked_batch_invariant(batch_invariant),
+        num_shared_experts=num_shared_experts,
+    )
+    return run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply_routed")
 
 
 def per_token(inputs: LayerInputs | RoutedInputs) -> dict[str, Any]:
@@ -179,6 +219,7 @@ def layer(
             config=options.config,
             **options.epilogue,
             output_dtype=options.output_dtype,
+            num_shared_experts=options.num_shared_experts,
         )
     if inputs.hidden_states_scale is None:
         values, scales = stages.quantize(

@@ -32,7 +32,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 
 # The detector wants a proxy fence between plain reads of shared memory and the TMA copy that
 # reuses it. On the GPU the mbarrier hand-off of the slot orders the two.
-SCALES_OF_A_REUSED_SLOT = {"accumulate.<locals>.step", "_copy_tokens"}
+SCALES_OF_A_REUSED_SLOT = {"accumulate.<locals>.step", "_copy_step"}
 # The last rows of an odd count are quantized by two blocks, to the same bits.
 OVERLAPPING_ROWS = {"store"}  # `layouts.store`
 

@@ -138,11 +138,11 @@ def test_numbers_cross_a_transfer_guard():
 def test_tiles_are_as_tall_as_a_fused_shared_expert_needs(monkeypatch):
     rows = []
 
-    def recorded(x, *arguments, num_experts, expected_rows=None, **options):
+    def recorded(inputs, *, num_experts, expected_rows=None, **options):
         rows.append((num_experts, expected_rows))
-        return jnp.zeros(x.shape, jnp.bfloat16)
+        return jnp.zeros(inputs.hidden_states.shape, jnp.bfloat16)
 
-    monkeypatch.setattr("jax_moe.nn.layer.apply_routed", recorded)
+    monkeypatch.setattr("jax_moe.entry.run_routed", recorded)
     router = dataclasses.replace(CONFIG.router, top_k=1)  # T/8 rows per routed expert
     config, params = dataclasses.replace(CONFIG, router=router), make()
     fused = nn.fuse_shared(params, config)

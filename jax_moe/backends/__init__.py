@@ -40,7 +40,7 @@ class Backend(Protocol):
 
     Takes `LayerInputs` or `RoutedInputs`, quantized or not, `num_tokens` as `of_live_tokens` does,
     and the keywords of `plan_groups`, `up_project` and `unpermute`; with `LayerInputs` also
-    `config`.
+    `config`. `num_shared_experts` is that of `entry.Options`, and may be ignored.
     """
 
     tiling_table: Callable[[int, int, int], object] | None

@@ -35,6 +35,8 @@ KEEPS_LOWERED = True  # Pallas lowers these kernels in Python, which takes secon
 
 _INTERPRETED_SMS = 2
 
+_TMA_ROWS = 8  # of a swizzled tile: TMA takes tokens in such groups
+
 _CHOOSE = {"fast": tilings.choose, "high": tilings.choose_widened}
 
 
@@ -137,6 +139,7 @@ def layer(
     precision: Precision = "fast",
     batch_invariant: bool = False,
     output_dtype: str = "bfloat16",
+    num_shared_experts: int = 0,
 ) -> Float[Array, "T H"]:
     """All stages.
 
@@ -166,6 +169,7 @@ def layer(
         batch_invariant=batch_invariant,
         side_job=_zeroing(weights.gemm1_weights, plan, precision),
         zeros=up_zeros,
+        num_shared_experts=num_shared_experts,
     )
     expert_outputs = _down(
         activations,
@@ -246,15 +250,21 @@ def _up(
     batch_invariant: bool,
     side_job: SideJob | None = None,
     zeros: Array | None = None,
+    num_shared_experts: int = 0,
 ) -> tuple[Quantized, Array | None]:
     """The activations, and what `side_job` gives; rows are gathered on the way, or permuted before.
 
-    The up-projection gathers rows itself where they are few.
+    The up-projection gathers rows itself where they are few. Else it reads those of shared experts,
+    which are the tokens in order, where they are, if TMA can: it takes 8 rows at a time.
     """
-    gathers = tilings.gathers(plan.block_m)
+    gathers, interpret = tilings.gathers(plan.block_m), interpret_params()
     precision = precision_of(rows.values)
-    if not gathers:
-        rows = permute.permute_rows(rows, plan, interpret=interpret_params())
+    num_tokens = len(rows.values)
+    in_order = not gathers and num_tokens >= plan.block_m and num_tokens % _TMA_ROWS == 0
+    shared = num_shared_experts if in_order else 0
+    tokens = rows if shared else None
+    if not gathers and shared < weights.shape[0]:
+        rows = permute.permute_rows(rows, plan, num_shared_experts=shared, interpret=interpret)
     return up_projection(
         rows,
         plan,
@@ -266,7 +276,9 @@ def _up(
         gather_rows=gathers,
         side_job=side_job,
         zeros=zeros,
-        interpret=interpret_params(),
+        tokens=tokens,
+        num_shared_experts=shared,
+        interpret=interpret,
     )
 
 

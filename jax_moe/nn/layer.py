@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import BFloat16, Float, Float32, Int32
 
-from jax_moe import backends, stages, transfers, validate
-from jax_moe.api import apply_routed
+from jax_moe import backends, entry, stages, transfers, validate
 from jax_moe.config import Precision, checked_batch_invariant, checked_precision
 from jax_moe.nn.config import LayerConfig, checked_layer_config
 from jax_moe.numerics import matmul, matmul_in_tiles
@@ -20,7 +19,7 @@ from jax_moe.parallel import apply_routed_expert_parallel, placement
 from jax_moe.parallel.ranks import AxisName
 from jax_moe.scalars import alive, boolean, got, integer
 from jax_moe.transforms import forward_only
-from jax_moe.types import ExpertWeights, LayerWeights, Routing
+from jax_moe.types import ExpertWeights, LayerWeights, RoutedInputs, Routing
 from pallas_kernels.shapes import even_rows
 
 _MOST_ROWS_OF_FUSED = 16  # more would choose tiles that are too tall for the routed experts
@@ -125,14 +124,12 @@ def moe_layer(
         if num_fused:
             weight = _shared_weight(params, x, config, batch_invariant)
             chosen = _with_fused(routing, weight, config.num_experts, num_fused)
-        out = apply_routed(
-            *rows,
-            *params.experts,
-            *chosen,
-            0,
+        out = entry.run_routed(
+            RoutedInputs(*rows, params.experts, chosen, 0),
             num_experts=config.num_experts + num_fused,
             expected_rows=_expected_rows(len(x), config, num_fused),
             swiglu_limit=router.swiglu_limit,
+            num_shared_experts=num_fused,
             **call,
         )
     if params.shared_experts is not None:
@@ -296,11 +293,11 @@ def _shared(
     weight = _shared_weight(params, x, config, call["batch_invariant"])
     every = Routing(transfers.full((x.shape[0], 1), 0, jnp.int32, x), weight)
     experts: Any = params.shared_experts
-    arguments: Any = (*rows, *experts, *every, 0)
-    return apply_routed(
-        *arguments,
+    return entry.run_routed(
+        RoutedInputs(*rows, experts, every, 0),
         num_experts=1,
         swiglu_limit=config.shared_swiglu_limit,
+        num_shared_experts=1,
         **call,
     )
 

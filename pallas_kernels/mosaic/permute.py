@@ -27,12 +27,16 @@ _SCALE_CTAS = 2  # per SM
 _SCALE_BLOCKS = 14  # on their way together: all are loaded before the first is stored
 
 
-def permute_rows(tokens: Quantized, plan: GroupPlan, *, interpret=None) -> Quantized:
+def permute_rows(
+    tokens: Quantized, plan: GroupPlan, *, num_shared_experts: int = 0, interpret=None
+) -> Quantized:
     """Rows and scales in the order of a group plan.
 
     Args:
         tokens: `e4m3[T, H]`, H a multiple of 128, and `f32[H/128, T]`.
         plan: Where they go; its `block_m` is a multiple of 128.
+        num_shared_experts: How many of a token's last choices are the last experts, which all live
+            tokens take. Their rows, the tokens in order, are left out.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -51,7 +55,13 @@ def permute_rows(tokens: Quantized, plan: GroupPlan, *, interpret=None) -> Quant
         raise ValueError(f"plan: expected whole tiles of {block_m} rows, got {num_rows} rows")
     scale_ctas = _SCALE_CTAS * (device.num_sms() if interpret is None else 1)
     kernel = launch.kernel(
-        functools.partial(_kernel, scale_ctas=scale_ctas, block_m=block_m, interpret=interpret),
+        functools.partial(
+            _kernel,
+            scale_ctas=scale_ctas,
+            block_m=block_m,
+            num_shared_experts=num_shared_experts,
+            interpret=interpret,
+        ),
         out_type=(
             jax.ShapeDtypeStruct((num_rows, hidden_size), tokens.values.dtype),
             jax.ShapeDtypeStruct((tokens.scales.shape[0], num_rows), jnp.float32),
@@ -61,25 +71,31 @@ def permute_rows(tokens: Quantized, plan: GroupPlan, *, interpret=None) -> Quant
         kernel_name="moe_permute_rows",
         interpret=interpret,
     )
-    return Quantized(*kernel(*tokens, plan.pair_row, plan.row_token, plan.num_tiles))
+    ends = plan.group_offsets if num_shared_experts else plan.num_tiles
+    return Quantized(*kernel(*tokens, plan.pair_row, plan.row_token, ends))
 
 
 def _kernel(
-    x_gmem, scale_gmem, pair_row_gmem, row_token_gmem, num_tiles_gmem, rows_gmem, row_scale_gmem,
-    *, scale_ctas, block_m, interpret,
+    x_gmem, scale_gmem, pair_row_gmem, row_token_gmem, ends_gmem, rows_gmem, row_scale_gmem,
+    *, scale_ctas, block_m, num_shared_experts, interpret,
 ):  # fmt: skip
     cta = lax.axis_index("cta")
 
     @pl.when(cta < scale_ctas)
     def _scales():
+        num_tiles = ends_gmem[0]
+        if num_shared_experts:
+            first_shared = ends_gmem.shape[0] - num_shared_experts
+            num_tiles = lax.div(ends_gmem[first_shared], jnp.int32(block_m))
         _copy_scales(
-            scale_gmem, row_token_gmem, num_tiles_gmem[0], row_scale_gmem,
+            scale_gmem, row_token_gmem, num_tiles, row_scale_gmem,
             first=cta, step=scale_ctas, block_m=block_m, interpret=interpret,
         )  # fmt: skip
 
     @pl.when(cta >= scale_ctas)
     def _row():
-        _copy_row(cta - scale_ctas, x_gmem, pair_row_gmem, rows_gmem)
+        num_pairs = pair_row_gmem.shape[1] - num_shared_experts
+        _copy_row(cta - scale_ctas, x_gmem, pair_row_gmem, rows_gmem, num_pairs)
 
 
 def _copy_scales(
@@ -104,8 +120,8 @@ def _copy_scales(
             row_scale_gmem[block + i, rows] = values
 
 
-def _copy_row(token, x_gmem, pair_row_gmem, rows_gmem):
-    rows = [pair_row_gmem[token, k] for k in range(pair_row_gmem.shape[1])]
+def _copy_row(token, x_gmem, pair_row_gmem, rows_gmem, num_pairs):
+    rows = [pair_row_gmem[token, k] for k in range(num_pairs)]
 
     @pl.when(functools.reduce(lax.max, rows) >= 0)
     def _copy():

@@ -84,6 +84,8 @@ def grouped_matmul(
     gather_rows: bool = False,
     side_job: SideJob | None = None,
     zeros: Int32[Array, " n"] | None = None,
+    tokens: Quantized | None = None,
+    num_shared_experts: int = 0,
     interpret=None,
 ) -> tuple[Any, Array | None]:
     """Runs an epilogue on every tile of `rows @ weights[expert].T`.
@@ -102,6 +104,10 @@ def grouped_matmul(
         gather_rows: Whether row r is `rows[plan.row_token[r]]`.
         side_job: What a spare warp does meanwhile; only where `has_spare_warps`.
         zeros: As for `counted_in.run`.
+        tokens: The rows `[T, K]` of each shared expert, in place of those of `rows`. T is at least
+            `block_m`, itself at least 32, and a multiple of 8, for TMA. None where there are no
+            shared experts, or rows are gathered.
+        num_shared_experts: How many of the last experts are shared; 0 without `tokens`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -125,6 +131,7 @@ def grouped_matmul(
         gathered=gather_rows,
         interpret=interpret,
         widened=is_widened(rows),
+        num_shared_experts=num_shared_experts,
     )
     if side_job and not shape.is_dynamic:
         raise ValueError(f"side_job: expected None where no warp is spare, got one with {config}")
@@ -150,7 +157,15 @@ def grouped_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    given = operands(rows, plan, weights, weights_scale, gather_rows=gather_rows, side_job=side_job)
+    given = operands(
+        rows,
+        plan,
+        weights,
+        weights_scale,
+        gather_rows=gather_rows,
+        side_job=side_job,
+        tokens=tokens,
+    )
     if shape.is_dynamic or shape.is_split:
         results = counted_in.run(
             lambda given, zeros: kernel(given._replace(zeros=zeros)), given, results, zeros

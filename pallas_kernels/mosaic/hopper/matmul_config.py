@@ -159,6 +159,7 @@ class MatmulShape:
         is_split: Whether the last tiles may be split along K.
         is_widened: Whether rows have 16 bits, and the weights are widened to f16 in registers.
         is_interpreted: Whether the interpreter runs the kernel.
+        num_shared_experts: How many of the last experts have all tokens in order as their rows.
     """
 
     config: MatmulConfig
@@ -171,6 +172,7 @@ class MatmulShape:
     is_split: bool
     is_widened: bool = False
     is_interpreted: bool = False
+    num_shared_experts: int = 0
 
     @property
     def block_m(self) -> int:
@@ -213,6 +215,7 @@ def matmul_shape(
     gathered: bool,
     interpret: Any,
     widened: bool = False,
+    num_shared_experts: int = 0,
 ) -> MatmulShape:
     """The shape of a matmul on the GPU that is compiled for.
 
@@ -224,6 +227,7 @@ def matmul_shape(
         gathered: Whether the producer gathers the rows.
         interpret: Interpreter parameters, or None for the GPU.
         widened: Whether rows have 16 bits.
+        num_shared_experts: See `MatmulShape`.
 
     Raises:
         ValueError: The configuration does not fit the GPU, or the rows.
@@ -248,6 +252,7 @@ def matmul_shape(
         is_split=config.segments(num_steps) > 1 and interpret is None,
         is_widened=widened,
         is_interpreted=interpret is not None,
+        num_shared_experts=num_shared_experts,
     )
     if gathered and config.num_stages < shape.stages_per_fill + GATHER_DELAY:
         raise ValueError(

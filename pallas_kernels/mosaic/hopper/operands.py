@@ -21,6 +21,7 @@ class Operands(NamedTuple):
         weights_scale: f32[E,N/128,K/128].
         side_job: Inputs of the side job.
         zeros: What the kernel counts in, if it does (`counted_in`).
+        tokens: In their own order, the rows of shared experts where `rows` lack them; else None.
     """
 
     rows: Quantized
@@ -30,6 +31,7 @@ class Operands(NamedTuple):
     weights_scale: Any
     side_job: tuple[Any, ...]
     zeros: Any = None
+    tokens: Quantized | None = None
 
 
 def operands(
@@ -40,6 +42,7 @@ def operands(
     *,
     gather_rows: bool,
     side_job: SideJob | None,
+    tokens: Quantized | None = None,
 ) -> Operands:
     """The operands of `grouped_matmul`, whose arguments these are."""
     return Operands(
@@ -49,4 +52,5 @@ def operands(
         weights=weights,
         weights_scale=weights_scale,
         side_job=side_job.inputs if side_job else (),
+        tokens=tokens,
     )

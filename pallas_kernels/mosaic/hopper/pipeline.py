@@ -8,6 +8,7 @@ keeps ptxas from starting the second product before the first is promoted, which
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ class Pipeline(NamedTuple):
     def _inside(self, row):
         return lax.rem(row, jnp.int32(self.x_scales.shape[1]))
 
-    def produce(self, operands: Operands, tile, width: int, blocks, first_step, ks) -> None:
+    def produce(self, operands: Operands, tile, tokens, width: int, blocks, first_step, ks) -> None:
         """Producer: copies the 128-column steps `ks` of a tile into the next stages.
 
         Copies of one weight row in several steps follow each other: they lie side by side in
@@ -79,6 +80,7 @@ class Pipeline(NamedTuple):
         Args:
             operands: Arrays in global memory.
             tile: The tile.
+            tokens: Which tile of `operands.tokens` its rows are; negative, or None, if of none.
             width: Its tokens.
             blocks: Its weight blocks.
             first_step: The CTA's count of steps before step 0 of this tile.
@@ -95,7 +97,7 @@ class Pipeline(NamedTuple):
         gathered = operands.row_token is not None
         rows_per_copy = QUANT_BLOCK // len(ks)
         if not gathered:
-            _copy_tokens(self, operands.rows, tile, width, ks, stages)
+            _copy_tokens(self, operands, tile, tokens, width, ks, stages)
         for i, block in enumerate(blocks):
             for first in range(0, QUANT_BLOCK, rows_per_copy):
                 rows = pl.ds(block * QUANT_BLOCK + first, rows_per_copy)
@@ -156,13 +158,26 @@ def pipeline_types(shape: MatmulShape) -> Pipeline:
     )
 
 
-def _copy_tokens(pipeline: Pipeline, rows: Quantized, tile, width: int, ks, stages) -> None:
+def _copy_tokens(
+    pipeline: Pipeline, operands: Operands, tile, tokens, width: int, ks, stages
+) -> None:
     for k, stage in zip(ks, stages, strict=True):
-        full = pipeline.full(stage, 0)
-        tokens = rows.values.at[pl.ds(tile.row, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
-        plgpu.copy_gmem_to_smem(tokens, pipeline.x.at[stage, pl.ds(0, width)], full)
-        scales = pl.ds(pipeline.first_scale(tile.row), pipeline.x_scales.shape[1])
-        plgpu.copy_gmem_to_smem(rows.scales.at[k, scales], pipeline.x_scales.at[stage], full)
+        copy = functools.partial(_copy_step, pipeline, k, stage, width)
+        permuted = functools.partial(copy, operands.rows, tile.row)
+        if tokens is None:
+            permuted()
+            continue
+        # Past the last token TMA fills with zeros.
+        in_order = functools.partial(copy, operands.tokens, tokens * pipeline.block_m)
+        lax.cond(tokens < 0, permuted, in_order)
+
+
+def _copy_step(pipeline: Pipeline, k, stage, width: int, rows: Quantized, first) -> None:
+    full = pipeline.full(stage, 0)
+    values = rows.values.at[pl.ds(first, width), pl.ds(k * QUANT_BLOCK, QUANT_BLOCK)]
+    plgpu.copy_gmem_to_smem(values, pipeline.x.at[stage, pl.ds(0, width)], full)
+    scales = pl.ds(pipeline.first_scale(first), pipeline.x_scales.shape[1])
+    plgpu.copy_gmem_to_smem(rows.scales.at[k, scales], pipeline.x_scales.at[stage], full)
 
 
 def _gather_tokens(pipeline: Pipeline, operands: Operands, tile, width: int, ks, stages) -> None:

@@ -8,11 +8,15 @@ copy           tokens, their scales, weight blocks -> full[s]
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulShape
 from pallas_kernels.mosaic.hopper.operands import Operands
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline
@@ -28,11 +32,27 @@ class Producer(NamedTuple):
 
     def produce(self, done, tile: Tile, look_ahead: Callable[[Any, Any], None]) -> None:
         """Fills the pipeline for a tile."""
+        tokens = self._tile_of_tokens(tile)
         at_width(
-            tile, self.shape.widths, lambda width: self._produce(done, tile, width, look_ahead)
+            tile,
+            self.shape.widths,
+            lambda width: self._produce(done, tile, tokens, width, look_ahead),
         )
 
-    def _produce(self, done, tile: Tile, width: int, look_ahead) -> None:
+    def _tile_of_tokens(self, tile: Tile):
+        """Which tile of tokens the rows of a shared expert's tile are, counted from token 0.
+
+        Negative for other experts; None where all rows are permuted.
+        """
+        if self.operands.tokens is None:
+            return None
+        load = warp.load if self.shape.is_dynamic else operator.getitem
+        inside = tile.row - load(self.operands.plan.group_offsets, tile.expert)
+        first_expert = self.operands.weights.shape[0] - self.shape.num_shared_experts
+        number = lax.div(inside, jnp.int32(self.shape.block_m))
+        return lax.select(tile.expert >= first_expert, number, jnp.int32(-1))
+
+    def _produce(self, done, tile: Tile, tokens, width: int, look_ahead) -> None:
         shape = self.shape
         blocks = shape.weight_blocks(tile.column)
         fills = (tile.end - tile.begin) * (shape.segment_steps // shape.stages_per_fill)
@@ -43,7 +63,7 @@ class Producer(NamedTuple):
             look_ahead(i, fills)
             first = tile.begin * shape.segment_steps + i * shape.stages_per_fill
             ks = [first + j for j in range(shape.stages_per_fill)]
-            self.pipeline.produce(self.operands, tile, width, blocks, first_step, ks)
+            self.pipeline.produce(self.operands, tile, tokens, width, blocks, first_step, ks)
 
     def commit_last(self, done) -> None:
         """Commits the rows whose copies are still under way."""

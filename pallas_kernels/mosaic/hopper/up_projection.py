@@ -83,6 +83,8 @@ def up_projection(
     gather_rows: bool = False,
     side_job: SideJob | None = None,
     zeros: Int32[Array, " n"] | None = None,
+    tokens: Quantized | None = None,
+    num_shared_experts: int = 0,
     interpret=None,
 ) -> tuple[Quantized, Array | None]:
     """`silu(second half) * first half` of `rows @ gemm1_weights[expert].T`, requantized.
@@ -100,6 +102,8 @@ def up_projection(
         gather_rows: Whether `rows` are tokens.
         side_job: As for `grouped_matmul`.
         zeros: As for `counted_in.run`.
+        tokens: As for `grouped_matmul`.
+        num_shared_experts: As for `grouped_matmul`.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
@@ -136,6 +140,8 @@ def up_projection(
         gather_rows=gather_rows,
         side_job=side_job,
         zeros=zeros,
+        tokens=tokens,
+        num_shared_experts=num_shared_experts,
         interpret=interpret,
     )
 
