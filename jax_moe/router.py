@@ -31,6 +31,7 @@ def route(
     *,
     config: MoEConfig,
     batch_invariant: bool = False,
+    num_shared_experts: int = 0,
 ) -> Routing:
     """Group-limited top-k; see `jax_moe.route` for the scores and the rules on ties and NaN."""
     logits = routing_logits.astype(jnp.float32)
@@ -47,7 +48,33 @@ def route(
     if config.renormalize:
         total = (_sum_in_order if batch_invariant else _sum)(topk_weights)
         topk_weights = topk_weights / (total + 1e-20)
-    return Routing(topk_ids, topk_weights * routed_scaling_factor)
+    chosen = Routing(topk_ids, topk_weights * routed_scaling_factor)
+    return with_shared(chosen, logits.shape[1], num_shared_experts)
+
+
+def with_shared(
+    routing: Routing,
+    num_experts: int,
+    num_shared_experts: int,
+    weight: Float32[Array, "T 1"] | float = 1.0,
+) -> Routing:
+    """The routing, and shared experts for every token; their ids follow the routed ones'.
+
+    Args:
+        routing: Of the routed experts.
+        num_experts: E, the routed ones.
+        num_shared_experts: How many there are.
+        weight: Of the shared ones.
+    """
+    if num_shared_experts == 0:
+        return routing
+    shape = (len(routing.topk_ids), num_shared_experts)
+    ids = num_experts + lax.broadcasted_iota(jnp.int32, shape, 1)
+    weights = jnp.broadcast_to(jnp.asarray(weight, jnp.float32), shape)
+    return Routing(
+        jnp.concatenate([routing.topk_ids, ids], axis=1),
+        jnp.concatenate([routing.topk_weights, weights], axis=1),
+    )
 
 
 def _sum(weights: Float32[Array, "T k"]) -> Float32[Array, "T 1"]:

@@ -83,10 +83,48 @@ def route(
         ValueError: A shape does not fit, or the groups do not fit the experts.
         NotImplementedError: The backend does not run on this device.
     """
+    return route_with_shared(
+        routing_logits,
+        routing_bias,
+        routed_scaling_factor,
+        config=config,
+        batch_invariant=batch_invariant,
+        backend=backend,
+    )
+
+
+def route_with_shared(
+    routing_logits: Float[Array, "T E"],
+    routing_bias: Float[Array, " E"] | None,
+    routed_scaling_factor: float | Float32[Array, ""],
+    *,
+    config: MoEConfig,
+    num_shared_experts: int = 0,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> Routing:
+    """`route`, and s shared experts that every token takes with the weight 1.
+
+    Args:
+        routing_logits: As for `route`, all other arguments too.
+        routing_bias: As there.
+        routed_scaling_factor: As there.
+        config: As there.
+        num_shared_experts: s; their ids follow those of the E routed ones.
+        batch_invariant: As there.
+        backend: As there.
+
+    Returns:
+        `Routing` of i32[T,k+s] and f32[T,k+s], the shared ones last.
+    """
     validate.routing(routing_logits, routing_bias, config, {})
     validate.whole(routing_logits=routing_logits, routing_bias=routing_bias)
     factor = validate.real("routed_scaling_factor", routed_scaling_factor)
-    static = {"config": config, "batch_invariant": checked_batch_invariant(batch_invariant)}
+    static = {
+        "config": config,
+        "batch_invariant": checked_batch_invariant(batch_invariant),
+        "num_shared_experts": num_shared_experts,
+    }
     return _run("route", backend, routing_logits, routing_bias, factor, **static)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import entry, nn
+from jax_moe import entry, nn, stages
 from jax_moe.backends import mosaic
 from jax_moe.types import GroupPlan, LayerWeights, Quantized
 from pallas_kernels.mosaic import permute
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
-from tests.backend_cases import slow
+from tests.backend_cases import EVERYWHERE, running, slow
 from tests.moe_inputs import bits, make_inputs
 from tests.test_kernels_interpreted import E4M3, SCALES_OF_A_REUSED_SLOT, run, weights
 
@@ -80,6 +80,22 @@ def test_up_projection_of_tokens_in_place_of_permuted_rows():
     live = np.sort(plan.pair_row[plan.pair_row >= 0])
     np.testing.assert_array_equal(bits(found[live]), bits(wanted[live]))
     np.testing.assert_array_equal(found_scales[:, live], wanted_scales[:, live])
+
+
+@pytest.mark.parametrize("case", [*EVERYWHERE, "interpreted_mosaic"])
+@pytest.mark.parametrize("top_k", [3, slow(31)])
+def test_routing_names_shared_experts_last(case, top_k):
+    """Two of them, of which with 31 choices the second is in another register."""
+    config = jax_moe.MoEConfig(top_k, scoring="softmax")
+    logits = np.random.default_rng(3).standard_normal((5, 40)).astype(np.float32)
+    with running(case) as backend:
+        how = {"config": config, "backend": backend}
+        wanted = stages.route(logits, None, 2.5, **how)
+        found = stages.route_with_shared(logits, None, 2.5, num_shared_experts=2, **how)
+    for all_experts, routed in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(all_experts[:, :top_k], routed)
+    np.testing.assert_array_equal(found.topk_ids[:, top_k:], [[40, 41]] * 5)
+    np.testing.assert_array_equal(found.topk_weights[:, top_k:], np.ones((5, 2)))
 
 
 @functools.cache

@@ -57,8 +57,9 @@ class Backend(Protocol):
         *,
         config: MoEConfig,
         batch_invariant: bool = False,
+        num_shared_experts: int = 0,
     ) -> Routing:
-        """Logits to experts and weights."""
+        """Logits to experts and weights; shared ones that all tokens take come last."""
 
     def quantize(
         self, x: Array, *, scale_format: ScaleFormat, precision: Precision = "fast"

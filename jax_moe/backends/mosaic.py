@@ -54,13 +54,15 @@ def route(
     *,
     config: MoEConfig,
     batch_invariant: bool = False,
+    num_shared_experts: int = 0,
 ) -> Routing:
-    """Group-limited top-k; see `jax_moe.route`."""
+    """Group-limited top-k; see `jax_moe.stages.route_with_shared`."""
     return routing.route(
         routing_logits.astype(jnp.float32),
         routing_bias,
         routed_scaling_factor,
         **config.routing_options,
+        num_shared_experts=num_shared_experts,
         interpret=interpret_params(),
     )
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Float8e4m3fn, Float32, Int32
 from jax_moe.backends import in_precision, precision_of
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
 from jax_moe.device import device_of
+from jax_moe.router import with_shared
 from jax_moe.transforms import as_varying
 from jax_moe.types import GroupPlan, Quantized, Routing
 from pallas_kernels import device
@@ -44,15 +45,16 @@ def route(
     *,
     config: MoEConfig,
     batch_invariant: bool = False,
+    num_shared_experts: int = 0,
 ) -> Routing:
-    """Group-limited top-k; see `jax_moe.route`."""
+    """Group-limited top-k; see `jax_moe.stages.route_with_shared`."""
     launch = routing.launch(
         routing_logits.astype(jnp.float32),
         routing_bias,
         routed_scaling_factor,
         **config.routing_options,
     )
-    return Routing(*_run(launch))
+    return with_shared(Routing(*_run(launch)), routing_logits.shape[1], num_shared_experts)
 
 
 def quantize(

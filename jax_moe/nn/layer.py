@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import BFloat16, Float, Float32, Int32
 
 from jax_moe import backends, entry, stages, transfers, validate
@@ -17,6 +17,7 @@ from jax_moe.nn.config import LayerConfig, checked_layer_config
 from jax_moe.numerics import matmul, matmul_in_tiles
 from jax_moe.parallel import apply_routed_expert_parallel, placement
 from jax_moe.parallel.ranks import AxisName
+from jax_moe.router import with_shared
 from jax_moe.scalars import alive, boolean, got, integer
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, LayerWeights, RoutedInputs, Routing
@@ -83,11 +84,13 @@ def moe_layer(
     with_load = boolean("with_load", with_load)
     live: Any = None if num_tokens is None else integer("num_tokens", num_tokens, 0, len(x))
     batch_invariant = checked_batch_invariant(batch_invariant)
-    routing = stages.route(
+    is_gated = config.has_shared_gate  # shared experts then have other weights than 1
+    routing = stages.route_with_shared(
         _gate_logits(x, params.gate_weight, batch_invariant),
         params.e_score_correction_bias,
         config.routed_scaling_factor,
         config=router,
+        num_shared_experts=0 if is_gated else num_fused,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -120,12 +123,11 @@ def moe_layer(
         if with_load:
             counted = transfers.upload_numbers((routing.topk_ids, live))
             load = _load(*counted, num_experts=config.num_experts)
-        chosen = routing
-        if num_fused:
+        if is_gated and num_fused:
             weight = _shared_weight(params, x, config, batch_invariant)
-            chosen = _with_fused(routing, weight, config.num_experts, num_fused)
+            routing = _with_shared(routing, config.num_experts, num_fused, weight)
         out = entry.run_routed(
-            RoutedInputs(*rows, params.experts, chosen, 0),
+            RoutedInputs(*rows, params.experts, routing, 0),
             num_experts=config.num_experts + num_fused,
             expected_rows=_expected_rows(len(x), config, num_fused),
             swiglu_limit=router.swiglu_limit,
@@ -270,6 +272,7 @@ def _gate_logits(x: Array, weight: Any, batch_invariant: bool) -> Float32[Array,
 # Jitted, as is all eager arithmetic with numbers here: operations one by one would upload them,
 # which `jax.transfer_guard` may forbid.
 _matmul_in_tiles = jax.jit(forward_only(matmul_in_tiles))
+_with_shared = jax.jit(with_shared, static_argnums=(1, 2))
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
@@ -311,17 +314,3 @@ def _expected_rows(num_tokens: int, config: LayerConfig, num_fused: int) -> floa
     routed = even_rows(num_tokens, config.router.top_k, config.num_experts)
     shared = min(num_tokens / 4, _MOST_ROWS_OF_FUSED) if num_fused else 0
     return max(routed, shared, 1e-3)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _with_fused(
-    routing: Routing, weight: Float[Array, "T 1"], num_experts: int, num_fused: int
-) -> Routing:
-    """The routing, and the fused experts for every token; their ids follow the routed ones'."""
-    shape = (weight.shape[0], num_fused)
-    ids = num_experts + lax.broadcasted_iota(jnp.int32, shape, 1)
-    weights = jnp.broadcast_to(weight, shape)
-    return Routing(
-        jnp.concatenate([routing.topk_ids, ids], axis=1),
-        jnp.concatenate([routing.topk_weights, weights], axis=1),
-    )

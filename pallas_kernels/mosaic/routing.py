@@ -52,6 +52,7 @@ def route(
     topk_group: int,
     scoring: str = "sigmoid",
     renormalize: bool = True,
+    num_shared_experts: int = 0,
     interpret=None,
 ) -> Routing:
     """Chooses `top_k` experts per token from its `topk_group` best groups.
@@ -69,10 +70,12 @@ def route(
         topk_group: Groups that may be chosen from.
         scoring: "sigmoid", "softmax" or "sqrtsoftplus".
         renormalize: Whether the weights of a token are divided by their sum.
+        num_shared_experts: s, of those that every token takes besides, with the ids from E on and
+            the weight 1.
         interpret: Interpreter parameters, or None for the GPU.
 
     Returns:
-        `topk_ids i32[T, k]`, best first, and `topk_weights f32[T, k]`, factor included.
+        `topk_ids i32[T, k + s]`, best first, and `topk_weights f32[T, k + s]`, factor included.
     """
     (routing,) = launch.side_by_side(
         blocks(
@@ -84,6 +87,7 @@ def route(
             topk_group=topk_group,
             scoring=scoring,
             renormalize=renormalize,
+            num_shared_experts=num_shared_experts,
             interpret=interpret,
         ),
         kernel_name=KERNEL_NAME,
@@ -100,19 +104,20 @@ def blocks(
     top_k: int,
     scoring: str = "sigmoid",
     renormalize: bool = True,
+    num_shared_experts: int = 0,
     interpret=None,
     **groups: int,
 ) -> launch.Blocks:
     """The blocks of `route`, whose arguments these are; they give the fields of `Routing`."""
-    num_tokens = routing_logits.shape[0]
+    num_tokens, columns = routing_logits.shape[0], top_k + num_shared_experts
     bias = () if routing_bias is None else (routing_bias,)
     factor = jnp.reshape(routed_scaling_factor, (1,)).astype(jnp.float32)
     return launch.Blocks(
         num_blocks=cdiv(num_tokens, layouts.ROWS_PER_WARPGROUP),
         inputs=(routing_logits, *bias, factor),
         out_type=(
-            jax.ShapeDtypeStruct((num_tokens, top_k), jnp.int32),
-            jax.ShapeDtypeStruct((num_tokens, top_k), jnp.float32),
+            jax.ShapeDtypeStruct((num_tokens, columns), jnp.int32),
+            jax.ShapeDtypeStruct((num_tokens, columns), jnp.float32),
         ),
         body=functools.partial(
             _kernel,
@@ -196,7 +201,8 @@ def _kernel(block, *refs, n_group, topk_group, top_k, scoring, renormalize, inte
         return to_key(total if is_quick else formulas.without_denormals(total, interpret))
 
     groups = {"topk_group": topk_group, "value": value, "group_key": group_key}
-    slots = [lane + start for start in range(0, top_k, _WIDTH)]
+    columns = ids_gmem.shape[1]
+    slots = [lane + start for start in range(0, columns, _WIDTH)]
     if is_unrolled:
         chosen = _choose_unrolled(keys_of(loaded), lane, **sizes, **groups)
         ids = [-to_lanes(chosen, slot, 0) for slot in slots]
@@ -220,9 +226,13 @@ def _kernel(block, *refs, n_group, topk_group, top_k, scoring, renormalize, inte
     else:
         scale = factor_gmem[0]
     for slot, expert, weight in zip(slots, ids, scores, strict=True):
-        live = (slot < top_k) & (token < num_tokens)
-        store(ids_gmem, token * top_k + slot, expert, live)
-        store(weights_gmem, token * top_k + slot, weight * scale, live)
+        live = (slot < columns) & (token < num_tokens)
+        weight *= scale
+        if columns > top_k:  # shared experts follow
+            expert = jnp.where(slot < top_k, expert, slot + (num_experts - top_k))
+            weight = jnp.where(slot < top_k, weight, 1.0)
+        store(ids_gmem, token * columns + slot, expert, live)
+        store(weights_gmem, token * columns + slot, weight, live)
 
 
 def _formula(scoring, read, num_experts, lane, interpret):
