@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.mosaic.hopper import stream_k
 from pallas_kernels.mosaic.hopper.stream_k import Partition
 
 TOTALS = [0, 1, 2, 5, 32, 33, 56, 131, 132, 136, 224, 384, 400, 416, 448, 512, 1568]
@@ -84,3 +85,9 @@ def test_pieces_cover_every_segment_once(segments, sms, total):
 )
 def test_tiles_are_split_where_that_saves_a_segment(segments, total, expected):
     assert Partition(segments, 132, jnp.int32(total)).split_tiles == expected
+
+
+@pytest.mark.parametrize(("total", "expected"), [(56, 56), (66, 0)])
+def test_of_widened_weights_more_tiles_of_one_round_are_split(total, expected):
+    partition = Partition(2, 132, jnp.int32(total), stream_k.WIDENED_BUSY_SHARE)
+    assert partition.split_tiles == expected

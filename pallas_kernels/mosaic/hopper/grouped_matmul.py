@@ -36,7 +36,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.mosaic import launch
-from pallas_kernels.mosaic.hopper import counted_in, gather, split_k
+from pallas_kernels.mosaic.hopper import counted_in, gather, split_k, stream_k
 from pallas_kernels.mosaic.hopper.consumer import Consumer, Epilogue
 from pallas_kernels.mosaic.hopper.matmul_config import (
     CONSUMER_ROWS,
@@ -49,7 +49,6 @@ from pallas_kernels.mosaic.hopper.operands import Operands, operands
 from pallas_kernels.mosaic.hopper.pipeline import Pipeline, pipeline_types
 from pallas_kernels.mosaic.hopper.producer import Producer
 from pallas_kernels.mosaic.hopper.side_job import SideJob
-from pallas_kernels.mosaic.hopper.stream_k import Partition, StreamK
 from pallas_kernels.mosaic.hopper.tile_queue import TileQueue
 from pallas_kernels.mosaic.hopper.tile_scheduler import (
     DynamicScheduler,
@@ -191,7 +190,7 @@ def _kernel(
     """The kernel's body: the producer's and the consumers' warpgroups part ways here."""
     scheduler = _scheduler(shape, inputs)
     partial_sums = None
-    if isinstance(scheduler, StreamK):
+    if isinstance(scheduler, stream_k.StreamK):
         partial_sums = split_k.PartialSums(partials, inputs.zeros, scheduler.partition)
     role = lax.axis_index("warpgroup")
     producer_registers, consumer_registers = _registers(shape)
@@ -220,7 +219,9 @@ def _scheduler(shape: MatmulShape, inputs: Operands) -> TileScheduler:
     if shape.is_dynamic:
         return DynamicScheduler(order, shape.sms, inputs.zeros)
     if shape.is_split:
-        return StreamK(order, shape.sms, Partition(shape.segments, shape.sms, total))
+        busy_share = stream_k.WIDENED_BUSY_SHARE if shape.is_widened else stream_k.BUSY_SHARE
+        partition = stream_k.Partition(shape.segments, shape.sms, total, busy_share)
+        return stream_k.StreamK(order, shape.sms, partition)
     return StaticScheduler(order, shape.sms)
 
 

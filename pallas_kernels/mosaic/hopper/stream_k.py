@@ -27,7 +27,8 @@ from jax import lax
 from pallas_kernels.mosaic.hopper.tile_queue import Tile, TileQueue
 from pallas_kernels.mosaic.hopper.tile_scheduler import StaticScheduler
 
-_BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
+BUSY_SHARE = 4  # a quarter of an H100's SMs can draw more than half of its memory bandwidth
+WIDENED_BUSY_SHARE = 2  # a step takes longer where weights are widened
 
 
 class Partition(NamedTuple):
@@ -40,11 +41,14 @@ class Partition(NamedTuple):
         segments: Segments of a tile.
         sms: CTAs.
         total: How many tiles there are, a traced number.
+        busy_share: The tiles of a single round are split if they are fewer than this part of the
+            CTAs.
     """
 
     segments: int
     sms: int
     total: Any
+    busy_share: int = BUSY_SHARE
 
     @property
     def rounds(self):
@@ -57,7 +61,7 @@ class Partition(NamedTuple):
         left = lax.rem(self.total, jnp.int32(self.sms))
         saves_a_segment = left * self.segments <= self.sms * (self.segments - 1)
         is_worth_it = saves_a_segment & (self.total >= self.sms)
-        return lax.select(is_worth_it | (left * _BUSY_SHARE < self.sms), left, jnp.int32(0))
+        return lax.select(is_worth_it | (left * self.busy_share < self.sms), left, jnp.int32(0))
 
     def first_segment(self, cta):
         """Where the run of a CTA begins."""
