@@ -270,7 +270,7 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
     layers = layers or (LAYERS if on_gpu else FEW_LAYERS)
     if not on_gpu:
         print("CPU at reduced size: results are checked, times mean nothing", flush=True)
-    iterations = 3 if on_gpu else 1
+    iterations = 10 if on_gpu else 1
     fitting = layers_that_fit(layers, sizes, environment.device()["memory_bytes"])
     found: list[Measured] = []
     for own, steps in ((False, layers), (True, fitting)):
