@@ -145,7 +145,8 @@ def quantize(
 
     Magnitudes below 2^-126, f32 denormals, count as +0, so a group of zeros gives zeros; e4m3
     denormals are exact. A group with a NaN dequantizes to NaN, one with an infinity likewise; its
-    neighbours do not notice. All backends give the same bits.
+    neighbours do not notice. All backends give the same bits, but for `xla` on a GPU, where XLA
+    divides to within 2 ulp: a scale may differ in its last bits, and a value by one e4m3 number.
 
     With `precision="high"` it is f16, whose 11 bits hold those of bf16 and f16, and all that
     matters of f32; the scale, always a power of two, gives it the range of f32::
