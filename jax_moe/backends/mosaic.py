@@ -32,11 +32,8 @@ from pallas_kernels.shapes import QUANT_BLOCK, max_rows
 NAME = "mosaic"
 KEEPS_LOWERED = True  # Pallas lowers these kernels in Python, which takes seconds
 
-
 _INTERPRETED_SMS = 2
-
 _TMA_ROWS = 8  # of a swizzled tile: TMA takes tokens in such groups
-
 _CHOOSE = {"fast": tilings.choose, "high": tilings.choose_widened}
 
 
@@ -70,12 +67,9 @@ def route(
 def quantize(
     x: Float[Array, "R C"], *, scale_format: ScaleFormat = "f32", precision: Precision = "fast"
 ) -> Quantized:
-    """Rows to e4m3 or f16 with one scale per 128 columns; see `jax_moe.quantize`.
-
-    f16 is left to XLA, which makes one pass or two of it.
-    """
+    """Rows to e4m3 or f16 with one scale per 128 columns; see `jax_moe.quantize`."""
     if precision == "high":
-        return Quantized(*scaled_f16(x))
+        return Quantized(*scaled_f16(x))  # left to XLA, which makes one pass or two of it
     return group_quant.quantize(x, scale_format=scale_format, interpret=interpret_params())
 
 
@@ -229,16 +223,14 @@ def _rows_first[Inputs: (LayerInputs, RoutedInputs)](
     else:
         rows = Quantized(inputs.hidden_states, inputs.hidden_states_scale)
     rows = _reordered(in_precision(rows, precision))
-    if isinstance(inputs, LayerInputs):
-        rows, logits = lax.optimization_barrier((rows, inputs.routing_logits))
-        return rows, inputs._replace(routing_logits=logits)
-    rows, chosen = lax.optimization_barrier((rows, inputs.routing))
-    return rows, inputs._replace(routing=chosen)
+    field = "routing_logits" if isinstance(inputs, LayerInputs) else "routing"
+    rows, after_rows = lax.optimization_barrier((rows, getattr(inputs, field)))
+    return rows, inputs._replace(**{field: after_rows})
 
 
 def _block_m(expected_rows: float, precision: Precision) -> int:
-    block_m = tilings.block_m(expected_rows)
-    return min(block_m, tilings.MAX_WIDENED_BLOCK_M) if precision == "high" else block_m
+    most = tilings.MAX_WIDENED_BLOCK_M if precision == "high" else tilings.MAX_BLOCK_M
+    return min(tilings.block_m(expected_rows), most)
 
 
 def _up(
@@ -302,8 +294,8 @@ def _up_config(
 def _zeroing(weights: Array, plan: GroupPlan, precision: Precision) -> SideJob | None:
     """The work of writing the output's zeros, where the up-projection has a warp for it."""
     config = _up_config(weights, plan, precision)
-    gathers = tilings.gathers(plan.block_m)
-    spare = has_spare_warps(config, gathered=gathers, interpret=interpret_params())
+    gathers, interpret = tilings.gathers(plan.block_m), interpret_params()
+    spare = has_spare_warps(config, gathered=gathers, interpret=interpret)
     if not spare or plan.pair_row.shape[1] > zero_rows.MAX_PAIRS:
         return None
     return zero_rows.zero_rows(plan.pair_row, weights.shape[2])
