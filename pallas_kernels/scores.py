@@ -130,7 +130,9 @@ def fma(a: _Array, b: Any, c: Any) -> _Array:
     bits = lax.bitcast_convert_type(small, jnp.int32)
     odd = bits + jnp.where((small > 0) == (error > 0), 1, -1)
     bits = jnp.where((error != 0) & (bits & 1 == 0), odd, bits)
-    return total + lax.bitcast_convert_type(bits, jnp.float32)
+    # Each number above is used more than once, and XLA's compiler for CPUs would write it anew each
+    # time, over all steps of a polynomial.
+    return lax.optimization_barrier(total + lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def _upper_half(x: Any) -> _Array:

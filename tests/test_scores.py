@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -140,3 +144,17 @@ def test_softmax_of_what_is_no_number_or_infinite():
     found = np.asarray(scores.softmax(x))
     expected = [[0.5, nan, 0.5, 0], [0.5, 0, 0.5, nan], [0.25] * 4, [nan] * 4]
     np.testing.assert_array_equal(found, np.array(expected, f32))
+
+
+_ROUTE = """
+import jax.numpy as jnp, jax_moe
+for scoring in ("softmax", "sqrtsoftplus"):
+    config = jax_moe.MoEConfig(top_k=2, n_group=1, topk_group=1, scoring=scoring)
+    jax_moe.route(jnp.ones((4, 16)), jnp.zeros(16), 1.0, config=config, backend="xla")
+"""
+
+
+def test_a_router_compiles_as_users_compile():
+    """In a process whose XLA optimizes, other than here: there it did not come to an end once."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", _ROUTE], env=environment, check=True, timeout=120)
