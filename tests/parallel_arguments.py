@@ -210,12 +210,31 @@ def test_options_that_do_not_exist_or_fit():
         for known in (wrong, np.int64(wrong), each, jnp.array(each)):
             with refused(ValueError, rf"num_tokens: expected 0\.\.3, got {wrong}$"):
                 call(num_tokens=known)
-    with refused(TypeError, "expected 9 positional arguments", "got 2"):
-        LITTLE(mesh(), "expert")(1, 2)
+    for wrong, found in (([1] * 4, "list"), (1.5, "float"), (True, "bool")):
+        expected_kinds = r"num_tokens: expected an integer or int32 \[N\] = \[4\]"
+        with refused(TypeError, expected_kinds, f"got {found}"):
+            call(num_tokens=wrong)
     with refused(ValueError, "num_ranks: expected 1..", "got 0"):
         jax_moe.workspace_bytes(
             8, num_local_experts=8, hidden_size=256, intermediate_size=128, num_ranks=0
         )
+
+
+def test_arguments_by_name():
+    layer = LITTLE(mesh(), "expert")
+    given = arguments(CASE)
+    named = dict(zip(sharded._Static(None, (), None, ()).names, given, strict=True))
+    out = layer(*given)
+    for count in (0, 3):
+        rest = dict(reversed(list(named.items())[count:]))
+        assert (bits(layer(*given[:count], **rest)) == bits(out)).all()
+    few = r"expert_parallel: expected 9 arguments \(routing_logits, .*_scaling_factor\), got"
+    with refused(TypeError, f"{few} 2: ", "missing a required argument: 'hidden_states'"):
+        layer(1, 2)
+    with refused(TypeError, f"{few} 10: ", "unexpected keyword argument 'offset'"):
+        layer(*given, offset=0)
+    with refused(TypeError, f"{few} 10: ", "multiple values for argument 'routing_bias'"):
+        layer(*given, routing_bias=given[1])
 
 
 def test_a_router_of_ones_own():

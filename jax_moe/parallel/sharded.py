@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -23,10 +23,10 @@ from jax_moe.config import (
 )
 from jax_moe.device import describe_device
 from jax_moe.parallel import exchange as exchanges
-from jax_moe.parallel import placement as placements
 from jax_moe.parallel import ranks, workspace
 from jax_moe.parallel.api import apply_expert_parallel, apply_routed_expert_parallel, check_experts
 from jax_moe.parallel.ranks import AxisName
+from jax_moe.parallel.tokens import live_of_each_rank
 from jax_moe.transforms import is_tracing
 
 _PER_TOKEN = {"hidden_states_scale": 1}
@@ -76,7 +76,7 @@ class _Static(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the positional arguments."""
+        """Of the arguments, in order."""
         weights = (
             "gemm1_weights",
             "gemm1_weights_scale",
@@ -143,11 +143,11 @@ def expert_parallel(
         batch_invariant: As in `apply_expert_parallel`.
 
     Returns:
-        A function of global arrays: [N*T,E] logits, [N*T,H] rows, [E_physical,...] weights and so
-        on, and by keyword `num_tokens`, an integer scalar for all ranks or i32[N], one per rank,
-        and `placement`. It returns bf16[N*T,H], with `with_load` also i32[E], and raises what
-        `apply_expert_parallel` raises; also `ValueError` where the ranks cannot share the tokens
-        equally.
+        A function of global arrays, in order or by name: [N*T,E] logits, [N*T,H] rows,
+        [E_physical,...] weights and so on, and by keyword `num_tokens`, an integer scalar for all
+        ranks or i32[N], one per rank, and `placement`. It returns bf16[N*T,H], with `with_load`
+        also i32[E], and raises what `apply_expert_parallel` raises; also `ValueError` where the
+        ranks cannot share the tokens equally.
 
     Raises:
         TypeError: `mesh` is no mesh, an option of the wrong type.
@@ -183,23 +183,34 @@ def expert_parallel(
     def program(num_tokens: int) -> Callable[..., Any]:
         return _program(static, exchanges.select(exchange, place, num_tokens), check_vma)
 
-    def layer(*arguments: Any, num_tokens: Any = None, placement: Any = None) -> Any:
-        if len(arguments) != len(static.names):
+    signature = _signature(static.names)
+
+    def layer(*given: Any, num_tokens: Any = None, placement: Any = None, **named: Any) -> Any:
+        try:
+            arrays = signature.bind(*given, **named).arguments
+        except TypeError as error:
             raise TypeError(
-                f"expert_parallel: expected {len(static.names)} positional arguments "
-                f"({', '.join(static.names)}), got {len(arguments)}"
-            )
-        arrays = dict(zip(static.names, arguments, strict=True))
+                f"expert_parallel: expected {len(static.names)} arguments "
+                f"({', '.join(static.names)}), got {len(given) + len(named)}: {error}"
+            ) from None
+        arguments = tuple(arrays.values())
         tokens = _check(arrays, group, static, config, placement)
         backends.select_for_call(chosen, (), mesh.devices.flat[0])
         with _without_another_mesh(mesh):
-            live = _one_per_rank(num_tokens, group.count, tokens)
+            live = live_of_each_rank(num_tokens, group.count, tokens)
             if live is not num_tokens and transfers.is_guarded((arguments, live)):
                 live = jax.device_put(live, NamedSharding(mesh, PartitionSpec(group.axes)))
-            given = (tuple(arrays.values()), live, placement)
-            return program(tokens)(*_on_mesh(given, specs, mesh))
+            moved = _on_mesh((tuple(arrays.values()), live, placement), specs, mesh)
+            return program(tokens)(*moved)
 
     return layer
+
+
+@functools.lru_cache(maxsize=2)
+def _signature(names: tuple[str, ...]) -> inspect.Signature:
+    """Arguments that may be passed in order or by name."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(name, kind) for name in names])
 
 
 def _without_another_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[object]:
@@ -300,23 +311,6 @@ def _mapped(function: Callable[[Any, Any], Any], given: Any, specs: Any) -> Any:
         tuple(itertools.starmap(function, zip(arguments, of_arguments, strict=True))),
         *itertools.starmap(function, zip(others, of_others, strict=True)),
     )
-
-
-def _one_per_rank(num_tokens: Any, count: int, most: int) -> Any:
-    """`num_tokens` as i32[N], each of 0..`most` where that is known."""
-    if num_tokens is None:
-        return None
-    if getattr(num_tokens, "ndim", 0) == 0:
-        number = validate.integer("num_tokens", num_tokens, 0, most)
-        if isinstance(number, Array):
-            return jnp.broadcast_to(number, (count,))
-        return np.full(count, number)
-    sizes: validate.Sizes = {"N": (count, "mesh")}
-    validate.array("num_tokens", num_tokens, "N", validate.I32, sizes)
-    if placements.is_known(num_tokens):
-        for number in jax.device_get(num_tokens):
-            validate.integer("num_tokens", number, 0, most)
-    return num_tokens
 
 
 def _check(
