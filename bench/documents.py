@@ -1,11 +1,12 @@
 """Everything a run says and writes: terminal text, markdown, plots, the comparison report."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from bench import breakdown, comparison, header, plots, report
-from bench.results import PASS, Results, Row, writing
+from bench.results import PASS, FileError, Results, Row, writing
 from bench.run_folder import REPORT
 from bench.settings import Settings
 from bench.tables import aligned, markdown, without_empty
@@ -51,7 +52,13 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
         parts += ["", *_breakdown(results, settings, in_markdown=False)]
     failures = report.failure_lines(results)
     passed = sum(row.status == PASS for row in results.rows.values())
-    parts += ["", f"{passed} of {len(results.rows)} rows PASS", *failures]
+    asked = max(len(results.rows), results.about.get("asked", {}).get("rows", 0))
+    parts += ["", f"{passed} of {asked} rows PASS", *failures]
+    if not results.about.get("complete"):
+        said = f"{len(results.rows)} of {asked} rows were measured"
+        if results.rows_on_disk < len(results.rows):
+            said += f", {results.path.name} holds {results.rows_on_disk}"
+        parts.append(f"Incomplete: {said}: {header.stopped(results)}")
     return "\n".join(parts)
 
 
@@ -83,30 +90,50 @@ def write_all(results: Results, settings: Settings, options: Options) -> Iterato
         Each file once it is there.
 
     Raises:
-        FileError: One cannot be written; those yielded before are there.
+        FileError: Some cannot be written; names them. All others are there.
     """
+    failed: list[str] = []
+
+    def is_written(path: Path, write: Callable[[], object]) -> bool:
+        try:
+            with writing(path):
+                write()
+        except FileError as error:
+            failed.append(str(error))
+            return False
+        return True
+
     folder, stem = results.path.parent, settings.stem
     plot = folder / f"{stem}.png" if plots.is_worthwhile(results) else None
     if plot:
-        with writing(plot):
-            plots.write(results, plot)
-        yield plot
+        if is_written(plot, functools.partial(plots.write, results, plot)):
+            yield plot
+        else:
+            plot = None
     document = folder / f"{stem}.md"
-    _write(document, _document(results, settings, plot.name if plot else None))
-    yield document
+    lines = _document(results, settings, plot.name if plot else None)
+    if is_written(document, lambda: _write(document, lines)):
+        yield document
     if options.breakdown:
         path = folder / _breakdown_name(settings)
         title = f"# GPU time by kernel on {results.about['device']['kind']}"
         warnings = header.markdown_warnings(results, settings)
-        _write(path, [title, "", *warnings, *_breakdown(results, settings, in_markdown=True)])
-        yield path
+        parts = [title, "", *warnings, *_breakdown(results, settings, in_markdown=True)]
+        if is_written(path, lambda: _write(path, parts)):
+            yield path
     if options.report:
-        with writing(folder / f"{REPORT}.md"):
-            yield from comparison.write(results, settings, REPORT)
+        made: list[Path] = []
+        is_written(
+            folder / f"{REPORT}.md",
+            lambda: made.extend(comparison.write(results, settings, REPORT)),
+        )
+        yield from made
+    if failed:
+        raise FileError("; ".join(failed))
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:
-    with writing(path), write_atomically(path) as file:
+    with write_atomically(path) as file:
         file.write("\n".join(wrapped(lines)).rstrip() + "\n")
 
 

@@ -12,12 +12,17 @@ def warnings(results: Results, settings: Settings) -> list[str]:
     """What no document of the run may leave out, in markdown; empty for a whole run on a GPU."""
     found = []
     if not results.about.get("complete"):
-        found.append(f"**Incomplete**: {results.about.get('stopped', 'the run has not ended')}.")
+        found.append(f"**Incomplete**: {stopped(results)}.")
     if not settings.on_gpu:
         found.append(f"**REDUCED sizes**: {reduced(settings)}")
     if other := stand_in(settings):
         found.append(f"**Stand-in for {settings.model}**: {other}")
     return found
+
+
+def stopped(results: Results) -> str:
+    """Why a run is incomplete."""
+    return results.about.get("stopped", "the run has not ended")
 
 
 def markdown_warnings(results: Results, settings: Settings) -> list[str]:

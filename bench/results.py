@@ -140,6 +140,7 @@ class Results:
         rows: By (solution, uuid).
         begin: Called once, before the first write, to make room for this run's files.
         is_written: Whether there was a write.
+        rows_on_disk: How many of the rows the file holds.
     """
 
     path: Path
@@ -150,6 +151,7 @@ class Results:
     rows: dict[tuple[str, str], Row] = dataclasses.field(default_factory=dict)
     begin: Callable[[], None] = _nothing
     is_written: bool = False
+    rows_on_disk: int = 0
 
     def put(self, row: Row) -> None:
         """Adds or replaces a row and writes the file; `FileError` if that fails."""
@@ -208,7 +210,7 @@ class Results:
             file.flush()  # a full disk shows here, before anything of an earlier run goes
             if not self.is_written:
                 self.begin()
-        self.is_written = True
+        self.is_written, self.rows_on_disk = True, len(self.rows)
 
 
 def load_rows(
@@ -237,7 +239,8 @@ def load_rows(
     for name, value in wanted.items():
         if content.get(name) != value:
             difference = _difference(content.get(name), value)
-            raise ValueError(f"--resume: {path} was measured with another {name}: {difference}")
+            other = f"other {name}" if name.endswith("s") else f"another {name}"
+            raise ValueError(f"--resume: {path} was measured with {other}: {difference}")
     try:
         rows = rows_of(content)
     except (AttributeError, KeyError, TypeError) as error:

@@ -29,7 +29,7 @@ def read(folder: Path) -> Saved:
     """Reads the run in a folder.
 
     Args:
-        folder: That of the run.
+        folder: That of the run, or the file itself.
 
     Returns:
         Its rows, what it was asked to measure, and what it was asked to write.
@@ -37,12 +37,14 @@ def read(folder: Path) -> Saved:
     Raises:
         ValueError: There is none, or its file is damaged.
     """
-    paths = [folder / f"{stem}.json" for stem in run_folder.STEMS]
+    names = [f"{stem}.json" for stem in run_folder.STEMS]
     with naming(folder):
-        found = [path for path in paths if path.is_file()]
+        is_file = folder.is_file()
+        paths = [folder] if is_file else [folder / name for name in names]
+        found = [path for path in paths if path.name in names and path.is_file()]
     if len(found) != 1:
-        names = " or ".join(path.name for path in paths)
-        raise ValueError(f"{shown(folder)}: expected {names}, got {'both' if found else 'neither'}")
+        got = "another file" if is_file else "both" if found else "neither"
+        raise ValueError(f"{shown(folder)}: expected a folder with {' or '.join(names)}, got {got}")
     (path,) = found
     with naming(path):
         content = parse_object(path.read_bytes(), shown(path))

@@ -114,7 +114,8 @@ def _conclude(
                 interruption.check()
                 print(f"wrote {path}")
         elif not failure:
-            print(f"nothing new was finished: {results.path} is as it was")
+            state = "is as it was" if results.path.exists() else "is not there"
+            print(f"nothing new was written: {results.path} {state}")
     except FileError as error:
         failure = f"{error}; once it can: {_documents_command(results)}"
     except KeyboardInterrupt:
@@ -146,7 +147,7 @@ def write_documents(folder: Path, options: documents.Options) -> int:
     """Writes the documents of the run in a folder again, from its results alone.
 
     Args:
-        folder: Of the run.
+        folder: Of the run, or its results.
         options: What to write besides what the run was asked for.
 
     Returns:
@@ -157,6 +158,7 @@ def write_documents(folder: Path, options: documents.Options) -> int:
     """
     try:
         found = saved.read(folder)
+        folder = found.results.path.parent
         with folder_lock.held(folder):
             both = documents.Options(*map(max, options, found.options))
             written = [found.results.path]
@@ -237,7 +239,7 @@ def _keep_finished(results: Results, settings: Settings) -> None:
     surroundings = {name: results.about[name] for name in ("device", "versions", "git_commit")}
     kept = load_rows(results.path, results.about["settings"], surroundings, settings.passes)
     results.rows = {(row.solution, row.uuid): row for row in kept}
-    results.about["resumed_rows"] = len(kept)
+    results.about["resumed_rows"] = results.rows_on_disk = len(kept)
 
 
 def _measure(
@@ -250,9 +252,10 @@ def _measure(
 ) -> tuple[int, str]:
     """The exit code, and what stopped the measuring early; empty if nothing did."""
     timed = {name: one for name, one in chosen.items() if one is not interpreter.SOLUTION}
-    finished = sum((name, row.uuid) in results.rows for name in timed for row in workloads)
-    total = (len(timed) * len(workloads) - finished) * len(settings.passes)
-    total += len(chosen) - len(timed)
+    asked = {(name, row.uuid) for name in timed for row in workloads}
+    total = len(asked - set(results.rows)) * len(settings.passes) + len(chosen) - len(timed)
+    interpreted = set(chosen) - set(timed) - set(results.solutions())
+    results.about["asked"]["rows"] = len(asked | set(results.rows)) + len(interpreted)
     orders = ahead.orders(timed, workloads, set(results.rows)) if jobs else []
     total += len(orders)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:

@@ -186,7 +186,7 @@ def test_a_resumed_run_that_adds_nothing_changes_nothing(here, monkeypatch, caps
     monkeypatch.setattr(runner, "run", interrupted(after=0))
     assert execute(dataclasses.replace(chosen, workloads=("all",)), resume=True) == 130
     assert contents(chosen.output) == before
-    assert "nothing new was finished" in capsys.readouterr().out
+    assert "nothing new was written" in capsys.readouterr().out
 
 
 def test_flags_of_the_folder_that_contradict(here):
@@ -267,15 +267,28 @@ def test_a_full_disk_is_one_line_and_the_tables_are_shown(here, monkeypatch, cap
     capsys.readouterr()
     assert execute(dataclasses.replace(chosen, seed=5), overwrite=True) == session.FAILED
     shown = capsys.readouterr()
-    message = f"{chosen.output / 'results.json'}: cannot be written: No space left on device"
+    written = chosen.output / "results.json"
+    message = f"{written}: cannot be written: No space left on device"
     assert shown.err.count(message) == 1
     assert "Traceback" not in shown.err + shown.out
-    assert f"{after + 1} of {after + 1} rows PASS" in shown.out
+    passed = f"\n{after + 1} of 4 rows PASS\n"
+    assert passed in shown.out
+    last = shown.out.partition(passed)[2].splitlines()
+    held = f"{after + 1} of 4 rows were measured, results.json holds {after}"
+    assert last[0] == f"Incomplete: {held}: {message}"
+    assert last[1:] == ([] if after else [f"nothing new was written: {written} is as it was"])
     if after:
         assert len(content(chosen.output)["rows"]) == after
         assert set(contents(chosen.output)) == {"results.json"}
     else:
         assert contents(chosen.output) == before
+
+
+def test_a_full_disk_in_a_new_folder(here, monkeypatch, capsys):
+    monkeypatch.setattr(json, "dump", lambda *_, **__: full(None))
+    assert execute(settings(output=here / "mine")) == session.FAILED
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"nothing new was written: {here}/mine/results.json is not there"
 
 
 def test_a_document_that_cannot_be_written_is_named(here, monkeypatch, capsys):
@@ -287,6 +300,8 @@ def test_a_document_that_cannot_be_written_is_named(here, monkeypatch, capsys):
     assert message + f"once it can: python bench_main.py --documents={chosen.output}" in shown.err
     assert "4 of 4 rows PASS" in shown.out
     assert content(chosen.output)["complete"] is True
+    assert set(contents(chosen.output)) == {"results.json", *DOCUMENTS} - {"results.png"}
+    assert "results.png" not in (chosen.output / "results.md").read_text()
 
 
 def documents_of(*flags):
@@ -297,8 +312,12 @@ def documents_of(*flags):
 def test_documents_of_a_folder_without_a_run(here, capsys):
     assert documents_of("--documents=~/nowhere/at_all") == bench_main.USAGE_ERROR
     home = pathlib.Path.home()
-    expected = f"--documents: {home}/nowhere/at_all: expected results.json or scaling.json, got "
-    assert capsys.readouterr().err == f"bench_main.py: {expected}neither\n"
+    expected = f"--documents: {home}/nowhere/at_all: expected a folder with results.json or "
+    assert capsys.readouterr().err == f"bench_main.py: {expected}scaling.json, got neither\n"
+    (here / "other.json").write_text("{}")
+    assert documents_of(f"--documents={here}/other.json") == bench_main.USAGE_ERROR
+    expected = "other.json: expected a folder with results.json or scaling.json, got another file"
+    assert capsys.readouterr().err.endswith(f"{expected}\n")
     (here / "results.json").write_text('{"rows": []}')
     assert documents_of(f"--documents={here}") == bench_main.USAGE_ERROR
     assert f"{here}/results.json: damaged: KeyError" in capsys.readouterr().err
@@ -318,7 +337,7 @@ def test_documents_of_a_run_of_an_earlier_version(here, capsys):
     old["command"] = "bench_main.py --report --output='/tmp/a b'"
     path.write_text(json.dumps(old))
     (chosen.output / "scaling.png").write_text("of an earlier version")
-    assert documents_of(f"--documents={chosen.output}") == session.OK
+    assert documents_of(f"--documents={path}") == session.OK  # as good as its folder
     assert set(contents(chosen.output)) == {"results.json", *DOCUMENTS}
     assert "bench_main.py --report --output=" in (chosen.output / "results.md").read_text()
 

@@ -245,12 +245,12 @@ def test_only_comparable_and_whole_files_are_resumed(tmp_path, registry):
     }
     for field, value in changes.items():
         other = dataclasses.replace(chosen, **{field: value})
-        with pytest.raises(ValueError, match=f"measured with another settings: {field}"):
+        with pytest.raises(ValueError, match=f"measured with other settings: {field}"):
             execute(other, resume=True)
     path = chosen.output / "results.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "versions": {}}))
-    with pytest.raises(ValueError, match="measured with another versions"):
+    with pytest.raises(ValueError, match="measured with other versions"):
         execute(chosen, resume=True)
     path.write_text(json.dumps({**content, "rows": [{"solution": "ours"}]}))
     with pytest.raises(ValueError, match="damaged row"):
