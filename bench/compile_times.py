@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import environment
+from bench import commands, environment
 from bench.results import FileError, writing
 from bench.tables import aligned
 from interop import interruption
@@ -29,25 +29,23 @@ ROOT = Path(__file__).parent.parent
 TOKENS = (1, 80, 901, 14107)
 
 
-def measure(tokens: Sequence[int], backend: str) -> list[dict[str, Any]]:
+def measure(tokens: Sequence[int], backend: str) -> Iterator[dict[str, Any]]:
     """Runs two processes per shape, one after the other.
 
     Args:
         tokens: Token counts.
         backend: As for `jax_moe.apply`.
 
-    Returns:
+    Yields:
         `num_tokens`, and seconds of the `first` call and of that in a `second_process`.
 
     Raises:
         RuntimeError: A process failed; with its error.
     """
-    rows = []
     for num_tokens in tokens:
         with tempfile.TemporaryDirectory() as cache:
             first, second = (_in_a_process(num_tokens, backend, cache) for _ in range(2))
-        rows.append({"num_tokens": num_tokens, "first": first, "second_process": second})
-    return rows
+        yield {"num_tokens": num_tokens, "first": first, "second_process": second}
 
 
 def _in_a_process(num_tokens: int, backend: str, cache: str) -> float:
@@ -90,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_times", description=__doc__)
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.NAMES])
-    parser.add_argument("--output", type=lambda name: Path(name).expanduser())
+    parser.add_argument("--output", type=commands.file, help="JSON file")
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if not all(text.isdigit() and int(text) for text in arguments.tokens.split(",")):
@@ -99,8 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.cache:
         print(first_call_seconds(tokens[0], arguments.backend, arguments.cache))
         return 0
-    if arguments.output and not arguments.output.parent.is_dir():
-        parser.error(f"--output: expected a path in a folder that exists, got {arguments.output}")
     with interruption.remembered():
         try:
             _report(tokens, arguments.backend, arguments.output)
@@ -115,22 +111,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:
-    rows = measure(tokens, backend)
-    cells = [
-        [str(r["num_tokens"]), f"{r['first']:.1f}", f"{r['second_process']:.1f}"] for r in rows
-    ]
-    table = aligned([["T", "first call s", "second process s"], *cells], left=0)
-    print("\n".join(table), flush=True)
-    if output:
-        about = {
-            "device": environment.device(),
-            "versions": environment.versions(),
-            "git_commit": environment.git_commit(),
-            "backend": backend,
-        }
-        with writing(output), write_atomically(output) as file:
-            json.dump({**about, "rows": rows}, file, indent=1, default=str)
-            file.write("\n")
+    """Measures; rows are kept as they come, and shown whatever ends the measuring."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in measure(tokens, backend):
+            rows.append(row)
+            if output:
+                _write(rows, backend, output, complete=len(rows) == len(tokens))
+    finally:
+        cells = [
+            [str(r["num_tokens"]), f"{r['first']:.1f}", f"{r['second_process']:.1f}"] for r in rows
+        ]
+        if cells:
+            table = aligned([["T", "first call s", "second process s"], *cells], left=0)
+            print("\n".join(table), flush=True)
+
+
+def _write(rows: Sequence[dict[str, Any]], backend: str, path: Path, *, complete: bool) -> None:
+    about = {
+        "device": environment.device(),
+        "versions": environment.versions(),
+        "git_commit": environment.git_commit(),
+        "backend": backend,
+        "complete": complete,
+    }
+    with writing(path), write_atomically(path) as file:
+        json.dump({**about, "rows": rows}, file, indent=1, default=str)
+        file.write("\n")
 
 
 if __name__ == "__main__":

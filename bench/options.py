@@ -170,7 +170,10 @@ def compile_all(orders: Sequence[Order], jobs: int) -> list[Any]:
         pending = [
             pool.submit(_compile, *one._replace(given=specs_of(one.given))) for one in orders
         ]
-        futures.wait(pending)
+        for count, _ in enumerate(futures.as_completed(pending), start=1):
+            left = [one for one, program in zip(orders, pending, strict=True) if not program.done()]
+            still = f", left: {'; '.join(map(_name, left))}" if 0 < len(left) <= jobs else ""
+            print(f"{count} of {len(orders)} programs compiled{still}", flush=True)
     return [one.exception() or one.result() for one in pending]
 
 
@@ -290,13 +293,28 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
-def write(rows: Sequence[Row], backend: str, folder: Path) -> None:
-    """`options.json` and, for people, `options.md`."""
+def _name(order: Order) -> str:
+    what = f"{order.variant.stage} {order.variant.name}, T={order.given.tokens}"
+    return f"{what}, for the check" if order.backend == ORACLE else what
+
+
+def write(rows: Sequence[Row], backend: str, folder: Path, asked: int) -> None:
+    """`options.json` and, for people, `options.md`; both say if rows are left of those `asked`."""
     about = environment.about() | {"backend": backend, "seed": _SEED}
+    about["complete"] = len(rows) == asked
     with write_atomically(folder / "options.json", "w") as file:
         json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
     head = f"{about['device']['kind']}, backend `{backend}`, commit {about['git_commit']}."
-    lines = ["# What each option costs", "", head, "", *tables.markdown(cells(rows), left=2), ""]
+    left = [] if about["complete"] else [f"**Incomplete**: {len(rows)} of {asked} rows.", ""]
+    lines = [
+        "# What each option costs",
+        "",
+        head,
+        "",
+        *left,
+        *tables.markdown(cells(rows), left=2),
+        "",
+    ]
     with write_atomically(folder / "options.md", "w") as file:
         file.write("\n".join(lines))
 
@@ -329,17 +347,25 @@ def run(
     by_tokens = [orders_of(one, backend, variants) for one in given]
     orders = [order for one in by_tokens for order in one]
     programs = iter(compile_all(orders, jobs) if jobs else [None] * len(orders))
+    asked = len(variants) * len(given)
     rows: list[Row] = []
     for of_tokens in by_tokens:
         pairs = list(zip(of_tokens, programs, strict=False))  # takes no more than it needs
-        answers = [(one.variant, answer(one, p)) for one, p in pairs if one.backend == ORACLE]
+        oracles = pairs[len(variants) :]
+        answers: dict[int, Any] = {}
         for order, program in pairs[: len(variants)]:
-            asked = question(order.variant)
-            expected = next(found for variant, found in answers if variant == asked)
+            print(f"{len(rows) + 1} of {asked}: {_name(order)}", flush=True)
+            place = next(
+                place
+                for place, (one, _) in enumerate(oracles)
+                if one.variant == question(order.variant)
+            )
+            if place not in answers:  # one that does not end costs the rows from here on alone
+                answers[place] = answer(*oracles[place])
             iterations = _ITERATIONS if on_gpu else 1
-            rows.append(measure(order, program, expected, clock=clock, iterations=iterations))
-            rows = with_ratios(rows)
-            write(rows, backend, folder)
+            found = measure(order, program, answers[place], clock=clock, iterations=iterations)
+            rows = with_ratios([*rows, found])
+            write(rows, backend, folder, asked)
     print("\n".join(tables.aligned(cells(rows), left=2)))
     print(f"wrote {folder / 'options.json'}")
     return 1 if any(row.problem for row in rows) else 0

@@ -300,10 +300,13 @@ def table(rows: Sequence[Row]) -> list[str]:
     return [*tables.aligned(cells, left=0), *problems]
 
 
-def write(rows: Sequence[Row], config: LayerConfig, model: str, folder: Path) -> None:
+def write(
+    rows: Sequence[Row], config: LayerConfig, model: str, folder: Path, *, complete: bool
+) -> None:
     """`shared_expert.json`: device, versions, commit, the layer, and the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     about = environment.about() | {"model": model, "config": dataclasses.asdict(config)}
+    about["complete"] = complete
     found = [
         row._asdict()
         | {"cost_us": row.cost_us, "fused_cost_us": row.fused_cost_us, "ratio": row.ratio}
@@ -338,10 +341,11 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
         print(f"{deepgemm_dense.SOLUTION.name}: {reason}", flush=True)
     layer = make_layer(config)
     rows: list[Row] = []
-    for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
+    tokens = tokens or (TOKENS if on_gpu else FEW_TOKENS)
+    for num_tokens in tokens:
         rows.append(measure(num_tokens, layer, clock))
         print(f"T={num_tokens}: done", flush=True)
-        write(rows, config, measured.name, folder)
+        write(rows, config, measured.name, folder, complete=len(rows) == len(tokens))
     print("\n".join(table(rows)))
     print(f"wrote {folder / 'shared_expert.json'}")
     return 1 if any(row.problem for row in rows) else 0

@@ -15,7 +15,9 @@ from bench import compile_times
 def test_the_second_process_reads_what_the_first_compiled(tmp_path, capsys):
     path = tmp_path / "times.json"
     assert compile_times.main(["--tokens=3", "--backend=xla", f"--output={path}"]) == 0
-    (row,) = json.loads(path.read_text())["rows"]
+    written = json.loads(path.read_text())
+    (row,) = written["rows"]
+    assert written["complete"] is True
     assert row["num_tokens"] == 3
     assert 0 < row["second_process"] < row["first"]
     assert capsys.readouterr().out.splitlines()[0].split() == (
@@ -34,11 +36,11 @@ def test_a_failed_process_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == expected
     failed.stderr = ""
     with pytest.raises(RuntimeError, match="T=3: no output"):
-        compile_times.measure([3], "xla")
+        list(compile_times.measure([3], "xla"))
 
 
 @pytest.mark.parametrize("what", ["full", "interrupted"])
-def test_the_table_is_shown_before_a_file_is_written(monkeypatch, capsys, tmp_path, what):
+def test_a_table_is_shown_where_its_file_is_not_written(monkeypatch, capsys, tmp_path, what):
     row = {"num_tokens": 3, "first": 2.0, "second_process": 1.0}
     monkeypatch.setattr(compile_times, "measure", lambda *_: [row])
 
@@ -62,6 +64,19 @@ def test_the_table_is_shown_before_a_file_is_written(monkeypatch, capsys, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_are_kept_as_they_are_finished(monkeypatch, capsys, tmp_path):
+    def measure(*_):
+        yield {"num_tokens": 3, "first": 2.0, "second_process": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_times, "measure", measure)
+    path = tmp_path / "times.json"
+    assert compile_times.main(["--tokens=3,5", f"--output={path}"]) == 130
+    assert capsys.readouterr().out.splitlines()[1].split() == ["3", "2.0", "1.0"]
+    written = json.loads(path.read_text())
+    assert (len(written["rows"]), written["complete"]) == (1, False)
+
+
 @pytest.mark.parametrize("tokens", ["", "0", "1,x", "-3"])
 def test_what_is_no_token_count_is_refused(tokens, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -69,7 +84,15 @@ def test_what_is_no_token_count_is_refused(tokens, capsys):
     assert "--tokens: expected positive numbers" in capsys.readouterr().err
 
 
-def test_a_missing_folder_is_named_before_anything_is_measured(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        compile_times.main([f"--output={tmp_path}/missing/times.json"])
-    assert "--output: expected a path in a folder that exists" in capsys.readouterr().err
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, capsys):
+    expected = {
+        f"{tmp_path}/missing/times.json": "expected a path in a folder that exists, got ",
+        f"{tmp_path}": "expected a file, got the folder ",
+        "": "expected a file, got an empty name",
+        "/proc/times.json": "/proc: cannot be used: No such file or directory",
+        "~nobody_here/x": "Could not determine home directory",
+    }
+    for path, said in expected.items():
+        with pytest.raises(SystemExit, match="2"):
+            compile_times.main([f"--output={path}"])
+        assert f"argument --output: {said}" in capsys.readouterr().err

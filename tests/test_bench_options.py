@@ -81,11 +81,38 @@ def test_a_run_is_written_down(tmp_path, monkeypatch, capsys):
     assert (
         options.main(["--workloads=1", "--jobs=1", "--variants=soft", f"--output={tmp_path}"]) == 0
     )
-    assert "times mean nothing" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "times mean nothing" in shown
+    assert "1 of 2 programs compiled, left: route softmax, T=1" in shown
+    assert "2 of 2 programs compiled\n1 of 1: route softmax, T=1\n" in shown
     written = json.loads((tmp_path / "options.json").read_text())
     assert [one["equal"] for one in written["rows"]] == [1.0]
     assert written["about"]["versions"]["jax"] == jax.__version__
-    assert "| route | softmax | 1 |" in (tmp_path / "options.md").read_text()
+    assert written["about"]["complete"] is True
+    document = (tmp_path / "options.md").read_text()
+    assert "| route | softmax | 1 |" in document
+    assert "Incomplete" not in document
+
+
+def test_rows_are_kept_whatever_becomes_of_the_next_one(tmp_path, monkeypatch, capsys):
+    known = of("route", "softmax"), of("route", "sigmoid")
+    monkeypatch.setattr("bench.option_variants.VARIANTS", known)
+
+    def endless(order, program):
+        """A program of whose compilation there is no end, until somebody ends it."""
+        if order.variant.name == "sigmoid":
+            raise KeyboardInterrupt
+        return order.given
+
+    monkeypatch.setattr(options, "answer", endless)
+    monkeypatch.setattr(options, "measure", lambda *_, **__: Row("route", "softmax", 1, us=2.0))
+    with pytest.raises(KeyboardInterrupt):
+        options.main(["--workloads=1", f"--output={tmp_path}"])
+    assert capsys.readouterr().out.endswith("2 of 2: route sigmoid, T=1\n")
+    written = json.loads((tmp_path / "options.json").read_text())
+    assert [row["variant"] for row in written["rows"]] == ["softmax"]
+    assert written["about"]["complete"] is False
+    assert "**Incomplete**: 1 of 2 rows." in (tmp_path / "options.md").read_text()
 
 
 def test_an_unknown_workload_is_refused(capsys):

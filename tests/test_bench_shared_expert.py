@@ -151,6 +151,7 @@ def test_the_command_checks_and_writes(tmp_path, capsys):
     assert (row["tokens"], row["problem"], row["with_us"], row["ratio"]) == (3, "", None, None)
     assert row["error"] < 0.01
     assert found["about"]["model"] == "deepseek-v3"
+    assert found["about"]["complete"] is True
     assert found["about"]["config"]["num_experts"] == 8
 
 
