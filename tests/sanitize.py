@@ -24,6 +24,7 @@ import time
 from typing import Any
 
 from bench import environment
+from bench.commands import folder
 from jax_moe.io.files import write_atomically
 from tests.cuda_tools import wheel_bin
 from tests.sanitizer_control import READERS
@@ -220,7 +221,7 @@ def earlier_runs(path: pathlib.Path, about: dict[str, Any]) -> list[dict[str, An
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize")
-    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("results", type=folder, help="folder of sanitize.json and the logs")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--timeout", type=float, default=540.0, help="seconds a run may take")
@@ -242,7 +243,6 @@ def main(argv: list[str] | None = None) -> int:
     if about["device"]["platform"] != "gpu":
         print(f"no GPU; JAX's device here is {about['device']['kind']!r}", file=sys.stderr)
         return 2
-    args.results.mkdir(parents=True, exist_ok=True)
     summary = {**about, "runs": earlier_runs(args.results / "sanitize.json", about)}
     runs = [(backend, tool) for backend in backends for tool in tools]
     if "initcheck" in tools:

@@ -52,6 +52,13 @@ def test_folders_that_cannot_be_written_to(capsys, command, folder, reason):
         ("parallel_gpus", "--minutes=-1", "argument --minutes: expected a finite number of 0"),
         ("tests.fuzz", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
         ("tests.fuzz", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No such"),
+        ("tests.sanitize", "/proc/x", "argument results: /proc/x: cannot be used: No such file"),
+        ("tools.measure", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No"),
+        ("tools.measure", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
+        ("tools.flashinfer_module", "--output=/proc/x", "--output: [Errno 2] No such file or"),
+        ("examples.ladder.__main__", "--out=/proc/x", "argument --out: /proc/x: cannot be used"),
+        ("jax_moe.tune", "--folder=/proc/x", "argument --folder: cannot write there: [Errno 2] "),
+        ("jax_moe.tune", "--folder=", "argument --folder: expected a folder, got an empty name"),
         ("tests.barrier_mutations", "--fast", "unrecognized arguments: --fast"),
         ("tools.compare_ptx", "/nowhere", "argument before: expected the folder of a checkout, "),
         ("tests.h100_target", "tests.nowhere:x", "target: No module named 'tests.nowhere'"),
@@ -70,6 +77,8 @@ def test_a_folder_without_a_compiler_is_not_passed_over(capsys):
     assert refused(capsys, "tools.compare_ptx", ".", ".", "--tokens=1,x").startswith(
         "argument --tokens: expected token counts such as 1,80"
     )
+    said = refused(capsys, "tools.compare_ptx", ".", ".", "--cache=/proc/x")
+    assert said == "--cache: [Errno 2] No such file or directory: '/proc/x'"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -220,7 +220,10 @@ def main(argv: list[str] | None = None) -> int:
     names = ("backend", "experts", "local_experts", "hidden", "intermediate")
     options = {name: getattr(args, name) for name in names}
     programs = [*(f"T={tokens}" for tokens in args.tokens), "quantize"]
-    cache = args.cache and args.cache.resolve()
+    try:
+        cache = _made(args.cache and args.cache.resolve())
+    except OSError as error:
+        parser.error(f"--cache: {error}")
     before, after = (
         compile_checkout(checkout, programs, options, cache)
         for checkout in (args.before, args.after)

@@ -16,6 +16,8 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
@@ -139,7 +141,7 @@ def build(package: Path, cuda: Path, tvm_ffi: Path, output: Path, jobs: int) -> 
     return library
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -150,7 +152,12 @@ def main() -> None:
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     parser.add_argument("--cuda", type=Path, default=Path(cuda), help="with bin/nvcc and include")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.output).close()
+    except OSError as error:
+        parser.error(f"--output: {error}")
     for name, package in (("package", "flashinfer"), ("tvm_ffi", "tvm_ffi")):
         if getattr(arguments, name) is None:
             found = util.find_spec(package)

@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.commands import folder
 from bench.steps import Step, run_all
+from interop.arguments import finite
 
 _PEERS = "deepgemm64,deepgemm128,deepgemm_mega,flashinfer_cutlass,sglang_v2,torch_reference"
 _FACTORS = "sglang_v1_native_quant,sglang_v1_zero_copy_swiglu,sglang_v1_small_workspace"
@@ -146,19 +148,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.measure")
     parser.add_argument("steps", nargs="*", help="which; all if none is named")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
-    parser.add_argument("--minutes", type=float, default=600, help="for all of them")
-    parser.add_argument("--output", type=Path, default=Path("out/measured"))
+    parser.add_argument("--minutes", type=finite, default=600, help="for all of them")
+    parser.add_argument("--output", default="out/measured")
     args = parser.parse_args(argv)
     if args.list:
         for name, kind in KINDS.items():
             print(f"{name:18}{kind.what}; at most {kind.seconds:.0f} s")
         return 0
     try:
-        steps = steps_of(args.steps, args.output)
-    except ValueError as error:
+        steps = steps_of(args.steps, Path(args.output).expanduser())
+        output = folder(args.output)  # made where there is something to measure
+    except (RuntimeError, ValueError) as error:
         parser.error(str(error))
-    finished = done(args.output)
-    return run_all([one for one in steps if one.name not in finished], args.output, args.minutes)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --output: {error}")
+    finished = done(output)
+    return run_all([one for one in steps if one.name not in finished], output, args.minutes)
 
 
 if __name__ == "__main__":

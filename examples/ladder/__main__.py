@@ -15,7 +15,7 @@ import time
 
 import jax
 
-from bench import environment
+from bench import commands, environment
 from examples.ladder import harness
 from examples.ladder.problem import Level
 from pallas_kernels.files import write_atomically
@@ -59,7 +59,7 @@ def _cells(one: harness.Measured | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the levels; 1 where one failed, 2 where there is no GPU. What was measured is kept."""
     parser = argparse.ArgumentParser(prog="python -m examples.ladder")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/ladder"))
+    parser.add_argument("--out", type=commands.folder, default="out/ladder")
     args = parser.parse_args(argv)
     gpu = harness.find_gpu()
     if gpu is None:

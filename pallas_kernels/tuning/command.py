@@ -61,7 +61,7 @@ def main(argv: list[str], module: str, tuners: Tuners, default: Sizes = search.D
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `Options`."""
     parser.add_argument("--iterations", type=positive, default=10, help="calls per candidate")
-    parser.add_argument("--folder", type=Path, help="where to write instead of the cache folder")
+    parser.add_argument("--folder", type=_folder, help="where to write instead of the cache folder")
     parser.add_argument(
         "--generation",
         action="store_true",
@@ -72,6 +72,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def options_of(args: argparse.Namespace) -> Options:
     """The parsed arguments of `add_options`."""
     return Options(args.iterations, args.folder, args.generation)
+
+
+def _folder(text: str) -> Path:
+    """The type of an argument that is a folder to write into; it is made, with its parents."""
+    if not text:  # pathlib's current directory, which nobody means by it
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    try:
+        path = Path(text).expanduser()
+        _make_writable(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot write there: {error}") from None
+    return path
+
+
+def _make_writable(folder: Path) -> None:
+    """Makes a folder and writes to it: asked now, not after minutes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def positive(text: str) -> int:
@@ -109,9 +127,7 @@ def run(module: str, tuners: Tuners, sizes: Sizes, options: Options) -> int:
     key = Key(tuner.kernels.name, serves, sizes.of_table)
     try:
         path = (options.folder or cache.folder()) / key.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # asked now, not after minutes
-            pass
+        _make_writable(path.parent)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         return _failed(f"{module}: cannot write the table: {error}")
     start = cache.nearest_shipped(tuner.kernels, tuner.gpu, sizes.of_table)
