@@ -110,14 +110,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _about() -> dict[str, Any]:
+    import jax
+
+    from bench.workloads import FULL, REDUCED
+
+    return environment.about(FULL if jax.default_backend() == "gpu" else REDUCED)
+
+
 def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:
     """Measures; rows are kept as they come, and shown whatever ends the measuring."""
+    started = environment.now()
     rows: list[dict[str, Any]] = []
     try:
         for row in measure(tokens, backend):
             rows.append(row)
             if output:
-                _write(rows, backend, output, complete=len(rows) == len(tokens))
+                about = _about() | {"started": started, "backend": backend}
+                about["complete"] = len(rows) == len(tokens)
+                _write(rows, about, output)
     finally:
         cells = [
             [str(r["num_tokens"]), f"{r['first']:.1f}", f"{r['second_process']:.1f}"] for r in rows
@@ -127,14 +138,7 @@ def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:
             print("\n".join(table), flush=True)
 
 
-def _write(rows: Sequence[dict[str, Any]], backend: str, path: Path, *, complete: bool) -> None:
-    about = {
-        "device": environment.device(),
-        "versions": environment.versions(),
-        "git_commit": environment.git_commit(),
-        "backend": backend,
-        "complete": complete,
-    }
+def _write(rows: Sequence[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
     with writing(path), write_atomically(path) as file:
         json.dump({**about, "rows": rows}, file, indent=1, default=str)
         file.write("\n")

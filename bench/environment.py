@@ -1,10 +1,12 @@
 """Process settings that must precede JAX and torch, and what to know about the machine."""
 
 import ctypes
+import datetime
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -152,14 +154,52 @@ def device(sizes: "workloads.Sizes | None" = None) -> Mapping[str, Any]:
     }
 
 
-def about() -> dict[str, Any]:
-    """What each file of results says of where its figures come from."""
+def about(sizes: "workloads.Sizes") -> dict[str, Any]:
+    """What each file of results says of where its figures come from, taken when a run starts.
+
+    Without a GPU `reduced` is true, and a `note` says what that means.
+
+    Args:
+        sizes: Of the rank that is measured.
+    """
+    on = dict(device(sizes))
+    is_reduced = on["platform"] != "gpu"
+    note = {"note": f"{reduced(sizes)}; results are checked, times mean nothing"}
     return {
-        "device": dict(device()),
+        "started": now(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "sizes": sizes._asdict(),
+        "reduced": is_reduced,
+        **(note if is_reduced else {}),
+        "device": on,
         "versions": versions(),
         "gpu_state": gpu_state(),
         "git_commit": git_commit(),
     }
+
+
+def now() -> str:
+    """The time in UTC to the second, as files of results have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def reduced(sizes: "workloads.Sizes") -> str:
+    """What a reader of figures without a GPU must know first; no full stop."""
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    return f"No GPU found: sizes are REDUCED to H={hidden}, I={inner}, E={sizes.num_experts}"
+
+
+def date(started: str) -> str:
+    """The minute of a time in a file of results, for people."""
+    return f"{started[:10]} {started[11:16]} UTC" if started else "not recorded"
+
+
+def sizes_text(sizes: Mapping[str, Any], *, is_reduced: bool) -> str:
+    """The `sizes` of a file of results in one line, for the title of a plot."""
+    return ("REDUCED sizes " if is_reduced else "") + (
+        f"H={sizes['hidden_size']} I={sizes['intermediate_size']} E={sizes['num_experts']} "
+        f"E_local={sizes['num_local_experts']}"
+    )
 
 
 def _tuned(capability: str, sizes: "workloads.Sizes | None") -> list[str]:

@@ -1,5 +1,6 @@
 """What every document of a run says first: what was measured, how, and what to beware of."""
 
+from bench import environment
 from bench.results import Results
 from bench.settings import Settings
 from bench.sm_clock import SUSTAINED_S
@@ -34,9 +35,8 @@ def reduced(settings: Settings) -> str:
     """What a reader of a run without a GPU must know first."""
     sizes = settings.sizes
     return (
-        f"No GPU found: sizes are REDUCED to H={sizes.hidden_size}, I={sizes.intermediate_size}, "
-        f"E={sizes.num_experts} ({sizes.num_local_experts} local), T is kept; host times only, and "
-        "they say nothing about a GPU. There is no roofline."
+        f"{environment.reduced(sizes)} ({sizes.num_local_experts} local), T is kept; host times "
+        "only, and they say nothing about a GPU. There is no roofline."
     )
 
 
@@ -60,10 +60,9 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
     state = about.get("gpu_state_before") or {}
     capability = device["compute_capability"]
     tolerance = settings.tolerance
-    started = about.get("started", "")
     found = [
         ("Definition", _definition(settings)),
-        ("Date", f"{started[:10]} {started[11:16]} UTC" if started else "not recorded"),
+        ("Date", environment.date(about.get("started", ""))),
         ("Device", device["kind"] + (f" (sm_{capability.replace('.', '')})" if capability else "")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Commit", about["git_commit"]),

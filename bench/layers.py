@@ -17,7 +17,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,12 +245,11 @@ def with_kernels(measured: Measured, sizes: Sizes, clock: gpu_clock.GpuClock) ->
         return row._replace(problem=one_line(problem))
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """`layers.json`: device, versions, commit, and the rows."""
+def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path) -> None:
+    """`layers.json`: where the figures come from, and the rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = environment.about() | {"config": str(DEEPSEEK_V3)}
     with write_atomically(folder / "layers.json", "w") as file:
-        json.dump({"about": about, "rows": [plain(row) for row in rows]}, file, indent=1)
+        json.dump({"about": dict(about), "rows": [plain(row) for row in rows]}, file, indent=1)
 
 
 def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
@@ -267,11 +266,12 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
     environment.enable_compilation_cache()
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
+    about = environment.about(sizes) | {"config": str(DEEPSEEK_V3)}
     layers = layers or (LAYERS if on_gpu else FEW_LAYERS)
     if not on_gpu:
-        print("CPU at reduced size: results are checked, times mean nothing", flush=True)
+        print(about["note"], flush=True)
     iterations = 10 if on_gpu else 1
-    fitting = layers_that_fit(layers, sizes, environment.device()["memory_bytes"])
+    fitting = layers_that_fit(layers, sizes, about["device"]["memory_bytes"])
     found: list[Measured] = []
     for own, steps in ((False, layers), (True, fitting)):
         for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
@@ -281,14 +281,14 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
                 one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)
             found.append(one)
             print(f"{one.row.weights} weights, T={num_tokens}: timed", flush=True)
-            write([one.row for one in found], folder)
+            write([one.row for one in found], about, folder)
     rows = [one.row for one in found]
     if gpu_clock.unavailable_reason() is None:
         clock = gpu_clock.GpuClock()
         for place, one in enumerate(found):
             rows[place] = with_kernels(one, sizes, clock)
             print(f"{one.row.weights} weights, T={one.row.tokens}: profiled", flush=True)
-            write(rows, folder)
+            write(rows, about, folder)
     print("\n".join(scan_parts.table(rows)))
     print(f"wrote {folder / 'layers.json'}")
     return 1 if any(row.problem for row in rows) else 0

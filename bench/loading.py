@@ -146,15 +146,17 @@ def run(folder: Path, scratch: Path | None) -> int:
         scratch: Where the checkpoint is written and removed again; None is the usual place.
     """
     on_gpu = jax.default_backend() == "gpu"
+    sizes = FULL if on_gpu else REDUCED
+    about = environment.about(sizes)
     with tempfile.TemporaryDirectory(dir=scratch) as made:
-        write_checkpoint(Path(made), FULL if on_gpu else REDUCED)
+        write_checkpoint(Path(made), sizes)
         found = measure(Path(made), on_gpu=on_gpu)
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder / "loading.json", "w") as file:
-        json.dump({"about": environment.about()} | found, file, indent=1)
+        json.dump({"about": about} | found, file, indent=1)
     for name, median in found["medians"].items():
         print(f"{name:5} {median * 1e3:8.1f} ms  {found['bytes'] / median / 1e9:6.1f} GB/s")
-    said = "CPU: times mean nothing" if found["share"] is None else f"share {found['share']:.2f}"
+    said = about["note"] if found["share"] is None else f"share {found['share']:.2f}"
     print(f"{said}; wrote {folder / 'loading.json'}")
     return 0
 

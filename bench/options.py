@@ -43,6 +43,7 @@ from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
 from interop import interruption
 from interop.arguments import natural
+from interop.markdown import wrapped
 from interop.processes import spawned
 from interop.workloads import Workload
 from jax_moe import DEEPSEEK_V3, LayerInputs, backends
@@ -298,25 +299,22 @@ def _name(order: Order) -> str:
     return f"{what}, for the check" if order.backend == ORACLE else what
 
 
-def write(rows: Sequence[Row], backend: str, folder: Path, asked: int) -> None:
+def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, asked: int) -> None:
     """`options.json` and, for people, `options.md`; both say if rows are left of those `asked`."""
-    about = environment.about() | {"backend": backend, "seed": _SEED}
-    about["complete"] = len(rows) == asked
+    about = dict(about) | {"complete": len(rows) == asked}
     with write_atomically(folder / "options.json", "w") as file:
         json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
-    head = f"{about['device']['kind']}, backend `{backend}`, commit {about['git_commit']}."
-    left = [] if about["complete"] else [f"**Incomplete**: {len(rows)} of {asked} rows.", ""]
-    lines = [
-        "# What each option costs",
-        "",
-        head,
-        "",
-        *left,
-        *tables.markdown(cells(rows), left=2),
-        "",
-    ]
+    head = (
+        f"{about['device']['kind']}, backend `{about['backend']}`, commit {about['git_commit']}, "
+        f"{environment.date(about['started'])}, `{about['command']}`."
+    )
+    beware = [f"**REDUCED sizes**: {about['note']}.", ""] if about["reduced"] else []
+    if not about["complete"]:
+        beware += [f"**Incomplete**: {len(rows)} of {asked} rows.", ""]
+    table = tables.markdown(cells(rows), left=2)
+    lines = ["# What each option costs", "", *beware, head, "", *table, ""]
     with write_atomically(folder / "options.md", "w") as file:
-        file.write("\n".join(lines))
+        file.write("\n".join(wrapped(lines)))
 
 
 def run(
@@ -338,8 +336,9 @@ def run(
     environment.enable_compilation_cache()
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
+    about = environment.about(sizes) | {"backend": backend, "seed": _SEED}
     if not on_gpu:
-        print("CPU at reduced size: results are checked, times mean nothing", flush=True)
+        print(about["note"], flush=True)
     clock = None if gpu_clock.unavailable_reason() else gpu_clock.GpuClock()
     weights = inputs.draw_weights("realistic", sizes, _SEED)
     chosen = select(workloads or (USUAL if on_gpu else FEW), WORKLOADS)
@@ -365,7 +364,7 @@ def run(
             iterations = _ITERATIONS if on_gpu else 1
             found = measure(order, program, answers[place], clock=clock, iterations=iterations)
             rows = with_ratios([*rows, found])
-            write(rows, backend, folder, asked)
+            write(rows, about, folder, asked)
     print("\n".join(tables.aligned(cells(rows), left=2)))
     print(f"wrote {folder / 'options.json'}")
     return 1 if any(row.problem for row in rows) else 0

@@ -42,7 +42,7 @@ from bench.parallel_inputs import (
 from bench.parallel_rows import Row
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop import interruption
-from jax_moe import LayerInputs
+from jax_moe import DEEPSEEK_V3, LayerInputs
 from jax_moe.parallel.exchange import NAMES
 from pallas_kernels.tuning.command import positive
 
@@ -279,9 +279,14 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
             raise ValueError(
                 f"--local-of: expected divisors of {sizes.num_experts} experts, got {of}"
             )
+    about = environment.about(sizes.over(ranks)) | {
+        "config": str(DEEPSEEK_V3),
+        "exchanges": jax_moe.describe_exchange(mesh_of(ranks), AXIS),
+    }
+    if local_of:  # a row's ranks say which it has
+        about["sizes"]["num_local_experts"] = [sizes.num_experts // of for of in local_of]
     if not on_gpu:
-        print("CPU devices at reduced size: results are checked, times mean nothing", flush=True)
-    about = environment.about() | {"exchanges": jax_moe.describe_exchange(mesh_of(ranks), AXIS)}
+        print(about["note"], flush=True)
     rows: list[Row] = []
     for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
         calls = 2 if not on_gpu else 40 if num_tokens <= 128 else 20 if num_tokens <= 1024 else 8
@@ -295,8 +300,9 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
             parallel_rows.write(rows, about, folder / "parallel.json")
         print(f"T={num_tokens} done", flush=True)
     print("\n".join(parallel_rows.table(rows)))
-    parallel_rows.plot(rows, about["device"]["kind"], folder / "parallel.png")
     print(f"wrote {folder / 'parallel.json'}")
+    if parallel_rows.plot(rows, about, folder / "parallel.png"):
+        print(f"wrote {folder / 'parallel.png'}")
     return 1 if any(row.problem for row in rows) else 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import parallel_rows
+from bench import environment, parallel_rows
 from bench.parallel_rows import Row
 from bench.parallel_trace import by_kernel
 from bench.parallel_trace import read as read_trace
@@ -35,11 +35,13 @@ def collect(folder: Path) -> dict[str, Any]:
         primitives and traces. Steps of several commits make an `about` that names them all.
     """
     found: dict[str, Any] = {"about": {}, "steps": _steps(folder), "layers": []}
+    started: set[str] = set()
     commits: dict[str, str] = {}
     for path in sorted(folder.glob("layer_*/parallel.json")):
         rows, about = parallel_rows.read(path)
         found["layers"] += rows
         found["about"] |= about
+        started.add(about.get("started", ""))
         commits[path.parent.name] = about.get("git_commit", "")
     found["layers"].sort(key=lambda row: (row.tokens, row.routing != "even", row.routing))
     found["layers"] = [row._asdict() for row in found["layers"]]
@@ -49,6 +51,7 @@ def collect(folder: Path) -> dict[str, Any]:
             content = json.loads(path.read_text())
             found[kind] += [{"step": path.stem} | row for row in content["rows"]]
             found["about"] = content["about"] | found["about"]
+            started.add(content["about"].get("started", ""))
             commits[path.stem] = content["about"].get("git_commit", "")
     for trace in found["traces"]:
         path = folder / trace.get("trace", "")
@@ -58,6 +61,10 @@ def collect(folder: Path) -> dict[str, Any]:
     for step in found["steps"]:
         if commit := commits.get(step["step"]):
             step["commit"] = commit
+    if first := sorted(started - {""}):
+        found["about"]["started"] = first[0]
+    if "command" in found["about"]:  # that of a step, which is in the step's own file
+        found["about"]["command"] = found["about"]["command"].split(" --step ")[0]
     if named := sorted({*commits.values()} - {""}):
         found["about"]["git_commit"] = ", ".join(named)
     return found
@@ -86,7 +93,7 @@ def write(folder: Path) -> Iterator[Path]:
     rows = [Row(**row) for row in found["layers"]]
     kind = found["about"].get("device", {}).get("kind", "unknown devices")
     picture = folder / f"{STEM}.png"
-    if has_plot := parallel_rows.plot(rows, kind, picture):
+    if has_plot := parallel_rows.plot(rows, found["about"], picture):
         yield picture
     with write_atomically(folder / f"{STEM}.md", "w") as file:
         lines = _document(found, rows, kind, picture.name if has_plot else None)
@@ -132,8 +139,14 @@ _LAYER = (
 
 def _about(about: Mapping[str, Any]) -> list[str]:
     lines = []
-    if about.get("device", {}).get("platform") == "cpu":
-        lines += ["**CPU devices at REDUCED sizes**: results are checked, times mean nothing.", ""]
+    if about.get("reduced"):
+        lines += [f"**REDUCED sizes**: {about['note']}.", ""]
+    if about.get("started"):  # older records have none of these
+        lines += [
+            f"- Date: {environment.date(about['started'])}",
+            f"- Sizes: {environment.sizes_text(about['sizes'], is_reduced=about['reduced'])}",
+            f"- Command: `{about['command']}`",
+        ]
     if versions := about.get("versions"):
         lines.append(f"- Versions: {', '.join(f'{k} {v}' for k, v in versions.items())}")
     if about.get("git_commit"):

@@ -134,12 +134,12 @@ def run_step(name: str, what: Sequence[str], ranks: int, folder: Path) -> int:
         exchange, num_tokens = rest[0], int(rest[1]) if on_gpu else 5
         path = folder / f"{name}.json.gz"
         rows = (record(*one) for one in [(ranks, num_tokens, exchange, sizes, path)])
-    return _kept(rows, folder / f"{name}.json")
+    return _kept(rows, environment.about(sizes.over(ranks)), folder / f"{name}.json")
 
 
-def _kept(rows: Iterable[dict[str, Any]], path: Path) -> int:
+def _kept(rows: Iterable[dict[str, Any]], about: dict[str, Any], path: Path) -> int:
     """Writes the rows as they come."""
-    about, kept = environment.about(), []
+    kept = []
     for row in rows:
         kept.append(row)
         parallel_documents.write_json({"about": about, "rows": kept}, path)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import tables
+from bench import environment, tables
 from interop import plot_style
 from jax_moe.io.files import write_atomically
 
@@ -106,12 +106,12 @@ def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
     return [Row(**row) for row in content["rows"]], content["about"]
 
 
-def plot(rows: Sequence[Row], kind: str, path: Path) -> bool:
+def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:
     """Efficiency against T, a curve per exchange and number of pieces; of even routing.
 
     Args:
         rows: Those without times are left out.
-        kind: Of the devices.
+        about: Where they come from.
         path: Of the PNG.
 
     Returns:
@@ -131,8 +131,17 @@ def plot(rows: Sequence[Row], kind: str, path: Path) -> bool:
     axes.set(xlabel="tokens of each rank", ylabel="the slowest rank's local work / layer")
     axes.set_ylim(0, 1.05)
     axes.grid(True, alpha=0.3)
-    axes.set_title(f"{timed[0].ranks} x {kind}")
+    axes.set_title(_title(timed[0].ranks, about))
     axes.legend()
     with write_atomically(path, "wb") as picture:
         figure.savefig(picture, format="png", dpi=130)
     return True
+
+
+def _title(ranks: int, about: Mapping[str, Any]) -> str:
+    lines = [f"{ranks} x {about.get('device', {}).get('kind', 'unknown devices')}"]
+    if sizes := about.get("sizes"):  # older records have none
+        is_reduced = about["reduced"]
+        lines.append(environment.sizes_text(sizes, is_reduced=is_reduced))
+        lines[-1] += ": times mean nothing" if is_reduced else ""
+    return "\n".join(lines)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bench import environment
 from bench.results import Results, Row
 from interop import plot_style
 from interop.plot_style import plain_number as _plain_number
@@ -44,17 +45,12 @@ def conditions(results: Results) -> str:
     settings = results.about["settings"]
     model = settings.get("model", models.DEEPSEEK_V3.name)
     model = "" if model == models.DEEPSEEK_V3.name else f"{model} "
-    sizes = settings["sizes"]
-    reduced = "" if settings["on_gpu"] else "REDUCED sizes "
+    sizes = environment.sizes_text(settings["sizes"], is_reduced=not settings["on_gpu"])
     routing = "routing of the data set"
     if settings["inputs"] != "dataset":
         patterns = {"moments": "the captured moments"}
         routing = f"routing by {patterns.get(settings['routing'], settings['routing'])}"
-    return (
-        f"{reduced}{model}H={sizes['hidden_size']} I={sizes['intermediate_size']} "
-        f"E={sizes['num_experts']} E_local={sizes['num_local_experts']}, "
-        f"{settings['inputs']} inputs, {routing}"
-    )
+    return f"{model}{sizes}, {settings['inputs']} inputs, {routing}"
 
 
 def _draw_times(axes: Any, results: Results) -> None:

@@ -1,6 +1,5 @@
 """One run of the benchmark, from settings to exit code."""
 
-import datetime
 import shlex
 import sys
 import traceback
@@ -216,8 +215,7 @@ def _new_results(
         "jobs": jobs or None,
         "profile": profile,
     }
-    about = {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    about = environment.about(settings.sizes) | {
         "complete": False,
         "command": settings.command(**others),
         "asked": {
@@ -226,11 +224,8 @@ def _new_results(
             **options._asdict(),
         },
         "settings": settings.comparable(),
-        "device": environment.device(settings.sizes),
-        "versions": environment.versions(),
-        "git_commit": environment.git_commit(),
-        "gpu_state_before": environment.gpu_state(),
     }
+    about["gpu_state_before"] = about.pop("gpu_state")
     path = folder.path / f"{settings.stem}.json"
     return Results(path, about, settings.timer, unavailable, begin=folder.begin)
 

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -300,20 +300,16 @@ def table(rows: Sequence[Row]) -> list[str]:
     return [*tables.aligned(cells, left=0), *problems]
 
 
-def write(
-    rows: Sequence[Row], config: LayerConfig, model: str, folder: Path, *, complete: bool
-) -> None:
-    """`shared_expert.json`: device, versions, commit, the layer, and the rows."""
+def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path) -> None:
+    """`shared_expert.json`: where the figures come from, the layer, and the rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = environment.about() | {"model": model, "config": dataclasses.asdict(config)}
-    about["complete"] = complete
     found = [
         row._asdict()
         | {"cost_us": row.cost_us, "fused_cost_us": row.fused_cost_us, "ratio": row.ratio}
         for row in rows
     ]
     with write_atomically(folder / "shared_expert.json", "w") as file:
-        json.dump({"about": about, "rows": found}, file, indent=1)
+        json.dump({"about": dict(about), "rows": found}, file, indent=1)
 
 
 def run(model: str, tokens: Sequence[int], folder: Path) -> int:
@@ -333,9 +329,13 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
     environment.enable_compilation_cache()
     on_gpu = jax.default_backend() == "gpu"
     measured = models.get(model)
-    config = layer_config(measured, sizes_of(measured, reduced=not on_gpu))
+    sizes = sizes_of(measured, reduced=not on_gpu)
+    config = layer_config(measured, sizes)
+    of_layer = {"model": measured.name, "config": dataclasses.asdict(config)}
+    about = environment.about(sizes) | of_layer
     if not on_gpu:
-        print("CPU at reduced size: results are checked, nothing is timed", flush=True)
+        about["note"] = f"{environment.reduced(sizes)}; results are checked, nothing is timed"
+        print(about["note"], flush=True)
     clock = None if gpu_clock.unavailable_reason() else gpu_clock.GpuClock()
     if reason := deepgemm_dense.SOLUTION.unavailable_reason():
         print(f"{deepgemm_dense.SOLUTION.name}: {reason}", flush=True)
@@ -345,7 +345,7 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
     for num_tokens in tokens:
         rows.append(measure(num_tokens, layer, clock))
         print(f"T={num_tokens}: done", flush=True)
-        write(rows, config, measured.name, folder, complete=len(rows) == len(tokens))
+        write(rows, about | {"complete": len(rows) == len(tokens)}, folder)
     print("\n".join(table(rows)))
     print(f"wrote {folder / 'shared_expert.json'}")
     return 1 if any(row.problem for row in rows) else 0

@@ -19,6 +19,10 @@ class Sizes(NamedTuple):
     hidden_size: int
     intermediate_size: int
 
+    def over(self, ranks: int) -> "Sizes":
+        """Those of one of so many ranks that share all experts."""
+        return self._replace(num_local_experts=self.num_experts // ranks)
+
     def offset(self, workload: Workload) -> int:
         """First local expert of the workload's rank, of as many ranks as there are."""
         ranks = self.num_experts // self.num_local_experts

@@ -18,6 +18,8 @@ def test_the_second_process_reads_what_the_first_compiled(tmp_path, capsys):
     written = json.loads(path.read_text())
     (row,) = written["rows"]
     assert written["complete"] is True
+    assert (written["backend"], written["reduced"]) == ("xla", True)
+    assert "REDUCED to H=256" in written["note"]
     assert row["num_tokens"] == 3
     assert 0 < row["second_process"] < row["first"]
     assert capsys.readouterr().out.splitlines()[0].split() == (

@@ -23,7 +23,12 @@ TINY = Sizes(num_experts=64, num_local_experts=8, hidden_size=256, intermediate_
 def test_layers_are_checked_and_said_not_to_be_timed(tmp_path, capsys):
     assert layers.main(["--layers=2", "--tokens=3", f"--output={tmp_path}"]) == 0
     assert "times mean nothing" in capsys.readouterr().out
-    one, own = json.loads((tmp_path / "layers.json").read_text())["rows"]
+    written = json.loads((tmp_path / "layers.json").read_text())
+    one, own = written["rows"]
+    assert written["about"]["sizes"] == REDUCED._asdict()
+    assert written["about"]["reduced"] is True
+    assert "REDUCED to H=256" in written["about"]["note"]
+    assert {"started", "command"} <= set(written["about"])
     assert (one["weights"], own["weights"]) == ("one", "own")
     for row in (one, own):
         assert (row["layers"], row["tokens"], row["problem"]) == (2, 3, "")

@@ -27,6 +27,7 @@ def test_a_run_without_a_gpu(tmp_path, capsys):
         "read": loading.REPEATS,
     }
     assert written["share"] is None
+    assert (written["about"]["sizes"], written["about"]["reduced"]) == (REDUCED._asdict(), True)
 
 
 def test_the_checkpoint_is_that_of_a_rank(tmp_path):

@@ -92,6 +92,9 @@ def test_a_run_is_written_down(tmp_path, monkeypatch, capsys):
     document = (tmp_path / "options.md").read_text()
     assert "| route | softmax | 1 |" in document
     assert "Incomplete" not in document
+    assert "**REDUCED sizes**: No GPU found" in document
+    assert written["about"]["reduced"] is True
+    assert written["about"]["command"] in " ".join(document.split())
 
 
 def test_rows_are_kept_whatever_becomes_of_the_next_one(tmp_path, monkeypatch, capsys):

@@ -142,6 +142,17 @@ def test_the_forms_are_traced_at_full_size():
     assert {(one.shape, str(one.dtype)) for one in found.values()} == {((64, 7168), "bfloat16")}
 
 
+def test_the_record_says_where_it_comes_from(tmp_path, monkeypatch, capsys, layer):
+    monkeypatch.setattr(shared_expert, "make_layer", lambda _: layer)
+    assert shared_expert.run("deepseek-v3", (3,), tmp_path) == 0
+    about = json.loads((tmp_path / "shared_expert.json").read_text())["about"]
+    assert about["sizes"] == SIZES._asdict()
+    assert about["reduced"] is True
+    assert "REDUCED to H=256, I=128, E=64; results are checked, nothing" in about["note"]
+    assert about["note"] in capsys.readouterr().out
+    assert {"started", "command"} <= set(about)
+
+
 @pytest.mark.slow
 def test_the_command_checks_and_writes(tmp_path, capsys):
     assert shared_expert.main(["--tokens=3", f"--output={tmp_path}"]) == 0

@@ -169,6 +169,8 @@ def run(
     """Compiles, measures, prints a table and writes `times.json`, after each number of tokens."""
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
+    about = environment.about(sizes) | {"rounds": rounds, "iterations": iterations}
+    about["checkouts"] = [{"folder": str(one), "commit": git_commit(one)} for one in checkouts]
     clock = None if gpu_clock.unavailable_reason() else gpu_clock.GpuClock()
     weights = inputs.draw_weights("realistic", sizes, 0)
     given = [make_inputs(row, sizes, weights)["e4m3"].arguments for row in workloads]
@@ -189,10 +191,6 @@ def run(
                 f"{medians[-1] / medians[0]:.3f}", "yes" if same else "no",
             ])  # fmt: skip
             rows.append({"tokens": workload.num_tokens, "of_checkout": found})
-            about = environment.about() | {"rounds": rounds, "iterations": iterations}
-            about["checkouts"] = [
-                {"folder": str(one), "commit": git_commit(one)} for one in checkouts
-            ]
             with write_atomically(output / "times.json", "w") as file:
                 json.dump({"about": about, "rows": rows}, file, indent=1)
     if not on_gpu:
