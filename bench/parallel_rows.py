@@ -107,7 +107,7 @@ def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:
-    """Efficiency against T, a curve per exchange and number of pieces; of even routing.
+    """Efficiency against T: a panel per routing, a curve per exchange and number of pieces.
 
     Args:
         rows: Those without times are left out.
@@ -117,25 +117,42 @@ def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    timed = [row for row in rows if row.efficiency is not None and row.routing == "even"]
+    timed = [row for row in rows if row.efficiency is not None]
     if not timed:
         return False
-    figure = plot_style.figure(8, 5)
-    axes = figure.subplots()
-    for name in dict.fromkeys(row.name for row in timed):
-        points = sorted((row.tokens, row.efficiency or 0.0) for row in timed if row.name == name)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xscale("log", base=2)
-    tokens = sorted({row.tokens for row in timed})
-    axes.set_xticks(tokens, [plot_style.plain_number(count) for count in tokens])
-    axes.set(xlabel="tokens of each rank", ylabel="the slowest rank's local work / layer")
-    axes.set_ylim(0, 1.05)
-    axes.grid(True, alpha=0.3)
-    axes.set_title(_title(timed[0].ranks, about))
-    axes.legend()
     with write_atomically(path, "wb") as picture:
-        figure.savefig(picture, format="png", dpi=130)
+        drawn(timed, about).savefig(picture, format="png", dpi=130)
     return True
+
+
+def drawn(timed: Sequence[Row], about: Mapping[str, Any]) -> Any:
+    """The figure of rows that all have times."""
+    names = list(dict.fromkeys(row.name for row in timed))
+    routings = sorted({row.routing for row in timed}, key=lambda name: (name != "even", name))
+    tokens = sorted({row.tokens for row in timed})
+    figure = plot_style.figure(8, 1 + 4 * len(routings))
+    panels = figure.subplots(len(routings), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, routing in zip(panels, routings, strict=True):
+        for place, name in enumerate(names):
+            points = sorted(
+                (row.tokens, row.efficiency or 0.0)
+                for row in timed
+                if (row.name, row.routing) == (name, routing)
+            )
+            if points:
+                colour = f"C{place}"
+                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [plot_style.plain_number(count) for count in tokens])
+        axes.set_xticks([], minor=True)
+        axes.set(ylabel="the slowest rank's local work / layer", title=f"{routing} routing")
+        axes.grid(True, alpha=0.3)
+        axes.legend()
+    panels[-1].set_xlabel("tokens of each rank")
+    # Noise, or an exchange that overlaps, may make the whole faster than its part.
+    panels[0].set_ylim(0, 1.05 * max(1.0, *(row.efficiency or 0.0 for row in timed)))
+    figure.suptitle(_title(timed[0].ranks, about))
+    return figure
 
 
 def _title(ranks: int, about: Mapping[str, Any]) -> str:

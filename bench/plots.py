@@ -91,7 +91,8 @@ def _draw_fractions(axes: Any, results: Results) -> None:
             axes.plot(*line, **plot_style.style(name))
     labels = [_plain_number(rows[0].num_tokens) for rows in groups]
     axes.set_xticks(range(len(groups)), labels, rotation=45)
-    axes.set(xlabel="tokens T", ylabel="unpromoted floor / time", ylim=(0, 1.05))
+    highest = max([1.0, *(value for line in axes.lines for value in line.get_ydata())])
+    axes.set(xlabel="tokens T", ylabel="unpromoted floor / time", ylim=(0, 1.05 * highest))
     axes.axhline(1, color="k", linestyle="--", linewidth=1.2)
     axes.grid(True, alpha=0.3)
 

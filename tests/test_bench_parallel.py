@@ -54,6 +54,12 @@ def test_two_ranks_are_checked_and_said_not_to_be_timed(tmp_path):
         assert 1 <= row.busiest <= 2
     assert rows[0].local_us != rows[1].local_us, "each routing has local work of its own"
     assert "collectives  chosen by auto" in about["exchanges"]
+    assert about["sizes"] == REDUCED.over(2)._asdict()
+    assert about["reduced"] is True
+    assert "REDUCED to H=256, I=128, E=64; results are checked, times mean" in about["note"]
+    assert about["command"] == f"python {' '.join(command)} --output={tmp_path}"
+    assert about["started"][:2] == "20"
+    assert about["config"].startswith("MoEConfig(top_k=8")
     assert (tmp_path / "parallel.png").stat().st_size > 1000
 
 
@@ -67,6 +73,37 @@ ROWS = [
     Row(4, 8, "collectives", "zipf", 2, 20.0, 15.0, busiest=1.5, error=0.001),
     Row(4, 8, "nvlink", error=0.5, problem="wrong"),
 ]
+ABOUT = {"device": {"kind": "H200", "platform": "gpu"}}
+
+
+def test_a_plot_holds_every_point_and_names_every_routing():
+    timed = [
+        Row(4, tokens, "collectives", routing, pieces, layer_us=10.0, local_us=us)
+        for routing, pieces, us in (("zipf", 1, 4.0), ("even", 1, 12.75), ("zipf", 2, 5.0))
+        for tokens in (8, 17)
+    ]
+    figure = parallel_rows.drawn(timed, ABOUT)
+    assert figure.get_suptitle() == "4 x H200"
+    even, zipf = figure.axes
+    assert (even.get_title(), zipf.get_title()) == ("even routing", "zipf routing")
+    labels = ["collectives", "collectives, 2 pieces"]
+    assert [[line.get_label() for line in one.lines] for one in (even, zipf)] == [
+        labels[:1],
+        labels,
+    ]
+    for axes in (even, zipf):
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        points = [point for line in axes.lines for point in line.get_xydata()]
+        assert all(left < tokens < right and low < ratio < high for tokens, ratio in points)
+
+
+def test_a_plot_of_reduced_sizes_says_so():
+    about = {"device": {"kind": "cpu"}, "sizes": REDUCED.over(2)._asdict(), "reduced": True}
+    figure = parallel_rows.drawn([Row(2, 8, "collectives", layer_us=2.0, local_us=1.0)], about)
+    assert figure.get_suptitle().splitlines() == [
+        "2 x cpu",
+        "REDUCED sizes H=256 I=128 E=64 E_local=32: times mean nothing",
+    ]
 
 
 def test_a_table_has_no_speed_for_a_wrong_result():
@@ -161,7 +198,7 @@ def test_documents_are_made_of_what_there_is(tmp_path):
         assert line in text.splitlines()
     content = json.loads((tmp_path / "parallel_gpus.json").read_text())
     assert [step["state"] for step in content["steps"]] == ["ok"], "the last state of each"
-    assert not (tmp_path / "parallel_gpus.png").exists(), "no layer of even routing was timed"
+    assert (tmp_path / "parallel_gpus.png").stat().st_size > 1000
 
 
 def test_steps_of_several_commits_are_told_apart_also_from_the_json_file_alone(tmp_path):
@@ -216,7 +253,12 @@ def test_a_step_on_two_cpu_devices_ends_in_a_document(tmp_path, monkeypatch):
     assert all(row["us"] > 0 for row in content["primitives"])
     assert {row["name"] for row in content["primitives"] if row["gb_s"] == 0} == {"nothing"}
     assert content["about"]["device"]["platform"] == "cpu"
-    assert "REDUCED sizes" in (tmp_path / "parallel_gpus.md").read_text()
+    text = (tmp_path / "parallel_gpus.md").read_text()
+    assert "**REDUCED sizes**: No GPU found" in text
+    assert "- Sizes: REDUCED sizes H=256 I=128 E=64 E_local=32\n" in text
+    command = f"`python -m bench.parallel_gpus --output {tmp_path} --ranks 2`"
+    assert command in " ".join(text.split())
+    assert f"- Date: {content['about']['started'][:10]}" in text
 
 
 @pytest.mark.slow

@@ -6,9 +6,13 @@ import math
 
 import pytest
 
+from bench import plots
+from bench.results import Results
+from bench.roofline import Roofline
 from bench.solutions import registry
 from interop import plot_style
 from interop.plot_style import plain_number
+from tests.bench_rows import row
 
 
 def test_each_solution_has_a_colour_and_a_symbol_of_its_own():
@@ -58,3 +62,13 @@ def test_no_line_joins_crowded_token_counts():
     assert (xs[1], xs[3]) == (52, 53)
     places, _ = plot_style.curve(points, at=range(5))
     assert [x for x in places if not math.isnan(x)] == [0, 1, 2, 3, 4]
+
+
+def test_a_share_above_one_is_within_the_axis(tmp_path):
+    one = row("jax_moe", 7, 125)
+    found = Results(tmp_path / "results.json", {}, "gpu", roofline=Roofline(5e11, 1e15, "made up"))
+    found.rows[one.solution, one.uuid] = one
+    axes = plot_style.figure(6, 4).subplots()
+    plots._draw_fractions(axes, found)
+    (share,) = axes.lines[0].get_ydata()
+    assert 1.05 < share < axes.get_ylim()[1]
