@@ -28,20 +28,27 @@ program for the plan."""
 HIGH_TOKENS = (7, 250)
 """Both tile heights of `precision="high"`."""
 
+UNQUANTIZED_TOKENS = (21, 260)
+"""Rows made ready in the routing's launch, and in one of their own."""
+
 TO_ORACLE = 0.04  # "high" does not round the rows that the oracle gets rounded
 
 
 def layers() -> Iterator[tuple[LayerInputs, Precision]]:
     """Arguments of `apply`: quantized ones, a K long enough to be cut, others to quantize."""
-    cut, inputs = make_inputs(5, hidden_size=3584), make_inputs(21)
-    x = np.random.default_rng(1).standard_normal(inputs.hidden_states.shape, np.float32)
-    unquantized = inputs._replace(hidden_states=x, hidden_states_scale=None)
+    cut = make_inputs(5, hidden_size=3584)
+    unquantized = [_unquantized(make_inputs(num_tokens)) for num_tokens in UNQUANTIZED_TOKENS]
     precisions: dict[Precision, tuple[int, ...]] = {"fast": TOKENS, "high": HIGH_TOKENS}
     for precision, tokens in precisions.items():
         for num_tokens in tokens:
             yield make_inputs(num_tokens, seed=num_tokens), precision
-        yield cut, precision
-        yield unquantized, precision
+        for inputs in (cut, *unquantized):
+            yield inputs, precision
+
+
+def _unquantized(inputs: LayerInputs) -> LayerInputs:
+    x = np.random.default_rng(1).standard_normal(inputs.hidden_states.shape, np.float32)
+    return inputs._replace(hidden_states=x, hidden_states_scale=None)
 
 
 def run(backend: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ SCALES_OF_A_REUSED_STAGE = {
     "_multiply.<locals>.step",
     "_fill.<locals>._step",
     "accumulate.<locals>.step",
-    "_copy_tokens",
+    "_copy_step",
 }
 
 
