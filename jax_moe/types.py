@@ -13,13 +13,19 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, export
 from jaxtyping import Float, Float8e4m3fn, Float32
 
 from jax_moe.scalars import alive, got
 from pallas_kernels.types import GroupPlan as GroupPlan
 from pallas_kernels.types import Quantized as Quantized
 from pallas_kernels.types import Routing as Routing
+
+
+def _exported[Type](kind: type[Type]) -> type[Type]:
+    """The type, registered so that `jax.export` can write programs that take or give it."""
+    name = f"jax_moe.{kind.__name__}"
+    return export.register_namedtuple_serialization(kind, serialized_name=name)
 
 
 class ExpertWeights(NamedTuple):
@@ -296,3 +302,9 @@ class RoutedInputs(NamedTuple):
         """The rows with their scales, of quantized hidden states."""
         assert self.hidden_states_scale is not None
         return Quantized(self.hidden_states, self.hidden_states_scale)
+
+
+for _kind in (
+    ExpertWeights, LayerWeights, LayerInputs, RoutedInputs, Routing, GroupPlan, Quantized
+):  # fmt: skip
+    _exported(_kind)

@@ -326,3 +326,32 @@ def compare_over_four_ranks():
     expected, expected_load = jitted(config, with_load=True)(params, x)
     assert relative_error(out, expected) < 0.005
     np.testing.assert_array_equal(load, expected_load)
+
+
+def test_what_cannot_be_fused_is_named():
+    params = make()
+    shared = params.shared_experts
+    scale = np.swapaxes(shared.gemm1_weights_scale, 1, 2)
+    narrow = dataclasses.replace(CONFIG, shared_intermediate_size=128)
+    for fields, config, message in (
+        ({"gemm1_weights_scale": scale}, CONFIG, "gemm1_weights_scale: expected .*, got float32"),
+        ({"gemm2_weights": None}, CONFIG, "gemm2_weights: expected .*, got None"),
+        ({}, narrow, r"gemm1_weights: expected .*I = 128 from config"),
+    ):
+        given = params._replace(shared_experts=shared._replace(**fields))
+        for use in (nn.fuse_shared, lambda g, c: nn.moe_layer(g, hidden(), config=c)):
+            with pytest.raises(
+                (TypeError, ValueError), match=r"params\.shared_experts\." + message
+            ):
+                use(given, config)
+    few = dataclasses.replace(CONFIG, num_experts=4)
+    with pytest.raises(ValueError, match=r"params\.experts: expected all 4 experts, got 8"):
+        nn.fuse_shared(params, few)
+
+
+def test_an_exported_program_that_takes_weights_is_written_and_read():
+    params, x = jax.tree.map(jnp.asarray, (make(), hidden()))
+    layer = jax.jit(functools.partial(nn.moe_layer, config=CONFIG, backend="xla"))
+    written = export.export(layer)(params, x).serialize()
+    found = export.deserialize(written).call(params, x)
+    np.testing.assert_array_equal(bits(found), bits(layer(params, x)))

@@ -96,6 +96,15 @@ def test_from_a_checkpoint(tmp_path, fused):
             load(sharding=jax.make_mesh((1,), ("expert",)))
     shape = jax.eval_shape(layer, jnp.zeros((3, 256), jnp.bfloat16)).shape
     assert shape == (3, 256)
+    config = json.loads(path.read_text()) | {"moe_intermediate_size": 256}
+    (tmp_path / "wide").mkdir()
+    make_checkpoint(tmp_path / "wide", intermediate=256)
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config))
+    half = nn.DeepSeekMoE.from_checkpoint(
+        tmp_path / "wide", made.layer, fused=fused, backend="xla", tensor_parallel=(1, 2)
+    )
+    assert half.config.intermediate_size == 128
+    assert jax.eval_shape(half, jnp.zeros((3, 256), jnp.bfloat16)).shape == (3, 256)
 
 
 def test_bad_arguments_are_refused_when_it_is_made(tmp_path):

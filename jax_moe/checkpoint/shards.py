@@ -11,7 +11,7 @@ import reprlib
 import stat
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never, Self
 
 import ml_dtypes
 import numpy as np
@@ -61,6 +61,9 @@ class Shard:
         self.tensors: Mapping[str, TensorInfo] = header.tensors
         self.metadata: Mapping[str, str] = header.metadata
         self._data_begin = header.data_begin
+
+    def __reduce__(self) -> Never:
+        raise TypeError(f"{self.where}: an open file cannot be copied or pickled; open it again")
 
     def tensor(self, name: str) -> "Tensor":
         """One of its tensors.
@@ -178,7 +181,8 @@ class Checkpoint:
     """A checkpoint's folder: one index, shards that are opened when they are needed.
 
     The loaders take a folder's path as well; make this once where you load many layers, so that
-    the index and the headers are parsed once.
+    the index and the headers are parsed once. A copy, also one that was pickled, opens the folder
+    anew.
 
     Args:
         folder: It holds `model.safetensors.index.json` and the shards which that names, or a single
@@ -213,6 +217,9 @@ class Checkpoint:
             raise ValueError(f"{shown(folder)}: expected {INDEX} or {SINGLE} in it, got neither")
         has_config = os.path.lexists(self._path(CONFIG))
         self.config: dict[str, Any] = _read_json(self._path(CONFIG)) if has_config else {}
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (os.path.abspath(self._folder),)
 
     @property
     def config_path(self) -> str:

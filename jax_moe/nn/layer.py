@@ -165,6 +165,10 @@ def fuse_shared(params: LayerWeights, config: LayerConfig) -> LayerWeights:
     shared = checked_layer_weights("params", params).shared_experts
     if shared is None:
         raise ValueError("params: expected shared_experts to fuse, got None")
+    _check_experts(params, config)
+    held = params.experts.num_local_experts
+    if held != config.num_experts:
+        raise ValueError(f"params.experts: expected all {config.num_experts} experts, got {held}")
     if config.shared_intermediate_size % width:
         raise ValueError(
             f"config: expected shared_intermediate_size to be a multiple of {width}, "
@@ -203,6 +207,30 @@ def _appended(routed: Any, shared: Any) -> Any:
     return concatenate([routed, shared], axis=0)
 
 
+def _check_experts(params: LayerWeights, config: LayerConfig) -> None:
+    """Checks the experts' arrays, and says of which of both something is wrong."""
+    hidden_size = (config.hidden_size, "config")
+    for field, width in (
+        ("experts", config.intermediate_size),
+        ("shared_experts", config.shared_intermediate_size),
+    ):
+        name, experts = f"params.{field}", getattr(params, field)
+        if experts is None:
+            continue
+        sizes: validate.Sizes = {"H": hidden_size, "I": (width, "config")}
+        try:
+            validate.weights(experts, sizes, name)
+        except (TypeError, ValueError) as problem:
+            text = str(problem)
+            raise type(problem)(text if text.startswith(name) else f"{name}.{text}") from None
+    shared = params.shared_experts
+    if shared is not None and shared.num_local_experts != 1:
+        raise ValueError(
+            f"params.shared_experts: expected one expert of all their width, got "
+            f"{shared.num_local_experts}"
+        )
+
+
 def checked_layer_weights(name: str, value: object) -> LayerWeights:
     """Checks the type of a layer's weights.
 
@@ -231,7 +259,7 @@ def _checked(
     }
     validate.array("hidden_states", x, "T H", validate.UNQUANTIZED, sizes)
     validate.array("gate_weight", params.gate_weight, "E H", validate.UNQUANTIZED, sizes)
-    validate.weights(params.experts, sizes, "params.experts")
+    _check_experts(params, config)
     if config.has_routing_bias != (params.e_score_correction_bias is not None):
         raise ValueError(
             f"e_score_correction_bias: expected {'an array' if config.has_routing_bias else 'None'}"
@@ -244,10 +272,7 @@ def _checked(
             f"shared_gate: expected None, as config says, got {got(params.shared_gate)}"
         )
     num_fused = 0
-    if params.shared_experts is not None:
-        shared = {"H": sizes["H"], "I": (config.shared_intermediate_size, "config")}
-        validate.weights(params.shared_experts, shared, "params.shared_experts")
-    elif config.shared_intermediate_size:
+    if params.shared_experts is None and config.shared_intermediate_size:
         num_fused = config.shared_intermediate_size // config.intermediate_size
     if axis_name is not None and num_fused:
         raise ValueError(

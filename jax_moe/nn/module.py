@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any, Self
 
@@ -140,7 +141,8 @@ class DeepSeekMoE(nnx.Module):
             backend: As in `jax_moe.apply`.
             precision: As in `jax_moe.apply`.
             batch_invariant: As in `moe_layer`.
-            **options: As in `jax_moe.checkpoint.load_layer`.
+            **options: As in `jax_moe.checkpoint.load_layer`. With `tensor_parallel` the module is
+                that of one rank, and the outputs of all add up.
 
         Returns:
             The module.
@@ -155,6 +157,7 @@ class DeepSeekMoE(nnx.Module):
             raise ValueError(f"{source.config_path}: expected what the layer is, got nothing")
         config = LayerConfig.from_hf(source.config)
         weights = load_layer(source, layer, **options)
+        config = _as_loaded(config, weights)
         if boolean("fused", fused):
             weights = fuse_shared(weights, config)
         return cls.from_weights(
@@ -219,6 +222,16 @@ def _variables(experts: ExpertWeights, axis: str | None) -> dict[str, FrozenWeig
         name: FrozenWeight(value, out_sharding=(axis, None, None), eager_sharding=False)
         for name, value in experts._asdict().items()
     }
+
+
+def _as_loaded(config: LayerConfig, weights: LayerWeights) -> LayerConfig:
+    """The configuration of what was loaded: a rank of several has a part of each expert's width."""
+    shared = weights.shared_experts
+    return dataclasses.replace(
+        config,
+        intermediate_size=weights.experts.intermediate_size,
+        shared_intermediate_size=0 if shared is None else shared.intermediate_size,
+    )
 
 
 def _values(variables: Any) -> ExpertWeights:
