@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import pickle
 import struct
 
 import jax
@@ -387,22 +385,3 @@ def test_a_header_of_any_size_is_not_read(made):
         file.write(struct.pack("<Q", 2**30))
         file.truncate(2**31)
     refused(made, f"{FIRST}: header of {2**30} bytes in a file of {2**31}")
-
-
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))  # noqa: S301
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copy_of_a_checkpoint_opens_its_own_files(tmp_path, copied):
-    """A number of an open file means another file elsewhere, or once the first is closed."""
-    first, second = (make_checkpoint(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
-    original = checkpoint.Checkpoint(first.folder)
-    checkpoint.load_experts(original, 3)
-    again = copied(original)
-    with pytest.raises(TypeError, match="cannot be copied or pickled"):
-        copied(next(iter(original._shards.values())))
-    del original
-    other = checkpoint.Checkpoint(second.folder)
-    checkpoint.load_experts(other, 3)
-    assert_expert(checkpoint.load_experts(again, 3), 5, first.expert(5))
