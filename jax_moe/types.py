@@ -22,12 +22,6 @@ from pallas_kernels.types import Quantized as Quantized
 from pallas_kernels.types import Routing as Routing
 
 
-def _exported[Type](kind: type[Type]) -> type[Type]:
-    """The type, registered so that `jax.export` can write programs that take or give it."""
-    name = f"jax_moe.{kind.__name__}"
-    return export.register_namedtuple_serialization(kind, serialized_name=name)
-
-
 class ExpertWeights(NamedTuple):
     """The expert weights of one rank: JAX, NumPy or torch arrays, or anything shaped like them.
 
@@ -307,4 +301,5 @@ class RoutedInputs(NamedTuple):
 for _kind in (
     ExpertWeights, LayerWeights, LayerInputs, RoutedInputs, Routing, GroupPlan, Quantized
 ):  # fmt: skip
-    _exported(_kind)
+    # So that `jax.export` can write programs that take or give it.
+    export.register_namedtuple_serialization(_kind, serialized_name=f"jax_moe.{_kind.__name__}")

@@ -105,9 +105,9 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
             )
 
 
-def argument(name: str, value: Any, sizes: Sizes) -> None:
-    """`array` for an argument of the layer, by its name in `ARGUMENTS`."""
-    array(name, value, *ARGUMENTS[name], sizes)
+def argument(name: str, value: Any, sizes: Sizes, prefix: str = "") -> None:
+    """`array` for an argument of the layer, by its name in `ARGUMENTS`; `prefix` is for errors."""
+    array(prefix + name, value, *ARGUMENTS[name], sizes)
 
 
 def wrong_dtype(name: str, found: str) -> TypeError:
@@ -327,25 +327,26 @@ def expert_weights(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a jax_moe.ExpertWeights, got {got(value)}")
 
 
-def weights(value: Any, sizes: Sizes, name: str = "weights") -> None:
-    """Checks the weights of both matmuls; `name` is that of the argument that holds them."""
-    expert_weights(name, value)
-    gemm1(value.gemm1_weights, value.gemm1_weights_scale, sizes)
-    gemm2(value.gemm2_weights, value.gemm2_weights_scale, sizes)
+def weights(value: Any, sizes: Sizes, name: str = "") -> None:
+    """Checks the weights of both matmuls; `name` is that of what holds them, if anything does."""
+    expert_weights(name or "weights", value)
+    prefix = f"{name}." if name else ""
+    gemm1(value.gemm1_weights, value.gemm1_weights_scale, sizes, prefix)
+    gemm2(value.gemm2_weights, value.gemm2_weights_scale, sizes, prefix)
 
 
-def gemm1(weights: Any, scale: Any, sizes: Sizes) -> None:
+def gemm1(weights: Any, scale: Any, sizes: Sizes, prefix: str = "") -> None:
     """Checks the up-projection's weights; sets E_local and I."""
-    argument("gemm1_weights", weights, sizes)
+    argument("gemm1_weights", weights, sizes, prefix)
     blocked("I", sizes)
-    argument("gemm1_weights_scale", scale, sizes)
+    argument("gemm1_weights_scale", scale, sizes, prefix)
 
 
-def gemm2(weights: Any, scale: Any, sizes: Sizes) -> None:
+def gemm2(weights: Any, scale: Any, sizes: Sizes, prefix: str = "") -> None:
     """Checks the down-projection's weights; sets H where nothing did."""
-    argument("gemm2_weights", weights, sizes)
+    argument("gemm2_weights", weights, sizes, prefix)
     blocked("H", sizes)
-    argument("gemm2_weights_scale", scale, sizes)
+    argument("gemm2_weights_scale", scale, sizes, prefix)
 
 
 def experts(num_local_experts: int, num_experts: int) -> None:

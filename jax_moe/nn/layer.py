@@ -208,27 +208,18 @@ def _appended(routed: Any, shared: Any) -> Any:
 
 
 def _check_experts(params: LayerWeights, config: LayerConfig) -> None:
-    """Checks the experts' arrays, and says of which of both something is wrong."""
-    hidden_size = (config.hidden_size, "config")
-    for field, width in (
-        ("experts", config.intermediate_size),
-        ("shared_experts", config.shared_intermediate_size),
-    ):
-        name, experts = f"params.{field}", getattr(params, field)
-        if experts is None:
-            continue
-        sizes: validate.Sizes = {"H": hidden_size, "I": (width, "config")}
-        try:
-            validate.weights(experts, sizes, name)
-        except (TypeError, ValueError) as problem:
-            text = str(problem)
-            raise type(problem)(text if text.startswith(name) else f"{name}.{text}") from None
-    shared = params.shared_experts
-    if shared is not None and shared.num_local_experts != 1:
-        raise ValueError(
-            f"params.shared_experts: expected one expert of all their width, got "
-            f"{shared.num_local_experts}"
-        )
+    """Checks the experts' arrays, and that the shared experts are held as one."""
+    hidden_size, shared = (config.hidden_size, "config"), params.shared_experts
+    sizes: validate.Sizes = {"H": hidden_size, "I": (config.intermediate_size, "config")}
+    validate.weights(params.experts, sizes, "params.experts")
+    if shared is not None:
+        sizes = {"H": hidden_size, "I": (config.shared_intermediate_size, "config")}
+        validate.weights(shared, sizes, "params.shared_experts")
+        if shared.num_local_experts != 1:
+            raise ValueError(
+                "params.shared_experts: expected one expert of all their width, got "
+                f"{shared.num_local_experts}"
+            )
 
 
 def checked_layer_weights(name: str, value: object) -> LayerWeights:
