@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic.hopper import stream_k
+from pallas_kernels.mosaic.hopper import grouped_matmul, stream_k
+from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, matmul_shape
 from pallas_kernels.mosaic.hopper.stream_k import Partition
 
 TOTALS = [0, 1, 2, 5, 32, 33, 56, 131, 132, 136, 224, 384, 400, 416, 448, 512, 1568]
@@ -91,3 +93,20 @@ def test_tiles_are_split_where_that_saves_a_segment(segments, total, expected):
 def test_of_widened_weights_more_tiles_of_one_round_are_split(total, expected):
     partition = Partition(2, 132, jnp.int32(total), stream_k.WIDENED_BUSY_SHARE)
     assert partition.split_tiles == expected
+
+
+@pytest.mark.parametrize(("is_widened", "expected"), [(True, 56), (False, 0)])
+def test_only_widened_matmuls_split_them(is_widened, expected):
+    """56 tiles in one round: the down-projection of two experts."""
+    shape = matmul_shape(
+        MatmulConfig(16, num_stages=2, sms=132, split_k_steps=8),
+        num_columns=28,
+        weight_blocks=lambda column: (2 * column, 2 * column + 1),
+        num_steps=16,
+        gathered=False,
+        interpret=None,
+        widened=is_widened,
+    )
+    plan = SimpleNamespace(num_tiles=[jnp.int32(2)])
+    scheduler = grouped_matmul._scheduler(shape, SimpleNamespace(plan=plan, zeros=None))
+    assert scheduler.partition.split_tiles == expected
