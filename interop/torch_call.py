@@ -29,6 +29,7 @@ from jax_moe.config import (
     checked_scale_format,
     checked_swiglu_limit,
 )
+from jax_moe.device import Device, device_of, is_assumed
 from jax_moe.types import Routing
 
 _OPTIONAL = ("routing_bias", "hidden_states_scale")
@@ -77,12 +78,31 @@ class Layer(NamedTuple):
 
 def layer_for(options: Options, array: jax.Array) -> Layer:
     """The layer on the device of an array; checks the options as `jax_moe.apply` does."""
+    if is_assumed():
+        backends.select_for_call(options.backend, array)  # refuses what cannot run on this device
+    # These checks cost the host a tenth of a call, so what passed them is kept.
+    checked = _checked_layer if _is_hashable(options) else _checked_layer.__wrapped__
+    return checked(device_of(array), *options)
+
+
+def _is_hashable(options: Options) -> bool:
+    """Whether the options can be looked up; an array is no number, which the checks will say."""
+    try:
+        hash(options)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.lru_cache(_KEPT_SHAPES, typed=True)  # 1 equals True, and is refused
+def _checked_layer(there: Device, *fields: Any) -> Layer:
+    options = Options(*fields)
     if options.config is None:
         options = options._replace(num_experts=validate.num_experts(options.num_experts))
     if options.scale_format is not None:
         checked_scale_format(options.scale_format)
     options = options._replace(
-        backend=backends.select_for_call(options.backend, array),
+        backend=backends.select(options.backend, there),
         expected_rows=validate.expected_rows(options.expected_rows),
         swiglu_limit=checked_swiglu_limit(options.swiglu_limit),
         precision=checked_precision(options.precision),

@@ -29,6 +29,7 @@ from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
 from pallas_kernels.shapes import even_rows
 
+_KEPT_SHAPES = 1024
 _TOKEN_AXES = {"hidden_states_scale": 1}  # of all other arrays of tokens it is the first
 
 
@@ -168,7 +169,8 @@ def _bytes_of(inputs: Any, padded: int, options: Options, backend: str) -> int:
     """What an eager call may allocate: the workspace, the result, copies of the arguments."""
     rows, hidden_size = inputs.hidden_states.shape
     weights = inputs.weights
-    needed = backends.load(backend).workspace_bytes(
+    needed = _workspace_bytes(
+        backend,
         padded,
         options.top_k,
         weights.num_local_experts,
@@ -182,6 +184,11 @@ def _bytes_of(inputs: Any, padded: int, options: Options, backend: str) -> int:
         needed += 2 * rows * hidden_size
     arrays = jax.tree.leaves(inputs)
     return needed + sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
+
+
+@functools.lru_cache(_KEPT_SHAPES)
+def _workspace_bytes(backend: str, *sizes: Any) -> int:
+    return backends.load(backend).workspace_bytes(*sizes)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "backend"))

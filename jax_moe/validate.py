@@ -60,6 +60,7 @@ ARGUMENTS = {
 type Sizes = dict[str, tuple[int, str]]
 """Symbol -> its size and the argument that set it."""
 
+_ARRAYS = (jax.Array, np.ndarray)
 _MAX_PAIRS = 2**30
 _MAX_LOGITS = 2**31
 
@@ -79,7 +80,7 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
         ValueError: Of another rank or shape, or of symbolic sizes (`jax.export.symbolic_shape`).
     """
     axes = _axes(dims)
-    if not isinstance(value, jax.Array | np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    if not isinstance(value, _ARRAYS) or isinstance(value, np.ma.MaskedArray):
         wanted = _wanted(dims, dtypes)
         raise TypeError(f"{name}: expected a JAX or NumPy array {wanted}, got {got(value)}")
     if value.dtype not in dtypes:
@@ -171,11 +172,15 @@ def _axes(dims: str) -> tuple[_Axis, ...]:
 
 
 def _matches(axis: _Axis, found: int, name: str, sizes: Sizes) -> bool:
-    if axis.symbol not in sizes and not axis.symbol.isdecimal():
-        if found * axis.divisor % axis.factor:
-            return False
-        sizes[axis.symbol] = (found * axis.divisor // axis.factor, name)
-    return found == _size(axis, sizes)
+    known = sizes.get(axis.symbol)
+    if known is not None:
+        return found == known[0] * axis.factor // axis.divisor
+    if axis.symbol.isdecimal():
+        return found == int(axis.symbol)
+    if found * axis.divisor % axis.factor:
+        return False
+    sizes[axis.symbol] = (found * axis.divisor // axis.factor, name)
+    return True
 
 
 def _size(axis: _Axis, sizes: Sizes) -> int | None:

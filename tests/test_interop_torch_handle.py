@@ -306,6 +306,19 @@ def test_precision_and_batch_invariance_reach_the_layer(inputs, monkeypatch):
         TorchMoE(inputs.weights, batch_invariant="yes")
 
 
+def test_options_that_equal_accepted_ones_are_still_checked(inputs):
+    """What passed is kept by types: 1 equals True, and an array cannot be looked up."""
+    for accepted, refused in [
+        ({"batch_invariant": False}, {"batch_invariant": 0}),
+        ({"expected_rows": 1.0}, {"expected_rows": True}),
+        ({"expected_rows": 1.0}, {"expected_rows": np.ones(1)}),
+    ]:
+        TorchMoE(inputs.weights, **accepted)
+        (name,) = refused
+        with pytest.raises(TypeError, match=f"^{name}: expected a"):
+            TorchMoE(inputs.weights, **refused)
+
+
 def test_options_reach_the_layer(inputs):
     """A softmax router on bf16 logits without a bias, with clamp and power-of-two scales."""
     config = jax_moe.MoEConfig(

@@ -5,6 +5,7 @@ and one name in `NAMES`. It is imported when it is first looked at, so a missing
 is a reason not to choose it, never an error of the others.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -135,6 +136,7 @@ class Backend(Protocol):
         """Worst case of the temporary memory."""
 
 
+@functools.cache
 def load(name: str) -> Backend:
     """Imports a backend.
 
