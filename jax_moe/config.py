@@ -211,7 +211,15 @@ def checked_integer(name: str, value: object) -> int:
     return number
 
 
-def check_experts(name: str, config: MoEConfig, num_experts: int, source: str = "") -> None:
+def check_experts(
+    name: str,
+    config: MoEConfig,
+    num_experts: int,
+    source: str = "",
+    *,
+    n_group: str = "n_group",
+    top_k: str = "top_k",
+) -> None:
     """Checks that a router fits the number of experts.
 
     Args:
@@ -219,19 +227,21 @@ def check_experts(name: str, config: MoEConfig, num_experts: int, source: str = 
         config: The router.
         num_experts: E.
         source: For the message, what has that many, as " of routing_logits".
+        n_group: What the message calls it.
+        top_k: What the message calls it.
 
     Raises:
         ValueError: The groups do not split the experts, or those kept hold too few.
     """
     if num_experts % config.n_group or num_experts < 2 * config.n_group:
         raise ValueError(
-            f"{name}: expected n_group to split the {num_experts} experts{source} into "
+            f"{name}: expected {n_group} to split the {num_experts} experts{source} into "
             f"equal groups of at least 2, got {config.n_group}"
         )
     kept = config.topk_group * (num_experts // config.n_group)
     if config.top_k > kept:
         raise ValueError(
-            f"{name}: expected top_k of at most {kept}, which is what {config.topk_group} of "
+            f"{name}: expected {top_k} of at most {kept}, which is what {config.topk_group} of "
             f"{config.n_group} groups of {num_experts} experts hold, got {config.top_k}"
         )
 

@@ -11,7 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jax_moe.config import checked_integer, checked_swiglu_limit
+from jax_moe.config import (
+    SCORINGS,
+    MoEConfig,
+    check_experts,
+    checked_integer,
+    checked_swiglu_limit,
+)
 from jax_moe.scalars import boolean, got, quoted, real
 
 
@@ -178,23 +184,30 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
         known = ", ".join(sorted(_FAMILIES))
         raise ValueError(f"model_type: expected one of {known}, got {quoted(kind)}")
     defaults = _COMMON | _FAMILIES[kind]
-    found = defaults | _given(config, kind, defaults)
+    fields = _fields(kind)
+    given, keys = _given(config, kind, fields, defaults)
+    found = defaults | given
     for name in _SIZES:
         if found[name] is None:
-            raise ValueError(f"{_NAMES[name][0]}: expected a number in the {kind} config, got none")
+            known = " or ".join(key for key, field in fields.items() if field == name)
+            key, said = keys.get(name, known), "null" if name in keys else "none"
+            raise ValueError(f"{key}: expected a number in the {kind} config, got {said}")
     if found["hidden_act"] != "silu":
         raise ValueError(f"hidden_act: expected 'silu', got {quoted(found['hidden_act'])}")
     _set_groups(found)
+    names = {name: keys.get(name, f"the default {texts[0]}") for name, texts in _NAMES.items()}
     shared = found["num_shared_experts"]
     width = found["shared_intermediate_size"]
     if width is None:
-        width = shared * found["intermediate_size"]
+        product = f"{names['num_shared_experts']} * {names['intermediate_size']}"
+        width = checked_integer(product, shared * found["intermediate_size"])
     scale_fmt = quantization.get("scale_fmt")
     if scale_fmt not in (None, "float", "ue8m0"):
         raise ValueError(f"scale_fmt: expected 'ue8m0', 'float' or none, got {quoted(scale_fmt)}")
     router = {name: found[name] for name in ("top_k", "n_group", "topk_group", "scoring")}
     router |= {"renormalize": found["renormalize"], "swiglu_limit": found["swiglu_limit"]}
     router["scale_format"] = "ue8m0" if scale_fmt == "ue8m0" else "f32"
+    _check_groups(router, found["num_experts"], names)
     return ModelConfig(
         router=router,
         num_experts=found["num_experts"],
@@ -209,29 +222,40 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _given(config: Mapping[str, Any], kind: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The fields that the file states, by our names; each is of its type."""
-    by_key = {key: field for field, keys in _NAMES.items() for key in keys}
+def _fields(kind: str) -> dict[str, str]:
+    """Our field for each key that a file may have."""
+    fields = {key: field for field, keys in _NAMES.items() for key in keys}
     if kind in _NO_OWN_SIZE:
-        by_key["intermediate_size"] = "intermediate_size"
+        fields["intermediate_size"] = "intermediate_size"
+    return fields
+
+
+def _given(
+    config: Mapping[str, Any], kind: str, fields: dict[str, str], defaults: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields that the file states, each of its type, and the key that it has for each."""
     found: dict[str, Any] = {}
+    keys: dict[str, str] = {}
     for key, value in config.items():
         if not isinstance(key, str):
             raise TypeError(f"config: expected names of text, got {quoted(key)} ({got(key)})")
-        if key in by_key:
-            field = by_key[key]
+        if key in fields:
+            field = fields[key]
             if value is None and field == "num_shared_experts":
                 value = 0  # the models' own code makes none then, whatever the default is
             if value is None:
                 _check_null(key, field, kind, defaults[field])
+                keys.setdefault(field, key)
                 continue
             value = _of_its_type(key, field, value)
-            first = found.setdefault(field, value)
-            if first != value:
-                raise ValueError(f"{key}: expected {first!r} as said before, got {quoted(value)}")
+            if field in found and found[field] != value:
+                said = f"{found[field]!r} as {keys[field]} says"
+                raise ValueError(f"{key}: expected {said}, got {quoted(value)}")
+            if field not in found:
+                found[field], keys[field] = value, key
         elif _ABOUT_EXPERTS.search(key) and not _WITHOUT_EFFECT.fullmatch(key) and value:
             raise ValueError(f"{key}: not known for model_type {kind!r}, got {quoted(value)}")
-    return found
+    return found, keys
 
 
 def _check_null(key: str, field: str, kind: str, default: Any) -> None:
@@ -260,6 +284,18 @@ def _set_groups(found: dict[str, Any]) -> None:
     found["n_group"], found["topk_group"] = n_group, topk_group
 
 
+def _check_groups(router: dict[str, Any], num_experts: int, names: Mapping[str, str]) -> None:
+    """Checks the numbers that depend on each other, under the names that the file has."""
+    n_group, topk_group = router["n_group"], router["topk_group"]
+    if topk_group > n_group:
+        raise ValueError(
+            f"{names['topk_group']}: expected 1..{names['n_group']} (= {n_group}), got {topk_group}"
+        )
+    source = f" of {names['num_experts']}"
+    used = {name: names[name] for name in ("n_group", "top_k")}
+    check_experts("config", MoEConfig(**router), num_experts, source, **used)
+
+
 def _of_its_type(key: str, field: str, value: Any) -> Any:
     """A value that the file states, checked under the name that the file has for it."""
     if field in _FLAGS:
@@ -267,14 +303,17 @@ def _of_its_type(key: str, field: str, value: Any) -> Any:
     if field in _TEXTS:
         if not isinstance(value, str):
             raise TypeError(f"{key}: expected text, got {quoted(value)} ({got(value)})")
+        if field == "scoring" and value not in SCORINGS:
+            raise ValueError(f"{key}: expected one of {SCORINGS}, got {quoted(value)}")
         return value
     if field == "swiglu_limit":
         return checked_swiglu_limit(value, key)
     if field == "routed_scaling_factor":
         return float(real(key, value))
     number = checked_integer(key, value)
-    if number < 0:
-        raise ValueError(f"{key}: expected 0 or more, got {number}")
+    least = 1 if field in _SIZES else 0
+    if number < least:
+        raise ValueError(f"{key}: expected {least} or more, got {number}")
     return number
 
 

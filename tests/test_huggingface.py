@@ -52,6 +52,13 @@ MINIMAX_M2 = {
     "use_routing_bias": True,
     "shared_intermediate_size": 0,
 }
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -110,13 +117,17 @@ def test_the_defaults_are_those_of_transformers(kind):
     [
         ({"model_type": "llama4"}, ValueError, "model_type: expected one of .*got 'llama4'"),
         ({"model_type": None}, ValueError, "model_type: expected one of"),
-        ({"scoring_func": "relu"}, ValueError, "scoring: expected one of .*got 'relu'"),
+        ({"scoring_func": "relu"}, ValueError, "scoring_func: expected one of .*got 'relu'"),
         ({"topk_method": "magic"}, ValueError, "topk_method: expected .*got 'magic'"),
         ({"topk_method": "group_limited_greedy"}, ValueError, "topk_method: expected groups"),
         ({"hidden_act": "gelu"}, ValueError, "hidden_act: expected 'silu', got 'gelu'"),
         ({"zero_expert_num": 256}, ValueError, "zero_expert_num: not known for .*got 256"),
         ({"swiglu_alpha": 1.7}, ValueError, "swiglu_alpha: not known"),
-        ({"num_experts": 128}, ValueError, "num_experts: expected 256 as said before, got 128"),
+        (
+            {"num_experts": 128},
+            ValueError,
+            "num_experts: expected 256 as n_routed_experts says, got 128",
+        ),
         ({"num_experts_per_tok": None}, ValueError, "num_experts_per_tok: expected a number"),
         ({"n_routed_experts": "many"}, TypeError, "n_routed_experts: expected an integer"),
         ({"n_shared_experts": -1}, ValueError, "n_shared_experts: expected 0 or more, got -1"),
@@ -129,6 +140,65 @@ def test_the_defaults_are_those_of_transformers(kind):
 def test_what_is_not_known_is_refused_by_name(change, error, message):
     with pytest.raises(error, match=message):
         MoEConfig.from_hf(DEEPSEEK_V31 | change)
+
+
+KIMI_LINEAR = {
+    "model_type": "kimi_linear",
+    "hidden_size": 2304,
+    "moe_intermediate_size": 1024,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "moe_router_activation_func": "sigmoid",
+}
+SIZES = ("hidden_size", "moe_intermediate_size", "num_experts_per_token")
+SPLIT = "into equal groups of at least 2, got"
+
+
+@pytest.mark.parametrize("function", [MoEConfig.from_hf, nn.LayerConfig.from_hf])
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (KIMI_LINEAR, {"moe_router_activation_func": "relu"}, "moe_router_activation_func: exp"),
+        (KIMI_LINEAR, {"num_experts_per_token": 0}, "num_experts_per_token: expected 1 or more"),
+        (KIMI_LINEAR, {"moe_intermediate_size": 0}, "moe_intermediate_size: expected 1 or more"),
+        (
+            KIMI_LINEAR,
+            {"topk_group": 3},
+            r"^topk_group: expected 1..num_expert_group \(= 1\), got 3",
+        ),
+        (
+            KIMI_LINEAR,
+            {"num_expert_group": 3},
+            f"config: expected num_expert_group to split the 256 experts of num_experts {SPLIT} 3",
+        ),
+        (
+            KIMI_LINEAR,
+            {"num_experts_per_token": 300},
+            "config: expected num_experts_per_token of at most 256, which .*, got 300",
+        ),
+        (
+            DEEPSEEK_V31,
+            {"moe_intermediate_size": 2**30, "n_shared_experts": 5},
+            r"n_shared_experts \* moe_intermediate_size: expected at most 1073741824, got 5368",
+        ),
+        (MIXTRAL, {"intermediate_size": None}, "^intermediate_size: expected a number .*got null"),
+        (
+            {key: value for key, value in MIXTRAL.items() if key != "num_local_experts"},
+            {},
+            "n_routed_experts or num_experts or num_local_experts or .*: expected a number",
+        ),
+        (
+            {"model_type": "deepseek_v3"} | {k: KIMI_LINEAR[k] for k in SIZES},
+            {"num_experts": 12},
+            f"expected the default n_group to split the 12 experts of num_experts {SPLIT} 8",
+        ),
+    ],
+)
+def test_messages_have_the_names_of_the_file(function, config, change, message):
+    with pytest.raises(ValueError, match=message):
+        function(config | change)
 
 
 KEYS = {key: field for field, keys in huggingface._NAMES.items() for key in keys}
