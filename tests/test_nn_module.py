@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -125,6 +126,27 @@ def test_bad_arguments_are_refused_when_it_is_made(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json: expected what the layer is"):
         nn.DeepSeekMoE.from_checkpoint(tmp_path, made.layer)
+
+
+def test_an_intermediate_size_of_no_whole_blocks(tmp_path):
+    made = make_checkpoint(tmp_path, intermediate=192)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {
+        "model_type": "deepseek_v3",
+        "hidden_size": 256,
+        "moe_intermediate_size": 192,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    path.write_text(json.dumps(config))
+    assert nn.LayerConfig.from_hf(config).intermediate_size == 256
+    layer = nn.DeepSeekMoE.from_checkpoint(tmp_path, made.layer, backend="xla")
+    assert layer.config == nn.LayerConfig.from_hf(config)
+    assert layer.weights.experts.intermediate_size == 256
+    assert jax.eval_shape(layer, jnp.zeros((3, 256), jnp.bfloat16)).shape == (3, 256)
+    with pytest.raises(ValueError, match=r"^intermediate_size: expected 128 or more"):
+        dataclasses.replace(layer.config, intermediate_size=192)
 
 
 def test_the_linen_example_runs():

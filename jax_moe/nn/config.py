@@ -9,7 +9,7 @@ from typing import Any, Self
 from jax_moe import huggingface
 from jax_moe.config import MoEConfig, check_experts, checked_integer, checked_swiglu_limit
 from jax_moe.scalars import boolean, got, is_real, real
-from pallas_kernels.shapes import QUANT_BLOCK
+from pallas_kernels.shapes import QUANT_BLOCK, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,10 @@ class LayerConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """The layer of a model on the Hugging Face hub.
+        """The layer of a model on the Hugging Face hub, as `load_layer` loads it.
+
+        An intermediate size that is no multiple of 128 becomes the next one, with which the
+        weights are loaded: zeros are behind them.
 
         Args:
             config: The model's `config.json`, as `json.load` gives it.
@@ -90,10 +93,10 @@ class LayerConfig:
             router=MoEConfig(**found.router),
             num_experts=found.num_experts,
             hidden_size=found.hidden_size,
-            intermediate_size=found.intermediate_size,
+            intermediate_size=round_up(found.intermediate_size, QUANT_BLOCK),
             routed_scaling_factor=found.routed_scaling_factor,
             has_routing_bias=found.has_routing_bias,
-            shared_intermediate_size=found.shared_intermediate_size,
+            shared_intermediate_size=round_up(found.shared_intermediate_size, QUANT_BLOCK),
             shared_swiglu_limit=found.router["swiglu_limit"] if found.clamps_shared else None,
             has_shared_gate=found.has_shared_gate,
         )
