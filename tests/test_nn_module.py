@@ -122,10 +122,50 @@ def test_bad_arguments_are_refused_when_it_is_made(tmp_path):
         nn.DeepSeekMoE.from_weights(make(), CONFIG)
     with pytest.raises(TypeError, match="folder: expected a path, got NoneType"):
         nn.DeepSeekMoE.from_checkpoint(None, 3)
+    with pytest.raises(TypeError, match=r"from_checkpoint\(\) got an unexpected .* 'num_rank'"):
+        nn.DeepSeekMoE.from_checkpoint(tmp_path / "nowhere", 3, num_rank=2)
+    with pytest.raises(ValueError, match=r"backend: expected one of .*got 'none'"):
+        nn.DeepSeekMoE.from_checkpoint(tmp_path / "nowhere", 3, backend="none")
+    with pytest.raises(TypeError, match="fused: expected a bool, got 'no'"):
+        nn.DeepSeekMoE.from_checkpoint(tmp_path / "nowhere", 3, fused="no")
     made = make_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json: expected what the layer is"):
         nn.DeepSeekMoE.from_checkpoint(tmp_path, made.layer)
+
+
+def test_weights_of_another_layer_are_refused_when_it_is_made():
+    def cut(weights, count):
+        return weights._replace(experts=weights.experts._replace(
+            **{name: value[:count] for name, value in weights.experts._asdict().items()}
+        ))  # fmt: skip
+
+    whole = make()
+    bias, shared = whole.e_score_correction_bias, whole.shared_experts
+    for weights, message in (
+        (
+            cut(whole, 5),
+            r"weights\.experts: expected all 8 experts, or an equal part of them, got 5",
+        ),
+        (make(dataclasses.replace(CONFIG, num_experts=16)), r"gate_weight: .*E = 8 from config"),
+        (
+            whole._replace(e_score_correction_bias=bias[:4]),
+            "e_score_correction_bias: .*float32 .4.",
+        ),
+        (whole._replace(shared_gate=None), "shared_gate: expected a JAX or NumPy array"),
+        (
+            whole._replace(shared_experts=None),
+            r"weights\.experts: expected all 8 experts and 2 fused shared ones, got 8",
+        ),
+        (
+            whole._replace(experts=shared),
+            r"weights\.experts\.gemm1_weights: .*I = 128 from config",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            nn.DeepSeekMoE.from_weights(CONFIG, weights, backend="xla")
+    part = nn.DeepSeekMoE.from_weights(CONFIG, cut(whole, 4), backend="xla")  # of one rank of two
+    assert part.weights.experts.num_local_experts == 4
 
 
 def test_an_intermediate_size_of_no_whole_blocks(tmp_path):

@@ -165,7 +165,7 @@ def fuse_shared(params: LayerWeights, config: LayerConfig) -> LayerWeights:
     shared = checked_layer_weights("params", params).shared_experts
     if shared is None:
         raise ValueError("params: expected shared_experts to fuse, got None")
-    _check_experts(params, config)
+    _check_experts("params", params, config)
     held = params.experts.num_local_experts
     if held != config.num_experts:
         raise ValueError(f"params.experts: expected all {config.num_experts} experts, got {held}")
@@ -207,17 +207,17 @@ def _appended(routed: Any, shared: Any) -> Any:
     return concatenate([routed, shared], axis=0)
 
 
-def _check_experts(params: LayerWeights, config: LayerConfig) -> None:
+def _check_experts(name: str, params: LayerWeights, config: LayerConfig) -> None:
     """Checks the experts' arrays, and that the shared experts are held as one."""
     hidden_size, shared = (config.hidden_size, "config"), params.shared_experts
     sizes: validate.Sizes = {"H": hidden_size, "I": (config.intermediate_size, "config")}
-    validate.weights(params.experts, sizes, "params.experts")
+    validate.weights(params.experts, sizes, f"{name}.experts")
     if shared is not None:
         sizes = {"H": hidden_size, "I": (config.shared_intermediate_size, "config")}
-        validate.weights(shared, sizes, "params.shared_experts")
+        validate.weights(shared, sizes, f"{name}.shared_experts")
         if shared.num_local_experts != 1:
             raise ValueError(
-                "params.shared_experts: expected one expert of all their width, got "
+                f"{name}.shared_experts: expected one expert of all their width, got "
                 f"{shared.num_local_experts}"
             )
 
@@ -243,28 +243,9 @@ def _checked(
         raise TypeError(f"hidden_states: expected an array [..., H], got {got(hidden_states)}")
     alive("hidden_states", hidden_states)  # before it is reshaped
     x: Any = hidden_states.reshape(-1, hidden_states.shape[-1])
-    sizes: validate.Sizes = {
-        "H": (config.hidden_size, "config"),
-        "E": (config.num_experts, "config"),
-        "I": (config.intermediate_size, "config"),
-    }
+    sizes: validate.Sizes = {"H": (config.hidden_size, "config")}
     validate.array("hidden_states", x, "T H", validate.UNQUANTIZED, sizes)
-    validate.array("gate_weight", params.gate_weight, "E H", validate.UNQUANTIZED, sizes)
-    _check_experts(params, config)
-    if config.has_routing_bias != (params.e_score_correction_bias is not None):
-        raise ValueError(
-            f"e_score_correction_bias: expected {'an array' if config.has_routing_bias else 'None'}"
-            f", as config says, got {got(params.e_score_correction_bias)}"
-        )
-    if config.has_shared_gate:
-        validate.array("shared_gate", params.shared_gate, "1 H", validate.UNQUANTIZED, sizes)
-    elif params.shared_gate is not None:
-        raise ValueError(
-            f"shared_gate: expected None, as config says, got {got(params.shared_gate)}"
-        )
-    num_fused = 0
-    if params.shared_experts is None and config.shared_intermediate_size:
-        num_fused = config.shared_intermediate_size // config.intermediate_size
+    num_fused = _check_arrays("params", params, config)
     if axis_name is not None and num_fused:
         raise ValueError(
             "params: expected shared_experts that are not fused, given axis_name, got None"
@@ -272,11 +253,63 @@ def _checked(
     held = params.experts.num_local_experts
     if axis_name is None and held != config.num_experts + num_fused:
         raise ValueError(
-            f"experts: expected all {config.num_experts} experts"
-            + (f" and {num_fused} fused shared ones" if num_fused else "")
-            + f" without an axis_name, got {held}"
+            f"experts: expected {_all_experts(config, num_fused)} without an axis_name, got {held}"
         )
     return x, num_fused
+
+
+def check_fits(name: str, params: LayerWeights, config: LayerConfig) -> None:
+    """Checks that weights are of a layer: all of its experts, or an equal part for each rank.
+
+    Args:
+        name: The argument that holds them.
+        params: The weights.
+        config: What the layer is.
+
+    Raises:
+        TypeError: An array is of another type.
+        ValueError: A shape or the number of experts does not fit, or something is missing.
+    """
+    num_fused = _check_arrays(name, params, config)
+    held, num_experts = params.experts.num_local_experts, config.num_experts
+    is_part = not num_fused and held > 0 and num_experts % held == 0
+    if held != num_experts + num_fused and not is_part:
+        part = "" if num_fused else ", or an equal part of them"
+        raise ValueError(
+            f"{name}.experts: expected {_all_experts(config, num_fused)}{part}, got {held}"
+        )
+
+
+def _all_experts(config: LayerConfig, num_fused: int) -> str:
+    fused = f" and {num_fused} fused shared ones" if num_fused else ""
+    return f"all {config.num_experts} experts{fused}"
+
+
+def _check_arrays(name: str, params: LayerWeights, config: LayerConfig) -> int:
+    """Checks what `config` says of the weights; returns how many experts are fused shared ones."""
+    sizes: validate.Sizes = {
+        "H": (config.hidden_size, "config"),
+        "E": (config.num_experts, "config"),
+    }
+    validate.array("gate_weight", params.gate_weight, "E H", validate.UNQUANTIZED, sizes)
+    _check_experts(name, params, config)
+    bias = params.e_score_correction_bias
+    if config.has_routing_bias != (bias is not None):
+        raise ValueError(
+            f"e_score_correction_bias: expected {'an array' if config.has_routing_bias else 'None'}"
+            f", as config says, got {got(bias)}"
+        )
+    if bias is not None:
+        validate.array("e_score_correction_bias", bias, *validate.ARGUMENTS["routing_bias"], sizes)
+    if config.has_shared_gate:
+        validate.array("shared_gate", params.shared_gate, "1 H", validate.UNQUANTIZED, sizes)
+    elif params.shared_gate is not None:
+        raise ValueError(
+            f"shared_gate: expected None, as config says, got {got(params.shared_gate)}"
+        )
+    if params.shared_experts is None and config.shared_intermediate_size:
+        return config.shared_intermediate_size // config.intermediate_size
+    return 0
 
 
 def _gate_logits(x: Array, weight: Any, batch_invariant: bool) -> Float32[Array, "T E"]:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh, Sharding
 from jaxtyping import BFloat16, Float, Int32
 
 from jax_moe import backends
 from jax_moe.checkpoint import Checkpoint, load_layer
 from jax_moe.config import Precision, checked_batch_invariant, checked_precision
 from jax_moe.nn.config import LayerConfig, checked_layer_config
-from jax_moe.nn.layer import checked_layer_weights, fuse_shared, moe_layer
+from jax_moe.nn.layer import check_fits, checked_layer_weights, fuse_shared, moe_layer
 from jax_moe.parallel.ranks import AxisName
 from jax_moe.scalars import boolean, got
 from jax_moe.types import ExpertWeights, LayerWeights
@@ -98,7 +99,7 @@ class DeepSeekMoE(nnx.Module):
 
         Args:
             config: What the layer is.
-            weights: Its weights.
+            weights: Its weights: all E experts, or one rank's E/N of them.
             backend: As in `jax_moe.apply`.
             precision: As in `jax_moe.apply`.
             batch_invariant: As in `moe_layer`.
@@ -108,9 +109,11 @@ class DeepSeekMoE(nnx.Module):
 
         Raises:
             TypeError: An argument is of another type.
-            ValueError: An option does not exist.
+            ValueError: An option does not exist, or the weights are of another layer than
+                `config`.
         """
         checked_layer_weights("weights", weights)
+        check_fits("weights", weights, checked_layer_config(config))
         options: dict[str, Any] = {
             "backend": backend,
             "precision": precision,
@@ -130,7 +133,12 @@ class DeepSeekMoE(nnx.Module):
         backend: str = "auto",
         precision: Precision = "fast",
         batch_invariant: bool = False,
-        **options: Any,
+        rank: int = 0,
+        num_ranks: int = 1,
+        sharding: Mesh | Sharding | None = None,
+        tensor_parallel: tuple[int, int] = (0, 1),
+        progress: bool = False,
+        num_threads: int | None = None,
     ) -> Self:
         """A module with the weights of one layer of a checkpoint.
 
@@ -141,8 +149,13 @@ class DeepSeekMoE(nnx.Module):
             backend: As in `jax_moe.apply`.
             precision: As in `jax_moe.apply`.
             batch_invariant: As in `moe_layer`.
-            **options: As in `jax_moe.checkpoint.load_layer`. With `tensor_parallel` the module is
-                that of one rank, and the outputs of all add up.
+            rank: As in `jax_moe.checkpoint.load_layer`, and so on for the others.
+            num_ranks: How many ranks there are.
+            sharding: Of the routed experts.
+            tensor_parallel: Splits all experts; the module is that of one rank, and the outputs of
+                all add up.
+            progress: Shows a bar.
+            num_threads: Threads to read with.
 
         Returns:
             The module.
@@ -152,21 +165,30 @@ class DeepSeekMoE(nnx.Module):
             ValueError: As `load_layer` and `LayerConfig.from_hf`.
             RuntimeError: As `load_layer`.
         """
+        options: dict[str, Any] = {  # checked before gigabytes are read
+            "backend": backends.checked(backend),
+            "precision": checked_precision(precision),
+            "batch_invariant": checked_batch_invariant(batch_invariant),
+        }
+        fused = boolean("fused", fused)
         source = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
         if not source.config:
             raise ValueError(f"{source.config_path}: expected what the layer is, got nothing")
         config = LayerConfig.from_hf(source.config)
-        weights = load_layer(source, layer, **options)
-        config = _as_loaded(config, weights)
-        if boolean("fused", fused):
-            weights = fuse_shared(weights, config)
-        return cls.from_weights(
-            config,
-            weights,
-            backend=backend,
-            precision=precision,
-            batch_invariant=batch_invariant,
+        weights = load_layer(
+            source,
+            layer,
+            rank=rank,
+            num_ranks=num_ranks,
+            sharding=sharding,
+            tensor_parallel=tensor_parallel,
+            progress=progress,
+            num_threads=num_threads,
         )
+        config = _as_loaded(config, weights)
+        if fused:
+            weights = fuse_shared(weights, config)
+        return cls.from_weights(config, weights, **options)
 
     @property
     def weights(self) -> LayerWeights:
