@@ -173,8 +173,11 @@ def grow(entries):
         (leave, "leaves a hole before it"),
         (grow, "bytes, the file holds"),
         (lambda entries: entries[f"{EXPERT}up_proj.weight"].pop("dtype"), "exactly dtype, shape"),
-        (lambda entries: entries[f"{EXPERT}up_proj.weight"].update(dtype="F9"), "unknown dtype"),
-        (lambda entries: entries[f"{EXPERT}up_proj.weight"].update(shape=[128]), "takes 128 bytes"),
+        (lambda entries: entries[f"{EXPERT}up_proj.weight"].update(dtype="F9"), "got 'F9'"),
+        (
+            lambda entries: entries[f"{EXPERT}up_proj.weight"].update(shape=[128]),
+            "expected 128 bytes",
+        ),
     ],
 )
 def test_a_shard_whose_header_lies_is_refused(made, reads, edit, message):

@@ -18,6 +18,9 @@ _DTYPE_BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+_TOO_LARGE = 2**63
+_RANGE = "from 0 to 2^63 - 1"
+
 
 class TensorInfo(NamedTuple):
     """What the header says of one tensor; `begin` and `end` are bytes into the data."""
@@ -114,20 +117,27 @@ def _entry(entry: Any, where: str) -> TensorInfo:
         raise ValueError(f"{where}: expected exactly dtype, shape and data_offsets, got {found}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
-        raise ValueError(f"{where}: unknown dtype {dtype!r}")
+        known, found = ", ".join(_DTYPE_BITS), reprlib.repr(dtype)
+        raise ValueError(f"{where}: dtype: expected one of {known}, got {found}")
     if not _sizes(shape) or len(shape) > 8:
-        raise ValueError(f"{where}: expected a shape of non-negative integers, got {shape!r}")
+        found = reprlib.repr(shape)
+        raise ValueError(f"{where}: shape: expected at most 8 integers {_RANGE}, got {found}")
     if not _sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{where}: expected two data_offsets, got {offsets!r}")
+        found = reprlib.repr(offsets)
+        raise ValueError(f"{where}: data_offsets: expected two integers {_RANGE}, got {found}")
     bits = math.prod(shape) * _DTYPE_BITS[dtype]
-    size = -(-bits // 8)
-    if bits % 8 or offsets[1] - offsets[0] != size:
-        raise ValueError(f"{where}: {dtype}{shape} takes {size} bytes, data_offsets are {offsets}")
+    if bits % 8:
+        raise ValueError(f"{where}: shape: expected whole bytes of {dtype}, got {shape}")
+    if offsets[1] - offsets[0] != bits // 8:
+        raise ValueError(
+            f"{where}: data_offsets: expected {bits // 8} bytes between them, which {dtype}{shape} "
+            f"takes, got {offsets}"
+        )
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOO_LARGE
         for value in values
     )
