@@ -12,12 +12,13 @@ Needs torch, transformers and safetensors (`pip install '.[bench,models-test]'`)
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import json
 import pathlib
-import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -211,11 +212,19 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="keeps the checkpoint")
+    given = parser.parse_args(argv).folder
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = pathlib.Path(temporary if given is None else given)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"FOLDER: {folder}: cannot be used: {error.strerror}")
         for name, value in compare(folder).items():
             print(f"{name:24}{value:.6f}")
 

@@ -7,6 +7,8 @@ Needs equinox (`pip install equinox`). `jax_moe.nn.moe_layer` is the only functi
 
 from __future__ import annotations
 
+import argparse
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -49,4 +51,7 @@ def main() -> jax.Array:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

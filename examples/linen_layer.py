@@ -8,6 +8,8 @@ live in the collection "frozen", so that the optimizer of "params" never sees th
 
 from __future__ import annotations
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 from flax import linen
@@ -61,4 +63,7 @@ def main() -> jax.Array:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,11 @@ import pytest
 from interop import interruption
 from tests.test_repository import ROOT
 
+EXAMPLES = (  # that of DeepSeek needs transformers, and is in test_end_to_end.py
+    *sorted((ROOT / "examples").glob("*_layer.py")),
+    *sorted((ROOT / "examples/ladder").glob("level_*.py")),
+)
+NEEDS = {"equinox_layer": "equinox", "linen_layer": "flax"}
 COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert")
 
 
@@ -69,6 +75,20 @@ def test_values_that_cannot_be_meant(capsys, monkeypatch, tmp_path, command, arg
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tests.h100_target.prepare_environment", lambda _: None)
     assert refused(capsys, command, argument).startswith(said)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_answers_help_and_takes_nothing_else(capsys, monkeypatch, path):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
+    for argument, code in (("--help", 0), ("--halp", 2)):
+        monkeypatch.setattr(sys, "argv", [path.name, argument])
+        with pytest.raises(SystemExit) as raised:
+            runpy.run_path(str(path), run_name="__main__")
+        assert raised.value.code == code
+        shown = capsys.readouterr()
+        assert (shown.out + shown.err).startswith(f"usage: {path.name} [-h]")
+        assert "arguments: --halp" in shown.err or not code
 
 
 def test_a_folder_without_a_compiler_is_not_passed_over(capsys):

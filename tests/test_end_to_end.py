@@ -12,6 +12,24 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_its_arguments(tmp_path, monkeypatch, capsys):
+    from examples import deepseek_end_to_end
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(deepseek_end_to_end, "compare", lambda folder: {folder.name: 1.0})
+    for arguments, code in ((["--help"], 0), (["--halp"], 2), (["a", "b"], 2), (["/proc/x"], 2)):
+        with pytest.raises(SystemExit) as raised:
+            deepseek_end_to_end.main(arguments)
+        assert raised.value.code == code
+    shown = capsys.readouterr()
+    assert "[-h] [FOLDER]" in shown.out
+    assert "FOLDER: /proc/x: cannot be used: No such file or directory" in shown.err
+    assert not list(tmp_path.iterdir())
+    deepseek_end_to_end.main([str(tmp_path / "new")])
+    assert capsys.readouterr().out.startswith("new ")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_deepseek_v3(tmp_path):
     from examples import deepseek_end_to_end
 

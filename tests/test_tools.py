@@ -147,6 +147,15 @@ def test_parts_of_the_gpu_tests(tmp_path, monkeypatch, capsys):
     assert not ran
 
 
+def test_gpu_tests_take_no_option_for_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert gpu_tests.main(["--help"]) == 0
+    assert "gpu_tests RESULTS_FOLDER --resume" in capsys.readouterr().out
+    assert gpu_tests.main(["--resume"]) == 2
+    assert capsys.readouterr().err.startswith("usage: python -m tools.gpu_tests RESULTS_FOLDER")
+    assert not list(tmp_path.iterdir())
+
+
 def test_gpu_tests_go_on_where_they_were_cut_off(tmp_path):
     suite = tmp_path / "test_three.py"
     suite.write_text(

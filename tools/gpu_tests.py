@@ -98,7 +98,10 @@ def workers() -> int:
 
 def main(argv: list[str]) -> int:
     """Command line; the exit code is pytest's, or 2 where no GPU test ran."""
-    if not argv:
+    if argv[:1] in (["-h"], ["--help"]):
+        print((__doc__ or "").strip())
+        return 0
+    if not argv or argv[0].startswith("-"):
         print("usage: python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]", file=sys.stderr)
         return 2
     part, options = "", argv[1:]

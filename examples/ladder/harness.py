@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -191,8 +192,13 @@ def find_gpu() -> Gpu | None:
     return Gpu()
 
 
-def main(level: Level) -> None:
+def main(level: Level, argv: Sequence[str] | None = None) -> None:
     """What `python examples/ladder/level_....py` does: check, time, print."""
+    description = (
+        f"Level {level.number} of the ladder, {level.idea}: checked and timed on a Hopper GPU, "
+        "checked in the interpreter on a CPU."
+    )
+    argparse.ArgumentParser(description=description).parse_args(argv)
     gpu = find_gpu()
     if gpu:
         print(f"{jax.devices()[0].device_kind}, {gpu.timer}, {gpu.rates.source}")
