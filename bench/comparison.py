@@ -19,6 +19,9 @@ def write(results: Results, settings: Settings, name: str) -> list[Path]:
 
     Returns:
         The files; none where there is no row of another solution than the reference.
+
+    Raises:
+        OSError: As `comparison_report.write`.
     """
     workloads = [
         WorkloadRow(uuid, rows[0].num_tokens, rows[0].local_expert_offset)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import breakdown, comparison, header, plots, report
-from bench.results import PASS, FileError, Results, Row, writing
+from bench.results import PASS, FileError, Results, Row, unwritten, writing
 from bench.run_folder import REPORT
 from bench.settings import Settings
 from bench.tables import aligned, markdown, without_empty
 from bench.workloads import WORKLOADS
+from interop.comparison_report import PlotError
 from interop.markdown import wrapped
 from jax_moe.io.files import write_atomically
 
@@ -122,11 +123,17 @@ def write_all(results: Results, settings: Settings, options: Options) -> Iterato
         if is_written(path, lambda: _write(path, parts)):
             yield path
     if options.report:
+        path = folder / f"{REPORT}.md"
         made: list[Path] = []
-        is_written(
-            folder / f"{REPORT}.md",
-            lambda: made.extend(comparison.write(results, settings, REPORT)),
-        )
+
+        def write_report() -> None:
+            try:
+                made.extend(comparison.write(results, settings, REPORT))
+            except PlotError as error:
+                made.append(path)
+                failed.append(unwritten(Path(error.filename), error))
+
+        is_written(path, write_report)
         yield from made
     if failed:
         raise FileError("; ".join(failed))

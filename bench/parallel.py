@@ -40,6 +40,7 @@ from bench.parallel_inputs import (
     with_routing,
 )
 from bench.parallel_rows import Row
+from bench.results import FileError, writing
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop import interruption
 from jax_moe import DEEPSEEK_V3, LayerInputs
@@ -301,9 +302,15 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
         print(f"T={num_tokens} done", flush=True)
     print("\n".join(parallel_rows.table(rows)))
     print(f"wrote {folder / 'parallel.json'}")
-    if parallel_rows.plot(rows, about, folder / "parallel.png"):
-        print(f"wrote {folder / 'parallel.png'}")
-    return 1 if any(row.problem for row in rows) else 0
+    code = 1 if any(row.problem for row in rows) else 0
+    try:
+        with writing(folder / "parallel.png"):
+            if parallel_rows.plot(rows, about, folder / "parallel.png"):
+                print(f"wrote {folder / 'parallel.png'}")
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return code
 
 
 def run(ranks: int, folder: Path) -> int:

@@ -9,6 +9,7 @@ from bench import environment, parallel_rows
 from bench.parallel_rows import Row
 from bench.parallel_trace import by_kernel
 from bench.parallel_trace import read as read_trace
+from bench.results import FileError, writing
 from bench.tables import markdown, without_empty
 from interop.markdown import wrapped
 from jax_moe.io.files import write_atomically
@@ -84,6 +85,10 @@ def write(folder: Path) -> Iterator[Path]:
 
     Yields:
         Each file once it is there.
+
+    Raises:
+        FileError: The plot cannot be written; names it. The text is there without it.
+        OSError: A file of text cannot be written.
     """
     found, path = collect(folder), folder / f"{STEM}.json"
     if not found["about"] and path.exists():
@@ -93,12 +98,20 @@ def write(folder: Path) -> Iterator[Path]:
     rows = [Row(**row) for row in found["layers"]]
     kind = found["about"].get("device", {}).get("kind", "unknown devices")
     picture = folder / f"{STEM}.png"
-    if has_plot := parallel_rows.plot(rows, found["about"], picture):
+    has_plot, failure = False, None
+    try:
+        with writing(picture):
+            has_plot = parallel_rows.plot(rows, found["about"], picture)
+    except FileError as error:  # the text is much smaller
+        failure = error
+    if has_plot:
         yield picture
     with write_atomically(folder / f"{STEM}.md", "w") as file:
         lines = _document(found, rows, kind, picture.name if has_plot else None)
         file.write("\n".join(wrapped(lines)).rstrip() + "\n")
     yield folder / f"{STEM}.md"
+    if failure:
+        raise failure
 
 
 def _document(

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from bench import commands, environment, parallel, parallel_documents
+from bench.results import FileError
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
 from interop import interruption
@@ -173,8 +174,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--only: expected a part of a step's name, got {args.only!r}")
         jobs = args.jobs or os.cpu_count() or 1
         code = run_all(steps, args.output, args.minutes, jobs)
-    for path in parallel_documents.write(args.output):
-        print(f"wrote {path}")
+    try:
+        for path in parallel_documents.write(args.output):
+            print(f"wrote {path}")
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return code or 1
     return code
 
 

@@ -31,8 +31,12 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise FileError(f"{shown(path)}: cannot be written: {reason}") from None
+        raise FileError(unwritten(path, error)) from None
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    """What is said of a file that cannot be written."""
+    return f"{shown(path)}: cannot be written: {error.strerror or error}"
 
 
 class KernelTime(NamedTuple):

@@ -33,7 +33,11 @@ from interop.comparison_analysis import (
 )
 from jax_moe.io.files import write_atomically
 
-__all__ = ["PASSED", "Measurement", "WorkloadRow", "plot_speedups", "render", "write"]
+__all__ = ["PASSED", "Measurement", "PlotError", "WorkloadRow", "plot_speedups", "render", "write"]
+
+
+class PlotError(OSError):
+    """The plot cannot be written; `filename` names it. The document is there without it."""
 
 
 def _workspace(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
@@ -186,12 +190,20 @@ def write(
 
     Returns:
         The files, the markdown document first.
+
+    Raises:
+        PlotError: The plot alone cannot be written: the disk is full, say.
+        OSError: Nor can the document.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     document, plot = folder / f"{name}.md", folder / f"{name}.png"
     main, _ = comparison_factors.split(results)
-    is_plotted = plot_speedups(workloads, main, plot, title)
+    failure: OSError | None = None
+    try:
+        is_plotted = plot_speedups(workloads, main, plot, title)
+    except OSError as error:  # the text is much smaller
+        is_plotted, failure = False, error
     text = render(
         workloads,
         results,
@@ -206,4 +218,6 @@ def write(
     if is_plotted:
         return [document, plot]
     plot.unlink(missing_ok=True)  # an earlier report's
+    if failure:
+        raise PlotError(failure.errno, failure.strerror or str(failure), str(plot))
     return [document]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -199,6 +200,21 @@ def test_documents_are_made_of_what_there_is(tmp_path):
     content = json.loads((tmp_path / "parallel_gpus.json").read_text())
     assert [step["state"] for step in content["steps"]] == ["ok"], "the last state of each"
     assert (tmp_path / "parallel_gpus.png").stat().st_size > 1000
+
+
+def test_the_text_is_there_without_a_plot_that_the_disk_has_no_room_for(
+    tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    about = {"device": {"kind": "H200", "platform": "gpu"}, "versions": {"jax": "1"}}
+    parallel_rows.write(ROWS, about, tmp_path / "layer_8" / "parallel.json")
+    monkeypatch.setattr(parallel_rows, "plot", full)
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 1
+    said = f"{tmp_path / 'parallel_gpus.png'}: cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == said
+    assert "parallel_gpus.png" not in (tmp_path / "parallel_gpus.md").read_text()
 
 
 def test_steps_of_several_commits_are_told_apart_also_from_the_json_file_alone(tmp_path):

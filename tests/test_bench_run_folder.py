@@ -304,6 +304,21 @@ def test_a_document_that_cannot_be_written_is_named(here, monkeypatch, capsys):
     assert "results.png" not in (chosen.output / "results.md").read_text()
 
 
+def test_a_report_whose_plot_cannot_be_written_is_there_without_it(here, monkeypatch, capsys):
+    chosen = settings(output=here / "mine")
+    assert execute(chosen) == session.OK
+    assert "(comparison_report.png)" in (chosen.output / "comparison_report.md").read_text()
+    monkeypatch.setattr(comparison_report, "plot_speedups", lambda *_: full(_[2]))
+    capsys.readouterr()
+    assert documents_of(f"--documents={chosen.output}", "--report") == session.FAILED
+    shown = capsys.readouterr()
+    picture = chosen.output / "comparison_report.png"
+    assert shown.err == f"{picture}: cannot be written: No space left on device\n"
+    assert f"wrote {chosen.output}/comparison_report.md\n" in shown.out
+    assert set(contents(chosen.output)) == {"results.json", *DOCUMENTS} - {picture.name}
+    assert picture.name not in (chosen.output / "comparison_report.md").read_text()
+
+
 def documents_of(*flags):
     with flagsaver.flagsaver():
         return bench_main.main(bench_main._parse(["bench_main.py", *flags]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
-from interop import comparison_analysis, comparison_report
+from interop import comparison_analysis, comparison_report, plot_style
 from interop.comparison_report import PASSED, Measurement, WorkloadRow
 
 # The published speedups: num_tokens, v1, v2.
@@ -158,6 +161,23 @@ def test_documents_are_written_whole(tmp_path):
     assert comparison_report.write(folder, WORKLOADS[:1], one, **how) == [folder / "report.md"]
     assert list(folder.iterdir()) == [folder / "report.md"]  # a point alone is no plot
     assert "report.png" not in (folder / "report.md").read_text()
+
+
+def test_a_document_is_there_without_a_plot_that_the_disk_has_no_room_for(tmp_path, monkeypatch):
+    figure = plot_style.figure(6, 4)
+
+    def part(file, **_):
+        file.write(b"\x89PNG")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(figure), "savefig", lambda _, file, **how: part(file, **how))
+    (tmp_path / "report.png").write_text("an earlier report's")
+    how = {"header": {}, "command": "x", "name": "report"}
+    with pytest.raises(comparison_report.PlotError, match="No space left on device") as raised:
+        comparison_report.write(tmp_path, WORKLOADS, published_results(), **how)
+    assert raised.value.filename == str(tmp_path / "report.png")
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.md"]
+    assert "report.png" not in (tmp_path / "report.md").read_text()
 
 
 def test_bad_rows_are_refused():
