@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures as futures
+import contextlib
 import dataclasses
-import json
+import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,51 +40,20 @@ from bench.commands import folder
 from bench.correctness import Tolerance
 from bench.execution import compiled_program
 from bench.failures import one_line
+from bench.option_rows import Row, cells, with_ratios, write
 from bench.option_variants import VARIANTS, Variant, chosen_variants
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
 from interop import interruption
 from interop.arguments import natural
-from interop.markdown import wrapped
 from interop.processes import spawned
 from interop.workloads import Workload
 from jax_moe import DEEPSEEK_V3, LayerInputs, backends
-from jax_moe.io.files import write_atomically
 
 USUAL, FEW = ("1", "16", "80", "901", "14107"), ("1", "7")
 _DEFAULT = Tolerance(rtol=0.01, atol=0.01, required_matched_ratio=0.0)
 ORACLE = "oracle"
 _SEED, _ITERATIONS = 0, 20
-_HEADER = ("stage", "variant", "T", "us", "vs", "error", "equal")
-
-
-class Row(NamedTuple):
-    """One measurement.
-
-    Attributes:
-        stage: Of the variant.
-        variant: Its name.
-        tokens: T.
-        us: Median GPU span of a call; on a CPU the host's time.
-        p10: 10th percentile of it.
-        p90: 90th percentile.
-        ratio: `us` over that of the first variant of its kind.
-        error: Against the oracle, relative, in the Frobenius norm; of a router the worst relative
-            difference of a weight; None for the quantizer.
-        equal: Share of right elements, as the module says.
-        problem: Why there is no time.
-    """
-
-    stage: str
-    variant: str
-    tokens: int
-    us: float | None = None
-    p10: float | None = None
-    p90: float | None = None
-    ratio: float | None = None
-    error: float | None = None
-    equal: float | None = None
-    problem: str = ""
 
 
 def function(variant: Variant, backend: str) -> Callable[[LayerInputs], PyTree[Array]]:
@@ -152,34 +123,56 @@ class Order(NamedTuple):
 def orders_of(
     given: Mapping[str, LayerInputs], backend: str, variants: Sequence[Variant] = VARIANTS
 ) -> list[Order]:
-    """Each variant on the inputs of its dtype, then each different question to an oracle."""
+    """Each variant on the inputs of its dtype, right after the oracle's answer that it needs."""
     questions: list[Variant] = []
+    orders = []
     for variant in variants:
-        if question(variant) not in questions:
-            questions.append(question(variant))
-    asked = [(one, backend) for one in variants] + [(one, ORACLE) for one in questions]
-    return [Order(variant, backend, given[variant.dtype]) for variant, backend in asked]
+        if (asked := question(variant)) not in questions:
+            questions.append(asked)
+            orders.append(Order(asked, ORACLE, given[asked.dtype]))
+        orders.append(Order(variant, backend, given[variant.dtype]))
+    return orders
 
 
-def compile_all(orders: Sequence[Order], jobs: int) -> list[Any]:
-    """Compiles each program in one of `jobs` processes.
+def compiled(orders: Sequence[Order], jobs: int) -> Generator[Any, None, None]:
+    """Compiles programs in `jobs` processes, one in each, and more once those are taken.
 
-    Returns:
-        In order, what `serialize_executable.deserialize_and_load` takes, or what went wrong.
+    So a row is measured and written before the programs of later ones are compiled, and no process
+    compiles meanwhile.
+
+    Args:
+        orders: What to compile.
+        jobs: How many processes; 0 compiles nothing.
+
+    Yields:
+        In order, what `serialize_executable.deserialize_and_load` takes, or what went wrong, or
+        None: to be compiled here.
     """
+    if not jobs:
+        yield from [None] * len(orders)
+        return
+    number = itertools.count(1)
     with spawned(min(jobs, len(orders)), ahead.start) as pool:
-        pending = [
-            pool.submit(_compile, *one._replace(given=specs_of(one.given))) for one in orders
-        ]
-        for count, _ in enumerate(futures.as_completed(pending), start=1):
-            left = [one for one, program in zip(orders, pending, strict=True) if not program.done()]
-            still = f", left: {'; '.join(map(_name, left))}" if 0 < len(left) <= jobs else ""
-            print(f"{count} of {len(orders)} programs compiled{still}", flush=True)
-    return [one.exception() or one.result() for one in pending]
+        for batch in itertools.batched(orders, jobs):
+            pending = {_submitted(pool, one): one for one in batch}
+            for _ in futures.as_completed(pending):
+                left = [_name(one) for future, one in pending.items() if not future.done()]
+                still = f", left: {'; '.join(left)}" if left else ""
+                print(f"{next(number)} of {len(orders)} programs compiled{still}", flush=True)
+            yield from [program.exception() or program.result() for program in pending]
+
+
+def _submitted(pool: futures.Executor, order: Order) -> futures.Future[Any]:
+    try:
+        return pool.submit(_compile, *order._replace(given=specs_of(order.given)))
+    except BrokenProcessPool as error:  # by an earlier program
+        failed: futures.Future[Any] = futures.Future()
+        failed.set_exception(error)
+        return failed
 
 
 def loaded(order: Order, program: tuple[Any, ...] | Exception | None) -> Callable[..., Any]:
-    """The program of an order, from `compile_all`; None compiles here.
+    """The program of an order, from `compiled`; None compiles here.
 
     Raises:
         Exception: What went wrong there.
@@ -212,7 +205,7 @@ def measure(
 
     Args:
         order: What to call.
-        program: From `compile_all`; None compiles here.
+        program: From `compiled`; None compiles here.
         expected: The oracle's answer, or why there is none.
         clock: The GPU's; None takes the host's times.
         iterations: Timed calls.
@@ -265,56 +258,9 @@ def _compared(stage: str, found: Any, expected: Any) -> dict[str, Any]:
     return {"equal": float(min(same))}
 
 
-def with_ratios(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> list[Row]:
-    """The rows, each over the first variant of its stage, hidden states and T."""
-    dtypes = {(one.stage, one.name): one.dtype for one in variants}
-    first: dict[Any, float] = {}
-    found = []
-    for row in rows:
-        kind = (row.stage, dtypes[row.stage, row.variant], row.tokens)
-        if row.us is not None:
-            row = row._replace(ratio=row.us / first.setdefault(kind, row.us))
-        found.append(row)
-    return found
-
-
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The rows as text, the header first."""
-    return [list(_HEADER)] + [
-        [
-            row.stage,
-            row.variant,
-            str(row.tokens),
-            "-" if row.us is None else f"{row.us:.1f}",
-            "-" if row.ratio is None else f"{row.ratio:.3f}",
-            "-" if row.error is None else f"{row.error:.2g}",
-            row.problem or ("-" if row.equal is None else f"{row.equal:.4f}"),
-        ]
-        for row in rows
-    ]
-
-
 def _name(order: Order) -> str:
     what = f"{order.variant.stage} {order.variant.name}, T={order.given.tokens}"
     return f"{what}, for the check" if order.backend == ORACLE else what
-
-
-def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, asked: int) -> None:
-    """`options.json` and, for people, `options.md`; both say if rows are left of those `asked`."""
-    about = dict(about) | {"complete": len(rows) == asked}
-    with write_atomically(folder / "options.json", "w") as file:
-        json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
-    head = (
-        f"{about['device']['kind']}, backend `{about['backend']}`, commit {about['git_commit']}, "
-        f"{environment.date(about['started'])}, `{about['command']}`."
-    )
-    beware = [f"**REDUCED sizes**: {about['note']}.", ""] if about["reduced"] else []
-    if not about["complete"]:
-        beware += [f"**Incomplete**: {len(rows)} of {asked} rows.", ""]
-    table = tables.markdown(cells(rows), left=2)
-    lines = ["# What each option costs", "", *beware, head, "", *table, ""]
-    with write_atomically(folder / "options.md", "w") as file:
-        file.write("\n".join(wrapped(lines)))
 
 
 def run(
@@ -325,7 +271,7 @@ def run(
     Args:
         workloads: Token counts or uuids; empty for the usual ones.
         backend: What runs the variants.
-        jobs: Processes that compile; 0 compiles variant by variant.
+        jobs: Processes that compile, so many programs at a time; 0 compiles variant by variant.
         folder: Of the results.
         names: Of variants, or how they begin; all if there are none.
 
@@ -345,26 +291,22 @@ def run(
     given = [make_inputs(row, sizes, weights) for row in chosen]
     by_tokens = [orders_of(one, backend, variants) for one in given]
     orders = [order for one in by_tokens for order in one]
-    programs = iter(compile_all(orders, jobs) if jobs else [None] * len(orders))
     asked = len(variants) * len(given)
     rows: list[Row] = []
-    for of_tokens in by_tokens:
-        pairs = list(zip(of_tokens, programs, strict=False))  # takes no more than it needs
-        oracles = pairs[len(variants) :]
-        answers: dict[int, Any] = {}
-        for order, program in pairs[: len(variants)]:
-            print(f"{len(rows) + 1} of {asked}: {_name(order)}", flush=True)
-            place = next(
-                place
-                for place, (one, _) in enumerate(oracles)
-                if one.variant == question(order.variant)
-            )
-            if place not in answers:  # one that does not end costs the rows from here on alone
-                answers[place] = answer(*oracles[place])
-            iterations = _ITERATIONS if on_gpu else 1
-            found = measure(order, program, answers[place], clock=clock, iterations=iterations)
-            rows = with_ratios([*rows, found])
-            write(rows, about, folder, asked)
+    with contextlib.closing(compiled(orders, jobs)) as programs:
+        for of_tokens in by_tokens:
+            answers: list[tuple[Variant, Any]] = []
+            for order, program in zip(of_tokens, programs, strict=False):  # takes what it needs
+                print(f"{len(rows) + 1} of {asked}: {_name(order)}", flush=True)
+                if order.backend == ORACLE:
+                    answers.append((order.variant, answer(order, program)))
+                    continue
+                asking = question(order.variant)
+                expected = next(said for one, said in answers if one == asking)
+                iterations = _ITERATIONS if on_gpu else 1
+                found = measure(order, program, expected, clock=clock, iterations=iterations)
+                rows = with_ratios([*rows, found])
+                write(rows, about, folder, asked)
     print("\n".join(tables.aligned(cells(rows), left=2)))
     print(f"wrote {folder / 'options.json'}")
     return 1 if any(row.problem for row in rows) else 0
@@ -383,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="only those whose name begins with one of these",
     )
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
-    parser.add_argument("--jobs", type=natural, default=0, help="processes that compile ahead")
+    parser.add_argument("--jobs", type=natural, default=0, help="processes that compile")
     parser.add_argument("--output", type=folder, default="out/options")
     args = parser.parse_args(argv)
     try:

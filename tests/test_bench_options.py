@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures as futures
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import jax
 import pytest
@@ -79,12 +81,13 @@ def test_a_run_is_written_down(tmp_path, monkeypatch, capsys):
     known = of("route", "softmax"), of("layer", "bf16")
     monkeypatch.setattr("bench.option_variants.VARIANTS", known)
     assert (
-        options.main(["--workloads=1", "--jobs=1", "--variants=soft", f"--output={tmp_path}"]) == 0
+        options.main(["--workloads=1", "--jobs=2", "--variants=soft", f"--output={tmp_path}"]) == 0
     )
     shown = capsys.readouterr().out
     assert "times mean nothing" in shown
     assert "1 of 2 programs compiled, left: route softmax, T=1" in shown
-    assert "2 of 2 programs compiled\n1 of 1: route softmax, T=1\n" in shown
+    compiled = "2 of 2 programs compiled\n1 of 1: route softmax, T=1, for the check\n1 of 1: route"
+    assert f"{compiled} softmax, T=1\n" in shown
     written = json.loads((tmp_path / "options.json").read_text())
     assert [one["equal"] for one in written["rows"]] == [1.0]
     assert written["about"]["versions"]["jax"] == jax.__version__
@@ -111,11 +114,57 @@ def test_rows_are_kept_whatever_becomes_of_the_next_one(tmp_path, monkeypatch, c
     monkeypatch.setattr(options, "measure", lambda *_, **__: Row("route", "softmax", 1, us=2.0))
     with pytest.raises(KeyboardInterrupt):
         options.main(["--workloads=1", f"--output={tmp_path}"])
-    assert capsys.readouterr().out.endswith("2 of 2: route sigmoid, T=1\n")
+    assert capsys.readouterr().out.endswith("2 of 2: route sigmoid, T=1, for the check\n")
     written = json.loads((tmp_path / "options.json").read_text())
     assert [row["variant"] for row in written["rows"]] == ["softmax"]
     assert written["about"]["complete"] is False
     assert "**Incomplete**: 1 of 2 rows." in (tmp_path / "options.md").read_text()
+
+
+class Pool(futures.Executor):
+    """Compiles nothing: a program is `result`, from the third one on `then` is raised."""
+
+    def __init__(self, result, then):
+        self.result, self.then, self.taken = result, then, 0
+
+    def submit(self, *_):
+        self.taken += 1
+        if self.taken > 2:
+            raise self.then
+        future = futures.Future()
+        future.set_result(self.result)
+        return future
+
+
+@pytest.fixture
+def two_routers(tmp_path, monkeypatch):
+    """Runs two variants with two processes, which are a pool of ours."""
+    known = of("route", "softmax"), of("route", "sigmoid")
+    monkeypatch.setattr("bench.option_variants.VARIANTS", known)
+
+    def run(pool):
+        monkeypatch.setattr(options, "spawned", lambda *_: pool)
+        return options.main(["--workloads=1", "--jobs=2", f"--output={tmp_path}"])
+
+    return run
+
+
+def test_rows_are_measured_before_later_programs_are_compiled(two_routers, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "answer", lambda *_: None)
+    monkeypatch.setattr(options, "measure", lambda *_, **__: Row("route", "softmax", 1, us=2.0))
+    with pytest.raises(KeyboardInterrupt):
+        two_routers(Pool(None, KeyboardInterrupt))
+    written = json.loads((tmp_path / "options.json").read_text())
+    assert [row["variant"] for row in written["rows"]] == ["softmax"]
+    assert written["about"]["complete"] is False
+
+
+def test_a_pool_that_broke_is_the_reason_of_the_rows_that_are_left(two_routers, tmp_path):
+    assert two_routers(Pool(MemoryError("no more"), BrokenProcessPool("a process ended"))) == 1
+    written = json.loads((tmp_path / "options.json").read_text())
+    problems = [row["problem"] for row in written["rows"]]
+    assert problems == ["MemoryError: no more", "BrokenProcessPool: a process ended"]
+    assert written["about"]["complete"] is True
 
 
 def test_an_unknown_workload_is_refused(capsys):
