@@ -38,6 +38,7 @@ from bench import (  # noqa: E402
     session,
     shared_expert,
     solutions,
+    timers,
 )
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
@@ -99,6 +100,9 @@ _COOL_DOWN = flags.DEFINE_float(
     "cool_down", 0.2, "Idle seconds before each row's timed calls. Default without a GPU: 0.",
     lower_bound=0, upper_bound=60,
 )  # fmt: skip
+_FLUSH = flags.DEFINE_enum(
+    "flush", "write", timers.FLUSHES, "How the L2 is emptied before each timed call of a GPU."
+)
 _SUSTAINED = flags.DEFINE_bool("sustained", False, "Also time calls back to back for 0.5 s.")
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -212,6 +216,7 @@ def _settings() -> Settings:
         timer=timer,
         wall_time=_WALL_TIME.value,
         cool_down=0.0 if few and not _COOL_DOWN.present else _COOL_DOWN.value,
+        flush=_FLUSH.value,
         sustained=_SUSTAINED.value,
         scaling=_SCALING.value,
         on_gpu=on_gpu,

@@ -3,7 +3,7 @@
 Each timed call runs on an idle GPU with a cold L2 and stands between two marker kernels, with a
 device-wide synchronization on either side:
 
-    zero 256 MB | marker | call | marker | zero 256 MB | ...
+    flush | marker | call | marker | flush | ...
 
 What the GPU ran between the markers is the call, whichever framework and stream launched it; its
 time is the span from the first kernel's start to the last one's end. Host time is not in it, gaps
@@ -68,9 +68,9 @@ class Event(NamedTuple):
 class Session:
     """Records calls while the profiler runs; `samples` holds them afterwards, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, flush_by: str = "write") -> None:
         self.samples: list[Sample] = []
-        self._flush = flusher()
+        self._flush = flusher(flush_by)
         self._calls = 0
 
     def record(self, execution: Execution, iterations: int, *, cold: bool = True) -> None:
@@ -117,8 +117,11 @@ def unavailable_reason() -> str | None:
 class GpuClock:
     """The process's attached profiler. Make it before anything that it should see into is built."""
 
-    def __init__(self) -> None:
+    def __init__(self, flush_by: str = "write") -> None:
         """Attaches the profiler and checks that it sees a kernel.
+
+        Args:
+            flush_by: How the L2 is emptied before a call, one of `timers.FLUSHES`.
 
         Raises:
             ClockError: It does not; one line says why.
@@ -127,6 +130,7 @@ class GpuClock:
             raise ClockError(reason)
         import torch
 
+        self._flush_by = flush_by
         # CUPTI must stay attached between sessions, or CUDA graphs captured in between break.
         os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
         probe = torch.zeros(1024, device="cuda")
@@ -137,7 +141,7 @@ class GpuClock:
         """Profiles the calls that the body records; the session's samples are there on exit."""
         from torch.profiler import ProfilerActivity, profile
 
-        session = Session()
+        session = Session(self._flush_by)
         with _quiet(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
             yield session
         session.finish(_gpu_events(profiler))
@@ -158,7 +162,7 @@ class GpuClock:
         """
         from torch.profiler import ProfilerActivity, profile
 
-        session = Session()
+        session = Session(self._flush_by)
         both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
         with _quiet(), profile(activities=both) as profiler:
             session.record(execution, iterations)

@@ -119,7 +119,8 @@ def _routing_text(settings: Settings) -> str:
 
 
 def _timing_text(settings: Settings) -> str:
-    flush = ", 256 MB zeroed before each call" if settings.on_gpu else ""
+    what = {"write": "zeroed", "read": "read (nothing to write back)"}[settings.flush]
+    flush = f", 256 MB {what} before each call" if settings.on_gpu else ""
     clock = {
         "gpu": "GPU time is the first kernel's start to the last one's end, by torch's profiler",
         "wall": "wall time is the host's, from the call to its complete output",

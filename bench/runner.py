@@ -78,7 +78,7 @@ def run(
     for clock_name in settings.passes:
         clock = None
         if clock_name == "gpu":
-            clock = GpuClock()
+            clock = GpuClock(settings.flush)
         if clock_name == settings.timer:
             results.roofline = roofline.measure(clock, settings.sizes)
         for workload in workloads:
@@ -209,7 +209,7 @@ def _measured(
             if session:
                 session.record(bound, calls)
             else:
-                times += wall_times(bound, calls)
+                times += wall_times(bound, calls, settings.flush)
     if bound is None or check is None:
         raise ValueError("a row needs at least one trial")
     stated = solution.workspace_bound
@@ -277,7 +277,7 @@ def _clock_fields(
     what, framework = f"{row.solution} T={row.num_tokens}", solution.framework
     if busy := row.busy_us:
         found["clock"] = sm_clock.unless_it_fails(
-            what, lambda: sm_clock.during(bound, framework, busy)
+            what, lambda: sm_clock.during(bound, framework, busy, settings.flush)
         )
     if found.get("clock") and settings.sustained and row.gpu:
         call_us = row.gpu.median

@@ -67,7 +67,7 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
     asked = content.get("asked") or _asked(results)
     known = {field.name for field in dataclasses.fields(Settings)}
     fields = {key: value for key, value in content["settings"].items() if key in known}
-    fields = {"cool_down": 0.0} | fields  # runs from before there was one
+    fields = {"cool_down": 0.0, "flush": "write"} | fields  # runs from before there was one
     fields |= {
         "solutions": tuple(asked["solutions"]),
         "workloads": tuple(asked["workloads"]),

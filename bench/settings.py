@@ -26,6 +26,7 @@ _FLAGS = (
     "iterations",
     "num_trials",
     "cool_down",
+    "flush",
 )
 
 
@@ -52,6 +53,7 @@ class Settings:
         timer: "gpu" or "wall": what speedups and rates are computed from.
         wall_time: Whether a "gpu" run also takes host times, in a pass of its own.
         cool_down: Seconds in which nothing runs before the first timed call of each row.
+        flush: How the L2 is emptied before each timed call, one of `bench.timers.FLUSHES`.
         sustained: Whether a "gpu" run also times calls back to back.
         scaling: Powers of two instead of the 19 workloads.
         on_gpu: Whether JAX's default device is a GPU.
@@ -76,6 +78,7 @@ class Settings:
     timer: str = "gpu"
     wall_time: bool = True
     cool_down: float = 0.2
+    flush: str = "write"
     sustained: bool = False
     scaling: bool = False
     on_gpu: bool = True

@@ -74,13 +74,16 @@ class Stamps(NamedTuple):
     read: Callable[[Any], np.ndarray]
 
 
-def during(execution: Execution, framework: Framework, busy_us: float) -> Reading:
+def during(
+    execution: Execution, framework: Framework, busy_us: float, flush_by: str = "write"
+) -> Reading:
     """The clock during calls as the benchmark times them: one at a time, the L2 flushed before.
 
     Args:
         execution: Warmed up.
         framework: Whose stream it launches on.
         busy_us: Time of a call in which kernels run.
+        flush_by: How the L2 is emptied before a call, one of `timers.FLUSHES`.
 
     Returns:
         The means over 20 calls, fewer of slow ones.
@@ -90,7 +93,7 @@ def during(execution: Execution, framework: Framework, busy_us: float) -> Readin
         ImportError: There is no jax-triton for a JAX solution.
     """
     calls = calls_to_time(busy_us, _CALLS)
-    found = _reading(execution, _stamps(framework), repeats=calls, cold=True)
+    found = _reading(execution, _stamps(framework), repeats=calls, flush_by=flush_by)
     if found.us < _LEAST_SHARE * busy_us:
         raise ClockError(f"stamps {found.us:.1f} us apart do not enclose {busy_us:.1f} us of work")
     return found
@@ -119,12 +122,12 @@ def _reading(
     *,
     repeats: int = 1,
     back_to_back: int = 1,
-    cold: bool = False,
+    flush_by: str | None = None,
 ) -> Reading:
     intervals, capped = [], []
     for _ in range(repeats):
-        if cold:
-            flusher()()
+        if flush_by:
+            flusher(flush_by)()
         before = stamps.launch(_WAIT_NS)
         for _ in range(back_to_back):
             output = execution.call()

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 FLUSH_BYTES = 256 * 2**20  # several times any L2
+FLUSHES = ("write", "read")
+"""How the L2 can be emptied."""
+
 SLOW_US = 10_000.0
 _SLOW_BUDGET_US = 200_000.0
 
@@ -66,13 +69,18 @@ def warm_up(execution: Execution, calls: int) -> float:
     return best
 
 
-def wall_times(execution: Execution, iterations: int) -> list[float]:
+def wall_times(execution: Execution, iterations: int, flush_by: str = "write") -> list[float]:
     """Host time of each call in us, from the call to its output being complete.
 
     The L2 is flushed before each call, outside of the timed part. No profiler may be attached: it
     inflates host times.
+
+    Args:
+        execution: Warmed up.
+        iterations: How many calls.
+        flush_by: One of `FLUSHES`.
     """
-    flush = flusher()
+    flush = flusher(flush_by)
     times = []
     for _ in range(iterations):
         flush()
@@ -87,24 +95,29 @@ def _timed(execution: Execution) -> float:
 
 
 @functools.cache
-def flusher() -> Callable[[], None]:
-    """Returns a function that overwrites 256 MB on the GPU and waits, leaving no input in the L2.
+def flusher(how: str = "write") -> Callable[[], None]:
+    """Returns a function that goes through 256 MB on the GPU and waits: no input stays in the L2.
 
-    Zeroing leaves dirty lines, whose write-back the timed call pays: the harsher of the usual ways.
-    Without a GPU it does nothing.
+    Args:
+        how: "write" zeroes them, as other benchmarks do. That leaves dirty lines, as many as the L2
+            holds, whose write-back the timed call pays. "read" reads them and leaves none. Without
+            a GPU neither does anything.
     """
     if jax.default_backend() != "gpu":
         return no_wait
     try:
         import torch
     except ImportError:
-        return _jax_flusher()
+        return _jax_flusher(how)
     if not torch.cuda.is_available():
-        return _jax_flusher()
-    buffer = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        return _jax_flusher(how)
+    buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def flush() -> None:
-        buffer.zero_()
+        if how == "write":
+            buffer.zero_()
+        else:
+            buffer.max()
         torch.cuda.synchronize()
 
     return flush
@@ -114,11 +127,14 @@ def no_wait(_: Any = None) -> None:
     """Does nothing, where there is nothing to wait for or to flush."""
 
 
-def _jax_flusher() -> Callable[[], None]:
-    zero = jax.jit(jnp.zeros_like, donate_argnums=0)
+def _jax_flusher(how: str) -> Callable[[], None]:
+    zero, largest = jax.jit(jnp.zeros_like, donate_argnums=0), jax.jit(jnp.max)
     held = [jnp.zeros(FLUSH_BYTES // 4, jnp.int32)]
 
     def flush() -> None:
-        held[0] = zero(held[0]).block_until_ready()
+        if how == "write":
+            held[0] = zero(held[0]).block_until_ready()
+        else:
+            largest(held[0]).block_until_ready()
 
     return flush

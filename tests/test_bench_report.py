@@ -224,7 +224,7 @@ def test_a_file_from_before_a_field_was_added_is_read(results, no_plot):
     found, settings = results
     found.write()
     content = json.loads(found.path.read_text())
-    added = {"settings": ("cool_down", "sustained")}
+    added = {"settings": ("cool_down", "sustained", "flush")}
     for part, names in added.items():
         for name in names:
             del content[part][name]

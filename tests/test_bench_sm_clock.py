@@ -64,7 +64,7 @@ def steps(monkeypatch):
         found.append("call")
 
     monkeypatch.setattr(sm_clock, "_stamps", lambda _: sm_clock.Stamps(launch, read))
-    monkeypatch.setattr(sm_clock, "flusher", lambda: lambda: found.append("flush"))
+    monkeypatch.setattr(sm_clock, "flusher", lambda how: lambda: found.append(how))
     monkeypatch.setattr(nvml, "power_capped", lambda: found.append("power") or True)
     return found, Execution(call, lambda _: found.append("wait"), "eager", None)
 
@@ -72,7 +72,7 @@ def steps(monkeypatch):
 def test_each_call_stands_between_stamps_that_nothing_waits_for(steps):
     found, execution = steps
     assert sm_clock.during(execution, "torch", busy_us=900.0).calls == 20
-    assert found == ["flush", "stamp 1000000", "call", "stamp 0", "wait", "power"] * 20
+    assert found == ["write", "stamp 1000000", "call", "stamp 0", "wait", "power"] * 20
 
 
 def test_stamps_that_lie_closer_than_the_call_is_long_are_no_clock(steps):

@@ -116,32 +116,38 @@ def test_wall_times_cover_the_wait_for_the_output():
 
 def test_the_cache_is_flushed_before_each_call_and_outside_of_its_time(monkeypatch):
     steps = []
-    monkeypatch.setattr(timers, "flusher", lambda: lambda: steps.append("flush"))
+    monkeypatch.setattr(timers, "flusher", lambda how: lambda: steps.append(how))
     clock = types.SimpleNamespace(perf_counter_ns=lambda: steps.append("clock") or len(steps))
     monkeypatch.setattr(timers, "time", clock)
     execution = timers.Execution(
         lambda: steps.append("call"), lambda _: steps.append("wait"), "eager", None
     )
     assert len(timers.wall_times(execution, 2)) == 2
-    assert steps == ["flush", "clock", "call", "wait", "clock"] * 2
+    assert steps == ["write", "clock", "call", "wait", "clock"] * 2
+    timers.wall_times(execution, 1, "read")
+    assert steps[10] == "read"
 
 
-def test_a_flush_overwrites_several_times_what_any_l2_holds(monkeypatch):
+@pytest.mark.parametrize("how", timers.FLUSHES)
+def test_a_flush_goes_through_several_times_what_any_l2_holds(monkeypatch, how):
     """The largest, a B200's, holds 126 MB; the docstring promises 256."""
-    zeroed = []
+    done = []
 
-    def empty(size, dtype, device):
-        return types.SimpleNamespace(zero_=lambda: zeroed.append((size * dtype, device)))
+    def zeros(size, dtype, device):
+        what = (size * dtype, device)
+        return types.SimpleNamespace(
+            zero_=lambda: done.append(("write", *what)), max=lambda: done.append(("read", *what))
+        )
 
-    cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda: zeroed.append("w"))
-    torch = types.SimpleNamespace(cuda=cuda, empty=empty, int32=4)
+    cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda: done.append("wait"))
+    torch = types.SimpleNamespace(cuda=cuda, zeros=zeros, int32=4)
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(timers.jax, "default_backend", lambda: "gpu")
-    flush = timers.flusher.__wrapped__()
-    assert zeroed == []
+    flush = timers.flusher.__wrapped__(how)
+    assert done == []
     flush()
     flush()
-    assert zeroed == [(256 * 2**20, "cuda"), "w"] * 2
+    assert done == [(how, 256 * 2**20, "cuda"), "wait"] * 2
 
 
 @pytest.mark.parametrize("cold", [True, False])
@@ -151,12 +157,12 @@ def test_the_gpu_clock_flushes_before_the_markers_of_a_call(monkeypatch, cold):
         _sleep=lambda _: steps.append("marker"), synchronize=lambda: steps.append("idle")
     )
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(gpu_clock, "flusher", lambda: lambda: steps.append("flush"))
+    monkeypatch.setattr(gpu_clock, "flusher", lambda how: lambda: steps.append(how))
     execution = timers.Execution(
         lambda: steps.append("call"), lambda _: steps.append("wait"), "eager", None
     )
-    gpu_clock.Session().record(execution, 2, cold=cold)
-    one = ["flush"] * cold + ["marker", "idle", "call", "wait", "idle", "marker"]
+    gpu_clock.Session("read").record(execution, 2, cold=cold)
+    one = ["read"] * cold + ["marker", "idle", "call", "wait", "idle", "marker"]
     assert steps == [*one * 2, "idle"]
 
 
