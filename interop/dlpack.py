@@ -207,12 +207,14 @@ class Bridge:
         address = self.order_after_torch(stream)
         if jax.config.jax_disable_jit:  # then many programs read them
             leader = None
-        return {
-            name: None
-            if tensor is None
-            else self._imported(tensor, address if leader in (None, name) else None)
-            for name, tensor in ready.items()
-        }
+        # A capsule holds its tensor, whose storage can be exchanged: only an alias keeps this one.
+        # `detach` costs twice as much and has no memory inside of torch.func's transforms.
+        aliases = {name: tensor.data for name, tensor in ready.items() if tensor is not None}
+        lending.note(aliases.values())
+        arrays: dict[str, Any] = dict.fromkeys(ready)
+        for name, alias in aliases.items():
+            arrays[name] = self._imported(alias, address if leader in (None, name) else None)
+        return arrays
 
     def ready(
         self, tensors: Mapping[str, torch.Tensor | None], optional: Collection[str] = ()
@@ -289,14 +291,10 @@ class Bridge:
             self._stream.wait_event(self._event)
         return self._address
 
-    def _imported(self, tensor: torch.Tensor, address: int | None) -> jax.Array:
-        if not tensor.numel():
-            return jax.device_put(np.zeros(tensor.shape, DTYPES[tensor.dtype]), self.target)
+    def _imported(self, alias: torch.Tensor, address: int | None) -> jax.Array:
+        if not alias.numel():
+            return jax.device_put(np.zeros(alias.shape, DTYPES[alias.dtype]), self.target)
         kind = _KDL_CPU if self._on_cpu else _KDL_CUDA
-        # A capsule holds its tensor, whose storage can be exchanged: only an alias keeps this one.
-        # `detach` costs twice as much and has no memory inside of torch.func's transforms.
-        alias = tensor.data
-        lending.note(alias)
         return _to_buffer(_to_capsule(alias), self.target, address, None, kind)
 
 

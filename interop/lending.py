@@ -14,6 +14,7 @@ import ctypes
 import sys
 import time
 import weakref
+from collections.abc import Iterable
 
 import torch
 
@@ -24,13 +25,14 @@ _lent: collections.deque["weakref.ref[torch.Tensor]"] = collections.deque()
 _look_through_at = _LOOKED_THROUGH
 
 
-def note(alias: torch.Tensor) -> None:
-    """Notes a tensor that a capsule for JAX is made of and that nothing else refers to.
+def note(aliases: Iterable[torch.Tensor]) -> None:
+    """Notes tensors that capsules for JAX are made of and that nothing else will refer to.
 
-    Torch keeps its Python object, and so the weak reference, until JAX gives the memory back. What
-    came back is forgotten now and then: a callback for each would cost every call of the layer.
+    Torch keeps their Python objects, and so the weak references, until JAX gives the memory back.
+    What came back is forgotten now and then: a callback for each would cost every call of the
+    layer.
     """
-    _lent.append(weakref.ref(alias))
+    _lent.extend(map(weakref.ref, aliases))
     if len(_lent) > _look_through_at:
         _forget_what_came_back()
 

@@ -275,7 +275,7 @@ class TorchMoE:
             precision=precision,
             batch_invariant=batch_invariant,
         )
-        self._layer = torch_call.layer_for(self._options, self._arrays.gemm1_weights)
+        self._layer = torch_call.layer_for(self._options, self._bridge.target)
         # An upload is a transfer of its own: once a value is enough. Types tell 8 from 8.0.
         upload = functools.partial(jax.device_put, device=self._bridge.target)
         self._upload = functools.lru_cache(_KEPT_NUMBERS, typed=True)(upload)
@@ -350,7 +350,7 @@ class TorchMoE:
             "topk_weights": topk_weights,
         }
         arrays = torch_call.imported(self._bridge, tensors, stream)
-        layer = torch_call.layer_for(options, self._arrays.gemm1_weights)
+        layer = torch_call.layer_for(options, self._bridge.target)
         inputs = RoutedInputs(
             routing=Routing(arrays.pop("topk_ids"), arrays.pop("topk_weights")),
             **arrays,

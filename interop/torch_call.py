@@ -29,7 +29,7 @@ from jax_moe.config import (
     checked_scale_format,
     checked_swiglu_limit,
 )
-from jax_moe.device import Device, device_of, is_assumed
+from jax_moe.device import Device, describe_device, is_assumed
 from jax_moe.types import Routing
 
 _OPTIONAL = ("routing_bias", "hidden_states_scale")
@@ -76,13 +76,13 @@ class Layer(NamedTuple):
     options: Options
 
 
-def layer_for(options: Options, array: jax.Array) -> Layer:
-    """The layer on the device of an array; checks the options as `jax_moe.apply` does."""
+def layer_for(options: Options, device: jax.Device) -> Layer:
+    """The layer on a device; checks the options as `jax_moe.apply` does."""
     if is_assumed():
-        backends.select_for_call(options.backend, array)  # refuses what cannot run on this device
+        backends.select_for_call(options.backend, (), device)  # refuses what cannot run there
     # These checks cost the host a tenth of a call, so what passed them is kept.
     checked = _checked_layer if _is_hashable(options) else _checked_layer.__wrapped__
-    return checked(device_of(array), *options)
+    return checked(describe_device(device), *options)
 
 
 def _is_hashable(options: Options) -> bool:
@@ -128,7 +128,7 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
     stream = bridge.current_stream()
     arrays = imported(bridge, tensors_of(inputs), stream)
     weights = ExpertWeights(**{name: arrays.pop(name) for name in ExpertWeights._fields})
-    layer = layer_for(options, arrays["hidden_states"])
+    layer = layer_for(options, bridge.target)
     if isinstance(inputs, LayerInputs):
         num_experts = num_experts_of(arrays["routing_logits"])
         arrays["routed_scaling_factor"] = factor(inputs.routed_scaling_factor)

@@ -5,6 +5,7 @@ program made outside of it.
 """
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -78,6 +79,11 @@ def describe_device(device: jax.Device) -> Device:
     """What counts of a device, or what `assume_device` or `interpret_mode` set instead."""
     if _assumed.value is not None:
         return _assumed.value
+    return _description(device)
+
+
+@functools.cache
+def _description(device: jax.Device) -> Device:
     return Device.of(device)
 
 
