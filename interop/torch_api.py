@@ -10,7 +10,6 @@ by address and no result is kept. Under `torch.compile`, `torch.export` and fake
 the custom operators of `interop.torch_ops`.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -23,8 +22,6 @@ from interop.torch_call import Inputs, Options
 from jax_moe import DEEPSEEK_V3, ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, validate
 from jax_moe.config import Precision, ScaleFormat
 from jax_moe.types import Routing
-
-_KEPT_NUMBERS = 1024
 
 
 def torch_moe(
@@ -276,9 +273,8 @@ class TorchMoE:
             batch_invariant=batch_invariant,
         )
         self._layer = torch_call.layer_for(self._options, self._bridge.target)
-        # An upload is a transfer of its own: once a value is enough. Types tell 8 from 8.0.
-        upload = functools.partial(jax.device_put, device=self._bridge.target)
-        self._upload = functools.lru_cache(_KEPT_NUMBERS, typed=True)(upload)
+        self._number = torch_call.Numbers(self._bridge.target)
+        self._num_local_experts = torch_call.num_local_experts_of(self._arrays)
 
     def __call__(
         self,
@@ -314,7 +310,7 @@ class TorchMoE:
             **arrays,
             weights=self._arrays,
             local_expert_offset=self._offset(local_expert_offset, num_experts),
-            routed_scaling_factor=self._upload(torch_call.factor(routed_scaling_factor)),
+            routed_scaling_factor=self._number(torch_call.factor, routed_scaling_factor),
         )
         return self._run(self._layer, inputs, num_tokens, out, stream)
 
@@ -360,7 +356,7 @@ class TorchMoE:
         return self._run(layer, inputs, num_tokens, out, stream)
 
     def _offset(self, value: Any, num_experts: int) -> jax.Array:
-        return self._upload(torch_call.offset(value, num_experts, self._arrays))
+        return self._number(torch_call.offset, value, num_experts, self._num_local_experts)
 
     def _run(
         self,
@@ -371,7 +367,8 @@ class TorchMoE:
         stream: dlpack.Stream,
     ) -> Tensor:
         if num_tokens is not None:
-            num_tokens = self._upload(torch_call.live_tokens(num_tokens, inputs.hidden_states))
+            rows = torch_call.rows_of(inputs.hidden_states)
+            num_tokens = self._number(torch_call.live_tokens, num_tokens, rows)
         return torch_call.run(layer, inputs, num_tokens, out, self._bridge, stream)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ _ACCEPTED = {
     for name, (_, dtypes) in validate.ARGUMENTS.items()
 }
 
+_KEPT_NUMBERS = 1024
 _KEPT_SHAPES = 1024
 _ANY = 2**31 - 1
 
@@ -135,9 +136,11 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
     else:
         num_experts = layer.options.num_experts or 0
         arrays["routing"] = Routing(**{name: arrays.pop(name) for name in Routing._fields})
-    arrays["local_expert_offset"] = offset(inputs.local_expert_offset, num_experts, weights)
+    arrays["local_expert_offset"] = offset(
+        inputs.local_expert_offset, num_experts, num_local_experts_of(weights)
+    )
     given = type(inputs)(weights=weights, **arrays)
-    live = None if num_tokens is None else live_tokens(num_tokens, given.hidden_states)
+    live = None if num_tokens is None else live_tokens(num_tokens, rows_of(given.hidden_states))
     return run(layer, given, live, out, bridge, stream)
 
 
@@ -183,12 +186,50 @@ def num_experts_of(routing_logits: jax.Array) -> int:
     return (routing_logits.shape or (0,))[-1]
 
 
-def offset(value: Any, num_experts: int, weights: ExpertWeights) -> Any:
+def num_local_experts_of(weights: ExpertWeights) -> int:
+    """E_local; of weights of another rank anything, as for `num_experts_of`."""
+    return (weights.gemm1_weights.shape or (0,))[0]
+
+
+def rows_of(hidden_states: jax.Array) -> int:
+    """T; of a scalar anything."""
+    return hidden_states.shape[0] if hidden_states.shape else _ANY
+
+
+class Numbers:
+    """Checked numbers on a device. An upload is a transfer of its own: once a value is enough."""
+
+    def __init__(self, device: jax.Device) -> None:
+        """Of a handle."""
+        keep = functools.lru_cache(_KEPT_NUMBERS, typed=True)  # types tell 8 from 8.0
+        self._upload = keep(functools.partial(jax.device_put, device=device))
+        self._kept = keep(functools.partial(_uploaded, self._upload))
+
+    def __call__(self, check: Callable[..., Any], value: Any, *sizes: int) -> jax.Array:
+        """What `check` makes of a value, uploaded; a tensor is read at every call.
+
+        Args:
+            check: `offset`, `factor` or `live_tokens`.
+            value: The caller's.
+            *sizes: What else `check` takes.
+        """
+        if type(value) in (int, float):
+            return self._kept(check, value, *sizes)
+        return self._upload(check(value, *sizes))
+
+
+def _uploaded(
+    upload: Callable[[Any], jax.Array], check: Callable[..., Any], *arguments: Any
+) -> jax.Array:
+    return upload(check(*arguments))
+
+
+def offset(value: Any, num_experts: int, num_local_experts: int) -> Any:
     """The offset, checked: it leaves room for the local experts.
 
     Where shapes leave no room at all, `jax_moe.apply` refuses them by name.
     """
-    last = num_experts - (weights.gemm1_weights.shape or (0,))[0]
+    last = num_experts - num_local_experts
     return _integer("local_expert_offset", value, _ANY if last < 0 else last)
 
 
@@ -197,9 +238,9 @@ def factor(value: Any) -> Any:
     return validate.real("routed_scaling_factor", _host_number("routed_scaling_factor", value))
 
 
-def live_tokens(value: Any, hidden_states: jax.Array) -> Any:
+def live_tokens(value: Any, rows: int) -> Any:
     """The number of live rows, checked."""
-    return _integer("num_tokens", value, hidden_states.shape[0] if hidden_states.shape else _ANY)
+    return _integer("num_tokens", value, rows)
 
 
 def _integer(name: str, value: Any, last: int) -> Any:
