@@ -87,10 +87,10 @@ def layer_for(options: Options, device: jax.Device) -> Layer:
 
 
 def _is_hashable(options: Options) -> bool:
-    """Whether the options can be looked up; an array is no number, which the checks will say."""
+    """Whether the options can be looked up; what cannot is refused by the checks."""
     try:
         hash(options)
-    except TypeError:
+    except (TypeError, ValueError):  # the latter: a timedelta of NumPy without a unit
         return False
     return True
 

@@ -8,9 +8,10 @@ import operator
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
+import jax
 import numpy as np
 
-from jax_moe.scalars import boolean, got, is_real, printed, quoted
+from jax_moe.scalars import boolean, got, is_integer, is_real, printed, quoted
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import Precision as Precision
 from pallas_kernels.types import ScaleFormat as ScaleFormat
@@ -133,7 +134,9 @@ class MoEConfig:
         for name, value in (("scale_format", form), ("swiglu_limit", limit)):
             own = getattr(self, name)
             if own not in (value, _DEFAULTS[name]):
-                raise ValueError(f"{name}: expected None or {own!r}, as in config, got {value!r}")
+                raise ValueError(
+                    f"{name}: expected None or {own!r}, as in config, got {quoted(value)}"
+                )
         return form, limit
 
 
@@ -199,8 +202,8 @@ def checked_integer(name: str, value: object) -> int:
         ValueError: It is larger than any size can be.
     """
     try:
-        if isinstance(value, bool):
-            raise TypeError
+        if not is_integer(value) and not isinstance(value, jax.Array | np.ndarray):
+            raise TypeError  # a tensor of torch has an index as well
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(

@@ -99,7 +99,7 @@ def get(name: str) -> Model:
         ValueError: There is none of that name; the message lists those there are.
     """
     for model in MODELS:
-        if name in (model.name, *model.aliases):
+        if isinstance(name, str) and name in (model.name, *model.aliases):
             return model
     raise ValueError(f"model: expected one of {', '.join(names())}, got {quoted(name)}")
 

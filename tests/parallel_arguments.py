@@ -156,6 +156,8 @@ def test_axes_that_are_not_there():
         LITTLE(mesh(), "model")
     with refused(TypeError, "axis_name: expected a mesh axis or", "got 3"):
         LITTLE(mesh(), 3)
+    with refused(TypeError, "axis_name: expected a mesh axis or", "got an integer of 16610 bits"):
+        jax_moe.partition_specs(10**5000)
     for wrong in (("a", "b", "c"), ("a", "a"), ()):
         with refused(ValueError, "axis_name: expected one axis or two different ones"):
             jax_moe.partition_specs(wrong)
@@ -185,6 +187,9 @@ def test_a_mesh_of_several_kinds():
 def test_options_that_do_not_exist_or_fit():
     with refused(ValueError, "exchange: expected one of 'auto', ", "got 'carrier pigeon'"):
         call(exchange="carrier pigeon")
+    for wrong in (10**5000, ["auto"], np.zeros(2), None):
+        with refused(ValueError, "exchange: expected one of 'auto', "):
+            LITTLE(mesh(), "expert", exchange=wrong)
     with refused(NotImplementedError, "exchange='two_level': needs axis_name=", "got 'expert'"):
         call(exchange="two_level")
     with refused(NotImplementedError, "exchange='nvlink': needs backend 'mosaic', got 'xla'"):

@@ -312,6 +312,7 @@ def test_options_that_equal_accepted_ones_are_still_checked(inputs):
         ({"batch_invariant": False}, {"batch_invariant": 0}),
         ({"expected_rows": 1.0}, {"expected_rows": True}),
         ({"expected_rows": 1.0}, {"expected_rows": np.ones(1)}),
+        ({"expected_rows": 1.0}, {"expected_rows": np.timedelta64(1, "s")}),
     ]:
         TorchMoE(inputs.weights, **accepted)
         (name,) = refused

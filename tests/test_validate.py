@@ -252,12 +252,20 @@ def test_factors_out_of_range(factor):
     refuses(ValueError, "routed_scaling_factor: expected a", routed_scaling_factor=factor)
 
 
+class HasIndex:
+    """Like a tensor of PyTorch, which is no number of Python or NumPy."""
+
+    def __index__(self):
+        return 2
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
         ({"top_k": 0}, ValueError, "top_k: expected at least 1, got 0"),
         ({"top_k": 2.0}, TypeError, "top_k: expected an integer, got 2.0"),
         ({"top_k": True}, TypeError, "top_k: expected an integer, got True"),
+        ({"top_k": HasIndex()}, TypeError, "top_k: expected an integer, got "),
         ({"n_group": 0}, ValueError, "n_group: expected at least 1, got 0"),
         ({"topk_group": 0}, ValueError, "topk_group: expected 1..n_group (= 1), got 0"),
         ({"n_group": 8, "topk_group": 9}, ValueError, "expected 1..n_group (= 8), got 9"),

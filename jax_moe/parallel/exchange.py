@@ -21,6 +21,7 @@ from jax_moe.parallel.nvlink import NVLink
 from jax_moe.parallel.ranks import Ranks
 from jax_moe.parallel.tokens import Tokens
 from jax_moe.parallel.two_level import TwoLevel
+from jax_moe.scalars import quoted
 
 AUTO = "auto"
 
@@ -129,13 +130,14 @@ def select(name: str, place: Place, num_tokens: int) -> str:
         ValueError: There is no such exchange.
         NotImplementedError: It cannot run there; says why.
     """
+    if not isinstance(name, str) or name not in NAMES:
+        known = ", ".join(map(repr, NAMES))
+        raise ValueError(f"exchange: expected one of {known}, got {quoted(name)}")
     if name == AUTO:
         start = nvlink_from(place)
         if start is not None and num_tokens >= start:
             return "nvlink"
         return next(kind for kind in _KINDS if not _KINDS[kind].reason(place))
-    if name not in _KINDS:
-        raise ValueError(f"exchange: expected one of {', '.join(map(repr, NAMES))}, got {name!r}")
     if reason := _KINDS[name].reason(place):
         raise NotImplementedError(f"exchange={name!r}: {reason}")
     return name

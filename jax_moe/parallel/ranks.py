@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Int32
 
 from jax_moe.device import Device, device_of, has_context
+from jax_moe.scalars import quoted
 
 type AxisName = str | tuple[str, ...]
 """A mesh axis, or (host axis, device axis)."""
@@ -48,10 +49,12 @@ def axis_names(axis_name: Any) -> tuple[str, ...]:
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"axis_name: expected a mesh axis or (host axis, device axis), got {axis_name!r}"
+            f"axis_name: expected a mesh axis or (host axis, device axis), got {quoted(axis_name)}"
         )
     if not 1 <= len(set(names)) == len(names) <= _MOST_AXES:
-        raise ValueError(f"axis_name: expected one axis or two different ones, got {axis_name!r}")
+        raise ValueError(
+            f"axis_name: expected one axis or two different ones, got {quoted(axis_name)}"
+        )
     return names
 
 
