@@ -1,5 +1,6 @@
 """One eager call of the layer on torch tensors: import, check, run, export."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from jax_moe.config import (
     checked_swiglu_limit,
 )
 from jax_moe.device import Device, describe_device, is_assumed
+from jax_moe.transforms import is_tracing
 from jax_moe.types import Routing
 
 _OPTIONAL = ("routing_bias", "hidden_states_scale")
@@ -271,7 +273,8 @@ def run(
     if out is not None:
         _check_out(out, inputs.hidden_states.shape, bridge.device)
     _require_memory(layer.options, inputs, bridge.target)
-    result = layer.apply(*transfers.upload_numbers((inputs, num_tokens)))
+    with _outside_of_a_mesh():
+        result = layer.apply(*transfers.upload_numbers((inputs, num_tokens)))
     if isinstance(result, jax.core.Tracer):
         raise RuntimeError(
             "torch tensors have no values while JAX traces: call this outside of jax.jit and the "
@@ -285,6 +288,16 @@ def run(
     out.copy_(exported)
     dlpack.keep_while_read(result, stream)
     return out
+
+
+def _outside_of_a_mesh() -> contextlib.AbstractContextManager[object]:
+    """Leaves the mesh of a `jax.set_mesh` around, in which JAX refuses arrays of one device.
+
+    Tensors know of no mesh.
+    """
+    if jax.sharding.get_abstract_mesh().empty or is_tracing():
+        return contextlib.nullcontext()
+    return jax.set_mesh(None)
 
 
 def _host_number(name: str, value: Any) -> Any:

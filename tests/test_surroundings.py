@@ -96,6 +96,23 @@ SHARD_MAP = """
     assert relative_error(jax.jit(oracle)(*array_arguments(inputs)), whole) < 0.03
 """
 
+TORCH_IN_A_MESH = """
+    import jax, torch
+    from interop import TorchMoE, torch_moe
+    from tests.moe_inputs import SMALL, handle_arguments
+    from tests.torch_inputs import torch_inputs
+
+    inputs = torch_inputs(4)
+    whole = torch_moe(*inputs.arguments, config=SMALL)
+    handle = TorchMoE(inputs.weights, config=SMALL)
+    mesh = jax.make_mesh((4,), ("expert",))
+    with jax.set_mesh(mesh):
+        assert torch.equal(torch_moe(*inputs.arguments, config=SMALL), whole)
+        assert torch.equal(handle(*handle_arguments(inputs)), whole)
+        assert torch.equal(TorchMoE(inputs.weights, config=SMALL)(*handle_arguments(inputs)), whole)
+        assert jax.sharding.get_mesh() == mesh
+"""
+
 X64 = """
     import jax, jax.numpy as jnp, numpy as np
     import jax_moe
@@ -128,6 +145,12 @@ def run(script: str, **environment: str) -> None:
 def test_shard_map_on_four_devices():
     devices = "--xla_force_host_platform_device_count=4"
     run(SHARD_MAP, XLA_FLAGS=f"{devices} --xla_backend_optimization_level=0")
+
+
+def test_tensors_of_torch_know_of_no_mesh():
+    """JAX refuses arrays of one device where `jax.set_mesh` has set a mesh of several."""
+    pytest.importorskip("torch")
+    run(TORCH_IN_A_MESH, XLA_FLAGS="--xla_force_host_platform_device_count=4")
 
 
 def test_64_bit_mode():
