@@ -17,10 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import environment
-
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, just end
+
+from bench import environment
+
 if lacking := environment.lacking_packages():
     sys.exit(f"bench_main.py: needs {', '.join(lacking)}: pip install -e '.[bench]' in this folder")
 environment.prepare_process()  # before jax and torch are imported
