@@ -17,6 +17,7 @@ import copy
 import functools
 import json
 import pathlib
+import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +26,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import torch
-from safetensors.numpy import save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+try:
+    import torch
+    from safetensors.numpy import save_file
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+except ImportError as error:
+    sys.exit(f"deepseek_end_to_end.py: {error}: pip install '.[bench,models-test]'")
 
 from jax_moe import MoEConfig, checkpoint, nn, route
 

@@ -8,10 +8,15 @@ Needs equinox (`pip install equinox`). `jax_moe.nn.moe_layer` is the only functi
 from __future__ import annotations
 
 import argparse
+import sys
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+
+try:
+    import equinox as eqx
+except ImportError as error:
+    sys.exit(f"equinox_layer.py: {error}: pip install equinox")
 
 from jax_moe import ExpertWeights, MoEConfig, nn
 from jax_moe.types import LayerWeights

@@ -9,10 +9,15 @@ live in the collection "frozen", so that the optimizer of "params" never sees th
 from __future__ import annotations
 
 import argparse
+import sys
 
 import jax
 import jax.numpy as jnp
-from flax import linen
+
+try:
+    from flax import linen
+except ImportError as error:
+    sys.exit(f"linen_layer.py: {error}: pip install '.[flax]'")
 
 from jax_moe import ExpertWeights, MoEConfig, nn
 from jax_moe.types import LayerWeights

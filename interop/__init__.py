@@ -10,6 +10,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from interop import interruption
+
 if TYPE_CHECKING:
     from interop.dlpack import to_jax as to_jax
     from interop.dlpack import to_torch as to_torch
@@ -29,6 +31,8 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
+
+interruption.quiet_while_importing(__name__)
 
 _RENAMED = {"TorchMoEWeights": "jax_moe.ExpertWeights"}
 """Public names of version 0.1 and what they are called now; they go with 0.3."""

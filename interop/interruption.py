@@ -8,6 +8,7 @@ and a long run asks for it between its steps.
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -29,6 +30,22 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     global _asked
     _asked = _asked or number
     raise KeyboardInterrupt
+
+
+def quiet_while_importing(package: str) -> None:
+    """Ctrl-C ends `python -m package.command` without a traceback until `ended` listens.
+
+    To be called first by the package. It changes nothing in any other program.
+
+    Args:
+        package: Whose commands all pass through `ended`.
+    """
+    is_ours = any(
+        flag == "-m" and name.startswith(f"{package}.")
+        for flag, name in itertools.pairwise(sys.orig_argv)
+    )
+    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from typing import Any
 
 from bench import environment
 from bench.commands import folder
+from interop import interruption
 from jax_moe.io.files import write_atomically
 from tests.cuda_tools import wheel_bin
 from tests.sanitizer_control import READERS
@@ -285,4 +286,4 @@ def _write(folder: pathlib.Path, summary: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -91,6 +92,14 @@ def test_an_example_answers_help_and_takes_nothing_else(capsys, monkeypatch, pat
         assert "arguments: --halp" in shown.err or not code
 
 
+@pytest.mark.parametrize(("name", "package"), [*NEEDS.items(), ("deepseek_end_to_end", "torch")])
+def test_an_example_without_its_package_is_one_line(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)  # its import fails
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert re.fullmatch(rf"{name}\.py: .*{package}.*: pip install .*", str(raised.value.code))
+
+
 def test_a_folder_without_a_compiler_is_not_passed_over(capsys):
     said = refused(capsys, "tests.h100_target", "tests.pairwise:x", "--cuda-bin=/nowhere")
     assert said == "--cuda-bin: expected a folder with ptxas in it, got '/nowhere'"
@@ -108,6 +117,28 @@ def test_a_signal_is_one_line_and_its_exit_code(capsys, number, code):
     assert capsys.readouterr().err == "interrupted\n"
     assert signal.getsignal(number) is before
     assert interruption.ended(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "is_quiet"),
+    [
+        (["python", "-m", "bench.options", "--jobs=2"], True),
+        (["python", "-X", "dev", "-m", "bench.layers"], True),
+        (["python", "-m", "benchmarks.mine"], False),
+        (["python", "serve.py", "bench.options"], False),
+        (["python", "-m", "pytest", "-m", "not gpu"], False),
+    ],
+)
+def test_a_signal_while_a_command_is_imported_just_ends_it(monkeypatch, command, is_quiet):
+    """And no program that is not ours."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(sys, "orig_argv", command)
+    try:
+        interruption.quiet_while_importing("bench")
+        now = signal.getsignal(signal.SIGINT)
+        assert now is (signal.SIG_DFL if is_quiet else signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_block_inside_of_another_forgets_no_signal(capsys):

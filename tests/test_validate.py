@@ -244,6 +244,7 @@ def test_integers_of_more_digits_than_python_prints(name):
         call()
 
 
+LIKE_A_TENSOR = type("Tensor", (), {"__index__": lambda self: 2})()
 HUGE = [pytest.param(-(10**400), id="401 digits"), pytest.param(10**5000, id="5001 digits")]
 
 
@@ -252,20 +253,13 @@ def test_factors_out_of_range(factor):
     refuses(ValueError, "routed_scaling_factor: expected a", routed_scaling_factor=factor)
 
 
-class HasIndex:
-    """Like a tensor of PyTorch, which is no number of Python or NumPy."""
-
-    def __index__(self):
-        return 2
-
-
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
         ({"top_k": 0}, ValueError, "top_k: expected at least 1, got 0"),
         ({"top_k": 2.0}, TypeError, "top_k: expected an integer, got 2.0"),
         ({"top_k": True}, TypeError, "top_k: expected an integer, got True"),
-        ({"top_k": HasIndex()}, TypeError, "top_k: expected an integer, got "),
+        ({"top_k": LIKE_A_TENSOR}, TypeError, "top_k: expected an integer, got "),
         ({"n_group": 0}, ValueError, "n_group: expected at least 1, got 0"),
         ({"topk_group": 0}, ValueError, "topk_group: expected 1..n_group (= 1), got 0"),
         ({"n_group": 8, "topk_group": 9}, ValueError, "expected 1..n_group (= 8), got 9"),

@@ -25,6 +25,7 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 from bench import environment
+from interop import interruption
 from jax_moe.io.files import write_atomically
 from tools import gpu_progress
 
@@ -163,4 +164,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(interruption.ended(lambda: main(sys.argv[1:])))

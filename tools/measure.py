@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.commands import folder
 from bench.steps import Step, run_all
+from interop import interruption
 from interop.arguments import finite
 
 _PEERS = "deepgemm64,deepgemm128,deepgemm_mega,flashinfer_cutlass,sglang_v2,torch_reference"
@@ -167,4 +168,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruption.ended(main))

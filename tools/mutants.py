@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from interop import interruption
 from tools.mutants_report import Explanations, Mutant, Verdict, applied, report, unexplained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,4 +351,4 @@ def write_report(found: Sequence[Verdict], how: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruption.ended(main))
