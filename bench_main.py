@@ -10,12 +10,14 @@ python bench_main.py --shared_expert                   # what it adds to the lay
 python bench_main.py --documents=out/bench/latest      # write a run's documents again
 """
 
+import contextlib
 import logging
 import math
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, just end
@@ -30,12 +32,12 @@ import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from bench import (  # noqa: E402
+    commands,
     gpu_clock,
     inputs,
     layers,
     parallel,
     routing,
-    run_folder,
     session,
     shared_expert,
     solutions,
@@ -140,9 +142,9 @@ _OF_JAX_MOE = (_BACKEND, _PRECISION, _BATCH_INVARIANT)
 _READ_BY = {
     "list": ("backend", "model", "precision", "batch_invariant"),
     "documents": ("report", "breakdown"),
-    "ranks": ("output",),
-    "layers": ("output",),
-    "shared_expert": ("model", "output"),
+    "ranks": ("output", "overwrite"),
+    "layers": ("output", "overwrite"),
+    "shared_expert": ("model", "output", "overwrite"),
 }
 """What other flags count beside one that asks for something other than timed solutions."""
 _OURS = [one.name for one in list(vars().values()) if isinstance(one, flags.FlagHolder)]
@@ -250,11 +252,10 @@ def _check_mode(mode: str) -> None:
         raise ValueError(f"--{mode}: reads {known} alone, got --{others[0]} too")
 
 
-def _results(default: str) -> Path:
-    """The folder of a mode's results, made before anything is measured."""
-    folder = _folder(_OUTPUT) or Path(default)
-    run_folder.make("--output", folder)
-    return folder
+def _results(mode: Any) -> contextlib.AbstractContextManager[Path]:
+    """The folder of the results of a mode, the module that measures it."""
+    overwrite = _OVERWRITE.value
+    return commands.results(_folder(_OUTPUT), mode.ROOT, mode.FILES, overwrite=overwrite)
 
 
 def _documents(folder: Path) -> int:
@@ -281,11 +282,14 @@ def main(argv: Sequence[str]) -> int:
             if (folder := _folder(_DOCUMENTS)) is not None:
                 return _documents(folder)
             if _RANKS.value is not None:
-                return parallel.run(_RANKS.value, _results("out/parallel"))
+                with _results(parallel) as folder:
+                    return parallel.run(_RANKS.value, folder)
             if _LAYERS.value is not None:
-                return layers.run(_LAYERS.value, (), _results("out/layers"))
+                with _results(layers) as folder:
+                    return layers.run(_LAYERS.value, (), folder)
             if _SHARED_EXPERT.value:
-                return shared_expert.run(_MODEL.value, (), _results("out/shared_expert"))
+                with _results(shared_expert) as folder:
+                    return shared_expert.run(_MODEL.value, (), folder)
             environment.enable_compilation_cache()
             return session.execute(
                 _settings(),

@@ -5,6 +5,8 @@ measured that cannot be written.
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import run_folder
@@ -39,3 +41,45 @@ def file(text: str) -> Path:
     except (RuntimeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return path
+
+
+def add_output(parser: argparse.ArgumentParser, root: str) -> None:
+    """Adds the arguments that `results` takes."""
+    parser.add_argument(
+        "--output", type=folder, help=f"folder; default: one per run in {root}, linked as latest"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run that --output holds"
+    )
+
+
+@contextlib.contextmanager
+def results(
+    output: Path | None, root: str, files: tuple[str, ...], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """The folder of a command's results: of one run, and one process at a time writes there.
+
+    Args:
+        output: The folder that was asked for; None makes one in `root`, named by the time.
+        root: Of runs without `output`.
+        files: All that the command writes, its JSON first.
+        overwrite: Replace the run in `output`. The JSON stays until it is written, what was made of
+            it goes at once.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ValueError: It cannot be used, holds a run, or another process writes into it.
+    """
+    stem = files[0].removesuffix(".json")
+    with run_folder.opened(
+        output, stem=stem, overwrite=overwrite, root=Path(root), files=files
+    ) as found:
+        if overwrite:
+            found.begin()
+        try:
+            yield found.path
+        finally:
+            if output is None and (found.path / files[0]).exists():
+                found.begin()  # `latest` leads there

@@ -44,6 +44,7 @@ from pallas_kernels.tuning.command import positive
 
 TOKENS, FEW_TOKENS = (1, 16, 64, 256), (1, 7)
 LAYERS, FEW_LAYERS = 61, 3
+ROOT, FILES = "out/layers", ("layers.json",)
 _OFFSET = 0
 # Without a norm in between, SwiGLU squares what it gets: at 2.5 bf16 overflows after a few layers.
 _FACTOR = ROUTED_SCALING_FACTOR / 256
@@ -281,14 +282,15 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
                 one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)
             found.append(one)
             print(f"{one.row.weights} weights, T={num_tokens}: timed", flush=True)
-            write([one.row for one in found], about, folder)
+            write([one.row for one in found], about | {"complete": False}, folder)
     rows = [one.row for one in found]
     if gpu_clock.unavailable_reason() is None:
         clock = gpu_clock.GpuClock()
         for place, one in enumerate(found):
             rows[place] = with_kernels(one, sizes, clock)
             print(f"{one.row.weights} weights, T={one.row.tokens}: profiled", flush=True)
-            write(rows, about, folder)
+            write(rows, about | {"complete": False}, folder)
+    write(rows, about | {"complete": True}, folder)
     print("\n".join(scan_parts.table(rows)))
     print(f"wrote {folder / 'layers.json'}")
     return 1 if any(row.problem for row in rows) else 0
@@ -299,9 +301,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.layers")
     parser.add_argument("--layers", type=positive, help=f"L; {LAYERS} on a GPU")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
-    parser.add_argument("--output", type=commands.folder, default="out/layers")
+    commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
-    return run(args.layers, args.tokens, args.output)
+    try:
+        with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
+            return run(args.layers, args.tokens, folder)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

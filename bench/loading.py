@@ -36,6 +36,7 @@ from jax_moe.checkpoint.transfer import MAX_THREADS
 from jax_moe.io.files import write_atomically
 
 LAYER, SHARDS, REPEATS = 3, 4, 5
+ROOT, FILES = "out/loading", ("loading.json",)
 _PIECE = 2**25  # bytes that a thread reads at a time
 _QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
@@ -164,10 +165,14 @@ def run(folder: Path, scratch: Path | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.loading")
-    parser.add_argument("--output", type=commands.folder, default="out/loading")
+    commands.add_output(parser, ROOT)
     parser.add_argument("--scratch", type=commands.folder, help="folder for 1.4 GB of files")
     args = parser.parse_args(argv)
-    return run(args.output, args.scratch)
+    try:
+        with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
+            return run(folder, args.scratch)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

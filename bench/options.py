@@ -35,8 +35,17 @@ from jax.experimental import serialize_executable
 from jaxtyping import Array, PyTree
 
 import jax_moe
-from bench import ahead, correctness, environment, gpu_clock, inputs, routing, tables, timers
-from bench.commands import folder
+from bench import (
+    ahead,
+    commands,
+    correctness,
+    environment,
+    gpu_clock,
+    inputs,
+    routing,
+    tables,
+    timers,
+)
 from bench.correctness import Tolerance
 from bench.execution import compiled_program
 from bench.failures import one_line
@@ -51,6 +60,7 @@ from interop.workloads import Workload
 from jax_moe import DEEPSEEK_V3, LayerInputs, backends
 
 USUAL, FEW = ("1", "16", "80", "901", "14107"), ("1", "7")
+ROOT, FILES = "out/options", ("options.json", "options.md")
 _DEFAULT = Tolerance(rtol=0.01, atol=0.01, required_matched_ratio=0.0)
 ORACLE = "oracle"
 _SEED, _ITERATIONS = 0, 20
@@ -326,10 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
     parser.add_argument("--jobs", type=natural, default=0, help="processes that compile")
-    parser.add_argument("--output", type=folder, default="out/options")
+    commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
     try:
-        return run(args.workloads, args.backend, args.jobs, args.output, args.variants)
+        with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
+            return run(args.workloads, args.backend, args.jobs, folder, args.variants)
     except ValueError as error:
         parser.error(str(error))
 

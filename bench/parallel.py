@@ -48,6 +48,7 @@ from jax_moe.parallel.exchange import NAMES
 from pallas_kernels.tuning.command import positive
 
 TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
+ROOT, FILES = "out/parallel", ("parallel.json", "parallel.png")
 MOST_ERROR = 0.01  # of bf16 partial sums, rounded once more than one device rounds them
 _REPEATS = 5
 
@@ -298,8 +299,9 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
             found = measure(ranks, num_tokens, case, sizes, calls)
         for row in found:
             rows.append(row)
-            parallel_rows.write(rows, about, folder / "parallel.json")
+            parallel_rows.write(rows, about | {"complete": False}, folder / "parallel.json")
         print(f"T={num_tokens} done", flush=True)
+    parallel_rows.write(rows, about | {"complete": True}, folder / "parallel.json")
     print("\n".join(parallel_rows.table(rows)))
     print(f"wrote {folder / 'parallel.json'}")
     code = 1 if any(row.problem for row in rows) else 0
@@ -353,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pieces", type=token_counts, default=(1,))
     parser.add_argument("--routings", type=_names, default=("even",))
     parser.add_argument("--local-of", type=token_counts, default=())
-    parser.add_argument("--output", type=commands.folder, default="out/parallel")
+    commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
     if unknown := set(args.exchanges or ()) - set(NAMES):
         parser.error(f"--exchanges: expected some of {', '.join(NAMES)}, got {unknown}")
@@ -361,7 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment.enable_compilation_cache()
     case = Case(args.exchanges or exchanges_on(args.ranks), args.pieces, args.routings)
     try:
-        return execute(args.ranks, args.tokens, case, args.output, args.local_of)
+        with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
+            return execute(args.ranks, args.tokens, case, folder, args.local_of)
     except ValueError as error:
         print(f"python -m bench.parallel: {error}", file=sys.stderr)
         return 2

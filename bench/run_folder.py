@@ -38,17 +38,25 @@ class RunFolder(NamedTuple):
 
 @contextlib.contextmanager
 def opened(
-    output: Path | None, *, stem: str, resume: bool = False, overwrite: bool = False
+    output: Path | None,
+    *,
+    stem: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    root: Path | None = None,
+    files: Sequence[str] = _FILES,
 ) -> Iterator[RunFolder]:
     """Makes or finds the folder of a run and holds its lock.
 
     A folder that was made here and into which nothing was written goes again.
 
     Args:
-        output: The folder that was asked for; None makes one in `out/bench`, named by the time.
+        output: The folder that was asked for; None makes one in `root`, named by the time.
         stem: Of the result files, one of `STEMS`.
         resume: Go on with the run in the folder; without `output` with the latest one.
         overwrite: Replace the run in `output`.
+        root: Of runs without `output`; None is `out/bench`.
+        files: All that such a run writes.
 
     Yields:
         The folder. When `resume` found a run there, its `STEM.json` exists.
@@ -61,15 +69,17 @@ def opened(
         raise ValueError("--resume and --overwrite contradict each other")
     if overwrite and output is None:
         raise ValueError("--overwrite: goes with --output=FOLDER; other runs get folders of theirs")
-    path, is_new = _existing_or_new(output, resume)
+    root = ROOT if root is None else root
+    path, is_new = _existing_or_new(output, resume, root)
     try:
         with _locked(path):
-            earlier = files_of_a_run(path)
+            earlier = files_of_a_run(path, files)
             note = _note(path, earlier, stem, output) if resume else None
             if earlier and not (resume or overwrite):
+                goes_on = "--resume goes on with it, " if files is _FILES else ""
                 raise ValueError(
                     f"--output: {shown(path)} holds {', '.join(earlier)} of an earlier run; "
-                    "--resume goes on with it, --overwrite replaces it"
+                    f"{goes_on}--overwrite replaces it"
                 )
             link = path.parent / LATEST if output is None else None
             yield RunFolder(path, note, lambda: _begin(path, earlier, f"{stem}.json", link))
@@ -117,35 +127,35 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def files_of_a_run(folder: Path) -> list[str]:
-    """Names of the files in a folder that a run of the benchmark writes."""
+def files_of_a_run(folder: Path, files: Sequence[str] = _FILES) -> list[str]:
+    """Names of the files in a folder that a run writes."""
     with naming(folder):
-        return [name for name in _FILES if (folder / name).exists(follow_symlinks=False)]
+        return [name for name in files if (folder / name).exists(follow_symlinks=False)]
 
 
-def _existing_or_new(output: Path | None, resume: bool) -> tuple[Path, bool]:
+def _existing_or_new(output: Path | None, resume: bool, root: Path) -> tuple[Path, bool]:
     """The folder and whether it was made here."""
     if output is not None:
         return output, make("--output", output)
     try:
-        latest = ROOT / LATEST
+        latest = root / LATEST
         if resume and latest.is_dir():
             return latest.resolve(), False
-        with naming(ROOT):
-            ROOT.mkdir(parents=True, exist_ok=True)
-            return _made_by_time(), True
+        with naming(root):
+            root.mkdir(parents=True, exist_ok=True)
+            return _made_by_time(root), True
     except ValueError as error:
         raise ValueError(f"--output: {error}") from None
 
 
-def _made_by_time() -> Path:
+def _made_by_time(root: Path) -> Path:
     name = datetime.datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     for count in range(1, 1000):
-        path = ROOT / (name if count == 1 else f"{name}_{count}")
+        path = root / (name if count == 1 else f"{name}_{count}")
         with contextlib.suppress(FileExistsError):
             path.mkdir()
             return path
-    raise ValueError(f"{shown(ROOT)}: a thousand runs started in one second")
+    raise ValueError(f"{shown(root)}: a thousand runs started in one second")
 
 
 def _note(path: Path, earlier: Sequence[str], stem: str, output: Path | None) -> str:

@@ -80,8 +80,9 @@ def execute(
         )
     workloads = select(settings.workloads, _pool(settings))
     chosen, unavailable = _choose(settings)
-    how = {"resume": resume, "overwrite": overwrite}
-    with run_folder.opened(settings.output, stem=settings.stem, **how) as folder:
+    with run_folder.opened(
+        settings.output, stem=settings.stem, resume=resume, overwrite=overwrite
+    ) as folder:
         results = _new_results(settings, options, unavailable, folder, profile, jobs)
         if results.path.exists() and resume:
             _keep_finished(results, settings)

@@ -42,6 +42,7 @@ from jax_moe.nn import LayerConfig, fuse_shared, moe_layer
 
 TOKENS, FEW_TOKENS = (1, 16, 64, 256, 1024, 4096), (1, 7)
 _ROUNDS, _CALLS = 5, 20
+ROOT, FILES = "out/shared_expert", ("shared_expert.json",)
 _MOST_ERROR = 0.01  # of forms against each other: bf16 sums are rounded at other places
 _HEADER = (
     "T", "without us", "with", "fused", "alone", "2 GEMMs", "cost", "fused cost", "best / 2 GEMMs",
@@ -356,10 +357,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.shared_expert")
     parser.add_argument("--model", default=models.DEEPSEEK_V3.name, help="of jax_moe.models")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
-    parser.add_argument("--output", type=commands.folder, default="out/shared_expert")
+    commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
     try:
-        return run(args.model, args.tokens, args.output)
+        with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
+            return run(args.model, args.tokens, folder)
     except ValueError as error:
         parser.error(str(error))
 

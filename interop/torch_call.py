@@ -41,6 +41,7 @@ _ACCEPTED = {
     for name, (_, dtypes) in validate.ARGUMENTS.items()
 }
 
+_QUANTIZED = (torch.float8_e4m3fn,)
 _KEPT_NUMBERS = 1024
 _KEPT_SHAPES = 1024
 _ANY = 2**31 - 1
@@ -151,6 +152,12 @@ def imported(
 ) -> dict[str, Any]:
     """The tensors of a call as JAX arrays, by name; their dtypes are checked first."""
     check_dtypes(tensors)
+    rows = tensors["hidden_states"]
+    if tensors["hidden_states_scale"] is None and getattr(rows, "dtype", None) in _QUANTIZED:
+        raise TypeError(
+            f"hidden_states_scale: expected a torch.Tensor, as hidden_states is {rows.dtype}, "
+            "got NoneType"
+        )
     return bridge.import_all(tensors, stream, _OPTIONAL, _LEADER)
 
 

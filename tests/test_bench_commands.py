@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pathlib
 import re
 import runpy
 import signal
@@ -12,6 +13,7 @@ import sys
 
 import pytest
 
+from bench import commands
 from interop import interruption
 from tests.test_repository import ROOT
 
@@ -157,3 +159,46 @@ def test_what_reads_the_output_may_end_first():
         done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 128 + signal.SIGPIPE
     assert done.stderr == ""
+
+
+FOLDER = ("parallel.json", "parallel.png")
+
+
+def write_results(output, *, overwrite=False, rows="new", plot=True):
+    with commands.results(output, "out/parallel", FOLDER, overwrite=overwrite) as folder:
+        (folder / FOLDER[0]).write_text(rows)
+        if not plot:
+            raise KeyboardInterrupt
+        (folder / FOLDER[1]).write_text("plot")
+    return folder
+
+
+def test_a_folder_holds_the_results_of_one_run(tmp_path):
+    folder = write_results(tmp_path)
+    said = "holds parallel.json, parallel.png of an earlier run; --overwrite replaces it"
+    with pytest.raises(ValueError, match=f"^--output: .* {said}"):
+        write_results(tmp_path, rows="second")
+    assert (folder / FOLDER[0]).read_text() == "new"
+    with pytest.raises(KeyboardInterrupt):
+        write_results(tmp_path, rows="second", overwrite=True, plot=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["parallel.json"]  # no plot of other rows
+    with commands.results(tmp_path, "", FOLDER, overwrite=True):
+        with pytest.raises(ValueError, match="another run is writing here"):
+            write_results(tmp_path, overwrite=True)
+        assert (folder / FOLDER[0]).read_text() == "second"
+
+
+def test_results_without_a_folder_get_one_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = write_results(None), write_results(None, rows="second")
+    assert first != second
+    assert first.parent == second.parent == pathlib.Path("out/parallel")
+    assert (first.parent / "latest" / FOLDER[0]).read_text() == "second"
+    with (
+        pytest.raises(ValueError, match="nothing measured"),
+        commands.results(None, "out/parallel", FOLDER),
+    ):
+        raise ValueError("nothing measured")
+    assert len(list(first.parent.iterdir())) == 3
+    with pytest.raises(ValueError, match="--overwrite: goes with --output=FOLDER"):
+        write_results(None, overwrite=True)

@@ -29,6 +29,7 @@ def test_layers_are_checked_and_said_not_to_be_timed(tmp_path, capsys):
     assert written["about"]["reduced"] is True
     assert "REDUCED to H=256" in written["about"]["note"]
     assert {"started", "command"} <= set(written["about"])
+    assert written["about"]["complete"] is True
     assert (one["weights"], own["weights"]) == ("one", "own")
     for row in (one, own):
         assert (row["layers"], row["tokens"], row["problem"]) == (2, 3, "")

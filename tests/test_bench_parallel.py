@@ -45,6 +45,7 @@ def test_two_ranks_are_checked_and_said_not_to_be_timed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "times mean nothing" in done.stdout
     rows, about = parallel_rows.read(tmp_path / "parallel.json")
+    assert about["complete"] is True
     assert [(row.ranks, row.tokens, row.name, row.routing) for row in rows] == [
         (2, 3, "collectives", "even"),
         (2, 3, "collectives", "zipf"),

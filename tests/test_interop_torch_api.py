@@ -150,13 +150,14 @@ def test_a_freed_weight_is_named(inputs):
         torch_moe(*replaced(inputs, gemm2_weights=freed).arguments)
 
 
-REQUIRED = ["routing_logits", "hidden_states", *ExpertWeights._fields]
+REQUIRED = ["routing_logits", "hidden_states", "hidden_states_scale", *ExpertWeights._fields]
 
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_none_is_named(inputs, handle, name):
     changed = replaced(inputs, **{name: None})
-    message = f"^{name}: expected a torch.Tensor, got NoneType"
+    why = ", as hidden_states is torch.float8_e4m3fn" if name.endswith("states_scale") else ""
+    message = f"^{name}: expected a torch.Tensor{why}, got NoneType"
     with pytest.raises(TypeError, match=message):
         torch_moe(*changed.arguments)
 

@@ -136,7 +136,8 @@ def test_every_flag_is_one_of_the_command(name):
         path = path if path.exists() else path.with_suffix("") / "__main__.py"
     else:
         path = ROOT / words[0]
-    source = path.read_text() + (ROOT / "pallas_kernels/tuning/command.py").read_text()
+    shared = ("pallas_kernels/tuning/command.py", "bench/commands.py")
+    source = path.read_text() + "".join((ROOT / one).read_text() for one in shared)
     for flag in (part for part in words[1:] if part.startswith("--")):
         word = flag[2:].partition("=")[0].removeprefix("no")
         assert re.search(rf'"(--)?(no)?{word}"', source), f"{name}: {flag}"

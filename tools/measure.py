@@ -64,26 +64,30 @@ KINDS: dict[str, Kind] = {
         "the 19 workloads: ours and the peers, with clocks, floors and kernels",
     ),
     "options": Kind(
-        "-m bench.options --workloads=all --jobs=12 --output={}",
+        "-m bench.options --workloads=all --jobs=12 --overwrite --output={}",
         560,
         "what routers, scale formats, precision and batch invariance cost",
     ),
-    "layers": Kind("-m bench.layers --output={}", 400, "61 layers in one scan"),
+    "layers": Kind("-m bench.layers --overwrite --output={}", 400, "61 layers in one scan"),
     "shared_expert": Kind(
-        "-m bench.shared_expert --output={}", 400, "what the shared expert adds to its layer"
+        "-m bench.shared_expert --overwrite --output={}",
+        400,
+        "what the shared expert adds to its layer",
     ),
-    "loading": Kind("-m bench.loading --output={}", 200, "experts from disk to the GPU"),
+    "loading": Kind(
+        "-m bench.loading --overwrite --output={}", 200, "experts from disk to the GPU"
+    ),
     "scaling": Kind(
         f"{_BENCH} --solutions=jax_moe_mosaic,{_PEERS} --scaling", 560, "T = 1, 2, 4 ... 16384"
     ),
     "ladder": Kind("-m examples.ladder --out={}", 300, "the eight levels"),
     "one_rank": Kind(
-        "-m bench.parallel --ranks=1 --tokens=64,4096 --output={}",
+        "-m bench.parallel --ranks=1 --tokens=64,4096 --overwrite --output={}",
         200,
         "expert_parallel of one rank beside apply",
     ),
     "local_work": Kind(
-        "-m bench.parallel --local-of=4,8,16 --tokens=8,128,1024,4096 --output={}",
+        "-m bench.parallel --local-of=4,8,16 --tokens=8,128,1024,4096 --overwrite --output={}",
         300,
         "what a rank of 4, 8 and 16 does with all ranks' tokens",
     ),
