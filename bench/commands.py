@@ -6,6 +6,7 @@ measured that cannot be written.
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def results(
 
     Raises:
         ValueError: It cannot be used, holds a run, or another process writes into it.
+        SystemExit: A file cannot be written, as on a full disk; one line names it.
     """
     stem = files[0].removesuffix(".json")
     with run_folder.opened(
@@ -80,6 +82,12 @@ def results(
             found.begin()
         try:
             yield found.path
+        except BrokenPipeError:  # of what reads the command's output
+            raise
+        except OSError as error:
+            sys.exit(
+                f"{shown(found.path / files[0])}: cannot be written: {error.strerror or error}"
+            )
         finally:
             if output is None and (found.path / files[0]).exists():
                 found.begin()  # `latest` leads there

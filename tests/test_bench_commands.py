@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import pathlib
@@ -186,6 +187,16 @@ def test_a_folder_holds_the_results_of_one_run(tmp_path):
         with pytest.raises(ValueError, match="another run is writing here"):
             write_results(tmp_path, overwrite=True)
         assert (folder / FOLDER[0]).read_text() == "second"
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(SystemExit) as raised, commands.results(tmp_path, "", FOLDER):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert (
+        raised.value.code == f"{tmp_path / FOLDER[0]}: cannot be written: No space left on device"
+    )
+    with pytest.raises(BrokenPipeError), commands.results(tmp_path, "", FOLDER):
+        raise BrokenPipeError
 
 
 def test_results_without_a_folder_get_one_of_their_own(tmp_path, monkeypatch):
