@@ -49,6 +49,7 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
         sizes: Of the rank, whose local experts are all there are.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
@@ -65,7 +66,10 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
                 grid = (rows // 128, columns // 128)
                 tensors[key + "weight_scale_inv"] = torch.rand(grid, generator=draw)
         file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
-        save_file(tensors, folder / file)
+        try:
+            save_file(tensors, folder / file)
+        except SafetensorError as error:  # a full disk
+            sys.exit(f"{folder / file}: cannot be written: {error}")
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
