@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import run_folder
+from bench.results import FileError
 from jax_moe.io.files import naming, shown
 
 
@@ -82,12 +83,8 @@ def results(
             found.begin()
         try:
             yield found.path
-        except BrokenPipeError:  # of what reads the command's output
-            raise
-        except OSError as error:
-            sys.exit(
-                f"{shown(found.path / files[0])}: cannot be written: {error.strerror or error}"
-            )
+        except FileError as error:
+            sys.exit(str(error))
         finally:
             if output is None and (found.path / files[0]).exists():
                 found.begin()  # `latest` leads there

@@ -30,7 +30,7 @@ from jaxtyping import Array, BFloat16, Float32
 import jax_moe
 from bench import commands, environment, execution, gpu_clock, inputs, scan_parts, sm_clock
 from bench.failures import one_line
-from bench.results import KernelTime, plain
+from bench.results import KernelTime, plain, writing
 from bench.runner import kernel_times
 from bench.scan_parts import Parts
 from bench.sm_clock import Reading
@@ -248,8 +248,8 @@ def with_kernels(measured: Measured, sizes: Sizes, clock: gpu_clock.GpuClock) ->
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path) -> None:
     """`layers.json`: where the figures come from, and the rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_atomically(folder / "layers.json", "w") as file:
+    path = folder / "layers.json"
+    with writing(path), write_atomically(path, "w") as file:
         json.dump({"about": dict(about), "rows": [plain(row) for row in rows]}, file, indent=1)
 
 

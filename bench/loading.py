@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from bench import commands, environment
+from bench.results import FileError, writing
 from bench.workloads import FULL, REDUCED, Sizes
 from interop import interruption
 from jax_moe import checkpoint
@@ -47,6 +48,9 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
     Args:
         folder: Where to; it exists.
         sizes: Of the rank, whose local experts are all there are.
+
+    Raises:
+        FileError: A file does not fit; names it.
     """
     import torch
     from safetensors import SafetensorError
@@ -69,7 +73,7 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
         try:
             save_file(tensors, folder / file)
         except SafetensorError as error:  # a full disk
-            sys.exit(f"{folder / file}: cannot be written: {error}")
+            raise FileError(f"{folder / file}: cannot be written: {error}") from None
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -156,8 +160,8 @@ def run(folder: Path, scratch: Path | None) -> int:
     with tempfile.TemporaryDirectory(dir=scratch) as made:
         write_checkpoint(Path(made), sizes)
         found = measure(Path(made), on_gpu=on_gpu)
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_atomically(folder / "loading.json", "w") as file:
+    path = folder / "loading.json"
+    with writing(path), write_atomically(path, "w") as file:
         json.dump({"about": about} | found, file, indent=1)
     for name, median in found["medians"].items():
         print(f"{name:5} {median * 1e3:8.1f} ms  {found['bytes'] / median / 1e9:6.1f} GB/s")

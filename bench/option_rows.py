@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from bench import environment, tables
 from bench.option_variants import VARIANTS, Variant
+from bench.results import writing
 from interop.markdown import wrapped
 from jax_moe.io.files import write_atomically
 
@@ -74,7 +75,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, asked: int) -> None:
     """`options.json` and, for people, `options.md`; both say if rows are left of those `asked`."""
     about = dict(about) | {"complete": len(rows) == asked}
-    with write_atomically(folder / "options.json", "w") as file:
+    path = folder / "options.json"
+    with writing(path), write_atomically(path, "w") as file:
         json.dump({"about": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
     head = (
         f"{about['device']['kind']}, backend `{about['backend']}`, commit {about['git_commit']}, "
@@ -85,5 +87,6 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, asked: in
         beware += [f"**Incomplete**: {len(rows)} of {asked} rows.", ""]
     table = tables.markdown(cells(rows), left=2)
     lines = ["# What each option costs", "", *beware, head, "", *table, ""]
-    with write_atomically(folder / "options.md", "w") as file:
+    path = folder / "options.md"
+    with writing(path), write_atomically(path, "w") as file:
         file.write("\n".join(wrapped(lines)))

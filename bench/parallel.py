@@ -40,7 +40,7 @@ from bench.parallel_inputs import (
     with_routing,
 )
 from bench.parallel_rows import Row
-from bench.results import FileError, writing
+from bench.results import writing
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop import interruption
 from jax_moe import DEEPSEEK_V3, LayerInputs
@@ -269,6 +269,7 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
 
     Raises:
         ValueError: There are fewer devices than ranks, or the experts do not divide among them.
+        FileError: A file cannot be written; names it.
     """
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
@@ -304,15 +305,10 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
     parallel_rows.write(rows, about | {"complete": True}, folder / "parallel.json")
     print("\n".join(parallel_rows.table(rows)))
     print(f"wrote {folder / 'parallel.json'}")
-    code = 1 if any(row.problem for row in rows) else 0
-    try:
-        with writing(folder / "parallel.png"):
-            if parallel_rows.plot(rows, about, folder / "parallel.png"):
-                print(f"wrote {folder / 'parallel.png'}")
-    except FileError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return code
+    with writing(folder / "parallel.png"):
+        if parallel_rows.plot(rows, about, folder / "parallel.png"):
+            print(f"wrote {folder / 'parallel.png'}")
+    return 1 if any(row.problem for row in rows) else 0
 
 
 def run(ranks: int, folder: Path) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import environment, tables
+from bench.results import writing
 from interop import plot_style
 from jax_moe.io.files import write_atomically
 
@@ -94,10 +95,11 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
     """Rows with where they come from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"about": dict(about), "rows": [row._asdict() for row in rows]}
-    with write_atomically(path, "w") as file:
-        json.dump(content, file, indent=1)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path, "w") as file:
+            json.dump(content, file, indent=1)
 
 
 def read(path: Path) -> tuple[list[Row], dict[str, Any]]:

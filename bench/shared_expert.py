@@ -31,6 +31,7 @@ from jaxtyping import Array, BFloat16
 import jax_moe
 from bench import commands, environment, execution, gpu_clock, inputs, tables, timers
 from bench.failures import one_line
+from bench.results import writing
 from bench.timers import Execution
 from bench.workloads import Sizes, sizes_of, token_counts
 from interop import interruption
@@ -303,13 +304,13 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path) -> None:
     """`shared_expert.json`: where the figures come from, the layer, and the rows."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = [
         row._asdict()
         | {"cost_us": row.cost_us, "fused_cost_us": row.fused_cost_us, "ratio": row.ratio}
         for row in rows
     ]
-    with write_atomically(folder / "shared_expert.json", "w") as file:
+    path = folder / "shared_expert.json"
+    with writing(path), write_atomically(path, "w") as file:
         json.dump({"about": dict(about), "rows": found}, file, indent=1)
 
 

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from bench import commands
+from bench import commands, layers, option_rows, parallel_rows, shared_expert
 from interop import interruption
 from tests.test_repository import ROOT
 
@@ -189,14 +189,28 @@ def test_a_folder_holds_the_results_of_one_run(tmp_path):
         assert (folder / FOLDER[0]).read_text() == "second"
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(SystemExit) as raised, commands.results(tmp_path, "", FOLDER):
+@pytest.mark.parametrize(
+    ("module", "write", "name"),
+    [
+        (layers, lambda folder: layers.write([], {}, folder), "layers.json"),
+        (shared_expert, lambda folder: shared_expert.write([], {}, folder), "shared_expert.json"),
+        (option_rows, lambda folder: option_rows.write([], {}, folder, 1), "options.json"),
+        (parallel_rows, lambda f: parallel_rows.write([], {}, f / FOLDER[0]), FOLDER[0]),
+    ],
+)
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, module, write, name):
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert (
-        raised.value.code == f"{tmp_path / FOLDER[0]}: cannot be written: No space left on device"
-    )
-    with pytest.raises(BrokenPipeError), commands.results(tmp_path, "", FOLDER):
-        raise BrokenPipeError
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    with pytest.raises(SystemExit) as raised, commands.results(tmp_path, "", FOLDER):
+        write(tmp_path)
+    assert raised.value.code == f"{tmp_path / name}: cannot be written: {os.strerror(errno.ENOSPC)}"
+
+
+def test_other_errors_of_the_system_are_not_said_to_be_of_the_results(tmp_path):
+    with pytest.raises(FileNotFoundError), commands.results(tmp_path, "", FOLDER):
+        (tmp_path / "nowhere").read_text()
 
 
 def test_results_without_a_folder_get_one_of_their_own(tmp_path, monkeypatch):
