@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
+from safetensors import SafetensorError
+
 from bench import loading
 from bench.workloads import REDUCED
 from jax_moe import checkpoint
@@ -28,6 +30,16 @@ def test_a_run_without_a_gpu(tmp_path, capsys):
     }
     assert written["share"] is None
     assert (written["about"]["sizes"], written["about"]["reduced"]) == (REDUCED._asdict(), True)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(SystemExit, match="safetensors: cannot be written: I/O error: No space"):
+        loading.main([f"--output={tmp_path / 'out'}", f"--scratch={tmp_path}"])
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_checkpoint_is_that_of_a_rank(tmp_path):

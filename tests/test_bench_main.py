@@ -84,6 +84,7 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
         "--iterations=7",
         "--num_trials=4",
         "--cool_down=0.5",
+        "--flush=read",
         "--rtol=0.01",
         "--atol=0.02",
         "--required_matched_ratio=0.5",

@@ -10,8 +10,9 @@ import matplotlib.image
 import pytest
 
 import jax_moe
-from bench import comparison, documents, session, solutions
+from bench import comparison, documents, header, runner, saved, session, solutions
 from bench.correctness import Tolerance
+from bench.gpu_clock import ClockError
 from bench.results import ERROR, PASS, WRONG
 from bench.settings import Settings
 from interop.solutions.base import Solution
@@ -317,3 +318,25 @@ def test_scaling_runs_on_powers_of_two(tmp_path, registry):
     text = (chosen.output / "scaling.md").read_text()
     assert text.startswith("# Scaling on ")
     assert not (chosen.output / "scaling.png").exists()  # a point alone
+
+
+def test_how_the_cache_is_emptied_reaches_the_clocks(tmp_path, registry, monkeypatch):
+    """Both passes of a run on a GPU: the wall's here, the profiler's as far as a CPU goes."""
+    asked = []
+    monkeypatch.setattr(runner, "wall_times", lambda *given: asked.append(given[2]) or [1.0])
+    registry(solution("right", right))
+    chosen = settings(tmp_path, "right", flush="read", num_trials=1)
+    assert execute(chosen) == session.OK
+    assert set(asked) == {"read"}
+
+    results = saved.read(tmp_path / "out").results
+
+    def clock(flush_by):
+        raise ClockError(f"emptied by {flush_by}")
+
+    monkeypatch.setattr(runner, "GpuClock", clock)
+    on_gpu = dataclasses.replace(chosen, timer="gpu", wall_time=False)
+    with pytest.raises(ClockError, match="emptied by read"):
+        runner.run(on_gpu, {}, [], results, None)
+    said = dict(header.lines(results, dataclasses.replace(on_gpu, on_gpu=True)))
+    assert "256 MB read (nothing to write back) before each call" in said["Timing"]

@@ -92,13 +92,14 @@ def test_sustained_calls_follow_each_other_for_half_a_second(steps):
 
 @pytest.mark.parametrize("sustained", [False, True])
 def test_a_row_keeps_its_times_where_no_clock_can_be_read(steps, monkeypatch, caplog, sustained):
-    _, execution = steps
+    done, execution = steps
     ours = Solution("ours", "torch", "test", lambda *_: None)
-    settings = Settings(("ours",), sustained=sustained)
+    settings = Settings(("ours",), sustained=sustained, flush="read")
     timed = row("ours", 7, 900.0, busy_us=800.0)
     found = runner._clock_fields(settings, ours, execution, timed)
     assert set(found) == {"clock", "sustained"} if sustained else {"clock"}
     assert found["clock"].power_capped is True
+    assert done[0] == "read"
 
     def broken(_):
         raise ImportError("no jax-triton")
