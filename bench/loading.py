@@ -76,9 +76,10 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
             raise FileError(f"{folder / file}: cannot be written: {error}") from None
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {"n_routed_experts": sizes.num_local_experts, "quantization_config": _QUANTIZATION}
-    (folder / "config.json").write_text(json.dumps(config))
+    for file, content in (("model.safetensors.index.json", index), ("config.json", config)):
+        with writing(folder / file):
+            (folder / file).write_text(json.dumps(content))
 
 
 def read_all(files: Sequence[Path], threads: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("safetensors")
 from safetensors import SafetensorError
 
 from bench import loading
+from bench.results import FileError
 from bench.workloads import REDUCED
 from jax_moe import checkpoint
 
@@ -40,6 +42,13 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_named(tmp_path, monkeypat
     with pytest.raises(SystemExit, match="safetensors: cannot be written: I/O error: No space"):
         loading.main([f"--output={tmp_path / 'out'}", f"--scratch={tmp_path}"])
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json"])
+def test_so_is_a_small_file_of_it(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileError, match=f"{re.escape(name)}: cannot be written: Is a directory"):
+        loading.write_checkpoint(tmp_path, REDUCED)
 
 
 def test_the_checkpoint_is_that_of_a_rank(tmp_path):

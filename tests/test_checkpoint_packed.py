@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import resource
+import signal
 import struct
 import sys
 
@@ -122,6 +124,22 @@ def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch):
         checkpoint.save_packed(folder, layer.experts)
     assert os.listdir(folder) == [packed.FILE]
     same(checkpoint.load_packed(folder), layer)
+
+
+def test_a_full_disk_names_the_file(saved):
+    folder, layer = saved
+    before = (folder / packed.FILE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        with pytest.raises(OSError, match=rf"{packed.FILE}: cannot be written: .*too large"):
+            checkpoint.save_packed(folder, layer.experts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(folder) == [packed.FILE]
+    assert (folder / packed.FILE).read_bytes() == before
 
 
 def test_what_is_no_weights_is_not_saved(saved, monkeypatch):

@@ -55,6 +55,7 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
     folder = folder_name("folder", folder)
     _check(weights)
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError as error:
         raise ImportError(
@@ -72,8 +73,12 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
         path = os.path.join(temporary, FILE)
         # Explicit, as `jax.transfer_guard` may forbid the implicit way to the host.
         arrays = {n: np.ascontiguousarray(jax.device_get(a)) for n, a in tensors.items()}
-        save_file(arrays, path, metadata)
-        os.replace(path, os.path.join(folder, FILE))
+        whole = os.path.join(folder, FILE)
+        try:
+            save_file(arrays, path, metadata)
+        except SafetensorError as error:  # an OSError of its own, such as a full disk's
+            raise OSError(f"{shown(whole)}: cannot be written: {error}") from None
+        os.replace(path, whole)
 
 
 def load_packed(
