@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import typed
 from bench.correctness import Check
 from bench.roofline import Roofline
 from bench.routing import LocalLoad
@@ -281,6 +282,7 @@ def _row(fields: dict[str, Any]) -> Row:
     added = {"clock": None, "sustained": None}  # which older files lack
     known = added | {key: value for key, value in fields.items() if key != "figures"}
     for name, kind in parts.items():
-        known[name] = kind(**known[name]) if known[name] is not None else None
-    known["kernels"] = tuple(KernelTime(**kernel) for kernel in known["kernels"])
-    return Row(**known)
+        known[name] = typed.record(kind, known[name]) if known[name] is not None else None
+    known["kernels"] = tuple(typed.record(KernelTime, kernel) for kernel in known["kernels"])
+    row: Row = typed.record(Row, known)
+    return row

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import run_folder
+from bench import run_folder, typed
 from bench.correctness import Tolerance
 from bench.documents import Options
 from bench.results import Results, rows_of
@@ -61,7 +61,7 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
         about={key: value for key, value in content.items() if key not in _NOT_ABOUT},
         timer=content["timer"],
         unavailable=content["unavailable"],
-        roofline=Roofline(**roofline) if roofline else None,
+        roofline=typed.record(Roofline, roofline) if roofline else None,
         rows={(row.solution, row.uuid): row for row in rows_of(content)},
     )
     asked = content.get("asked") or _asked(results)
@@ -71,10 +71,12 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
     fields |= {
         "solutions": tuple(asked["solutions"]),
         "workloads": tuple(asked["workloads"]),
-        "tolerance": Tolerance(**fields["tolerance"]),
+        "tolerance": typed.record(Tolerance, fields["tolerance"]),
         "output": path.parent,
     }
-    return Saved(results, Settings(**fields), Options(asked["report"], asked["breakdown"]))
+    return Saved(
+        results, typed.record(Settings, fields), Options(asked["report"], asked["breakdown"])
+    )
 
 
 def _asked(results: Results) -> dict[str, Any]:
