@@ -327,9 +327,12 @@ def run(ranks: int, folder: Path) -> int:
 
 
 def devices_for(ranks: int) -> None:
-    """Where there is no GPU, as many CPU devices; before JAX has started any."""
+    """Where there is no GPU, as many CPU devices; before JAX has started any.
+
+    At most one per expert: more are refused later, and JAX would start thousands for minutes.
+    """
     if not environment.has_gpu_driver():
-        jax.config.update("jax_num_cpu_devices", ranks)
+        jax.config.update("jax_num_cpu_devices", min(ranks, REDUCED.num_experts))
 
 
 def exchanges_on(ranks: int) -> tuple[str, ...]:

@@ -9,12 +9,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from bench import (
     environment,
+    parallel,
     parallel_documents,
     parallel_gpus,
     parallel_inputs,
@@ -69,6 +71,16 @@ def test_ranks_that_cannot_share_the_experts_are_one_line(tmp_path):
     done = run("bench_main.py", "--ranks=3", f"--output={tmp_path}")
     assert done.returncode == 2
     assert "--ranks: expected a divisor of 64 experts, got 3" in done.stderr
+
+
+@pytest.mark.parametrize(("ranks", "started"), [(2, 2), (64, 64), (100_000, 64)])
+def test_no_more_devices_are_started_than_there_are_experts(monkeypatch, ranks, started):
+    config: dict[str, int] = {}
+    update = types.SimpleNamespace(update=config.__setitem__)
+    monkeypatch.setattr(parallel, "jax", types.SimpleNamespace(config=update))
+    monkeypatch.setattr(environment, "has_gpu_driver", lambda: False)
+    parallel.devices_for(ranks)
+    assert config == {"jax_num_cpu_devices": started}
 
 
 ROWS = [
