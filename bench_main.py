@@ -13,6 +13,7 @@ python bench_main.py --documents=out/bench/latest      # write a run's documents
 import contextlib
 import logging
 import math
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -147,6 +148,10 @@ _READ_BY = {
     "shared_expert": ("model", "output", "overwrite"),
 }
 """What other flags count beside one that asks for something other than timed solutions."""
+_PARSED = {"int": "an integer", "float": "a number", "bool": "true or false"}
+_NOT_PARSED = re.compile(
+    r"flag --(\w+)=(.*): (?:invalid literal|could not convert|\('Non-boolean)", re.DOTALL
+)
 _OURS = [one.name for one in list(vars().values()) if isinstance(one, flags.FlagHolder)]
 
 for _name in ("rtol", "atol", "required_matched_ratio", "cool_down"):
@@ -310,9 +315,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except SystemExit:  # --help was printed; absl would end with 1
         sys.exit(0)
-    except flags.Error as error:
-        print(f"bench_main.py: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (flags.Error, ValueError) as error:  # the second for a value of --no<flag>
+        print(f"bench_main.py: {_reason(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a flag; where absl shows what Python's parsers say, our own words."""
+    text = str(error)
+    if found := _NOT_PARSED.match(text):
+        name, value = found.groups()
+        return f"--{name}: expected {_PARSED[flags.FLAGS[name].flag_type()]}, got {value!r}"
+    return text.splitlines()[0]
 
 
 if __name__ == "__main__":

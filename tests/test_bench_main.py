@@ -177,6 +177,7 @@ def test_flags_that_contradict_the_machine_or_each_other(asked, capsys, flag, me
         "--backend=cuda",
         "--model=gpt-2",
         "--routing=none",
+        "--nolist=3",
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(asked, capsys, flag):
@@ -186,6 +187,21 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(asked, capsys, flag):
     shown = capsys.readouterr().err
     assert shown.startswith("bench_main.py: ")
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--num_trials=nan", "--num_trials: expected an integer, got 'nan'"),
+        ("--seed=a: b\nc", "--seed: expected an integer, got 'a: b\\nc'"),
+        ("--atol=", "--atol: expected a number, got ''"),
+        ("--report=maybe", "--report: expected true or false, got 'maybe'"),
+    ],
+)
+def test_a_value_of_another_type_is_told_in_our_words(asked, capsys, flag, message):
+    with pytest.raises(SystemExit):
+        asked(flag)
+    assert capsys.readouterr().err == f"bench_main.py: {message}\n"
 
 
 @on_cpu
