@@ -50,7 +50,7 @@ def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
         if arguments.definitions is None:
             print(export(folder, **options))
         else:
-            names = [name.strip() for name in arguments.definitions.split(",")]
+            names = _definitions(arguments.definitions)
             print(*export_each(folder, names, **options), sep="\n")
         return 0
     output = _folder(getattr(arguments, "output", None))
@@ -110,6 +110,16 @@ def _tokens(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"--tokens: expected token counts such as 1,7,80, got {text!r}")
     return [int(part) for part in parts]
+
+
+def _definitions(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        try:
+            _ = name == "all" or definitions.get(name)
+        except ValueError as error:
+            raise ValueError(f"--definitions: {error}") from None
+    return names
 
 
 def _parts(text: str) -> list[str]:

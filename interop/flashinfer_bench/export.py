@@ -10,7 +10,8 @@ one that flashinfer-bench draws.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from interop.workloads import (
     captured_routing,
     workloads,
 )
-from jax_moe.io.files import confined, naming, shown, write_atomically
+from jax_moe.io.files import confined, naming, shown
 
 _MAX_DRAWS = 64
 RANDOM_TOKENS = (1, 64, 1024)
@@ -54,6 +55,9 @@ def export(
 ) -> Path:
     """Writes the data set; files of an earlier export are replaced, others left alone.
 
+    All files are written beside those of the earlier export before the first one is replaced, so
+    that a disk without room for them leaves the earlier export whole.
+
     Args:
         folder: Where to, created if missing. Nothing is written outside of it.
         definition: Of which.
@@ -67,6 +71,7 @@ def export(
         ValueError: `dataset` is broken (see `interop.dataset`) or given for a definition that has
             no published workloads, a symlink leads out of `folder`, or the folder holds traces,
             which are of what was exported before.
+        OSError: A file cannot be written; names it.
     """
     if dataset is not None and not definition.is_default:
         raise ValueError(f"--dataset: has workloads of {definitions.DEFAULT.name} only")
@@ -82,19 +87,21 @@ def export(
     else:
         rows = list(_drawn(seed)) if dataset is None else _copied(dataset)
     blobs = f"blob/workloads/{op_type}/{name}"
+    files: dict[str, str | bytes] = {}
     for row in rows:
         if row.routing is not None:
             tensors = dict(zip(("routing_logits", "routing_bias"), row.routing, strict=True))
             content = safetensors.numpy.save(tensors, {"source": row.source})
-            _write(root, f"{blobs}/{row.blob_name}", content)
+            files[f"{blobs}/{row.blob_name}"] = content
     lines = (_workload_line(definition, row, f"./{blobs}/{row.blob_name}") for row in rows)
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    _write(root, f"workloads/{op_type}/{name}.jsonl", text)
-    _write(root, f"definitions/{op_type}/{name}.json", _json(_definition(definition)))
+    files[f"workloads/{op_type}/{name}.jsonl"] = text
+    files[f"definitions/{op_type}/{name}.json"] = _json(_definition(definition))
     for one in solutions.records(definition):
         path = f"solutions/{one['author']}/{op_type}/{name}/{one['name']}.json"
-        _write(root, path, _json(one))
-    _write(root, "README.md", _readme(definition, rows))
+        files[path] = _json(one)
+    files["README.md"] = _readme(definition, rows)
+    _write_all(root, files)
     return root
 
 
@@ -231,9 +238,17 @@ def _json(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
-def _write(root: Path, relative: str, content: str | bytes) -> None:
-    path = root / relative
-    confined(root, path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path, "w" if isinstance(content, str) else "wb") as file:
-        file.write(content)
+def _write_all(root: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes files under a folder, or none of them if one does not fit."""
+    for relative in files:
+        confined(root, (root / relative).parent)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".export") as temporary:
+        ready = [Path(temporary) / str(number) for number in range(len(files))]
+        for path, (relative, content) in zip(ready, files.items(), strict=True):
+            try:
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+            except OSError as error:  # a full disk's names no file
+                raise OSError(error.errno, error.strerror, str(root / relative)) from None
+        for path, relative in zip(ready, files, strict=True):
+            (root / relative).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(root / relative)
