@@ -7,7 +7,7 @@ measured that cannot be written.
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench import run_folder
@@ -53,6 +53,16 @@ def add_output(parser: argparse.ArgumentParser, root: str) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that --output holds"
     )
+
+
+@contextlib.contextmanager
+def shown_if_unwritten(table: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """Prints what was measured before a `FileError` of the body ends the command."""
+    try:
+        yield
+    except FileError:
+        print("\n".join(table()), flush=True)
+        raise
 
 
 @contextlib.contextmanager

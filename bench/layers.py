@@ -274,23 +274,25 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
     iterations = 10 if on_gpu else 1
     fitting = layers_that_fit(layers, sizes, about["device"]["memory_bytes"])
     found: list[Measured] = []
-    for own, steps in ((False, layers), (True, fitting)):
-        for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
-            one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)
-            while own and _OUT_OF_MEMORY in one.row.problem and steps > 1:
-                steps -= max(1, steps // 10)  # what fits depends on what else the device holds
+    rows: list[Row] = []
+    with commands.shown_if_unwritten(lambda: scan_parts.table(rows)):
+        for own, steps in ((False, layers), (True, fitting)):
+            for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
                 one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)
-            found.append(one)
-            print(f"{one.row.weights} weights, T={num_tokens}: timed", flush=True)
-            write([one.row for one in found], about | {"complete": False}, folder)
-    rows = [one.row for one in found]
-    if gpu_clock.unavailable_reason() is None:
-        clock = gpu_clock.GpuClock()
-        for place, one in enumerate(found):
-            rows[place] = with_kernels(one, sizes, clock)
-            print(f"{one.row.weights} weights, T={one.row.tokens}: profiled", flush=True)
-            write(rows, about | {"complete": False}, folder)
-    write(rows, about | {"complete": True}, folder)
+                while own and _OUT_OF_MEMORY in one.row.problem and steps > 1:
+                    steps -= max(1, steps // 10)  # what fits depends on what else the device holds
+                    one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)
+                found.append(one)
+                rows.append(one.row)
+                print(f"{one.row.weights} weights, T={num_tokens}: timed", flush=True)
+                write(rows, about | {"complete": False}, folder)
+        if gpu_clock.unavailable_reason() is None:
+            clock = gpu_clock.GpuClock()
+            for place, one in enumerate(found):
+                rows[place] = with_kernels(one, sizes, clock)
+                print(f"{one.row.weights} weights, T={one.row.tokens}: profiled", flush=True)
+                write(rows, about | {"complete": False}, folder)
+        write(rows, about | {"complete": True}, folder)
     print("\n".join(scan_parts.table(rows)))
     print(f"wrote {folder / 'layers.json'}")
     return 1 if any(row.problem for row in rows) else 0

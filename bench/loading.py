@@ -161,13 +161,13 @@ def run(folder: Path, scratch: Path | None) -> int:
     with tempfile.TemporaryDirectory(dir=scratch) as made:
         write_checkpoint(Path(made), sizes)
         found = measure(Path(made), on_gpu=on_gpu)
+    for name, median in found["medians"].items():
+        print(f"{name:5} {median * 1e3:8.1f} ms  {found['bytes'] / median / 1e9:6.1f} GB/s")
+    print(about["note"] if found["share"] is None else f"share {found['share']:.2f}", flush=True)
     path = folder / "loading.json"
     with writing(path), write_atomically(path, "w") as file:
         json.dump({"about": about} | found, file, indent=1)
-    for name, median in found["medians"].items():
-        print(f"{name:5} {median * 1e3:8.1f} ms  {found['bytes'] / median / 1e9:6.1f} GB/s")
-    said = about["note"] if found["share"] is None else f"share {found['share']:.2f}"
-    print(f"{said}; wrote {folder / 'loading.json'}")
+    print(f"wrote {path}")
     return 0
 
 

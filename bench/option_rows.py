@@ -72,6 +72,11 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as lines for the terminal."""
+    return tables.aligned(cells(rows), left=2)
+
+
 def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, asked: int) -> None:
     """`options.json` and, for people, `options.md`; both say if rows are left of those `asked`."""
     about = dict(about) | {"complete": len(rows) == asked}

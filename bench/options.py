@@ -43,13 +43,12 @@ from bench import (
     gpu_clock,
     inputs,
     routing,
-    tables,
     timers,
 )
 from bench.correctness import Tolerance
 from bench.execution import compiled_program
 from bench.failures import one_line
-from bench.option_rows import Row, cells, with_ratios, write
+from bench.option_rows import Row, table, with_ratios, write
 from bench.option_variants import VARIANTS, Variant, chosen_variants
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
@@ -303,7 +302,10 @@ def run(
     orders = [order for one in by_tokens for order in one]
     asked = len(variants) * len(given)
     rows: list[Row] = []
-    with contextlib.closing(compiled(orders, jobs)) as programs:
+    with (
+        commands.shown_if_unwritten(lambda: table(rows)),
+        contextlib.closing(compiled(orders, jobs)) as programs,
+    ):
         for of_tokens in by_tokens:
             answers: list[tuple[Variant, Any]] = []
             for order, program in zip(of_tokens, programs, strict=False):  # takes what it needs
@@ -317,7 +319,7 @@ def run(
                 found = measure(order, program, expected, clock=clock, iterations=iterations)
                 rows = with_ratios([*rows, found])
                 write(rows, about, folder, asked)
-    print("\n".join(tables.aligned(cells(rows), left=2)))
+    print("\n".join(table(rows)))
     print(f"wrote {folder / 'options.json'}")
     return 1 if any(row.problem for row in rows) else 0
 

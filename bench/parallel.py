@@ -291,18 +291,20 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
     if not on_gpu:
         print(about["note"], flush=True)
     rows: list[Row] = []
-    for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
-        calls = 2 if not on_gpu else 40 if num_tokens <= 128 else 20 if num_tokens <= 1024 else 8
-        found: Iterator[Row]
-        if local_of:
-            found = (measure_local(of, num_tokens, sizes, calls) for of in local_of)
-        else:
-            found = measure(ranks, num_tokens, case, sizes, calls)
-        for row in found:
-            rows.append(row)
-            parallel_rows.write(rows, about | {"complete": False}, folder / "parallel.json")
-        print(f"T={num_tokens} done", flush=True)
-    parallel_rows.write(rows, about | {"complete": True}, folder / "parallel.json")
+    with commands.shown_if_unwritten(lambda: parallel_rows.table(rows)):
+        for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
+            calls = 40 if num_tokens <= 128 else 20 if num_tokens <= 1024 else 8
+            calls = calls if on_gpu else 2
+            found: Iterator[Row]
+            if local_of:
+                found = (measure_local(of, num_tokens, sizes, calls) for of in local_of)
+            else:
+                found = measure(ranks, num_tokens, case, sizes, calls)
+            for row in found:
+                rows.append(row)
+                parallel_rows.write(rows, about | {"complete": False}, folder / "parallel.json")
+            print(f"T={num_tokens} done", flush=True)
+        parallel_rows.write(rows, about | {"complete": True}, folder / "parallel.json")
     print("\n".join(parallel_rows.table(rows)))
     print(f"wrote {folder / 'parallel.json'}")
     with writing(folder / "parallel.png"):

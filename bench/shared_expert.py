@@ -344,10 +344,11 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
     layer = make_layer(config)
     rows: list[Row] = []
     tokens = tokens or (TOKENS if on_gpu else FEW_TOKENS)
-    for num_tokens in tokens:
-        rows.append(measure(num_tokens, layer, clock))
-        print(f"T={num_tokens}: done", flush=True)
-        write(rows, about | {"complete": len(rows) == len(tokens)}, folder)
+    with commands.shown_if_unwritten(lambda: table(rows)):
+        for num_tokens in tokens:
+            rows.append(measure(num_tokens, layer, clock))
+            print(f"T={num_tokens}: done", flush=True)
+            write(rows, about | {"complete": len(rows) == len(tokens)}, folder)
     print("\n".join(table(rows)))
     print(f"wrote {folder / 'shared_expert.json'}")
     return 1 if any(row.problem for row in rows) else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,16 @@ import sys
 
 import pytest
 
-from bench import commands, layers, option_rows, parallel_rows, shared_expert
+from bench import (
+    commands,
+    layers,
+    loading,
+    option_rows,
+    options,
+    parallel,
+    parallel_rows,
+    shared_expert,
+)
 from interop import interruption
 from tests.test_repository import ROOT
 
@@ -206,6 +216,39 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, module, write, name):
     with pytest.raises(SystemExit) as raised, commands.results(tmp_path, "", FOLDER):
         write(tmp_path)
     assert raised.value.code == f"{tmp_path / name}: cannot be written: {os.strerror(errno.ENOSPC)}"
+
+
+TIMED = layers.Row("one", 3, 7, wall_us=12.5)
+LOADED = {"bytes": 1, "seconds": {"load": [0.0125]}, "medians": {"load": 0.0125}, "share": None}
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "found"),
+    [
+        (options, "--variants=softmax", option_rows.Row("route", "softmax", 7, us=12.5)),
+        (layers, "--tokens=7", layers.Measured(TIMED, None)),
+        (shared_expert, "--tokens=7", shared_expert.Row(7, without_us=12.5)),
+        (parallel, "--tokens=7", [parallel_rows.Row(1, 7, "collectives", layer_us=12.5)]),
+        (loading, "--scratch=.", LOADED),
+    ],
+)
+def test_what_was_measured_is_shown_on_a_full_disk(
+    tmp_path, monkeypatch, capsys, module, argument, found
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(module, "measure", lambda *_, **__: found)
+    for made in ("answer", "make_layer", "write_checkpoint", "devices_for"):  # not needed
+        monkeypatch.setattr(module, made, lambda *_: None, raising=False)
+    with pytest.raises(SystemExit) as raised:
+        module.main([argument, f"--output={tmp_path / 'out'}"])
+    path = tmp_path / "out" / module.FILES[0]
+    assert raised.value.code == f"{path}: cannot be written: No space left on device"
+    assert capsys.readouterr().out.count("12.5") == 1
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_other_errors_of_the_system_are_not_said_to_be_of_the_results(tmp_path):
