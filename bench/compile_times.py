@@ -71,7 +71,7 @@ def first_call_seconds(num_tokens: int, backend: str, cache: str) -> float:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    sizes = FULL if jax.default_backend() == "gpu" else REDUCED
+    sizes = FULL if environment.default_backend() == "gpu" else REDUCED
     workload = Workload(f"compile-{num_tokens}", num_tokens, 0, blob="")
     routed = routing.draw(workload, sizes, 0)
     weights = inputs.draw_weights("realistic", sizes, 0)
@@ -111,11 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _about() -> dict[str, Any]:
-    import jax
-
     from bench.workloads import FULL, REDUCED
 
-    return environment.about(FULL if jax.default_backend() == "gpu" else REDUCED)
+    return environment.about(FULL if environment.default_backend() == "gpu" else REDUCED)
 
 
 def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:

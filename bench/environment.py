@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from interop import interruption
 from interop.checkout import git_commit as git_commit
 from interop.checkout import output_of
 from pallas_kernels.files import cache_folder
@@ -94,6 +95,14 @@ def has_gpu_driver() -> bool:
     return True
 
 
+def default_backend() -> str:
+    """JAX's, which may start here; Ctrl-C waits meanwhile, as JAX's plugins would swallow it."""
+    import jax
+
+    with interruption.deferred():
+        return jax.default_backend()
+
+
 def enable_compilation_cache() -> None:
     """Keeps GPU programs in the user's cache folder, unless JAX already has a cache folder.
 
@@ -102,7 +111,7 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
-    if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
+    if default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 

@@ -155,7 +155,7 @@ def run(folder: Path, scratch: Path | None) -> int:
         folder: Of the result.
         scratch: Where the checkpoint is written and removed again; None is the usual place.
     """
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
     about = environment.about(sizes)
     with tempfile.TemporaryDirectory(dir=scratch) as made:

@@ -18,6 +18,7 @@ from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
 _asked: int | None = None  # the first signal that came
+_deferred = False  # whether it waits for `check`
 
 
 def _unraisable(hook: Callable[[Any], object], swallowed: Any) -> None:
@@ -29,7 +30,8 @@ def _unraisable(hook: Callable[[Any], object], swallowed: Any) -> None:
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     global _asked
     _asked = _asked or number
-    raise KeyboardInterrupt
+    if not _deferred:
+        raise KeyboardInterrupt
 
 
 def quiet_while_importing(package: str) -> None:
@@ -71,6 +73,21 @@ def remembered() -> Iterator[None]:
         for one, handler in before:
             signal.signal(one, handler)
         _asked = None
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Within the block, a short one, a signal that `remembered` hears is raised at its end.
+
+    For code that catches `KeyboardInterrupt`, shows it as an error of its own, and goes on.
+    """
+    global _deferred
+    before, _deferred = _deferred, True
+    try:
+        yield
+    finally:
+        _deferred = before
+    check()
 
 
 @contextlib.contextmanager
