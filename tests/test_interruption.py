@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from bench import comparison, documents, session, solutions
+from bench import comparison, documents, environment, session, solutions
 from bench.results import PASS
 from bench.settings import Settings
 from interop import checkout, interruption
@@ -268,6 +268,32 @@ def test_an_interrupt_that_became_an_error_of_the_oracle_ends_the_run(
     assert code == 143
     assert rows[-1] == ("ours", 7)
     assert "--resume goes on from there" in capsys.readouterr().out
+
+
+@on_cpu
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_while_jax_starts(monkeypatch, number):
+    """JAX's plugins catch all that is raised while they start, log it, and go on."""
+    started = []
+
+    def start():
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            pytest.fail("raised where JAX would swallow it")
+        started.append(number)
+        return "cpu"
+
+    monkeypatch.setattr(jax, "default_backend", start)
+    with interruption.remembered():
+        with pytest.raises(KeyboardInterrupt):
+            environment.default_backend()
+        assert interruption.acknowledge() == 128 + number
+        with interruption.deferred():
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert started == [number]
 
 
 def test_an_ignored_signal_stays_ignored():
