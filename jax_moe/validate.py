@@ -340,6 +340,15 @@ def weights(value: Any, sizes: Sizes, name: str = "") -> None:
     gemm2(value.gemm2_weights, value.gemm2_weights_scale, sizes, prefix)
 
 
+def gates(value: Any, sizes: Sizes) -> None:
+    """Checks what a `LayerWeights` holds beside experts; sets E and H where nothing did."""
+    array("gate_weight", value.gate_weight, "E H", BIAS, sizes)
+    if value.e_score_correction_bias is not None:
+        array("e_score_correction_bias", value.e_score_correction_bias, "E", F32, sizes)
+    if value.shared_gate is not None:
+        array("shared_gate", value.shared_gate, "1 H", BIAS, sizes)
+
+
 def gemm1(weights: Any, scale: Any, sizes: Sizes, prefix: str = "") -> None:
     """Checks the up-projection's weights; sets E_local and I."""
     argument("gemm1_weights", weights, sizes, prefix)

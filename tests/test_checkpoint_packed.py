@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_moe import checkpoint
+from jax_moe import checkpoint, nn
 from jax_moe.checkpoint import packed
+from tests import test_nn
 from tests.hf_checkpoint import E4M3, make_checkpoint, write_safetensors
 
 
@@ -140,6 +141,28 @@ def test_a_full_disk_names_the_file(saved):
         signal.signal(signal.SIGXFSZ, handler)
     assert os.listdir(folder) == [packed.FILE]
     assert (folder / packed.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "dtype", "wanted"),
+    [
+        ("gate_weight", np.float16, "bfloat16 or float32"),
+        ("e_score_correction_bias", ml_dtypes.bfloat16, "float32"),
+        ("shared_gate", np.float16, "bfloat16 or float32"),
+    ],
+)
+def test_what_is_saved_is_what_the_layer_takes(tmp_path, field, dtype, wanted):
+    pytest.importorskip("flax")
+    layer = test_nn.make()
+    layer = layer._replace(**{field: getattr(layer, field).astype(dtype)})
+    x = test_nn.hidden(2)
+    for use in (
+        lambda: checkpoint.save_packed(tmp_path / "none", layer),
+        lambda: nn.moe_layer(layer, x, config=test_nn.CONFIG, backend="xla"),
+        lambda: nn.DeepSeekMoE.from_weights(test_nn.CONFIG, layer, backend="xla"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{field}: expected {wanted} \["):
+            use()
 
 
 def test_what_is_no_weights_is_not_saved(saved, monkeypatch):

@@ -218,12 +218,7 @@ def _check(weights: ExpertWeights | LayerWeights) -> None:
         weights.check()
         return
     validate.weights(weights.experts, sizes, "weights.experts")
-    validate.array("gate_weight", weights.gate_weight, "E H", validate.BIAS, sizes)
-    if weights.e_score_correction_bias is not None:
-        bias = weights.e_score_correction_bias
-        validate.array("e_score_correction_bias", bias, "E", validate.F32, sizes)
-    if weights.shared_gate is not None:
-        validate.array("shared_gate", weights.shared_gate, "1 H", validate.BIAS, sizes)
+    validate.gates(weights, sizes)
     if weights.shared_experts is not None:
         sizes = {"E_local": (1, "shared_experts"), "H": sizes["H"]}
         validate.weights(weights.shared_experts, sizes, "weights.shared_experts")

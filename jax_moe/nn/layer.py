@@ -291,7 +291,7 @@ def _check_arrays(name: str, params: LayerWeights, config: LayerConfig) -> int:
         "H": (config.hidden_size, "config"),
         "E": (config.num_experts, "config"),
     }
-    validate.array("gate_weight", params.gate_weight, "E H", validate.UNQUANTIZED, sizes)
+    validate.gates(params, sizes)
     _check_experts(name, params, config)
     bias = params.e_score_correction_bias
     if config.has_routing_bias != (bias is not None):
@@ -299,11 +299,9 @@ def _check_arrays(name: str, params: LayerWeights, config: LayerConfig) -> int:
             f"e_score_correction_bias: expected {'an array' if config.has_routing_bias else 'None'}"
             f", as config says, got {got(bias)}"
         )
-    if bias is not None:
-        validate.array("e_score_correction_bias", bias, *validate.ARGUMENTS["routing_bias"], sizes)
-    if config.has_shared_gate:
-        validate.array("shared_gate", params.shared_gate, "1 H", validate.UNQUANTIZED, sizes)
-    elif params.shared_gate is not None:
+    if config.has_shared_gate and params.shared_gate is None:
+        raise TypeError("shared_gate: expected a JAX or NumPy array, as config says, got None")
+    if params.shared_gate is not None and not config.has_shared_gate:
         raise ValueError(
             f"shared_gate: expected None, as config says, got {got(params.shared_gate)}"
         )
