@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -127,6 +128,30 @@ def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch):
     same(checkpoint.load_packed(folder), layer)
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_the_umask_is_honoured(saved, umask):
+    folder, layer = saved
+    before = os.umask(umask)
+    try:
+        checkpoint.save_packed(folder, layer.experts)
+    finally:
+        os.umask(before)
+    assert (folder / packed.FILE).stat().st_mode & 0o777 == 0o666 & ~umask
+    assert os.listdir(folder) == [packed.FILE]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(saved, monkeypatch):
+    folder, layer = saved
+
+    def fail(path, *mode):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "mkdir", fail)  # root may write everywhere
+    with pytest.raises(PermissionError) as caught:
+        checkpoint.save_packed(folder, layer)
+    assert caught.value.filename == str(folder)
+
+
 def test_a_full_disk_names_the_file(saved):
     folder, layer = saved
     before = (folder / packed.FILE).read_bytes()
@@ -167,10 +192,13 @@ def test_what_is_saved_is_what_the_layer_takes(tmp_path, field, dtype, wanted):
 
 def test_what_is_no_weights_is_not_saved(saved, monkeypatch):
     folder, layer = saved
+    none = jax.tree.map(lambda array: np.asarray(array)[:0], layer.experts)
     wide = layer.experts._replace(gemm1_weights_scale=layer.experts.gemm1_weights_scale[:1])
     for weights, error, message in (
         (tuple(layer), TypeError, "weights: expected ExpertWeights or LayerWeights, got tuple"),
         (wide, ValueError, "gemm1_weights_scale: expected"),
+        (none, ValueError, r"^gemm1_weights: expected E_local of at least 1, got 0"),
+        (layer._replace(experts=none), ValueError, r"^weights\.experts\.gemm1.*at least 1, got 0"),
         (layer._replace(gate_weight=None), TypeError, "gate_weight: expected"),
         (layer._replace(shared_gate=layer.gate_weight), ValueError, "shared_gate: expected"),
         (layer._replace(shared_experts=layer.experts), ValueError, "gemm1_weights: expected"),

@@ -6,6 +6,7 @@ scales to convert.
 """
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -69,7 +70,7 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
             raise ValueError(f"{name}: expected an array of this process, got {array.sharding}")
     metadata = {"format": FORMAT, "version": VERSION, "kind": type(weights).__name__}
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as temporary:
+    with _temporary_folder(folder) as temporary:
         path = os.path.join(temporary, FILE)
         # Explicit, as `jax.transfer_guard` may forbid the implicit way to the host.
         arrays = {n: np.ascontiguousarray(jax.device_get(a)) for n, a in tensors.items()}
@@ -78,7 +79,23 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
             save_file(arrays, path, metadata)
         except SafetensorError as error:  # an OSError of its own, such as a full disk's
             raise OSError(f"{shown(whole)}: cannot be written: {error}") from None
+        os.chmod(path, _mode_of_new_files(temporary))  # safetensors may make it private
         os.replace(path, whole)
+
+
+def _temporary_folder(folder: str) -> tempfile.TemporaryDirectory[str]:
+    """Makes a folder in a folder; an error names the latter, as the former never was."""
+    try:
+        return tempfile.TemporaryDirectory(dir=folder, prefix=".packed")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, folder) from None
+
+
+def _mode_of_new_files(folder: str) -> int:
+    """The mode that the umask leaves, which no other call tells without setting it."""
+    path = os.path.join(folder, "mode")
+    with open(path, "xb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
 
 
 def load_packed(
@@ -214,10 +231,14 @@ class _Packed:
 def _check(weights: ExpertWeights | LayerWeights) -> None:
     """Checks what is to be saved."""
     sizes: validate.Sizes = {}
+    experts, name = weights, ""
+    if isinstance(weights, LayerWeights):
+        experts, name = weights.experts, "weights.experts"
+    validate.weights(experts, sizes, name)
+    if not sizes["E_local"][0]:
+        raise ValueError(f"{sizes['E_local'][1]}: expected E_local of at least 1, got 0")
     if isinstance(weights, ExpertWeights):
-        weights.check()
         return
-    validate.weights(weights.experts, sizes, "weights.experts")
     validate.gates(weights, sizes)
     if weights.shared_experts is not None:
         sizes = {"E_local": (1, "shared_experts"), "H": sizes["H"]}
