@@ -234,6 +234,12 @@ def test_bad_arguments_are_refused_by_name():
     params = make()
     with pytest.raises(ValueError, match=r"hidden_states: .*H = 256 from config"):
         nn.moe_layer(params, hidden(2)[:, :128], config=CONFIG, backend="xla")
+    for x in (hidden(3, 2)[..., :0], jnp.zeros(0)):
+        shape = ", ".join(map(str, x.shape))
+        with pytest.raises(
+            ValueError, match=rf"hidden_states: expected \[\.\.\., H\] .* got {x.dtype} \[{shape}\]"
+        ):
+            nn.moe_layer(params, x, config=CONFIG, backend="xla")
     with pytest.raises(
         TypeError, match=r"config: expected a jax_moe\.nn\.LayerConfig, got .*MoEConfig"
     ):

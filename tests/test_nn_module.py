@@ -114,6 +114,11 @@ def test_bad_arguments_are_refused_when_it_is_made(tmp_path):
         nn.DeepSeekMoE(None, rngs=rngs)
     with pytest.raises(TypeError, match=r"rngs: expected flax\.nnx\.Rngs, got int"):
         nn.DeepSeekMoE(CONFIG, rngs=0)
+    for streams, found in ((nnx.Rngs(dropout=0, noise=1), "dropout, noise"), (nnx.Rngs(), "none")):
+        with pytest.raises(
+            ValueError, match=rf"rngs: expected a stream 'params' or .*got {found}$"
+        ):
+            nn.DeepSeekMoE(CONFIG, rngs=streams)
     with pytest.raises(ValueError, match=r"backend: expected one of .*got 'none'"):
         nn.DeepSeekMoE(CONFIG, rngs=rngs, backend="none")
     with pytest.raises(

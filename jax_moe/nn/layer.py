@@ -242,6 +242,11 @@ def _checked(
     if not isinstance(hidden_states, jax.Array | np.ndarray) or hidden_states.ndim < 1:
         raise TypeError(f"hidden_states: expected an array [..., H], got {got(hidden_states)}")
     alive("hidden_states", hidden_states)  # before it is reshaped
+    if hidden_states.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"hidden_states: expected [..., H] with H = {config.hidden_size} from config, "
+            f"got {got(hidden_states)}"
+        )
     x: Any = hidden_states.reshape(-1, hidden_states.shape[-1])
     sizes: validate.Sizes = {"H": (config.hidden_size, "config")}
     validate.array("hidden_states", x, "T H", validate.UNQUANTIZED, sizes)

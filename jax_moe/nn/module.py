@@ -55,7 +55,7 @@ class DeepSeekMoE(nnx.Module):
 
     Raises:
         TypeError: An argument is of another type.
-        ValueError: An option does not exist.
+        ValueError: An option does not exist, or `rngs` has neither this stream nor a default.
     """
 
     def __init__(
@@ -72,6 +72,9 @@ class DeepSeekMoE(nnx.Module):
         self.batch_invariant = checked_batch_invariant(batch_invariant)
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs: expected flax.nnx.Rngs, got {got(rngs)}")
+        if "params" not in rngs and "default" not in rngs:
+            streams = ", ".join(rngs) or "none"
+            raise ValueError(f"rngs: expected a stream 'params' or 'default', got {streams}")
         self._fill(config, _random_weights(checked_layer_config(config), rngs.params()))
 
     def _fill(self, config: LayerConfig, weights: LayerWeights) -> None:
