@@ -23,7 +23,7 @@ from bench.results import FileError, writing
 from bench.tables import aligned
 from interop import interruption
 from jax_moe import backends
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 
 ROOT = Path(__file__).parent.parent
 TOKENS = (1, 80, 901, 14107)
@@ -89,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.NAMES])
     parser.add_argument("--output", type=commands.file, help="JSON file")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace --output from the first row on"
+    )
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if not all(text.isdigit() and int(text) for text in arguments.tokens.split(",")):
@@ -97,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.cache:
         print(first_call_seconds(tokens[0], arguments.backend, arguments.cache))
         return 0
+    if arguments.overwrite and arguments.output is None:
+        parser.error("--overwrite: goes with --output=FILE")
+    if arguments.output and arguments.output.exists() and not arguments.overwrite:
+        parser.error(f"--output: {shown(arguments.output)} is there; --overwrite replaces it")
     with interruption.remembered():
         try:
             _report(tokens, arguments.backend, arguments.output)

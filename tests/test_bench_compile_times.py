@@ -79,6 +79,31 @@ def test_rows_are_kept_as_they_are_finished(monkeypatch, capsys, tmp_path):
     assert (len(written["rows"]), written["complete"]) == (1, False)
 
 
+def test_a_file_of_results_is_replaced_by_a_row_and_only_if_asked(monkeypatch, capsys, tmp_path):
+    left = [{"num_tokens": 3, "first": 2.0, "second_process": 1.0}]
+
+    def measure(*_):
+        yield from left
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_times, "measure", measure)
+    path = tmp_path / "times.json"
+    path.write_text("complete")
+    with pytest.raises(SystemExit, match="2"):
+        compile_times.main(["--tokens=3,5", f"--output={path}"])
+    said = f"error: --output: {path} is there; --overwrite replaces it"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+    with pytest.raises(SystemExit, match="2"):
+        compile_times.main(["--overwrite"])
+    assert "--overwrite: goes with --output=FILE" in capsys.readouterr().err
+    row = left.pop()
+    assert compile_times.main(["--tokens=3,5", "--overwrite", f"--output={path}"]) == 130
+    assert path.read_text() == "complete"
+    left.append(row)
+    assert compile_times.main(["--tokens=3,5", "--overwrite", f"--output={path}"]) == 130
+    assert json.loads(path.read_text())["rows"] == [row]
+
+
 @pytest.mark.parametrize("tokens", ["", "0", "1,x", "-3"])
 def test_what_is_no_token_count_is_refused(tokens, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -92,7 +92,9 @@ KINDS: dict[str, Kind] = {
         "what a rank of 4, 8 and 16 does with all ranks' tokens",
     ),
     "compile": Kind(
-        "-m bench.compile_times --output={}/compile_times.json", 300, "first call of a shape"
+        "-m bench.compile_times --overwrite --output={}/compile_times.json",
+        300,
+        "first call of a shape",
     ),
     "factors": Kind(
         f"{_BENCH} --solutions=sglang_v1,{_FACTORS},sglang_v2,torch_reference --report",
