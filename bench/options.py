@@ -288,7 +288,6 @@ def run(
         The exit code: 1 if something failed.
     """
     variants = chosen_variants(names)
-    environment.enable_compilation_cache()
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
     about = environment.about(sizes) | {"backend": backend, "seed": _SEED}
@@ -340,7 +339,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=natural, default=0, help="processes that compile")
     commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
+    environment.enable_compilation_cache()
     try:
+        if args.backend != "auto" and (reason := backends.unsupported_reason(args.backend)):
+            raise ValueError(f"--backend={args.backend}: {reason}")
         with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
             return run(args.workloads, args.backend, args.jobs, folder, args.variants)
     except ValueError as error:

@@ -12,6 +12,8 @@ import pytest
 from bench import inputs, options
 from bench.options import Row, Variant
 from bench.workloads import REDUCED, select
+from jax_moe import backends
+from jax_moe.device import Device
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,19 @@ def test_an_unknown_workload_is_refused(capsys):
     with pytest.raises(SystemExit):
         options.main(["--workloads=3"])
     assert "unknown workload '3'" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_here_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "device_of", lambda: Device("cpu", None))
+    monkeypatch.setattr(options, "run", lambda *_: 0)
+    (tmp_path / "options.md").write_text("an earlier run's")
+    arguments = ["--overwrite", f"--output={tmp_path}"]
+    with pytest.raises(SystemExit, match="2"):
+        options.main(["--backend=mosaic", *arguments])
+    said = "error: --backend=mosaic: needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+    assert (tmp_path / "options.md").exists()
+    assert options.main(["--backend=xla", *arguments]) == 0
 
 
 def test_an_unknown_variant_is_refused(capsys):
