@@ -343,6 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.backend != "auto" and (reason := backends.unsupported_reason(args.backend)):
             raise ValueError(f"--backend={args.backend}: {reason}")
+        select(args.workloads or FEW)  # unknown names are refused while an earlier run is whole
+        chosen_variants(args.variants)
         with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
             return run(args.workloads, args.backend, args.jobs, folder, args.variants)
     except ValueError as error:

@@ -188,6 +188,14 @@ def test_a_backend_that_cannot_run_here_is_refused(tmp_path, capsys, monkeypatch
     assert options.main(["--backend=xla", *arguments]) == 0
 
 
+@pytest.mark.parametrize("unknown", ["--workloads=3", "--variants=tanh"])
+def test_an_unknown_name_leaves_an_earlier_run_whole(tmp_path, unknown):
+    (tmp_path / "options.md").write_text("an earlier run's")
+    with pytest.raises(SystemExit):
+        options.main([unknown, "--overwrite", f"--output={tmp_path}"])
+    assert (tmp_path / "options.md").exists()
+
+
 def test_an_unknown_variant_is_refused(capsys):
     with pytest.raises(SystemExit):
         options.main(["--workloads=1", "--variants=e4m3,tanh"])

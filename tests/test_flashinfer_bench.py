@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import pathlib
 import shutil
 
@@ -104,34 +102,6 @@ def test_stand_ins_are_labelled_and_seeded(exported, tmp_path):
     logits = [load_file(root / relative)["routing_logits"] for root in (again, other)]
     assert logits[0].shape == logits[1].shape
     assert (logits[0] != logits[1]).mean() > 0.9
-
-
-def test_an_export_that_the_disk_has_no_room_for_leaves_the_earlier_one(
-    exported, folder, monkeypatch, capsys
-):
-    def contents():
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    before, written = contents(), []
-
-    def full(path, content):
-        if len(written) == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(path)
-        return len(content)
-
-    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    assert __main__.main(["export", str(folder), "--seed=1"]) == 1
-    monkeypatch.undo()
-    assert contents() == before
-    assert capsys.readouterr().err.endswith(".safetensors: No space left on device\n")
-
-
-@pytest.mark.parametrize("text", ["foo", "", "all,"])
-def test_an_unknown_definition_is_named_with_its_flag(tmp_path, capsys, text):
-    assert __main__.main(["export", str(tmp_path / "new"), f"--definitions={text}"]) == 2
-    assert capsys.readouterr().err.startswith("--definitions: unknown definition ")
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_data_set_with_blobs_is_copied(exported, tmp_path):
