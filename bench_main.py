@@ -47,7 +47,7 @@ from bench import (  # noqa: E402
 from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
-from bench.workloads import sizes_of  # noqa: E402
+from bench.workloads import FULL, MOST_LAYERS, sizes_of  # noqa: E402
 from interop import interruption  # noqa: E402
 from jax_moe import backends, models  # noqa: E402
 from jax_moe.config import PRECISIONS, checked_precision  # noqa: E402
@@ -129,11 +129,13 @@ _REPORT = flags.DEFINE_bool("report", False, "Also write the published compariso
 _BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also show the time of every kernel.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a Perfetto trace of each row.")
 _RANKS = flags.DEFINE_integer(
-    "ranks", None, "Time the layer over this many devices instead.", lower_bound=1
-)
+    "ranks", None, "Time the layer over this many devices instead.",
+    lower_bound=1, upper_bound=FULL.num_experts,
+)  # fmt: skip
 _LAYERS = flags.DEFINE_integer(
-    "layers", None, "Time the layer so many times in one scan instead.", lower_bound=1
-)
+    "layers", None, "Time the layer so many times in one scan instead.",
+    lower_bound=1, upper_bound=MOST_LAYERS,
+)  # fmt: skip
 _SHARED_EXPERT = flags.DEFINE_bool(
     "shared_expert", False, "Time what --model's shared expert adds to its layer instead."
 )

@@ -35,12 +35,12 @@ from bench.runner import kernel_times
 from bench.scan_parts import Parts
 from bench.sm_clock import Reading
 from bench.timers import Execution, warm_up
-from bench.workloads import FULL, REDUCED, Sizes, token_counts
+from bench.workloads import FULL, MOST_LAYERS, REDUCED, Sizes, token_counts
 from interop import interruption
+from interop.arguments import up_to
 from interop.workloads import ROUTED_SCALING_FACTOR
 from jax_moe import DEEPSEEK_V3, ExpertWeights
 from jax_moe.io.files import write_atomically
-from pallas_kernels.tuning.command import positive
 
 TOKENS, FEW_TOKENS = (1, 16, 64, 256), (1, 7)
 LAYERS, FEW_LAYERS = 61, 3
@@ -301,7 +301,7 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.layers")
-    parser.add_argument("--layers", type=positive, help=f"L; {LAYERS} on a GPU")
+    parser.add_argument("--layers", type=up_to(MOST_LAYERS), help=f"L; {LAYERS} on a GPU")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
     commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)

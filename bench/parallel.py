@@ -29,6 +29,7 @@ from bench.failures import one_line
 from bench.parallel_inputs import (
     AXIS,
     NUM_ROUTINGS,
+    ROUTINGS,
     busiest_share,
     draw,
     gathered,
@@ -43,9 +44,9 @@ from bench.parallel_rows import Row
 from bench.results import writing
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop import interruption
+from interop.arguments import up_to
 from jax_moe import DEEPSEEK_V3, LayerInputs
 from jax_moe.parallel.exchange import NAMES
-from pallas_kernels.tuning.command import positive
 
 TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
 ROOT, FILES = "out/parallel", ("parallel.json", "parallel.png")
@@ -350,7 +351,9 @@ def _names(text: str) -> tuple[str, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.parallel")
-    parser.add_argument("--ranks", type=positive, default=1, help="devices, one rank each")
+    parser.add_argument(
+        "--ranks", type=up_to(FULL.num_experts), default=1, help="devices, one rank each"
+    )
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's of all ranks")
     parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--pieces", type=token_counts, default=(1,))
@@ -358,8 +361,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local-of", type=token_counts, default=())
     commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
-    if unknown := set(args.exchanges or ()) - set(NAMES):
-        parser.error(f"--exchanges: expected some of {', '.join(NAMES)}, got {unknown}")
+    for flag, names, known in (
+        ("exchanges", args.exchanges or (), NAMES),
+        ("routings", args.routings, ROUTINGS),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            got = ", ".join(map(repr, unknown))
+            parser.error(f"--{flag}: expected some of {', '.join(known)}, got {got}")
     devices_for(args.ranks)
     environment.enable_compilation_cache()
     case = Case(args.exchanges or exchanges_on(args.ranks), args.pieces, args.routings)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from interop.arguments import up_to
+from interop.dataset import MAX_TOKENS
 from interop.workloads import Workload, workloads
 from jax_moe.models import DEEPSEEK_V3, Model
-from pallas_kernels.tuning.command import positive
 
 _LOCAL_EXPERTS = 32  # of a rank of the definition, whose ids a workload's offset refers to
 _LEAST_DIGITS = 6  # of a uuid that is given by digits alone: fewer are a slip of a token count
@@ -44,6 +45,7 @@ def sizes_of(model: Model, *, reduced: bool = False) -> Sizes:
     return Sizes(*experts, hidden_size=256, intermediate_size=128)
 
 
+MOST_LAYERS = 1024  # of one scan, several times those of any model
 FULL, REDUCED = sizes_of(DEEPSEEK_V3), sizes_of(DEEPSEEK_V3, reduced=True)
 
 WORKLOADS = tuple(sorted(workloads(), key=lambda row: row.num_tokens))
@@ -79,7 +81,7 @@ def select(names: Sequence[str], pool: Sequence[Workload] = WORKLOADS) -> tuple[
 
 def token_counts(text: str) -> tuple[int, ...]:
     """The type of an argument that is token counts, separated by commas."""
-    return tuple(map(positive, text.split(",")))
+    return tuple(map(up_to(MAX_TOKENS), text.split(",")))
 
 
 def _matching(name: str, pool: Sequence[Workload]) -> list[Workload]:

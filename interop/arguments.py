@@ -2,8 +2,23 @@
 
 import argparse
 import math
+from collections.abc import Callable
 
 from pallas_kernels.tuning.command import positive as positive
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """The type of an argument that is a positive integer of at most `most`."""
+
+    def checked(text: str) -> int:
+        digits = text if text.isdecimal() and len(text) <= len(str(most)) else "0"
+        if not 1 <= int(digits) <= most:
+            raise argparse.ArgumentTypeError(
+                f"expected a positive integer of at most {most}, got {text!r}"
+            )
+        return int(digits)
+
+    return checked
 
 
 def natural(text: str) -> int:

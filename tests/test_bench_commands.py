@@ -32,6 +32,7 @@ EXAMPLES = (  # that of DeepSeek needs transformers, and is in test_end_to_end.p
     *sorted((ROOT / "examples").glob("*_layer.py")),
     *sorted((ROOT / "examples/ladder").glob("level_*.py")),
 )
+AT_MOST = "expected a positive integer of at most %d"
 NEEDS = {"equinox_layer": "equinox", "linen_layer": "flax"}
 COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert")
 
@@ -67,7 +68,17 @@ def test_folders_that_cannot_be_written_to(capsys, command, folder, reason):
         ("options", "--jobs=-1", "argument --jobs: expected 0 or a positive integer, got '-1'"),
         ("loading", "--scratch=", "argument --scratch: expected a folder, got an empty name"),
         ("parallel", "--exchanges=pigeon", "--exchanges: expected some of auto, two_level, "),
+        ("parallel", "--routings=", "--routings: expected some of even, captured, zipf, got ''"),
+        ("parallel", f"--tokens=1,{10**20}", f"argument --tokens: {AT_MOST % 2**20}, got '1000"),
+        ("parallel", f"--ranks={10**20}", f"argument --ranks: {AT_MOST % 256}, got '10000000"),
+        ("layers", f"--tokens={2**20 + 1}", f"argument --tokens: {AT_MOST % 2**20}, got '1048577"),
+        ("layers", f"--layers={10**20}", f"argument --layers: {AT_MOST % 1024}, got '1000000"),
+        ("shared_expert", "--tokens=0", f"argument --tokens: {AT_MOST % 2**20}, got '0'"),
         ("parallel_gpus", "--only=nothing", "--only: expected a part of a step's name, got 'no"),
+        (
+            "parallel_gpus",
+            "--only: expected a part of a step's name, got 'check,'",
+        ),
         ("parallel_gpus", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
         ("parallel_gpus", "--minutes=-1", "argument --minutes: expected a finite number of 0"),
         ("tests.fuzz", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
@@ -89,6 +100,13 @@ def test_values_that_cannot_be_meant(capsys, monkeypatch, tmp_path, command, arg
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tests.h100_target.prepare_environment", lambda _: None)
     assert refused(capsys, command, argument).startswith(said)
+
+
+@pytest.mark.parametrize(("names", "got"), [("", "''"), ("pigeon,nvlink,x", "'pigeon', 'x'")])
+def test_exchanges_that_do_not_exist_are_named(capsys, names, got):
+    assert refused(capsys, "parallel", f"--exchanges={names}").endswith(
+        f"collectives, nvlink, got {got}"
+    )
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
