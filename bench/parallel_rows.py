@@ -1,5 +1,6 @@
 """What was measured of the layer over several ranks: rows, their table, their file, their plot."""
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 from bench import environment, tables
 from bench.results import writing
 from interop import plot_style
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 
 HEADER = (
     "exchange", "routing", "ranks", "T", "pieces", "layer us", "local us", "between us", "ratio",
@@ -117,10 +118,13 @@ def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:
         path: Of the PNG.
 
     Returns:
-        Whether there was anything to draw.
+        Whether it is there: there was something to draw, and matplotlib; a line says if not.
     """
     timed = [row for row in rows if row.efficiency is not None]
     if not timed:
+        return False
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{shown(path)}: not written: needs matplotlib (pip install matplotlib)")
         return False
     with write_atomically(path, "wb") as picture:
         drawn(timed, about).savefig(picture, format="png", dpi=130)

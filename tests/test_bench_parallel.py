@@ -230,6 +230,25 @@ def test_the_text_is_there_without_a_plot_that_the_disk_has_no_room_for(
     assert "parallel_gpus.png" not in (tmp_path / "parallel_gpus.md").read_text()
 
 
+def test_the_rest_is_there_without_matplotlib(tmp_path, monkeypatch, capsys):
+    about = {"device": {"kind": "H200", "platform": "gpu"}, "versions": {"jax": "1"}}
+    parallel_rows.write(ROWS, about, tmp_path / "layer_8" / "parallel.json")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    names = [tmp_path / f"parallel_gpus.{ending}" for ending in ("json", "png", "md")]
+    needs = "not written: needs matplotlib (pip install matplotlib)"
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote {names[0]}",
+        f"{names[1]}: {needs}",
+        f"wrote {names[2]}",
+    ]
+    assert "parallel_gpus.png" not in names[2].read_text()
+    # What `bench.parallel` itself calls at its end.
+    assert not parallel_rows.plot(ROWS, about, tmp_path / "parallel.png")
+    assert capsys.readouterr().out == f"{tmp_path / 'parallel.png'}: {needs}\n"
+    assert not (tmp_path / "parallel.png").exists()
+
+
 def test_steps_of_several_commits_are_told_apart_also_from_the_json_file_alone(tmp_path):
     lines = []
     for tokens, commit in ((8, "aaaaaaa"), (4096, "bbbbbbb")):
