@@ -81,9 +81,13 @@ def prepare_process(environ: Any = os.environ) -> None:
         environ.setdefault("NPROC", "16")  # threads for the interpreter's simulated warpgroups
 
 
-def lacking_packages() -> list[str]:
-    """Packages that `pip install '.[bench]'` would add."""
-    return [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
+def lacking_packages(needed: Mapping[str, str] = _NEEDED) -> list[str]:
+    """Packages that are needed and not there.
+
+    Args:
+        needed: Modules, and their packages; by default what `pip install '.[bench]'` would add.
+    """
+    return [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
 
 
 def has_gpu_driver() -> bool:

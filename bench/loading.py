@@ -38,6 +38,7 @@ from jax_moe.io.files import write_atomically
 
 LAYER, SHARDS, REPEATS = 3, 4, 5
 ROOT, FILES = "out/loading", ("loading.json",)
+NEEDED = {"torch": "torch", "safetensors": "safetensors"}  # modules, and their packages
 _PIECE = 2**25  # bytes that a thread reads at a time
 _QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
@@ -173,6 +174,9 @@ def run(folder: Path, scratch: Path | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
+    if lacking := environment.lacking_packages(NEEDED):
+        names = " ".join(lacking)
+        sys.exit(f"python -m bench.loading: needs {names}: pip install {names}")
     parser = argparse.ArgumentParser(prog="python -m bench.loading")
     commands.add_output(parser, ROOT)
     parser.add_argument("--scratch", type=commands.folder, help="folder for 1.4 GB of files")

@@ -17,6 +17,7 @@ import pytest
 
 from bench import (
     commands,
+    environment,
     layers,
     loading,
     option_rows,
@@ -39,6 +40,8 @@ COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared
 
 def refused(capsys, command, *arguments):
     """What a command says of its arguments."""
+    if command == "loading" and (lacking := environment.lacking_packages(loading.NEEDED)):
+        pytest.skip(f"it asks first for {', '.join(lacking)}")
     module = command if "." in command else f"bench.{command}"
     with pytest.raises(SystemExit) as raised:
         importlib.import_module(module).main(list(arguments))
@@ -107,6 +110,16 @@ def test_exchanges_that_do_not_exist_are_named(capsys, names, got):
     assert refused(capsys, "parallel", f"--exchanges={names}").endswith(
         f"collectives, nvlink, got {got}"
     )
+
+
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
+def test_loading_without_a_package_is_one_line_and_makes_nothing(monkeypatch, tmp_path, package):
+    monkeypatch.setattr(loading, "NEEDED", {package: package, "json": "json"})
+    monkeypatch.setitem(sys.modules, package, None)  # its import fails
+    with pytest.raises(SystemExit) as raised:
+        loading.main([f"--output={tmp_path / 'new'}"])
+    assert raised.value.code == f"python -m bench.loading: needs {package}: pip install {package}"
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -258,6 +271,7 @@ def test_what_was_measured_is_shown_on_a_full_disk(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(environment, "lacking_packages", lambda *_: [])
     monkeypatch.setattr(module, "measure", lambda *_, **__: found)
     for made in ("answer", "make_layer", "write_checkpoint", "devices_for"):  # not needed
         monkeypatch.setattr(module, made, lambda *_: None, raising=False)
