@@ -17,14 +17,22 @@ from jax_moe.io.files import naming, shown
 
 def folder(text: str) -> Path:
     """The type of an argument that is a folder to write into; it is made, with its parents."""
+    path = folder_name(text)
+    try:
+        run_folder.make_writable(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
+
+
+def folder_name(text: str) -> Path:
+    """The type of an argument that is a folder, which may not be there."""
     if not text:  # pathlib's current directory, which nobody means by it
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     try:
-        path = Path(text).expanduser()
-        run_folder.make_writable(path)
-    except (RuntimeError, ValueError) as error:  # the first: no such user
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no such user
         raise argparse.ArgumentTypeError(str(error)) from None
-    return path
 
 
 def file(text: str) -> Path:

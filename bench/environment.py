@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from interop import interruption
 from interop.checkout import git_commit as git_commit
-from interop.checkout import output_of
+from interop.checkout import output_of as output_of
 from pallas_kernels.files import cache_folder
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from bench.parallel_trace import read as read_trace
 from bench.results import FileError, writing
 from bench.tables import markdown, without_empty
 from interop.markdown import wrapped
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import naming, write_atomically
 
 STEM = "parallel_gpus"
 _MOST_KERNELS = 14
@@ -36,23 +36,25 @@ def collect(folder: Path) -> dict[str, Any]:
         primitives and traces. Steps of several commits make an `about` that names them all.
     """
     found: dict[str, Any] = {"about": {}, "steps": _steps(folder), "layers": []}
-    started: set[str] = set()
+    began: set[tuple[str, str]] = set()
     commits: dict[str, str] = {}
     for path in sorted(folder.glob("layer_*/parallel.json")):
-        rows, about = parallel_rows.read(path)
+        with naming(path):
+            rows, about = parallel_rows.read(path)
         found["layers"] += rows
         found["about"] |= about
-        started.add(about.get("started", ""))
+        began.add(_began(about))
         commits[path.parent.name] = about.get("git_commit", "")
     found["layers"].sort(key=lambda row: (row.tokens, row.routing != "even", row.routing))
     found["layers"] = [row._asdict() for row in found["layers"]]
     for kind, prefix in (("checks", "check"), ("primitives", "primitives"), ("traces", "trace")):
         found[kind] = []
         for path in sorted(folder.glob(f"{prefix}_*.json")):
-            content = json.loads(path.read_text())
+            with naming(path):
+                content = json.loads(path.read_text())
             found[kind] += [{"step": path.stem} | row for row in content["rows"]]
             found["about"] = content["about"] | found["about"]
-            started.add(content["about"].get("started", ""))
+            began.add(_began(content["about"]))
             commits[path.stem] = content["about"].get("git_commit", "")
     for trace in found["traces"]:
         path = folder / trace.get("trace", "")
@@ -62,13 +64,18 @@ def collect(folder: Path) -> dict[str, Any]:
     for step in found["steps"]:
         if commit := commits.get(step["step"]):
             step["commit"] = commit
-    if first := sorted(started - {""}):
-        found["about"]["started"] = first[0]
-    if "command" in found["about"]:  # that of a step, which is in the step's own file
-        found["about"]["command"] = found["about"]["command"].split(" --step ")[0]
+    if first := sorted(began - {("", "")}):
+        found["about"]["started"] = first[0][0]
+        commands = dict.fromkeys(command for _, command in first if command)
+        found["about"]["command"] = " && ".join(commands)
     if named := sorted({*commits.values()} - {""}):
         found["about"]["git_commit"] = ", ".join(named)
     return found
+
+
+def _began(about: Mapping[str, Any]) -> tuple[str, str]:
+    """When a step did, and the command that started it: its own is in the step's own file."""
+    return about.get("started", ""), about.get("command", "").split(" --step ")[0]
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
@@ -89,10 +96,12 @@ def write(folder: Path) -> Iterator[Path]:
     Raises:
         FileError: The plot cannot be written; names it. The text is there without it.
         OSError: A file of text cannot be written.
+        ValueError: A file of the run cannot be read; names it.
     """
     found, path = collect(folder), folder / f"{STEM}.json"
     if not found["about"] and path.exists():
-        found = json.loads(path.read_text())
+        with naming(path):
+            found = json.loads(path.read_text())
     write_json(found, path)
     yield path
     rows = [Row(**row) for row in found["layers"]]

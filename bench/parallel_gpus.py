@@ -3,6 +3,9 @@
     python -m bench.parallel_gpus --output out/parallel_gpus --minutes 9
     python -m bench.parallel_gpus --output out/parallel_gpus --documents    # again from its files
 
+A folder holds one run. `--only` adds steps to it that are not there yet, with the same ranks, GPUs,
+versions and commit; what would replace a step or mix runs needs `--overwrite`, which begins anew.
+
 Each step is a process of its own with a limit (`bench.steps`): all compile at the same time, then
 each has the GPUs for itself. Multicast (NVLS) stays off.
 
@@ -24,13 +27,13 @@ from typing import Any
 
 import jax
 
-from bench import commands, environment, parallel, parallel_documents
+from bench import commands, environment, parallel, parallel_documents, parallel_folder
 from bench.results import FileError
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
 from interop import interruption
-from interop.arguments import finite
-from pallas_kernels.tuning.command import positive
+from interop.arguments import finite, positive, up_to
+from jax_moe.io.files import shown
 
 SKEWED = (128, 1024, 8192)
 """Tokens per rank at which routing that is not even is measured too."""
@@ -57,6 +60,8 @@ STEPS = (
 )
 """Name, what, whether with CUDA graphs, seconds of its turn; the most telling first."""
 
+NAMES = tuple(name for name, *_ in STEPS)
+
 WITHOUT_GPUS = (
     "check_collectives", "layer_1024", "primitives_collectives", "trace_collectives_128",
 )  # fmt: skip
@@ -66,18 +71,22 @@ NO_GRAPHS = "--xla_gpu_enable_command_buffer="
 _BEFORE_S = 420  # for a step to start and compile while all others do
 
 
-def steps_of(folder: Path, only: str, ranks: int | None = None) -> list[Step]:
+def steps_of(
+    folder: Path, only: str, ranks: int | None = None, others: Sequence[str] = ()
+) -> list[Step]:
     """The steps whose name holds `only`, with NVLS off, and memory left to each other.
 
     Args:
         folder: Of the results.
         only: Parts of names, by commas; all if empty.
         ranks: How many devices; None means all GPUs.
+        others: More arguments of the command, for the record of a step.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     variables = {"NCCL_NVLS_ENABLE": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = ["-m", "bench.parallel_gpus", "--output", str(folder)]
     command += [] if ranks is None else ["--ranks", str(ranks)]
+    command += others
     return [
         Step(
             name,
@@ -151,11 +160,16 @@ def _kept(rows: Iterable[dict[str, Any]], about: dict[str, Any], path: Path) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.parallel_gpus")
-    parser.add_argument("--output", type=commands.folder, default="out/parallel_gpus")
+    parser.add_argument("--output", type=commands.folder_name, default="out/parallel_gpus")
     parser.add_argument("--minutes", type=finite, default=9.0, help="for all steps")
     parser.add_argument("--jobs", type=positive, help="steps that compile at once; one per core")
-    parser.add_argument("--ranks", type=positive, help="devices; all GPUs, or two CPU devices")
-    parser.add_argument("--only", default="", help="steps whose name holds one of these")
+    parser.add_argument(
+        "--ranks", type=up_to(FULL.num_experts), help="devices; all GPUs, or two CPU devices"
+    )
+    parser.add_argument("--only", help="steps whose name holds one of these, by commas")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run that --output holds"
+    )
     parser.add_argument(
         "--documents", action="store_true", help="write them again, measure nothing"
     )
@@ -167,20 +181,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment.enable_compilation_cache()
         name, *what = args.step
         return run_step(name, what, args.ranks or jax.device_count(), args.output)
-    code = 0
-    if not args.documents:
-        steps = steps_of(args.output, args.only, args.ranks)
-        if not steps:
-            parser.error(f"--only: expected a part of a step's name, got {args.only!r}")
-        jobs = args.jobs or os.cpu_count() or 1
-        code = run_all(steps, args.output, args.minutes, jobs)
     try:
-        for path in parallel_documents.write(args.output):
+        if args.documents:
+            if not parallel_folder.holds_a_run(args.output, NAMES):
+                raise ValueError(f"--documents: {shown(args.output)}: there is no run")
+            return _write_documents(args.output)
+        return _measure(parser, args)
+    except ValueError as error:
+        print(f"python -m bench.parallel_gpus: {error}", file=sys.stderr)
+        return 2
+
+
+def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Runs the steps that were asked for; returns the exit code."""
+    others = ["--minutes", f"{args.minutes:g}"]
+    others += [] if args.jobs is None else ["--jobs", str(args.jobs)]
+    others += [] if args.only is None else ["--only", args.only]
+    parts = ["all"] if args.only is None else args.only.split(",")
+    steps = steps_of(args.output, args.only or "", args.ranks, others)
+    if not steps or not all(parts):
+        parser.error(f"--only: expected a part of a step's name, got {args.only!r}")
+    try:
+        commands.folder(str(args.output))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --output: {error}")
+    wanted = [step.name for step in steps]
+    with parallel_folder.opened(args.output, wanted, NAMES, args.ranks, overwrite=args.overwrite):
+        code = run_all(steps, args.output, args.minutes, args.jobs or os.cpu_count() or 1)
+        if args.overwrite:  # kept until now; the steps' own files hold all of the new run
+            (args.output / f"{parallel_documents.STEM}.json").unlink(missing_ok=True)
+        return _write_documents(args.output) or code
+
+
+def _write_documents(folder: Path) -> int:
+    try:
+        for path in parallel_documents.write(folder):
             print(f"wrote {path}")
     except FileError as error:
         print(error, file=sys.stderr)
-        return code or 1
-    return code
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -282,7 +282,9 @@ def test_on_a_machine_without_gpus_only_what_cpus_can_check(monkeypatch):
     assert len(set(names[True])) == len(names[True])
 
 
-def test_nothing_at_all_is_a_document_too(tmp_path):
+def test_a_run_whose_steps_all_failed_is_a_document_too(tmp_path):
+    line = {"step": "layer_1", "state": "killed after 75 s", "seconds": 75.0}
+    (tmp_path / "steps.jsonl").write_text(json.dumps(line))
     assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
     assert (tmp_path / "parallel_gpus.md").read_text().startswith("# Expert parallelism")
 
@@ -304,7 +306,8 @@ def test_a_step_on_two_cpu_devices_ends_in_a_document(tmp_path, monkeypatch):
     text = (tmp_path / "parallel_gpus.md").read_text()
     assert "**REDUCED sizes**: No GPU found" in text
     assert "- Sizes: REDUCED sizes H=256 I=128 E=64 E_local=32\n" in text
-    command = f"`python -m bench.parallel_gpus --output {tmp_path} --ranks 2`"
+    command = f"`python -m bench.parallel_gpus --output {tmp_path} --ranks 2 --minutes 2"
+    command += " --only primitives`"
     assert command in " ".join(text.split())
     assert f"- Date: {content['about']['started'][:10]}" in text
 

@@ -1,0 +1,141 @@
+"""The folder of `bench.parallel_gpus`: it holds one run, to which calls may add steps.
+
+A step is added to what is there if it has no results yet and everything that its figures depend on
+is the same. Whatever else would mix two runs is refused.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import environment
+from bench.parallel_documents import STEM
+from bench.run_folder import make
+from interop import folder_lock
+from jax_moe.io.files import naming, shown
+
+RECORD = "steps.jsonl"
+_OF_A_STEP = (".json", ".json.gz", ".log", ".asks", "/parallel.json", "/parallel.png")
+
+
+def results_in(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The files of results that are there, by step.
+
+    Args:
+        folder: Of the run.
+        names: Of the steps.
+    """
+    paths = {name: (folder / f"{name}.json", folder / name / "parallel.json") for name in names}
+    return {name: path for name in names for path in paths[name] if path.is_file()}
+
+
+def holds_a_run(folder: Path, names: Sequence[str]) -> bool:
+    """Whether there is anything to make a document of."""
+    with naming(folder):
+        others = (folder / RECORD, folder / f"{STEM}.json")
+        return bool(results_in(folder, names)) or any(path.is_file() for path in others)
+
+
+@contextlib.contextmanager
+def opened(
+    folder: Path, wanted: Sequence[str], names: Sequence[str], ranks: int | None, *, overwrite: bool
+) -> Iterator[None]:
+    """Makes or finds the folder and holds its lock.
+
+    Args:
+        folder: Of the run.
+        wanted: Steps that are to be measured.
+        names: Of all steps there are.
+        ranks: How many devices; None means all GPUs.
+        overwrite: Replace the run in it. `parallel_gpus.json` stays, for the caller to replace;
+            everything else of the run goes at once.
+
+    Raises:
+        ValueError: It cannot be used, another process writes there, or it holds results that the
+            steps would replace or that were measured otherwise.
+    """
+    make("--output", folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock.held(folder))
+            if not overwrite:
+                _check(folder, wanted, results_in(folder, names), ranks)
+        except ValueError as error:
+            raise ValueError(f"--output: {error}") from None
+        if overwrite:
+            _remove(folder, names)
+        yield
+
+
+def _check(
+    folder: Path, wanted: Sequence[str], earlier: dict[str, Path], ranks: int | None
+) -> None:
+    again = [name for name in wanted if name in earlier]
+    if not earlier and (folder / f"{STEM}.json").exists():  # kept without the files of its steps
+        again = [f"{STEM}.json"]
+    if again:
+        raise ValueError(
+            f"{shown(folder)} holds {', '.join(again)} of an earlier run; --overwrite replaces it"
+        )
+    here = _settings_here(ranks) if earlier else {}
+    for name, path in earlier.items():
+        with naming(path):
+            there = _settings_of(json.loads(path.read_text())["about"])
+        for what, value in here.items():
+            if there[what] != value:
+                raise ValueError(
+                    f"{shown(folder)} holds {name} of an earlier run, with {what} {there[what]}, "
+                    f"got {value}; --overwrite replaces it"
+                )
+
+
+def _settings_of(about: dict[str, Any]) -> dict[str, str]:
+    """What the figures of a step depend on."""
+    sizes = about.get("sizes") or {"num_experts": 0, "num_local_experts": 1}
+    gpu = about.get("gpu_state") or {}
+    return {
+        "ranks": str(sizes["num_experts"] // sizes["num_local_experts"]),
+        "GPU": gpu.get("name", "none"),
+        "commit": str(about.get("git_commit")),
+        "versions": _in_words(about.get("versions") or {}),
+    }
+
+
+def _settings_here(ranks: int | None) -> dict[str, str]:
+    """The same of steps to come; JAX is not asked, which would take memory of the GPUs."""
+    gpu = environment.gpu_state() or {}
+    return {
+        "ranks": str(ranks or _num_devices()),
+        "GPU": gpu.get("name", "none"),
+        "commit": str(environment.git_commit()),
+        "versions": _in_words(environment.versions()),
+    }
+
+
+def _in_words(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _num_devices() -> int:
+    """All GPUs, or two CPU devices."""
+    if not environment.has_gpu_driver():
+        return 2
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(visible.split(","))
+    listed = environment.output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return len((listed or "").splitlines())
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    files = [f"{name}{ending}" for name in names for ending in _OF_A_STEP]
+    with naming(folder):
+        for name in (*files, RECORD, f"{STEM}.md", f"{STEM}.png"):
+            # NotADirectoryError: what is there is no folder of a step.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (folder / name).unlink()
+        for name in names:
+            with contextlib.suppress(OSError):  # not there, or something of the user's is in it
+                (folder / name).rmdir()
