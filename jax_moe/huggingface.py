@@ -273,7 +273,7 @@ def _set_groups(found: dict[str, Any]) -> None:
     method = found["topk_method"]
     if method not in (None, "noaux_tc", "greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method: expected 'noaux_tc' or 'greedy', got {quoted(method)}")
-    n_group, topk_group = found["n_group"] or 1, found["topk_group"] or 1
+    n_group, topk_group = found["n_group"], found["topk_group"]
     if method == "greedy":
         n_group = topk_group = 1
     if method == "group_limited_greedy" and topk_group < n_group:
@@ -311,7 +311,7 @@ def _of_its_type(key: str, field: str, value: Any) -> Any:
     if field == "routed_scaling_factor":
         return float(real(key, value))
     number = checked_integer(key, value)
-    least = 1 if field in _SIZES else 0
+    least = 1 if field in (*_SIZES, "n_group", "topk_group") else 0
     if number < least:
         raise ValueError(f"{key}: expected {least} or more, got {number}")
     return number

@@ -168,6 +168,12 @@ SPLIT = "into equal groups of at least 2, got"
             {"topk_group": 3},
             r"^topk_group: expected 1..num_expert_group \(= 1\), got 3",
         ),
+        (KIMI_LINEAR, {"topk_group": 0}, "^topk_group: expected 1 or more, got 0"),
+        (
+            KIMI_LINEAR,
+            {"num_expert_group": 0, "topk_group": 2},
+            "^num_expert_group: expected 1 or more, got 0",
+        ),
         (
             KIMI_LINEAR,
             {"num_expert_group": 3},
