@@ -29,6 +29,8 @@ import ml_dtypes
 import numpy as np
 import torch
 from jaxlib import _jax
+from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 from interop import lending
 
@@ -84,8 +86,8 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
         TypeError: not a `torch.Tensor`.
         ValueError: unsupported dtype, layout (sparse, ...) or device (meta, pinned host memory,
             other accelerators, a CUDA device that JAX does not see), a tensor that requires grad
-            where grad mode is on, or one whose storage lacks its elements (freed, shrunk, fake,
-            wrapped by torch.func).
+            where grad mode is on, a dual one of forward-mode differentiation, or one whose storage
+            lacks its elements (freed, shrunk, fake, lazy, wrapped by torch.func).
         RuntimeError: torch captures a CUDA graph.
     """
     bridge = bridge_of(tensor, name)
@@ -220,9 +222,10 @@ class Bridge:
         self, tensors: Mapping[str, torch.Tensor | None], optional: Collection[str] = ()
     ) -> dict[str, Any]:
         """The tensors, checked as `to_jax` promises; copies of those that cannot be shared."""
+        is_quick = forward_ad._current_level < 0  # else each is asked for its tangent
         return {
             name: tensor
-            if self._crosses(tensor) or (tensor is None and name in optional)
+            if (is_quick and self._crosses(tensor)) or (tensor is None and name in optional)
             else self._made_ready(tensor, name)
             for name, tensor in tensors.items()
         }
@@ -245,13 +248,14 @@ class Bridge:
                 <= tensor.untyped_storage().nbytes()
                 and not (self._on_cpu and tensor.is_pinned())
             )
-        except RuntimeError:  # torch.func's wrappers have no address
+        except (RuntimeError, ValueError):  # torch.func's wrappers, lazy modules' tensors
             return False
 
     def _made_ready(self, tensor: Any, name: str) -> torch.Tensor:
         """The tensor, checked as `to_jax` promises, or its row-major copy if one is due."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        refuse_lazy(name, tensor)
         if tensor.device != self.device:
             raise ValueError(f"{name}: expected a tensor on {self.device}, got {tensor.device}")
         if tensor.layout != torch.strided:
@@ -299,12 +303,26 @@ class Bridge:
 
 
 def refuse_grad(name: str, tensor: torch.Tensor) -> None:
-    """Refuses a tensor whose gradient would be lost; where grad mode is off there is none."""
+    """Refuses a tensor whose gradient would be lost; where grad mode is off there is none.
+
+    The tangent of a dual tensor would be lost as well, whatever the grad mode.
+    """
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: requires grad, which does not cross the bridge; pass {name}.detach(), or "
             "call under torch.no_grad()"
         )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{name}: expected a tensor without a tangent of forward-mode differentiation, which "
+            f"does not cross the bridge, got a dual tensor; pass unpack_dual({name}).primal"
+        )
+
+
+def refuse_lazy(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a lazy module's tensor that has no shape yet: torch's own error names none."""
+    if is_lazy(tensor):
+        raise ValueError(f"{name}: expected a tensor with memory, got {type(tensor).__name__}")
 
 
 def _check_memory(tensor: torch.Tensor, name: str) -> None:

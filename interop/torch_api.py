@@ -48,7 +48,8 @@ def torch_moe(
 ) -> BFloat16[Tensor, "T H"]:
     """`jax_moe.apply` on torch tensors; see there for the mathematics and its source.
 
-    Forward only. A tensor that requires grad is refused where grad mode is on.
+    Forward only. A tensor that requires grad is refused where grad mode is on, a dual tensor of
+    forward-mode differentiation always.
 
     Args:
         routing_logits: f32, bf16 or f16[T,E].

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 import jax_moe
 from interop import dlpack
@@ -173,7 +174,8 @@ def check_dtypes(tensors: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dtype in _ACCEPTED[name]:
             continue
-        if not tensor.is_nested:  # which has no shape to tell, and the bridge refuses it
+        # These have no shape to tell, and the bridge refuses them.
+        if not tensor.is_nested and not is_lazy(tensor):
             raise validate.wrong_dtype(name, f"{tensor.dtype} {list(tensor.shape)}")
 
 
@@ -282,11 +284,7 @@ def run(
     _require_memory(layer.options, inputs, bridge.target)
     with _outside_of_a_mesh():
         result = layer.apply(*transfers.upload_numbers((inputs, num_tokens)))
-    if isinstance(result, jax.core.Tracer):
-        raise RuntimeError(
-            "torch tensors have no values while JAX traces: call this outside of jax.jit and the "
-            "like, or jax_moe.apply on arrays inside"
-        )
+    _refuse_traced(result)
     if not result.size:
         return dlpack.to_torch(result) if out is None else out
     exported = dlpack.export_buffer(result, stream)
@@ -295,6 +293,14 @@ def run(
     out.copy_(exported)
     dlpack.keep_while_read(result, stream)
     return out
+
+
+def _refuse_traced(value: Any) -> None:
+    if isinstance(value, jax.core.Tracer):
+        raise RuntimeError(
+            "torch tensors have no values while JAX traces: call this outside of jax.jit and the "
+            "like, or jax_moe.apply on arrays inside"
+        )
 
 
 def _outside_of_a_mesh() -> contextlib.AbstractContextManager[object]:
@@ -309,8 +315,12 @@ def _outside_of_a_mesh() -> contextlib.AbstractContextManager[object]:
 
 def _host_number(name: str, value: Any) -> Any:
     """A torch scalar as Python's; other things stay as they are."""
-    if type(value) in (int, float) or not isinstance(value, Tensor):  # the first is quick
+    if type(value) in (int, float):  # which is quick
         return value
+    _refuse_traced(value)
+    if not isinstance(value, Tensor):
+        return value
+    dlpack.refuse_lazy(name, value)
     if value.device.type != "cpu":  # to read it would make the host wait
         raise ValueError(f"{name}: expected a number, got a tensor on {value.device}")
     dlpack.refuse_grad(name, value)
@@ -354,6 +364,7 @@ def _bytes_of(
 def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    dlpack.refuse_lazy("out", out)
     if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
         error = TypeError if out.dtype != torch.bfloat16 else ValueError
         raise error(

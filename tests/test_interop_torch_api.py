@@ -268,6 +268,7 @@ SCALARS = [
     (OFFSET, 1.5, TypeError, "local_expert_offset: expected an integer"),
     (OFFSET, torch.tensor([8, 8]), ValueError, r"local_expert_offset: .* scalar, got int64 \[2\]"),
     (FACTOR, "high", TypeError, "routed_scaling_factor: expected a real number"),
+    (FACTOR, torch.nn.UninitializedBuffer(), ValueError, "factor: expected a tensor with memory"),
     (FACTOR, torch.ones(2), ValueError, r"routed_scaling_factor: .* scalar, got float32 \[2\]"),
     (
         FACTOR,
@@ -346,6 +347,8 @@ def test_a_destination_whose_elements_share_memory_is_named(inputs):
     out = torch.zeros(1, 256, dtype=torch.bfloat16).expand(20, 256)
     with pytest.raises(ValueError, match="out: expected memory of its own for each element"):
         torch_moe(*inputs.arguments, out=out)
+    with pytest.raises(ValueError, match="out: expected a tensor with memory, got Uninitialized"):
+        torch_moe(*inputs.arguments, out=torch.nn.UninitializedBuffer())
 
 
 def test_a_call_while_jax_traces_is_refused(inputs):

@@ -16,11 +16,19 @@ torch = pytest.importorskip("torch")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 import jax_moe  # noqa: E402
 from interop import TorchMoE, to_jax, to_torch, torch_moe, torch_moe_routed  # noqa: E402
 from jax_moe import ExpertWeights  # noqa: E402
-from tests.moe_inputs import handle_arguments, scalar_arguments, token_arguments  # noqa: E402
+from tests.moe_inputs import (  # noqa: E402
+    TOKEN_ARGUMENTS,
+    handle_arguments,
+    named_arguments,
+    replaced,
+    scalar_arguments,
+    token_arguments,
+)
 from tests.torch_inputs import bits, relative_error, torch_inputs  # noqa: E402
 
 
@@ -361,3 +369,31 @@ def test_numbers_cross_a_transfer_guard(inputs, handle, expected):
         )
     for result in results:
         np.testing.assert_array_equal(bits(result), bits(expected))
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, jax.grad])
+def test_a_call_that_does_not_depend_on_what_jax_maps(inputs, handle, expected, transform):
+    def call(x):
+        np.testing.assert_array_equal(bits(handle(*handle_arguments(inputs))), bits(expected))
+        with pytest.raises(RuntimeError, match="while JAX traces"):
+            handle(*handle_arguments(inputs)[:-1], x)
+        return x
+
+    transform(call)(np.ones(2, np.float32) if transform is jax.vmap else 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, in make_dual
+@pytest.mark.parametrize("name", [*TOKEN_ARGUMENTS, *ExpertWeights._fields])
+def test_dual_and_lazy_tensors_are_named(inputs, handle, name):
+    tensor = named_arguments(inputs)[name]
+    with forward_ad.dual_level():
+        bad = [torch.nn.parameter.UninitializedBuffer(dtype=tensor.dtype)]
+        if tensor.dtype == torch.float32:
+            bad.append(forward_ad.make_dual(tensor, torch.ones_like(tensor)))
+        for value in bad:
+            given = replaced(inputs, **{name: value})
+            with pytest.raises(ValueError, match=rf"^{name}: expected a tensor with"):
+                torch_moe(*given.arguments)
+            with pytest.raises(ValueError, match=rf"^{name}: expected a tensor with"):  # noqa: PT012
+                used = TorchMoE(given.weights) if name in ExpertWeights._fields else handle
+                used(*handle_arguments(given))
