@@ -5,7 +5,6 @@ is the same. Whatever else would mix two runs is refused.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from bench.parallel_documents import STEM
 from bench.run_folder import make
 from interop import folder_lock
 from jax_moe.io.files import naming, shown
+from jax_moe.io.strict_json import parse_object
 
 RECORD = "steps.jsonl"
 _OF_A_STEP = (".json", ".json.gz", ".log", ".asks", "/parallel.json", "/parallel.png")
@@ -83,7 +83,8 @@ def _check(
     here = _settings_here(ranks) if earlier else {}
     for name, path in earlier.items():
         with naming(path):
-            there = _settings_of(json.loads(path.read_text())["about"])
+            content = path.read_bytes()
+        there = _settings_of(parse_object(content, shown(path)).get("about") or {})
         for what, value in here.items():
             if there[what] != value:
                 raise ValueError(

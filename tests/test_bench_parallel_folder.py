@@ -121,3 +121,18 @@ def test_a_document_that_was_kept_alone_is_not_replaced(tmp_path, measured):
     (tmp_path / "parallel_gpus.json").write_text("{}")
     said = f"--output: {tmp_path} holds parallel_gpus.json of an earlier run; --overwrite "
     assert measured(tmp_path) == (2, f"{said}replaces it\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "check_collectives.json: expected a JSON object, got list"),
+        ("{}", "with ranks 0, got 2"),
+    ],
+)
+def test_no_step_is_added_to_a_damaged_one(tmp_path, measured, content, message):
+    path = tmp_path / "check_collectives.json"
+    path.write_text(content)
+    code, said = measured(tmp_path, "--only=primitives")
+    assert (code, message in said) == (2, True), said
+    assert list(contents(tmp_path)) == [path]
