@@ -151,4 +151,4 @@ def _write(rows: Sequence[dict[str, Any]], about: dict[str, Any], path: Path) ->
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)

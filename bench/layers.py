@@ -15,7 +15,6 @@ nothing.
 import argparse
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -314,4 +313,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)

@@ -23,7 +23,6 @@ import concurrent.futures as futures
 import contextlib
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -353,4 +352,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)

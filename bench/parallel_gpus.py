@@ -224,4 +224,4 @@ def _write_documents(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)

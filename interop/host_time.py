@@ -251,4 +251,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(interruption.ended(lambda: main(sys.argv[1:])))
+    interruption.exit_with(lambda: main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
 _asked: int | None = None  # the first signal that came
@@ -142,3 +142,18 @@ def ended(main: Callable[[], int | None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             return 128 + signal.SIGPIPE
     return code
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Ends the process with the exit code of `ended`.
+
+    After a signal nothing but the output is flushed: a thread of JAX that still runs what was
+    interrupted may crash while Python tears down what it uses.
+    """
+    code = ended(main)
+    if code in {128 + one for one in _SIGNALS}:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

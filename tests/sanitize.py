@@ -286,4 +286,4 @@ def _write(folder: pathlib.Path, summary: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)

@@ -166,6 +166,19 @@ def test_a_signal_is_one_line_and_its_exit_code(capsys, number, code):
     assert interruption.ended(lambda: 3) == 3
 
 
+ENDING = """
+import atexit, os, signal
+from interop import interruption
+atexit.register(os.abort)  # stands for a thread of JAX that Python's end makes crash
+interruption.exit_with(lambda: print("rows") or signal.raise_signal(signal.SIGTERM))
+"""
+
+
+def test_nothing_can_crash_after_a_signal():
+    done = subprocess.run([sys.executable, "-c", ENDING], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "rows\n", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("command", "is_quiet"),
     [

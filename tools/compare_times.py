@@ -229,4 +229,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     environment.prepare_process()
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)

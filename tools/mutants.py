@@ -351,4 +351,4 @@ def write_report(found: Sequence[Verdict], how: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)

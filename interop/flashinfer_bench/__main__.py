@@ -164,4 +164,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(interruption.ended(main))
+    interruption.exit_with(main)
