@@ -83,8 +83,8 @@ def results(
         output: The folder that was asked for; None makes one in `root`, named by the time.
         root: Of runs without `output`.
         files: All that the command writes, its JSON first.
-        overwrite: Replace the run in `output`. The JSON stays until it is written, what was made of
-            it goes at once.
+        overwrite: Replace the run in `output`. It stays until the command writes its first rows,
+            which removes or replaces what was made of the earlier ones.
 
     Yields:
         The folder.
@@ -97,8 +97,6 @@ def results(
     with run_folder.opened(
         output, stem=stem, overwrite=overwrite, root=Path(root), files=files
     ) as found:
-        if overwrite:
-            found.begin()
         try:
             yield found.path
         except FileError as error:

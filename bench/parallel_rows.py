@@ -95,10 +95,11 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
-    """Rows with where they come from."""
+    """Rows with where they come from. A plot of earlier rows beside them goes."""
     content = {"about": dict(about), "rows": [row._asdict() for row in rows]}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".png").unlink(missing_ok=True)  # first: it is never beside other rows
         with write_atomically(path, "w") as file:
             json.dump(content, file, indent=1)
 

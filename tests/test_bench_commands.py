@@ -222,13 +222,19 @@ def test_what_reads_the_output_may_end_first():
 FOLDER = ("parallel.json", "parallel.png")
 
 
-def write_results(output, *, overwrite=False, rows="new", plot=True):
+def write_results(output, *, overwrite=False, rows="new", plot=True, refused=False):
     with commands.results(output, "out/parallel", FOLDER, overwrite=overwrite) as folder:
-        (folder / FOLDER[0]).write_text(rows)
+        if refused:
+            raise ValueError("--ranks")
+        parallel_rows.write([], {"rows": rows}, folder / FOLDER[0])
         if not plot:
             raise KeyboardInterrupt
         (folder / FOLDER[1]).write_text("plot")
     return folder
+
+
+def rows_in(folder):
+    return json.loads((folder / FOLDER[0]).read_text())["about"]["rows"]
 
 
 def test_a_folder_holds_the_results_of_one_run(tmp_path):
@@ -236,14 +242,17 @@ def test_a_folder_holds_the_results_of_one_run(tmp_path):
     said = "holds parallel.json, parallel.png of an earlier run; --overwrite replaces it"
     with pytest.raises(ValueError, match=f"^--output: .* {said}"):
         write_results(tmp_path, rows="second")
-    assert (folder / FOLDER[0]).read_text() == "new"
+    with pytest.raises(ValueError, match="--ranks"):
+        write_results(tmp_path, rows="second", overwrite=True, refused=True)
+    assert rows_in(folder) == "new"
+    assert (folder / FOLDER[1]).read_text() == "plot"
     with pytest.raises(KeyboardInterrupt):
         write_results(tmp_path, rows="second", overwrite=True, plot=False)
     assert [path.name for path in tmp_path.iterdir()] == ["parallel.json"]  # no plot of other rows
     with commands.results(tmp_path, "", FOLDER, overwrite=True):
         with pytest.raises(ValueError, match="another run is writing here"):
             write_results(tmp_path, overwrite=True)
-        assert (folder / FOLDER[0]).read_text() == "second"
+        assert rows_in(folder) == "second"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +318,7 @@ def test_results_without_a_folder_get_one_of_their_own(tmp_path, monkeypatch):
     first, second = write_results(None), write_results(None, rows="second")
     assert first != second
     assert first.parent == second.parent == pathlib.Path("out/parallel")
-    assert (first.parent / "latest" / FOLDER[0]).read_text() == "second"
+    assert rows_in(first.parent / "latest") == "second"
     with (
         pytest.raises(ValueError, match="nothing measured"),
         commands.results(None, "out/parallel", FOLDER),
