@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from bench import run_folder, typed
 from bench.correctness import Tolerance
 from bench.documents import Options
-from bench.results import Results, rows_of
+from bench.results import SCHEMA, Results, rows_of
 from bench.roofline import Roofline
 from bench.settings import Settings
 from jax_moe.io.files import naming, shown
 from jax_moe.io.strict_json import parse_object
+from jax_moe.scalars import quoted
 
 _NOT_ABOUT = ("schema", "timer", "roofline", "unavailable", "rows")
 
@@ -48,6 +49,9 @@ def read(folder: Path) -> Saved:
     (path,) = found
     with naming(path):
         content = parse_object(path.read_bytes(), shown(path))
+    if content.get("schema") != SCHEMA:
+        got = quoted(content.get("schema"))
+        raise ValueError(f"{shown(path)}: expected results of schema {SCHEMA}, got {got}")
     try:
         return _saved(path, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

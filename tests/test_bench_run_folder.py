@@ -333,7 +333,11 @@ def test_documents_of_a_folder_without_a_run(here, capsys):
     assert documents_of(f"--documents={here}/other.json") == bench_main.USAGE_ERROR
     expected = "other.json: expected a folder with results.json or scaling.json, got another file"
     assert capsys.readouterr().err.endswith(f"{expected}\n")
-    (here / "results.json").write_text('{"rows": []}')
+    (here / "results.json").write_text('{"schema": 2}')
+    assert documents_of(f"--documents={here}") == bench_main.USAGE_ERROR
+    expected = f"{here}/results.json: expected results of schema 1, got 2"
+    assert capsys.readouterr().err.endswith(f"{expected}\n")
+    (here / "results.json").write_text('{"schema": 1, "rows": []}')
     assert documents_of(f"--documents={here}") == bench_main.USAGE_ERROR
     assert f"{here}/results.json: damaged: KeyError" in capsys.readouterr().err
     assert documents_of(f"--documents={here}", "--seed=1") == bench_main.USAGE_ERROR
