@@ -350,6 +350,9 @@ def test_what_cannot_be_fused_is_named():
                 (TypeError, ValueError), match=r"params\.shared_experts\." + message
             ):
                 use(given, config)
+    wide = params._replace(gate=np.zeros((8, 128), np.float32))
+    with pytest.raises(ValueError, match=r"gate: expected .*H = 256 from config"):
+        nn.fuse_shared(wide, CONFIG)
     few = dataclasses.replace(CONFIG, num_experts=4)
     with pytest.raises(ValueError, match=r"params\.experts: expected all 4 experts, got 8"):
         nn.fuse_shared(params, few)

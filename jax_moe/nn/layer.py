@@ -165,7 +165,7 @@ def fuse_shared(params: LayerWeights, config: LayerConfig) -> LayerWeights:
     shared = checked_layer_weights("params", params).shared_experts
     if shared is None:
         raise ValueError("params: expected shared_experts to fuse, got None")
-    _check_experts("params", params, config)
+    _check_arrays("params", params, config)
     held = params.experts.num_local_experts
     if held != config.num_experts:
         raise ValueError(f"params.experts: expected all {config.num_experts} experts, got {held}")
