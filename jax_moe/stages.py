@@ -217,13 +217,12 @@ def plan_groups(
         NotImplementedError: The backend does not run on this device.
     """
     sizes: validate.Sizes = {}
-    validate.argument("topk_ids", topk_ids, sizes)
+    validate.chosen(topk_ids, sizes)
     num_tokens, top_k = topk_ids.shape
     num_experts = validate.num_experts(num_experts)
     num_local_experts = validate.static_integer(
         "num_local_experts", num_local_experts, 1, num_experts
     )
-    validate.pair_count("topk_ids", num_tokens, top_k)
     validate.whole(topk_ids=topk_ids)
     offset = validate.integer(
         "local_expert_offset", local_expert_offset, 0, num_experts - num_local_experts

@@ -299,12 +299,17 @@ def _offset(value: Any, num_experts: int, sizes: Sizes) -> Array | np.int32:
 
 def topk(topk_ids: Any, topk_weights: Any, sizes: Sizes) -> None:
     """Checks the choices of a router; sets T and k where nothing did."""
+    chosen(topk_ids, sizes)
+    argument("topk_weights", topk_weights, sizes)
+
+
+def chosen(topk_ids: Any, sizes: Sizes) -> None:
+    """Checks the experts that a router chose; sets T and k where nothing did."""
     argument("topk_ids", topk_ids, sizes)
     num_tokens, top_k = sizes["T"][0], sizes["k"][0]
     if top_k < 1:
         raise ValueError(f"topk_ids: expected k of at least 1, got {got(topk_ids)}")
     pair_count("topk_ids", num_tokens, top_k)
-    argument("topk_weights", topk_weights, sizes)
 
 
 def num_experts(value: Any) -> int:
