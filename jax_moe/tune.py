@@ -11,6 +11,7 @@ import importlib
 import sys
 
 from jax_moe import models
+from pallas_kernels import device
 from pallas_kernels.tuning import command
 from pallas_kernels.tuning.search import Sizes
 
@@ -48,6 +49,9 @@ def main(argv: list[str]) -> int:
         chosen = [models.get(name) for name in args.model]
     except ValueError as error:
         parser.error(str(error))
+    if device.local_gpu() is None:
+        print("jax_moe.tune: needs an NVIDIA GPU, and JAX sees none", file=sys.stderr)
+        return 1
     failed = False
     for model in chosen:
         for kernels in args.kernels:

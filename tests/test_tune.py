@@ -275,6 +275,10 @@ def test_models_are_tuned_by_name(monkeypatch, capsys):
         return len(asked) - 1  # all but the first fail
 
     monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(device, "local_gpu", lambda: None)
+    assert jax_moe.tune.main([]) == 1
+    assert capsys.readouterr().err == "jax_moe.tune: needs an NVIDIA GPU, and JAX sees none\n"
+    monkeypatch.setattr(device, "local_gpu", lambda: "a GPU")
     assert jax_moe.tune.main(["--model", "kimi-k2", "qwen3-30b", "--kernels", "mosaic"]) == 1
     options = command.Options(10, None)
     assert asked == [
