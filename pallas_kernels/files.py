@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +39,12 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[
         The open temporary file. An exception inside leaves `path` as it was.
     """
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    # Not of `tempfile`, which makes files private: this one has the mode that the umask leaves.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, f"x{mode[1:]}", encoding=None if "b" in mode else "utf-8") as file:
             yield file
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
