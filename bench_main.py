@@ -332,4 +332,4 @@ def _reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: interruption.exit_with(lambda: main(argv)), flags_parser=_parse)
+    interruption.exit_with(lambda: app.run(main, flags_parser=_parse))

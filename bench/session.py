@@ -290,6 +290,8 @@ def _measure(
             problem = f"GPU timer: {error}; --timer=wall needs no profiler"
         except FileError as error:
             problem = str(error)
+        except interruption.OutputError:  # of a row's line; what was measured is on disk
+            raise
         except ValueError as error:  # a data set that does not fit: one line for the user
             if not results.rows:
                 raise

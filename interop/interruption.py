@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that cannot get lost.
+"""Ctrl-C and SIGTERM that cannot get lost, and output that cannot be written, said in one line.
 
 Python raises `KeyboardInterrupt` wherever the main thread happens to be. Raised inside a callback,
 such as jaxlib's of the garbage collector, it would be printed as "Exception ignored" and forgotten;
@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
 _asked: int | None = None  # the first signal that came
@@ -121,27 +121,94 @@ def acknowledge() -> int:
     return 128 + number
 
 
+class OutputError(Exception):
+    """Standard output cannot be written, as on a full disk; no `OSError`, which is a file's."""
+
+
+class _Output:
+    """Standard output, whose errors are known to be its own."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _naming_output():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _naming_output():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _naming_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"standard output: cannot be written: {reason}") from None
+
+
+@contextlib.contextmanager
+def _watched_output() -> Iterator[None]:
+    """Within the block standard output raises `OutputError`; it is flushed where nothing failed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the parent, as `>&-` does
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    before = sys.stdout
+    watched: Any = _Output(before)
+    sys.stdout = watched
+    try:
+        yield
+        watched.flush()
+    finally:
+        sys.stdout = before
+
+
+def _drop_output() -> None:
+    """Keeps Python from trying once more to write what could not be written, when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _code(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except SystemExit as error:  # of argparse and absl
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            return 1
+        return error.code or 0
+
+
 def ended(main: Callable[[], int | None]) -> int:
     """Runs a command; what ends it from outside is an exit code and a line, never a traceback.
 
     Args:
-        main: The command.
+        main: The command. It may raise `SystemExit`, too.
 
     Returns:
-        Its exit code, that of a signal as `acknowledge` has it, or 141 where what reads its output
-        has ended first, as `head` does.
+        Its exit code, that of a signal as `acknowledge` has it, 141 where what reads its output has
+        ended first, as `head` does, or 1 where its output cannot be written.
     """
     with remembered():
         try:
-            code = main() or 0
-            sys.stdout.flush()
+            with _watched_output():
+                return _code(main)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return acknowledge()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            _drop_output()
             return 128 + signal.SIGPIPE
-    return code
+        except OutputError as error:
+            _drop_output()
+            print(error, file=sys.stderr)
+            return 1
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:

@@ -219,6 +219,39 @@ def test_what_reads_the_output_may_end_first():
     assert done.stderr == ""
 
 
+UNWRITTEN = "standard output: cannot be written: No space left on device\n"
+LARGE = "from interop import interruption; interruption.exit_with(lambda: print('x' * 10**6))"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "interop.flashinfer_bench", "list"),
+        ("-m", "interop.flashinfer_bench", "list", "--help"),
+        ("-c", LARGE),
+    ],
+)
+@pytest.mark.parametrize("to", ["/dev/full", "&-"])
+def test_output_that_cannot_be_written_is_one_line(command, to):
+    """And a closed one is nobody's wish to read it."""
+    shell = ["bash", "-c", f'exec "$@" >{to}', "bash", sys.executable, *command]
+    done = subprocess.run(shell, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    expected = (1, UNWRITTEN) if to == "/dev/full" else (0, "")
+    assert (done.returncode, done.stderr) == expected
+
+
+def test_a_file_that_cannot_be_written_is_not_said_to_be_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        interruption.ended(lambda: (tmp_path / "no" / "file").write_text("text") and 0)
+
+
+def test_a_command_may_end_by_itself(capsys):
+    assert interruption.ended(lambda: sys.exit(2)) == 2
+    assert interruption.ended(lambda: sys.exit()) == 0
+    assert interruption.ended(lambda: sys.exit("results.json: cannot be written")) == 1
+    assert capsys.readouterr().err == "results.json: cannot be written\n"
+
+
 FOLDER = ("parallel.json", "parallel.png")
 
 

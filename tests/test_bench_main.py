@@ -292,6 +292,19 @@ def test_what_reads_the_list_may_end_first():
     assert process.returncode == 128 + 13
 
 
+@on_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--list", "--help"])
+@pytest.mark.parametrize("to", ["/dev/full", "&-"])
+def test_output_that_cannot_be_written_is_one_line(flag, to):
+    shell = ["bash", "-c", f'exec "$@" >{to}', "bash", sys.executable, "bench_main.py", flag]
+    done = subprocess.run(shell, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == (1 if to == "/dev/full" else 0)
+    if to == "/dev/full":
+        assert done.stderr.endswith("standard output: cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.timing
 def test_a_gpu_run_has_both_clocks_the_roofline_and_one_launch_a_call(tmp_path):

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text, code = str(error), 2
         except BrokenPipeError:  # what reads the output has ended
             raise
-        except OSError as error:  # a full disk, mostly
+        except OSError as error:  # a full disk, mostly; of the output it is no `OSError`
             text, code = f"{shown(error.filename or arguments.folder)}: {error.strerror}", 1
     print(text, file=sys.stderr)
     return code
