@@ -179,6 +179,8 @@ def _settings() -> Settings:
         raise ValueError(
             f"--dataset: holds {models.DEEPSEEK_V3.name}'s routing, got --model={_MODEL.value}"
         )
+    if _INPUTS.value == "dataset" and _ROUTING.present:
+        raise ValueError(f"--routing={_ROUTING.value}: is of generated inputs, not of --dataset")
     if (local := _NUM_LOCAL_EXPERTS.value) is not None:
         if _INPUTS.value == "dataset":
             raise ValueError("--num_local_experts: the workloads of --dataset are of ranks of 32")
@@ -192,6 +194,8 @@ def _settings() -> Settings:
     timer = _TIMER.value or ("wall" if missing else "gpu")
     if _BREAKDOWN.value and timer != "gpu":
         raise ValueError(f"--breakdown: kernel times need --timer=gpu, {missing or 'got wall'}")
+    if not _WALL_TIME.value and timer != "gpu":
+        raise ValueError(f"--nowall_time: needs --timer=gpu, {missing or 'got wall'}")
     if _SUSTAINED.value and timer != "gpu":
         raise ValueError(f"--sustained: needs --timer=gpu, {missing or 'got wall'}")
     if _SOLUTIONS.value is not None:

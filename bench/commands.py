@@ -6,12 +6,14 @@ measured that cannot be written.
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench import run_folder
 from bench.results import FileError
+from interop.arguments import folder_name as folder_name
 from jax_moe.io.files import naming, shown
 
 
@@ -25,14 +27,14 @@ def folder(text: str) -> Path:
     return path
 
 
-def folder_name(text: str) -> Path:
-    """The type of an argument that is a folder, which may not be there."""
-    if not text:  # pathlib's current directory, which nobody means by it
-        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # no such user
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _usable(text: str) -> Path:
+    """`folder` that leaves nothing: `results` makes it once all arguments are known to be good."""
+    path = folder_name(text)
+    made = [one for one in (path, *path.parents) if not os.path.lexists(one)]
+    folder(text)
+    for one in made:
+        one.rmdir()
+    return path
 
 
 def file(text: str) -> Path:
@@ -56,7 +58,7 @@ def file(text: str) -> Path:
 def add_output(parser: argparse.ArgumentParser, root: str) -> None:
     """Adds the arguments that `results` takes."""
     parser.add_argument(
-        "--output", type=folder, help=f"folder; default: one per run in {root}, linked as latest"
+        "--output", type=_usable, help=f"folder; default: one per run in {root}, linked as latest"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that --output holds"

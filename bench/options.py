@@ -52,7 +52,7 @@ from bench.option_variants import VARIANTS, Variant, chosen_variants
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
 from interop import interruption
-from interop.arguments import natural
+from interop.arguments import comma_separated, natural
 from interop.processes import spawned
 from interop.workloads import Workload
 from jax_moe import DEEPSEEK_V3, LayerInputs, backends
@@ -326,11 +326,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.options")
     parser.add_argument(
-        "--workloads", type=lambda text: text.split(","), default=(), help="token counts, or all"
+        "--workloads", type=comma_separated, default=(), help="token counts, or all"
     )
     parser.add_argument(
         "--variants",
-        type=lambda text: text.split(","),
+        type=comma_separated,
         default=(),
         help="only those whose name begins with one of these",
     )

@@ -183,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_step(name, what, args.ranks or jax.device_count(), args.output)
     try:
         if args.documents:
+            for name in ("minutes", "jobs", "ranks", "only", "overwrite"):
+                if getattr(args, name) != parser.get_default(name):
+                    raise ValueError(f"--documents: reads --output alone, got --{name} too")
             if not parallel_folder.holds_a_run(args.output, NAMES):
                 raise ValueError(f"--documents: {shown(args.output)}: there is no run")
             return _write_documents(args.output)

@@ -361,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
     try:
+        model = models.get(args.model)
+        layer_config(model, sizes_of(model))  # refused before a folder is made
         with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
             return run(args.model, args.tokens, folder)
     except ValueError as error:

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from pallas_kernels.tuning.command import positive as positive
 
@@ -26,6 +27,35 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, got {text!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """The type of an argument that is a number in 0..1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in 0..1, got {text!r}")
+    return found
+
+
+def folder_name(text: str) -> Path:
+    """The type of an argument that is a folder, which may not be there."""
+    if not text:  # pathlib's current directory, which nobody means by it
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no such user
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """The type of an argument that is names, separated by commas."""
+    found = tuple(name.strip() for name in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
+    return found
 
 
 def finite(text: str) -> float:

@@ -57,9 +57,14 @@ def refused(capsys, command, *arguments):
         (ROOT / "README.md", "cannot be used: File exists"),
         (ROOT / "README.md/x", "cannot be used: Not a directory"),
         ("~nobody_here/x", "home directory"),
+        ("link", "link: cannot be used: it is a link to nothing"),
+        ("loop", "loop: cannot be used: it is a link to nothing"),
     ],
 )
-def test_folders_that_cannot_be_written_to(capsys, command, folder, reason):
+def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, command, folder, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
     said = refused(capsys, command, f"--output={folder}")
     assert said.startswith("argument --output: ")
     assert reason in said
@@ -68,6 +73,8 @@ def test_folders_that_cannot_be_written_to(capsys, command, folder, reason):
 @pytest.mark.parametrize(
     ("command", "argument", "said"),
     [
+        ("options", "--variants=", "argument --variants: expected names separated by commas, go"),
+        ("options", "--workloads=1,", "argument --workloads: expected names separated by commas"),
         ("options", "--jobs=-1", "argument --jobs: expected 0 or a positive integer, got '-1'"),
         ("loading", "--scratch=", "argument --scratch: expected a folder, got an empty name"),
         ("parallel", "--exchanges=pigeon", "--exchanges: expected some of auto, two_level, "),
@@ -106,6 +113,20 @@ def test_values_that_cannot_be_meant(capsys, monkeypatch, tmp_path, command, arg
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tests.h100_target.prepare_environment", lambda _: None)
     assert refused(capsys, command, argument).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"), [("options", "--variants=no"), ("shared_expert", "--model=no")]
+)
+def test_a_refusal_leaves_no_folder(capsys, tmp_path, command, argument):
+    assert refused(capsys, command, argument, f"--output={tmp_path / 'new/one'}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_documents_are_made_of_what_is_there(capsys, tmp_path):
+    module = importlib.import_module("bench.parallel_gpus")
+    assert module.main(["--documents", "--only=check", f"--output={tmp_path}"]) == 2
+    assert "--documents: reads --output alone, got --only too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("names", "got"), [("", "''"), ("pigeon,nvlink,x", "'pigeon', 'x'")])
@@ -338,7 +359,7 @@ def test_what_was_measured_is_shown_on_a_full_disk(
     path = tmp_path / "out" / module.FILES[0]
     assert raised.value.code == f"{path}: cannot be written: No space left on device"
     assert capsys.readouterr().out.count("12.5") == 1
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_errors_of_the_system_are_not_said_to_be_of_the_results(tmp_path):

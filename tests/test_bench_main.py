@@ -89,7 +89,6 @@ def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
         "--atol=0.02",
         "--required_matched_ratio=0.5",
         "--timer=wall",
-        "--nowall_time",
     ]
     _, (settings, options, _) = asked(*flags, "--report", "--profile=traces")
     assert set(settings.command().split()) == {"python", "bench_main.py", *flags}
@@ -125,6 +124,11 @@ def test_an_alias_is_its_model_and_a_data_set_is_the_definition_s(asked, capsys,
         ("--timer=gpu", "--timer=gpu: needs a GPU, JAX found cpu"),
         ("--inputs=dataset", "--dataset=FOLDER and --inputs=dataset go together"),
         ("--dataset=/tmp", "--dataset=FOLDER and --inputs=dataset go together"),
+        (
+            "--inputs=dataset --dataset=/tmp --routing=moments",
+            "--routing=moments: is of generated inputs, not of --dataset",
+        ),
+        ("--timer=wall --nowall_time", "--nowall_time: needs --timer=gpu, needs a GPU, JAX found cpu"),
         ("--dataset=", "--dataset: expected a folder, got an empty name"),
         ("--output=", "--output: expected a folder, got an empty name"),
         ("--profile=", "--profile: expected a folder, got an empty name"),
