@@ -68,7 +68,7 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
         ("Commit", about["git_commit"]),
         (
             "Inputs",
-            f"{settings.inputs}, routing {_routing_text(settings)}, seed {settings.seed}",
+            f"{settings.inputs}, routing {_routing_text(results, settings)}, seed {settings.seed}",
         ),
         (
             "Tolerance",
@@ -110,9 +110,10 @@ def _options_text(settings: Settings) -> str:
     return ", ".join(options)
 
 
-def _routing_text(settings: Settings) -> str:
+def _routing_text(results: Results, settings: Settings) -> str:
     if settings.inputs == "dataset":
-        return f"from {settings.dataset}"
+        drawn = results.about.get("stand_ins")
+        return f"from {settings.dataset}" + (f" ({drawn})" if drawn else "")
     if settings.routing == "moments":
         return "drawn from the captured moments (a stand-in for the published routing)"
     return f"{settings.routing}, one local expert per token"

@@ -46,7 +46,8 @@ def conditions(results: Results) -> str:
     model = settings.get("model", models.DEEPSEEK_V3.name)
     model = "" if model == models.DEEPSEEK_V3.name else f"{model} "
     sizes = environment.sizes_text(settings["sizes"], is_reduced=not settings["on_gpu"])
-    routing = "routing of the data set"
+    stand_ins = "'s stand-ins" if results.about.get("stand_ins") else ""
+    routing = f"routing of the data set{stand_ins}"
     if settings["inputs"] != "dataset":
         patterns = {"moments": "the captured moments"}
         routing = f"routing by {patterns.get(settings['routing'], settings['routing'])}"

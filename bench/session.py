@@ -84,6 +84,8 @@ def execute(
         settings.output, stem=settings.stem, resume=resume, overwrite=overwrite
     ) as folder:
         results = _new_results(settings, options, unavailable, folder, profile, jobs)
+        if drawn := dataset.stand_ins(workloads):
+            results.about["stand_ins"] = drawn
         if results.path.exists() and resume:
             _keep_finished(results, settings)
         if profile:

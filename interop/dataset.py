@@ -10,7 +10,7 @@ checked before it is used; what does not fit is a `ValueError` that names the fi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,9 @@ MAX_LINE_BYTES = 2**20
 _MAX_FACTOR = float(np.finfo(np.float32).max)
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _UUID = re.compile(r"[0-9A-Za-z-]{1,64}")
+STAND_IN = "stand_in_"
+"""How the name of a routing blob begins that was drawn, and not captured from a model."""
+
 _BLOBS = ("routing_logits", "routing_bias")
 
 
@@ -112,6 +115,18 @@ def read_workloads(
                 raise ValueError(f"{where}: uuid {row.workload.uuid} appears twice")
             rows[row.workload.uuid] = row
     return tuple(rows.values())
+
+
+def stand_ins(rows: Iterable[Workload]) -> str:
+    """What is to be said of the routing blobs of a data set that are stand-ins; empty if none is.
+
+    Args:
+        rows: Its workloads.
+    """
+    rows = list(rows)
+    count = sum(row.blob.startswith(STAND_IN) for row in rows)
+    of = "" if count == len(rows) else f" for {count} of the {len(rows)} workloads"
+    return f"stand-ins, not the published blobs{of}" if count else ""
 
 
 def read_routing(

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bench import gaussian, inputs, routing
+from bench import gaussian, header, inputs, routing
+from bench.results import Results
+from bench.settings import Settings
 from bench.work import Work, work_of
 from bench.workloads import FULL, REDUCED, SCALING, WORKLOADS, select
 from jax_moe import DEEPSEEK_V3
@@ -197,3 +199,11 @@ def test_select_takes_counts_prefixes_and_all():
     for unknown in ("2", "5", "8", "48221", "3", "07", "zz", ""):
         with pytest.raises(ValueError, match=f"unknown workload '{unknown}'"):
             select([unknown])
+
+
+def test_stand_ins_of_a_data_set_are_named(tmp_path):
+    settings = Settings(("jax_moe",), inputs="dataset", dataset="/d")
+    results = Results(tmp_path / "results.json", {"stand_ins": "stand-ins"}, "wall")
+    assert header._routing_text(results, settings) == "from /d (stand-ins)"
+    results.about.clear()
+    assert header._routing_text(results, settings) == "from /d"

@@ -381,6 +381,11 @@ def test_the_command_line_explains_bad_input(tmp_path, capsys):
         ("export", "--seed=-1", "--seed: expected 0 or a positive integer, got '-1'"),
         ("run", "--iterations=0", "--iterations: expected a positive integer, got '0'"),
         ("run", "--num-trials=x", "--num-trials: expected a positive integer, got 'x'"),
+        ("run", "--required-matched-ratio=2", "--required-matched-ratio: expected a number in 0"),
+        ("run", "--required-matched-ratio=nan", "--required-matched-ratio: expected a number in"),
+        ("run", "--solutions=", "--solutions: expected names separated by commas, got ''"),
+        ("export", "--dataset=", "--dataset: expected a folder, got an empty name"),
+        ("report", "--output=", "--output: expected a folder, got an empty name"),
         ("run", "--rtol=nan", "--rtol: expected a finite number of 0 or more, got 'nan'"),
     ],
 )

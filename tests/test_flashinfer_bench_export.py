@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from interop.dataset import read_workloads, stand_ins
 from interop.flashinfer_bench import __main__
 from interop.flashinfer_bench.export import export
 
@@ -31,7 +32,7 @@ def test_an_export_that_the_disk_has_no_room_for_leaves_the_earlier_one(
         return len(content)
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    assert __main__.main(["export", str(folder), "--seed=1"]) == 1
+    assert __main__.main(["export", str(folder), "--seed=1", "--overwrite"]) == 1
     monkeypatch.undo()
     assert contents() == before
     assert capsys.readouterr().err.endswith(".safetensors: No space left on device\n")
@@ -42,3 +43,37 @@ def test_an_unknown_definition_is_named_with_its_flag(tmp_path, capsys, text):
     assert __main__.main(["export", str(tmp_path / "new"), f"--definitions={text}"]) == 2
     assert capsys.readouterr().err.startswith("--definitions: unknown definition ")
     assert not (tmp_path / "new").exists()
+
+
+def test_an_export_with_other_blobs_is_replaced_only_if_asked(tmp_path, capsys):
+    folder = str(export(tmp_path))
+    readme = tmp_path / "README.md"
+    before = readme.read_bytes()
+    assert __main__.main(["export", folder]) == 0  # the same again
+    assert __main__.main(["export", folder, "--seed=1"]) == 2
+    said = ": is of an export with another --seed or --dataset; --overwrite replaces it\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert readme.read_bytes() == before
+    assert __main__.main(["export", folder, "--seed=1", "--overwrite"]) == 0
+    assert "seed 1" in readme.read_text()
+
+
+def test_copied_stand_ins_stay_stand_ins(tmp_path, capsys):
+    drawn = export(tmp_path / "drawn")
+    copied = export(tmp_path / "copied", dataset=drawn)
+    blobs = sorted(copied.glob("blob/**/*.safetensors"))
+    assert len(blobs) == 19
+    assert all(blob.name.startswith("stand_in_") for blob in blobs)
+    assert "Routing blobs: stand-ins, not the published blobs" in (copied / "README.md").read_text()
+    rows = [row.workload for row in read_workloads(copied)]
+    assert stand_ins(rows) == "stand-ins, not the published blobs"
+    rows[0] = rows[0]._replace(blob="abc.safetensors")
+    assert stand_ins(rows).endswith(" for 18 of the 19 workloads")
+    assert stand_ins(rows[:1]) == ""
+
+
+def test_a_data_set_is_not_exported_into_itself(tmp_path, capsys):
+    export(tmp_path)
+    assert __main__.main(["export", str(tmp_path), "--dataset", f"{tmp_path}/."]) == 2
+    said = f"--dataset: expected another folder than the export's, got {tmp_path}\n"
+    assert capsys.readouterr().err == said

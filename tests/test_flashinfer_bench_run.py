@@ -18,6 +18,7 @@ from interop.flashinfer_bench import __main__, run, traces  # noqa: E402
 from interop.flashinfer_bench.export import export  # noqa: E402
 from interop.flashinfer_bench.record import RECORD, Settings  # noqa: E402
 from interop.flashinfer_bench.report import report  # noqa: E402
+from interop.solutions import packages  # noqa: E402
 from tests.flashinfer_folders import NAME, TRACES, failed, trace, write_traces  # noqa: E402
 
 MEASURED = pathlib.Path(__file__).parent.parent / "results" / "h100" / "flashinfer_bench"
@@ -40,6 +41,7 @@ def folder(exported, tmp_path) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def installed(monkeypatch) -> None:
     monkeypatch.setattr(run, "_is_installed", lambda: True)
+    monkeypatch.setattr(packages, "hopper_unavailable", lambda: None)
     monkeypatch.setattr(run, "git_commit", lambda: "abc")
 
 
@@ -111,7 +113,16 @@ def test_without_the_package_nothing_is_written(folder, monkeypatch, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("tokens", ["x", "1,,7", "-1", "1.5"])
+def test_without_a_gpu_nothing_is_written(folder, started, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "hopper_unavailable", lambda: "PyTorch sees no CUDA device")
+    before = sorted(folder.rglob("*"))
+    assert __main__.main(["run", str(folder)]) == 2
+    assert capsys.readouterr().err == "run: PyTorch sees no CUDA device\n"
+    assert sorted(folder.rglob("*")) == before
+    assert not started
+
+
+@pytest.mark.parametrize("tokens", ["", "x", "1,,7", "-1", "1.5"])
 def test_token_counts_are_checked_under_their_flag(folder, started, capsys, tokens):
     assert __main__.main(["run", str(folder), f"--tokens={tokens}"]) == 2
     expected = f"--tokens: expected token counts such as 1,7,80, got {tokens!r}\n"
@@ -267,6 +278,7 @@ def test_the_report_from_traces(folder):
     text = report(folder).read_text()
     assert text.startswith("# sglang_v1 vs sglang_v2 vs jax_moe_mosaic\n")
     assert "- Device: NVIDIA H100 80GB HBM3" in text
+    assert "- Routing blobs: stand-ins, not the published blobs" in text
     assert "rtol 0.2, atol 0.1, required_matched_ratio 0.85" in text
     assert "warmup_runs 2, iterations 5, num_trials 1, timeout 600" in text
     assert "sglang_v1 18 of 19" in text

@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 import interop  # noqa: E402
 from interop import dataset, torch_oracle  # noqa: E402
 from interop.flashinfer_bench import __main__, export, run, solutions, traces  # noqa: E402
+from interop.solutions import packages  # noqa: E402
 
 OTHERS = definitions.ALL[1:]
 MODELS = {  # of the tag, where the definition has the model's sizes
@@ -249,6 +250,7 @@ def test_the_data_sets_of_a_folder_run_one_after_another(exported, monkeypatch):
 
     monkeypatch.setattr(run, "_is_installed", lambda: True)
     monkeypatch.setattr(run, "git_commit", lambda: "abc")
+    monkeypatch.setattr(packages, "hopper_unavailable", lambda: None)
     monkeypatch.setattr(run.subprocess, "run", start)
     assert __main__.main(["run", str(exported), "--tokens=64", "--num-trials=1"]) == 1
     assert [c[c.index("--definitions") + 1] for c in commands] == [one.name for one in OTHERS]

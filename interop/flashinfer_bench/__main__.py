@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interop import definitions, interruption
-from interop.arguments import finite, natural, positive
+from interop.arguments import comma_separated, finite, folder_name, natural, positive, share
 from interop.flashinfer_bench import record, run, solutions
 from jax_moe.io.files import shown
 
@@ -41,19 +41,21 @@ def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
     if arguments.command == "list":
         print(_listed())
         return 0
-    folder = Path(arguments.folder).expanduser()
+    folder: Path = arguments.folder
     # Each command imports what it alone needs: safetensors, tqdm or matplotlib.
     if arguments.command == "export":
         from interop.flashinfer_bench.export import export, export_each
 
-        options: dict[str, Any] = {"dataset": _folder(arguments.dataset), "seed": arguments.seed}
+        options: dict[str, Any] = {
+            name: getattr(arguments, name) for name in ("dataset", "seed", "overwrite")
+        }
         if arguments.definitions is None:
             print(export(folder, **options))
         else:
             names = _definitions(arguments.definitions)
             print(*export_each(folder, names, **options), sep="\n")
         return 0
-    output = _folder(getattr(arguments, "output", None))
+    output: Path | None = getattr(arguments, "output", None)
     if not (several := _data_sets(folder)):
         return _dispatch_one(arguments, extra, folder, output)
     code = 0
@@ -72,7 +74,7 @@ def _dispatch_one(
 ) -> int:
     if arguments.command == "run":
         settings = record.Settings(*(getattr(arguments, n) for n in record.Settings._fields))
-        tokens, chosen = _tokens(arguments.tokens), _parts(arguments.solutions)
+        tokens, chosen = _tokens(arguments.tokens), arguments.solutions
         return run.run(folder, settings, tokens=tokens, chosen=chosen, extra=extra)
     if arguments.command == "workspace":
         from interop.flashinfer_bench import workspace
@@ -101,12 +103,8 @@ def _listed() -> str:
     return "\n".join(lines)
 
 
-def _folder(name: str | None) -> Path | None:
-    return None if name is None else Path(name).expanduser()
-
-
-def _tokens(text: str) -> list[int]:
-    parts = _parts(text)
+def _tokens(text: str | None) -> list[int]:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"--tokens: expected token counts such as 1,7,80, got {text!r}")
     return [int(part) for part in parts]
@@ -120,10 +118,6 @@ def _definitions(text: str) -> list[str]:
         except ValueError as error:
             raise ValueError(f"--definitions: {error}") from None
     return names
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")] if text else []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,26 +134,35 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         if name == "list":
             continue
-        command.add_argument("folder", metavar="DIR")
+        command.add_argument("folder", metavar="DIR", type=folder_name)
         if name == "export":
             command.add_argument(
                 "--definitions", help="names from `list`, or all: a data set each, DIR/NAME"
             )
-            command.add_argument("--dataset", help="flashinfer-trace folder with the real blobs")
+            command.add_argument(
+                "--dataset", type=folder_name, help="flashinfer-trace folder with the real blobs"
+            )
             command.add_argument("--seed", type=natural, default=0, help="of the stand-in blobs")
+            command.add_argument(
+                "--overwrite", action="store_true", help="replace an export with other blobs"
+            )
         elif name == "run":
             for field, value in record.PUBLISHED._asdict().items():
                 flag = f"--{field.replace('_', '-')}"
                 kind = positive if isinstance(value, int) else finite
+                kind = share if field == "required_matched_ratio" else kind
                 command.add_argument(flag, type=kind, default=value, help=f"default {value}")
-            command.add_argument("--tokens", default="", help="only these token counts, 1,7,...")
+            command.add_argument("--tokens", help="only these token counts, 1,7,...")
             command.add_argument(
                 "--solutions",
-                default="",
+                type=comma_separated,
+                default=(),
                 help=f"only these, by name; without it {solutions.HIGH} is left out",
             )
         elif name == "report":
-            command.add_argument("--output", help="folder of the document, default DIR")
+            command.add_argument(
+                "--output", type=folder_name, help="folder of the document, default DIR"
+            )
     return parser
 
 

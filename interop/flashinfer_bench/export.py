@@ -20,7 +20,7 @@ import safetensors.numpy
 from jaxtyping import BFloat16, Float32
 
 from interop import definitions
-from interop.dataset import input_types, read_routing, read_workloads
+from interop.dataset import STAND_IN, input_types, read_routing, read_workloads
 from interop.definitions import Definition
 from interop.flashinfer_bench import record, solutions
 from interop.host_routing import topk_ids
@@ -30,7 +30,7 @@ from interop.workloads import (
     captured_routing,
     workloads,
 )
-from jax_moe.io.files import confined, naming, shown
+from jax_moe.io.files import confined, data_set_root, naming, shown
 
 _MAX_DRAWS = 64
 RANDOM_TOKENS = (1, 64, 1024)
@@ -52,6 +52,7 @@ def export(
     *,
     dataset: str | Path | None = None,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Path:
     """Writes the data set; files of an earlier export are replaced, others left alone.
 
@@ -63,14 +64,16 @@ def export(
         definition: Of which.
         dataset: A flashinfer-trace folder with the real blobs; None draws stand-ins.
         seed: Of the stand-ins.
+        overwrite: Replace workloads and blobs of an earlier export that are other ones.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: `dataset` is broken (see `interop.dataset`) or given for a definition that has
-            no published workloads, a symlink leads out of `folder`, or the folder holds traces,
-            which are of what was exported before.
+            no published workloads, or is the folder itself, a symlink leads out of `folder`, or
+            the folder holds traces, which are of what was exported before, or other workloads or
+            blobs without `overwrite`.
         OSError: A file cannot be written; names it.
     """
     if dataset is not None and not definition.is_default:
@@ -85,7 +88,7 @@ def export(
     if not definition.is_default:
         rows = _random(definition)
     else:
-        rows = list(_drawn(seed)) if dataset is None else _copied(dataset)
+        rows = list(_drawn(seed)) if dataset is None else _copied(dataset, root)
     blobs = f"blob/workloads/{op_type}/{name}"
     files: dict[str, str | bytes] = {}
     for row in rows:
@@ -96,6 +99,8 @@ def export(
     lines = (_workload_line(definition, row, f"./{blobs}/{row.blob_name}") for row in rows)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     files[f"workloads/{op_type}/{name}.jsonl"] = text
+    if not overwrite:
+        _refuse_others(root, files)
     files[f"definitions/{op_type}/{name}.json"] = _json(_definition(definition))
     for one in solutions.records(definition):
         path = f"solutions/{one['author']}/{op_type}/{name}/{one['name']}.json"
@@ -140,7 +145,7 @@ def _drawn(seed: int) -> Iterator[_Row]:
             workload=row,
             factor=ROUTED_SCALING_FACTOR,
             routing=_draw(row, seed),
-            blob_name=f"stand_in_{row.uuid}.safetensors",
+            blob_name=f"{STAND_IN}{row.uuid}.safetensors",
             source=f"stand-in drawn from captured moments, seed {seed}; not the published blob",
         )
 
@@ -157,21 +162,27 @@ def _draw(row: Workload, seed: int) -> tuple[Any, Any]:
     raise RuntimeError(f"no draw with local pairs in {_MAX_DRAWS} attempts for {row}")
 
 
-def _copied(dataset: str | Path) -> list[_Row]:
+def _copied(dataset: str | Path, root: Path) -> list[_Row]:
     try:
+        if data_set_root(dataset) == root:
+            raise ValueError(f"expected another folder than the export's, got {shown(root)}")
         rows = [(row, read_routing(dataset, row)) for row in read_workloads(dataset)]
     except ValueError as error:
         raise ValueError(f"--dataset: {error}") from None
-    return [
-        _Row(
-            workload=row.workload,
-            factor=row.routed_scaling_factor,
-            routing=routing,
-            blob_name=f"{row.workload.uuid}.safetensors",
-            source="copied from the data set folder that was given to the export",
+    copied = []
+    for row, routing in rows:
+        is_drawn = row.workload.blob.startswith(STAND_IN)
+        what = "stand-ins, not the published blobs, " if is_drawn else ""
+        copied.append(
+            _Row(
+                workload=row.workload,
+                factor=row.routed_scaling_factor,
+                routing=routing,
+                blob_name=f"{STAND_IN if is_drawn else ''}{row.workload.uuid}.safetensors",
+                source=f"{what}copied from the data set folder that was given to the export",
+            )
         )
-        for row, routing in rows
-    ]
+    return copied
 
 
 def _workload_line(definition: Definition, row: _Row, blob: str) -> dict[str, Any]:
@@ -236,6 +247,20 @@ def _readme(definition: Definition, rows: list[_Row]) -> str:
 
 def _json(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=1) + "\n"
+
+
+def _refuse_others(root: Path, files: Mapping[str, str | bytes]) -> None:
+    """Refuses a folder in which one of these files is there with another content."""
+    for relative, content in files.items():
+        path = root / relative
+        wanted = content.encode() if isinstance(content, str) else content
+        with naming(path):
+            is_another = path.is_file() and path.read_bytes() != wanted
+        if is_another:
+            raise ValueError(
+                f"{shown(path)}: is of an export with another --seed or --dataset; "
+                "--overwrite replaces it"
+            )
 
 
 def _write_all(root: Path, files: Mapping[str, str | bytes]) -> None:

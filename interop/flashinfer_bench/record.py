@@ -97,7 +97,8 @@ def _checked(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     one_line(record["command"], f"{where}: command")
     check_fields(record["settings"], Settings._fields, (), f"{where}: settings")
     for name, value in record["settings"].items():
-        number(value, 0, _MAX_SETTING, f"{where}: settings: {name}")
+        most = 1 if name == "required_matched_ratio" else _MAX_SETTING
+        number(value, 0, most, f"{where}: settings: {name}")
     versions = record["versions"]
     check_fields(versions, (), tuple(versions), f"{where}: versions")
     for name, value in versions.items():

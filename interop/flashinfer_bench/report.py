@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from interop import comparison_report
+from interop.dataset import stand_ins
 from interop.flashinfer_bench import record, solutions, workspace
 from interop.flashinfer_bench.traces import Traces, read_traces
 from jax_moe.io.files import data_set_root
@@ -30,7 +31,8 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
     traces = read_traces(root)
     called = record.read(root)
     sizes = workspace.read(root)
-    routing = "from the folder's blobs" if traces.definition.is_default else "drawn by it too"
+    blobs = "stand-ins" if stand_ins(traces.workloads) else "blobs"
+    routing = f"from the folder's {blobs}" if traces.definition.is_default else "drawn by it too"
     results = {
         name: {
             uuid: row._replace(workspace_bytes=sizes.get(name, {}).get(uuid))
@@ -71,6 +73,7 @@ def _header(traces: Traces, called: Mapping[str, Any]) -> dict[str, str]:
         "Definition": f"`{traces.definition.name}`",
         "Date": " to ".join(dict.fromkeys((min(traces.dates), max(traces.dates)))),
         "Device": ", ".join(traces.hardware),
+        **({"Routing blobs": drawn} if (drawn := stand_ins(traces.workloads)) else {}),
         "Tolerances": _pairs(settings, ("rtol", "atol", "required_matched_ratio")),
         "Config": _pairs(settings, config),
         "Clock": "flashinfer-bench: CUDA events around the call on PyTorch's stream, L2 zeroed and "

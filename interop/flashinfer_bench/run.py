@@ -19,7 +19,14 @@ from interop.definitions import Definition
 from interop.flashinfer_bench import record, solutions
 from interop.flashinfer_bench.record import PUBLISHED, Settings
 from interop.flashinfer_bench.traces import read_solutions, workload_lines
+from interop.solutions import packages
 from jax_moe.io.files import confined, confined_file, confined_files, data_set_root, shown
+
+_CLI = """import sys
+from flashinfer_bench.cli.main import cli
+sys.argv[0] = "flashinfer-bench"
+cli()
+"""
 
 
 def run(
@@ -47,14 +54,16 @@ def run(
         The command's exit status.
 
     Raises:
-        ValueError: flashinfer-bench is not installed, the folder is no data set, a solution does
-            not fit or is unknown, a file leads out of the folder, no workload has these token
-            counts, another run writes into the folder, or it holds traces of another command, other
-            settings or other versions. Nothing has been written then.
+        ValueError: flashinfer-bench is not installed, there is no Hopper GPU, the folder is no data
+            set, a solution does not fit or is unknown, a file leads out of the folder, no workload
+            has these token counts, another run writes into the folder, or it holds traces of
+            another command, other settings or other versions. Nothing has been written then.
     """
     if not _is_installed():
         raise ValueError("flashinfer-bench is not installed: pip install '.[peers]' in a checkout")
     root = data_set_root(folder)
+    if reason := packages.hopper_unavailable():
+        raise ValueError(f"run: {reason}")
     with folder_lock.held(root):
         return _run(root, settings, tokens, chosen, extra)
 
@@ -88,7 +97,7 @@ def _run(
         uuids = {row.workload.uuid for row in rows}
         view = _view(root, definition, Path(scratch), uuids) if tokens else root
         command = _command(view, definition, options)
-        arguments = [sys.executable, "-c", "from flashinfer_bench.cli.main import cli; cli()"]
+        arguments = [sys.executable, "-c", _CLI]
         environment = _environment(root)
         return subprocess.run(arguments + command[1:], env=environment, check=False).returncode
 
