@@ -42,7 +42,7 @@ def pad(array: Any, axis: int, size: int) -> Any:
     if not _is_on_host(array):
         return _pad_on_device(array, widths=tuple(widths))
     padded = np.pad(np.asarray(array), widths)
-    return jax.device_put(padded, array.sharding) if isinstance(array, jax.Array) else padded
+    return _put_like(array, padded) if isinstance(array, jax.Array) else padded
 
 
 def take_rows(array: Array, size: int) -> Array:
@@ -50,8 +50,13 @@ def take_rows(array: Array, size: int) -> Array:
     if array.shape[0] == size:
         return array
     if _is_on_host(array):
-        return jax.device_put(np.asarray(array)[:size], array.sharding)
+        return _put_like(array, np.asarray(array)[:size])
     return _take_rows_on_device(array, size=size)
+
+
+def _put_like(array: Array, values: np.ndarray) -> Array:
+    """Where the array is, and committed to that device only if the array is."""
+    return jax.device_put(values, array.sharding if array.committed else None)
 
 
 def _is_on_host(array: Any) -> bool:

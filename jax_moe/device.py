@@ -8,7 +8,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -54,10 +54,11 @@ def device_of(*arrays: Any) -> Device:
     """The device that a call with these arrays runs on.
 
     Args:
-        *arrays: Arguments of the call; tracers and NumPy arrays carry no device.
+        *arrays: Arguments of the call; tracers, NumPy arrays and JAX arrays that nobody put on a
+            device carry none.
 
     Returns:
-        What `assume_device` or `interpret_mode` set, else the device of the first concrete JAX
+        What `assume_device` or `interpret_mode` set, else the device of the first committed JAX
         array, else JAX's default device. A jitted function that is to run elsewhere than on the
         default device needs an explicit `backend`.
     """
@@ -65,14 +66,44 @@ def device_of(*arrays: Any) -> Device:
 
 
 def jax_device_of(*arrays: Any) -> jax.Device:
-    """The device of the first concrete JAX array, JAX's default device where there is none."""
+    """The device of the first committed JAX array, JAX's default device where there is none.
+
+    That is where JAX runs a program of them: uncommitted ones go wherever the others are.
+    """
     for array in jax.tree.leaves(arrays):
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        if isinstance(array, jax.Array) and is_committed(array):
             return next(iter(array.devices()))
     default = jax.config.jax_default_device
     if default is None or isinstance(default, str):
         return jax.local_devices(backend=default)[0]
     return default
+
+
+def is_committed(array: jax.Array) -> bool:
+    """Whether an array has values on a device that somebody chose, so that it stays there."""
+    return not isinstance(array, jax.core.Tracer) and array.committed
+
+
+def check_one_device(values: Mapping[str, Any]) -> None:
+    """Refuses concrete arrays that were put on several devices: JAX moves none of them.
+
+    Args:
+        values: Arrays and others, by name.
+
+    Raises:
+        ValueError: An array is elsewhere than the first; names both.
+    """
+    first: tuple[str, Any] | None = None
+    for name, value in values.items():
+        if not isinstance(value, jax.Array) or not is_committed(value):
+            continue
+        (there,) = value.devices()
+        if first is None:
+            first = name, there
+        elif there != first[1]:
+            raise ValueError(
+                f"{name}: expected an array on {first[1]}, as {first[0]} is, got one on {there}"
+            )
 
 
 def describe_device(device: jax.Device) -> Device:

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import BFloat16
+from jaxtyping import Float
 
 from jax_moe import backends, buckets, lowering_cache, memory, transfers, validate
 from jax_moe.config import (
@@ -24,7 +23,7 @@ from jax_moe.config import (
     checked_scale_format,
     checked_swiglu_limit,
 )
-from jax_moe.device import jax_device_of
+from jax_moe.device import check_one_device, jax_device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
 from pallas_kernels.shapes import even_rows
@@ -46,7 +45,7 @@ class Options:
         swiglu_limit: Clamp before the activation.
         precision: What activations are rounded to.
         batch_invariant: Whether a token's bits are the same in any batch.
-        output_dtype: Of the result: "bfloat16", or "float32" where ranks add theirs up.
+        output_dtype: Of the result: "bfloat16", or "float32" where others are added to it.
         num_shared_experts: So many of the last local experts are taken by all live tokens, which
             name them in the last of their k choices, in the experts' order. Not checked.
     """
@@ -86,7 +85,7 @@ def run(
     backend: str,
     num_tokens: Any,
     name: str,
-) -> BFloat16[Array, "T H"]:
+) -> Float[Array, "T H"]:
     """Runs the layer on checked inputs.
 
     Args:
@@ -97,14 +96,15 @@ def run(
         name: The public function's, for messages.
 
     Returns:
-        bf16[T,H].
+        [T,H] of `options.output_dtype`.
     """
     rows, hidden_size = inputs.hidden_states.shape
     live = None if num_tokens is None else validate.integer("num_tokens", num_tokens, 0, rows)
     chosen = backends.select_for_call(backend, inputs)
     if rows == 0:
-        return transfers.full((0, hidden_size), 0, jnp.bfloat16, inputs)
+        return transfers.full((0, hidden_size), 0, options.output_dtype, inputs)
     if buckets.is_eager(inputs):
+        check_one_device(named_arrays(inputs))
         live = np.int32(rows) if live is None else live
         padded = buckets.bucket(rows)
         memory.require(jax_device_of(inputs), _bytes_of(inputs, padded, options, chosen), name)
@@ -126,8 +126,9 @@ def run_routed(
     precision: Precision = "fast",
     batch_invariant: bool = False,
     num_shared_experts: int = 0,
-) -> BFloat16[Array, "T H"]:
-    """`jax_moe.apply_routed` of unchecked arguments; the last one is that of `Options`."""
+    output_dtype: str = "bfloat16",
+) -> Float[Array, "T H"]:
+    """`jax_moe.apply_routed` of unchecked arguments; the last two are those of `Options`."""
     num_experts = validate.num_experts(num_experts)
     inputs = validate.routed_inputs(inputs, num_experts)
     options = Options(
@@ -139,6 +140,7 @@ def run_routed(
         precision=checked_precision(precision),
         batch_invariant=checked_batch_invariant(batch_invariant),
         num_shared_experts=num_shared_experts,
+        output_dtype=output_dtype,
     )
     return run(inputs, options, backend=backend, num_tokens=num_tokens, name="apply_routed")
 
@@ -154,6 +156,14 @@ def per_token(inputs: LayerInputs | RoutedInputs) -> dict[str, Any]:
     else:
         arrays |= inputs.routing._asdict()
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def named_arrays(inputs: LayerInputs | RoutedInputs) -> dict[str, Any]:
+    """All arrays by name, the scalars as well."""
+    values: dict[str, Any] = inputs._asdict()
+    for nested in ("weights", "routing"):
+        values |= values.pop(nested)._asdict() if nested in values else {}
+    return values
 
 
 def _pad_tokens(inputs: Any, rows: int) -> Any:
@@ -178,10 +188,11 @@ def _bytes_of(inputs: Any, padded: int, options: Options, backend: str) -> int:
         weights.intermediate_size,
         options.precision,
     )
-    needed += 2 * padded * hidden_size
+    out_bytes = hidden_size * np.dtype(options.output_dtype).itemsize
+    needed += padded * out_bytes
     if padded != rows:
         needed += sum(array.nbytes for array in per_token(inputs).values()) * padded // rows
-        needed += 2 * rows * hidden_size
+        needed += rows * out_bytes
     arrays = jax.tree.leaves(inputs)
     return needed + sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
 
@@ -214,7 +225,7 @@ def layer(
     *,
     options: Options,
     stages: backends.Backend,
-) -> BFloat16[Array, "T H"]:
+) -> Float[Array, "T H"]:
     """The stages, in the order in which the data flows."""
     expected_rows = options.rows_per_expert(inputs.tokens)
     if stages.layer is not None:
@@ -257,7 +268,7 @@ def layer(
 
 def _matmuls(
     inputs: RoutedInputs, plan: GroupPlan, options: Options, stages: backends.Backend
-) -> BFloat16[Array, "T H"]:
+) -> Float[Array, "T H"]:
     """The stages after the plan, for a backend without a `layer` of its own."""
     weights = inputs.weights
     activations = stages.up_project(

@@ -111,6 +111,39 @@ TORCH_IN_A_MESH = """
         assert torch.equal(handle(*handle_arguments(inputs)), whole)
         assert torch.equal(TorchMoE(inputs.weights, config=SMALL)(*handle_arguments(inputs)), whole)
         assert jax.sharding.get_mesh() == mesh
+    first, second = jax.devices()[:2]
+    with jax.default_device(second):  # tensors stay where they are
+        result = torch_moe(*inputs.arguments, config=SMALL, out=torch.empty_like(whole))
+        assert torch.equal(result, whole)
+        assert torch.equal(handle(*handle_arguments(inputs)), whole)
+"""
+
+DEFAULT_DEVICE = """
+    import jax, numpy as np, pytest
+    import jax_moe
+    from jax_moe.device import jax_device_of
+    from tests.moe_inputs import SMALL, bits, make_inputs, on_device
+
+    first, second = jax.devices()[:2]
+    inputs = make_inputs(5)  # NumPy arrays
+    expected = bits(jax_moe.apply(*inputs.arguments, config=SMALL))
+    here = jax.tree.map(lambda x: jax.numpy.asarray(x), inputs.arguments)  # nobody chose a device
+    there = jax.device_put(inputs.arguments, first)
+    layer = lambda *given: jax_moe.apply(*given, config=SMALL)
+    for call in (layer, jax.jit(layer)):
+        with jax.default_device(second):
+            assert jax_device_of(here) == second
+            assert jax_device_of(there) == first
+            for given, device in ((here, second), (there, first), (inputs.arguments, second)):
+                out = call(*given)
+                assert out.devices() == {device}, (out.devices(), device)
+                assert (bits(out) == expected).all()
+    mixed = there[:4] + jax.device_put(there[4:8], second) + there[8:]
+    said = "gemm1_weights: expected an array on .*:0, as routing_logits is, got one on .*:1"
+    with pytest.raises(ValueError, match=said):
+        layer(*mixed)
+    both = [*here[:2], *there[2:]]  # JAX moves the first two
+    assert (bits(layer(*both)) == expected).all()
 """
 
 X64 = """
@@ -151,6 +184,11 @@ def test_tensors_of_torch_know_of_no_mesh():
     """JAX refuses arrays of one device where `jax.set_mesh` has set a mesh of several."""
     pytest.importorskip("torch")
     run(TORCH_IN_A_MESH, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+
+
+def test_where_the_default_device_is_another():
+    devices = "--xla_force_host_platform_device_count=2"
+    run(DEFAULT_DEVICE, XLA_FLAGS=f"{devices} --xla_backend_optimization_level=0")
 
 
 def test_64_bit_mode():
