@@ -15,7 +15,7 @@ from jax_moe import backends, entry, stages, transfers, validate
 from jax_moe.config import Precision, checked_batch_invariant, checked_precision
 from jax_moe.nn.config import LayerConfig, checked_layer_config
 from jax_moe.numerics import matmul, matmul_in_tiles
-from jax_moe.parallel import apply_routed_expert_parallel, placement
+from jax_moe.parallel import api, placement
 from jax_moe.parallel.ranks import AxisName
 from jax_moe.router import with_shared
 from jax_moe.scalars import alive, boolean, got, integer
@@ -46,9 +46,11 @@ def moe_layer(
         out = sum of w_e expert_e(q) over the chosen e  +  g shared(q)
         g = sigmoid(f32(x) @ f32(shared_gate).T), or 1 without a gate
 
-    x is quantized once for routed and shared experts, with `precision="high"` not at all. Forward
-    only; jit it, alone or with what is around it. Works under `jax.jit`, `jax.lax.scan` over layers
-    with stacked weights, `jax.vmap`, `jax.shard_map` and `jax.export`, as `apply` does.
+    x is quantized once for routed and shared experts, with `precision="high"` not at all. The sum
+    is rounded to bf16 once; with "fast" and shared experts that are not fused, so are its two terms
+    before. Forward only; jit it, alone or with what is around it. Works under `jax.jit`,
+    `jax.lax.scan` over layers with stacked weights, `jax.vmap`, `jax.shard_map` and `jax.export`,
+    as `apply` does.
 
     Examples:
         >>> folder = "DeepSeek-V3"                                            # doctest: +SKIP
@@ -105,17 +107,19 @@ def moe_layer(
         "precision": precision,
         "batch_invariant": batch_invariant,
     }
+    # "high" rounds once, after the shared experts; elsewhere FP8's error hides a second bf16's.
+    is_added_to = params.shared_experts is not None and precision == "high"
+    dtype = "float32" if is_added_to else "bfloat16"
     load: Any = None
     out: Any
     if axis_name is not None:
-        out = apply_routed_expert_parallel(
-            *rows,
-            *params.experts,
-            *routing,
+        out = api.run_routed(
+            RoutedInputs(*rows, params.experts, routing, 0),
             num_experts=config.num_experts,
             axis_name=axis_name,
             swiglu_limit=router.swiglu_limit,
             with_load=with_load,
+            result_dtype=dtype,
             **call,
         )
         out, load = out if with_load else (out, None)
@@ -132,10 +136,11 @@ def moe_layer(
             expected_rows=_expected_rows(len(x), config, num_fused),
             swiglu_limit=router.swiglu_limit,
             num_shared_experts=num_fused,
+            output_dtype=dtype,
             **call,
         )
     if params.shared_experts is not None:
-        shared = _shared(rows, params, x, config, call)
+        shared = _shared(rows, params, x, config, call | {"output_dtype": dtype})
         out = (out.astype(jnp.float32) + shared.astype(jnp.float32)).astype(jnp.bfloat16)
     out = out.reshape(hidden_states.shape)
     return (out, load) if with_load else out
@@ -343,7 +348,7 @@ def _shared_weight(
 
 def _shared(
     rows: tuple[Any, Any], params: LayerWeights, x: Array, config: LayerConfig, call: dict[str, Any]
-) -> BFloat16[Array, "T H"]:
+) -> Float[Array, "T H"]:
     """The shared experts as one that every token takes."""
     weight = _shared_weight(params, x, config, call["batch_invariant"])
     every = Routing(transfers.full((x.shape[0], 1), 0, jnp.int32, x), weight)

@@ -219,9 +219,6 @@ def apply_routed_expert_parallel(
         ValueError: As `apply_expert_parallel`.
         NotImplementedError: As `apply_expert_parallel`.
     """
-    group = ranks.surrounding(axis_name)
-    sizes: validate.Sizes = {"E": (validate.num_experts(num_experts), "num_experts")}
-    validate.topk(topk_ids, topk_weights, sizes)
     inputs = RoutedInputs(
         hidden_states,
         hidden_states_scale,
@@ -229,6 +226,46 @@ def apply_routed_expert_parallel(
         Routing(topk_ids, topk_weights),
         local_expert_offset=0,
     )
+    return run_routed(
+        inputs,
+        num_experts=num_experts,
+        axis_name=axis_name,
+        backend=backend,
+        exchange=exchange,
+        num_tokens=num_tokens,
+        placement=placement,
+        max_rows_at_once=max_rows_at_once,
+        with_load=with_load,
+        expected_rows=expected_rows,
+        scale_format=scale_format,
+        swiglu_limit=swiglu_limit,
+        precision=precision,
+        batch_invariant=batch_invariant,
+    )
+
+
+def run_routed(
+    inputs: RoutedInputs,
+    *,
+    num_experts: int,
+    axis_name: AxisName,
+    backend: str = "auto",
+    exchange: str = "auto",
+    num_tokens: int | Int32[Array, ""] | None = None,
+    placement: Int32[Array, " E_physical"] | None = None,
+    max_rows_at_once: int | None = None,
+    with_load: bool = False,
+    expected_rows: float | None = None,
+    scale_format: ScaleFormat = "f32",
+    swiglu_limit: float | None = None,
+    precision: Precision = "fast",
+    batch_invariant: bool = False,
+    result_dtype: str = "bfloat16",
+) -> Any:
+    """`apply_routed_expert_parallel` of unchecked inputs; f32 where others are added to it."""
+    group = ranks.surrounding(axis_name)
+    sizes: validate.Sizes = {"E": (validate.num_experts(num_experts), "num_experts")}
+    validate.topk(*inputs.routing, sizes)
     return _run(
         inputs,
         sizes,
@@ -245,6 +282,7 @@ def apply_routed_expert_parallel(
         swiglu_limit=checked_swiglu_limit(swiglu_limit),
         precision=precision,
         batch_invariant=batch_invariant,
+        result_dtype=result_dtype,
     )
 
 
@@ -265,6 +303,7 @@ def _run(
     swiglu_limit: float | None,
     precision: Precision,
     batch_invariant: bool,
+    result_dtype: str = "bfloat16",
 ) -> Any:
     """The checks that both entries share, then the layer. `sizes` knows T, E and k."""
     precision = checked_precision(precision)
@@ -288,7 +327,7 @@ def _run(
     chosen = backends.select(backend, ranks.device())
     kind = exchanges.select(exchange, exchanges.Place(group, chosen, precision), tokens)
     if tokens == 0:
-        out = jnp.zeros(inputs.hidden_states.shape, jnp.bfloat16)
+        out = jnp.zeros(inputs.hidden_states.shape, result_dtype)
         load = lax.psum(jnp.zeros(num_experts, jnp.int32), group.axes)
         return (out, load) if with_load else out
     weights = inputs.weights
@@ -310,6 +349,7 @@ def _run(
         precision=precision,
         batch_invariant=batch_invariant,
         expected_rows=expected_rows,
+        result_dtype=result_dtype,
     )
     out, load = layer.run(inputs, live, placed, plan)
     return (out, load) if with_load else out

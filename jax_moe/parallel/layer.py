@@ -5,9 +5,8 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import BFloat16, Int32
+from jaxtyping import Float, Int32
 
 from jax_moe import backends, entry, lowering_cache
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
@@ -37,6 +36,7 @@ class Plan:
         precision: Of the activations; with "high" partial sums travel in float32.
         batch_invariant: Whether a token's bits are the same in any batch.
         expected_rows: Rows an expert is likely to get from all ranks; None takes the even share.
+        result_dtype: Of what a token's partial sums add up to.
     """
 
     ranks: Ranks
@@ -52,6 +52,7 @@ class Plan:
     precision: Precision
     batch_invariant: bool
     expected_rows: float | None
+    result_dtype: str
 
     @property
     def output_dtype(self) -> str:
@@ -64,7 +65,7 @@ def run(
     num_tokens: Int32[Array, ""] | None,
     placed: Int32[Array, " E_physical"] | None,
     plan: Plan,
-) -> tuple[BFloat16[Array, "T H"], Int32[Array, " E"] | None]:
+) -> tuple[Float[Array, "T H"], Int32[Array, " E"] | None]:
     """One call on checked inputs, inside of `jax.shard_map`.
 
     Args:
@@ -97,7 +98,7 @@ def run(
         )
 
     out = pieces.run(tokens, plan.tokens_at_once, between, local_layer)
-    return out.astype(jnp.bfloat16), load
+    return out.astype(plan.result_dtype), load
 
 
 @functools.partial(jax.jit, static_argnames="plan")
