@@ -226,7 +226,7 @@ class Bridge:
         return {
             name: tensor
             if (is_quick and self._crosses(tensor)) or (tensor is None and name in optional)
-            else self._made_ready(tensor, name)
+            else self._made_ready(tensor, name, tensors)
             for name, tensor in tensors.items()
         }
 
@@ -251,13 +251,15 @@ class Bridge:
         except (RuntimeError, ValueError):  # torch.func's wrappers, lazy modules' tensors
             return False
 
-    def _made_ready(self, tensor: Any, name: str) -> torch.Tensor:
+    def _made_ready(self, tensor: Any, name: str, beside: Mapping[str, Any]) -> torch.Tensor:
         """The tensor, checked as `to_jax` promises, or its row-major copy if one is due."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         refuse_lazy(name, tensor)
         if tensor.device != self.device:
-            raise ValueError(f"{name}: expected a tensor on {self.device}, got {tensor.device}")
+            here = [n for n, t in beside.items() if getattr(t, "device", None) == self.device]
+            wanted = f"{self.device}, where {here[0]} is" if here else self.device
+            raise ValueError(f"{name}: expected a tensor on {wanted}, got {tensor.device}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
         if tensor.is_nested:
@@ -339,7 +341,7 @@ def _check_memory(tensor: torch.Tensor, name: str) -> None:
     if not address:
         raise ValueError(
             f"{name}: expected a tensor with memory, got a null pointer (a freed storage, a fake "
-            "tensor)"
+            "tensor, a torch.func transform)"
         )
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in strides)

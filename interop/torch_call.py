@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 import jax_moe
-from interop import dlpack
+from interop import destination, dlpack
 from jax_moe import (
     ExpertWeights,
     LayerInputs,
@@ -280,9 +280,9 @@ def run(
         `out`, or a tensor that shares the memory of the result.
     """
     if out is not None:
-        _check_out(out, inputs.hidden_states.shape, bridge.device)
+        destination.check(out, inputs.hidden_states.shape, bridge.device)
     _require_memory(layer.options, inputs, bridge.target)
-    with _outside_of_a_mesh():
+    with _surroundings(bridge.target):
         result = layer.apply(*transfers.upload_numbers((inputs, num_tokens)))
     _refuse_traced(result)
     if not result.size:
@@ -303,14 +303,22 @@ def _refuse_traced(value: Any) -> None:
         )
 
 
-def _outside_of_a_mesh() -> contextlib.AbstractContextManager[object]:
-    """Leaves the mesh of a `jax.set_mesh` around, in which JAX refuses arrays of one device.
+def _surroundings(device: jax.Device) -> contextlib.AbstractContextManager[object]:
+    """Leaves what was set around the call for arrays of JAX; tensors are where they are.
 
-    Tensors know of no mesh.
+    In the mesh of a `jax.set_mesh` JAX refuses arrays of one device, and a backend is looked for
+    on that of `jax.default_device`.
     """
-    if jax.sharding.get_abstract_mesh().empty or is_tracing():
+    is_elsewhere = jax.config.jax_default_device not in (None, device)
+    in_mesh = not jax.sharding.get_abstract_mesh().empty and not is_tracing()
+    if not (is_elsewhere or in_mesh):
         return contextlib.nullcontext()
-    return jax.set_mesh(None)
+    stack = contextlib.ExitStack()
+    if is_elsewhere:
+        stack.enter_context(jax.default_device(device))
+    if in_mesh:
+        stack.enter_context(jax.set_mesh(None))
+    return stack
 
 
 def _host_number(name: str, value: Any) -> Any:
@@ -359,18 +367,3 @@ def _bytes_of(
         num_tokens, top_k, num_local_experts, hidden_size, rows // 2, precision
     )
     return workspace + 2 * num_tokens * hidden_size
-
-
-def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
-    dlpack.refuse_lazy("out", out)
-    if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
-        error = TypeError if out.dtype != torch.bfloat16 else ValueError
-        raise error(
-            f"out: expected bfloat16 {list(shape)} on {device}, got {out.dtype} {list(out.shape)} "
-            f"on {out.device}"
-        )
-    if any(step == 0 and size > 1 for step, size in zip(out.stride(), shape, strict=True)):
-        raise ValueError("out: expected memory of its own for each element, got an expanded tensor")
-    dlpack.refuse_grad("out", out)

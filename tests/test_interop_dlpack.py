@@ -86,7 +86,7 @@ def test_what_cannot_be_shared_is_copied_once(make):
 
 
 def test_one_quick_look_is_enough_for_a_tensor_that_crosses_as_it_is(monkeypatch):
-    def looks_closely(bridge, tensor, name):
+    def looks_closely(bridge, tensor, name, beside):
         raise AssertionError(name)
 
     monkeypatch.setattr(dlpack.Bridge, "_made_ready", looks_closely)
@@ -203,7 +203,7 @@ def test_only_optional_tensors_may_be_none():
 
 def test_a_tensor_elsewhere_is_named():
     bridge = dlpack.bridge_of(torch.ones(2), "x")
-    with pytest.raises(ValueError, match=r"^y: expected a tensor on cpu, got meta"):
+    with pytest.raises(ValueError, match=r"^y: expected a tensor on cpu, where x is, got meta"):
         bridge.import_all({"x": torch.ones(2), "y": torch.ones(2, device="meta")}, None)
 
 

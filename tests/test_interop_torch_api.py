@@ -329,28 +329,6 @@ def test_torch_scalars_count_as_numbers(inputs, expected):
     np.testing.assert_array_equal(bits(result), bits(expected))
 
 
-@pytest.mark.parametrize(
-    ("out", "error"),
-    [
-        (torch.zeros(20, 256), TypeError),
-        (torch.zeros(19, 256, dtype=torch.bfloat16), ValueError),
-        (torch.zeros(20, 256, dtype=torch.bfloat16, device="meta"), ValueError),
-    ],
-    ids=["dtype", "shape", "device"],
-)
-def test_bad_destinations_are_named(inputs, out, error):
-    with pytest.raises(error, match=r"out: expected bfloat16 \[20, 256\] on cpu, got torch\."):
-        torch_moe(*inputs.arguments, out=out)
-
-
-def test_a_destination_whose_elements_share_memory_is_named(inputs):
-    out = torch.zeros(1, 256, dtype=torch.bfloat16).expand(20, 256)
-    with pytest.raises(ValueError, match="out: expected memory of its own for each element"):
-        torch_moe(*inputs.arguments, out=out)
-    with pytest.raises(ValueError, match="out: expected a tensor with memory, got Uninitialized"):
-        torch_moe(*inputs.arguments, out=torch.nn.UninitializedBuffer())
-
-
 def test_a_call_while_jax_traces_is_refused(inputs):
     with pytest.raises(RuntimeError, match=r"while JAX traces: call this outside of jax\.jit"):
         jax.jit(lambda x: (torch_moe(*inputs.arguments), x)[1])(1.0)
