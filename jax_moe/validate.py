@@ -306,10 +306,9 @@ def topk(topk_ids: Any, topk_weights: Any, sizes: Sizes) -> None:
 def chosen(topk_ids: Any, sizes: Sizes) -> None:
     """Checks the experts that a router chose; sets T and k where nothing did."""
     argument("topk_ids", topk_ids, sizes)
-    num_tokens, top_k = sizes["T"][0], sizes["k"][0]
-    if top_k < 1:
+    if sizes["k"][0] < 1:
         raise ValueError(f"topk_ids: expected k of at least 1, got {got(topk_ids)}")
-    pair_count("topk_ids", num_tokens, top_k)
+    pair_count("topk_ids", sizes["T"][0], sizes["k"][0])
 
 
 def num_experts(value: Any) -> int:
@@ -327,7 +326,7 @@ def expected_rows(value: Any) -> float | None:
         )
     rows = float(real("expected_rows", value))
     if rows <= 0:
-        raise ValueError(f"expected_rows: expected a positive number or None, got {value}")
+        raise ValueError(f"expected_rows: expected a positive number of float32, got {value}")
     return rows
 
 

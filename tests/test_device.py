@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 import jax_moe
+import jax_moe.tune
 from jax_moe import backends, jax_window
 from jax_moe.device import Device, device_of, interpret_params
+from pallas_kernels import device
 from tests.moe_inputs import SMALL, make_inputs
 
 CPU = Device("cpu")
@@ -169,3 +171,9 @@ def test_the_device_of_concrete_arrays_counts():
     with jax.default_device(jax.devices("cpu")[0]):
         assert device_of() == CPU
         assert device_of({"x": jnp.zeros(3)}, None, 1.0) == CPU
+
+
+def test_the_tuner_says_once_that_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(device, "local_gpu", lambda: None)
+    assert jax_moe.tune.main([]) == 1
+    assert capsys.readouterr().err == "jax_moe.tune: needs an NVIDIA GPU, and JAX sees none\n"

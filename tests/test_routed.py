@@ -212,6 +212,12 @@ def test_bad_input_is_refused_by_name(change, error, message):
         jax_moe.apply_routed(**arguments, backend="xla")
 
 
+def test_a_plan_needs_a_choice():
+    counts = {"num_local_experts": 8, "num_experts": NUM_EXPERTS, "backend": "xla"}
+    with pytest.raises(ValueError, match=r"topk_ids: expected k of at least 1, got int32 \[4, 0\]"):
+        jax_moe.plan_groups(np.zeros((4, 0), np.int32), 0, **counts)
+
+
 def test_the_workspace_depends_on_k():
     sizes = {"num_local_experts": 8, "hidden_size": 256, "intermediate_size": 128}
     bounds = [jax_moe.workspace_bytes(512, top_k=k, backend="xla", **sizes) for k in (1, 4, 8)]

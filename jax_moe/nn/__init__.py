@@ -5,6 +5,7 @@ config   `LayerConfig`: sizes, router and shared experts, from a model's `config
 module   `DeepSeekMoE`, the same as a Flax NNX module (the extra `flax`; imported when asked for)
 """
 
+import importlib
 from typing import Any
 
 from jax_moe.nn.config import LayerConfig as LayerConfig
@@ -13,8 +14,7 @@ from jax_moe.nn.layer import moe_layer as moe_layer
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("DeepSeekMoE", "FrozenWeight"):
+    if name not in ("module", "DeepSeekMoE", "FrozenWeight"):
         raise AttributeError(f"module 'jax_moe.nn' has no attribute {name!r}")
-    from jax_moe.nn import module  # needs flax
-
-    return getattr(module, name)
+    module = importlib.import_module("jax_moe.nn.module")  # needs flax
+    return module if name == "module" else getattr(module, name)

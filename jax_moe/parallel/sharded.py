@@ -191,7 +191,8 @@ def expert_parallel(
         except TypeError as error:
             raise TypeError(
                 f"expert_parallel: expected {len(static.names)} arguments "
-                f"({', '.join(static.names)}), got {len(given) + len(named)}: {error}"
+                f"({', '.join(static.names)}; num_tokens and placement by name), got "
+                f"{len(given) + len(named)}: {error}"
             ) from None
         arguments = tuple(arrays.values())
         tokens = _check(arrays, group, static, config, placement)
