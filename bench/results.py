@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from bench.routing import LocalLoad
 from bench.sm_clock import Reading
 from bench.timers import Statistics
 from bench.work import Work
+from interop.dataset import MAX_TOKENS
 from jax_moe.io.files import shown, write_atomically
-from jax_moe.io.strict_json import parse_object
+from jax_moe.io.strict_json import one_line, parse_object
 
 SCHEMA = 1
 PASS, WRONG, ERROR = "PASS", "WRONG", "ERROR"
@@ -239,6 +241,8 @@ def load_rows(
         content = parse_object(path.read_bytes(), str(path))
     except OSError as error:
         raise ValueError(f"--resume: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
     wanted = {"schema": SCHEMA, "settings": settings, **machine}
     wanted = parse_object(json.dumps(wanted, default=str), "this run")
     for name, value in wanted.items():
@@ -248,14 +252,32 @@ def load_rows(
             raise ValueError(f"--resume: {path} was measured with {other}: {difference}")
     try:
         rows = rows_of(content)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {path}: damaged row: {error!r}") from None
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"--resume: {path}: damaged: {typed.reason(error)}") from None
     return [row for row in rows if row.status == PASS and all(map(row.time, passes))]
 
 
 def rows_of(content: dict[str, Any]) -> list[Row]:
-    """The rows of a file's content; a damaged one raises what using it raises."""
-    return [_row(fields) for fields in content["rows"]]
+    """The rows of a file's content.
+
+    Raises:
+        KeyError: It holds none.
+        ValueError: They are damaged; names row and field.
+    """
+    rows = typed.checked_list(content["rows"], "rows")
+    found: dict[tuple[str, str], Row] = {}
+    tokens: dict[str, int] = {}
+    for number, fields in enumerate(rows, start=1):
+        try:
+            row = _row(typed.checked_object(fields, "Row"))
+            if found.setdefault((row.solution, row.uuid), row) is not row:
+                raise ValueError(f"{row.solution!r} has two rows for workload {row.uuid}")
+            if (known := tokens.setdefault(row.uuid, row.num_tokens)) != row.num_tokens:
+                got = f"{row.num_tokens}, in another row of the workload {known}"
+                raise ValueError(f"Row.num_tokens: expected one count, got {got}")
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"row {number}: {typed.reason(error)}") from None
+    return list(found.values())
 
 
 def _difference(found: Any, wanted: Any) -> str:
@@ -273,16 +295,44 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value._asdict().items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # the error of an output with a NaN: JSON has no such number
     return value
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    parts = {"load": LocalLoad, "work": Work, "check": Check, "gpu": Statistics, "wall": Statistics}
-    parts |= {"clock": Reading, "sustained": Reading}
+    parts: dict[str, Any] = {"load": LocalLoad, "work": Work, "check": Check}
+    measured = {"gpu": Statistics, "wall": Statistics, "clock": Reading, "sustained": Reading}
     added = {"clock": None, "sustained": None}  # which older files lack
     known = added | {key: value for key, value in fields.items() if key != "figures"}
-    for name, kind in parts.items():
-        known[name] = typed.record(kind, known[name]) if known[name] is not None else None
-    known["kernels"] = tuple(typed.record(KernelTime, kernel) for kernel in known["kernels"])
+    check = known["check"]
+    is_unbounded = isinstance(check, dict) and check.get("relative_error", 0) is None
+    if is_unbounded:  # as `plain` writes it
+        known["check"] = check | {"relative_error": 0.0}
+    for name, kind in (parts | measured).items():
+        if known[name] is not None:
+            known[name] = typed.record(kind, known[name], positive=name in measured)
+    if is_unbounded:
+        known["check"] = known["check"]._replace(relative_error=math.inf)
+    kernels = typed.checked_list(known["kernels"], "Row.kernels")
+    known["kernels"] = tuple(typed.record(KernelTime, kernel) for kernel in kernels)
     row: Row = typed.record(Row, known)
+    _check_row(row)
     return row
+
+
+def _check_row(row: Row) -> None:
+    """Refuses what no run writes and a document would show."""
+    for name in ("solution", "uuid"):
+        if "|" in one_line(getattr(row, name), f"Row.{name}"):
+            raise ValueError(f"Row.{name}: expected a name, got {getattr(row, name)!r}")
+    if row.status not in (PASS, WRONG, ERROR):
+        raise ValueError(f"Row.status: expected {PASS}, {WRONG} or {ERROR}, got {row.status!r}")
+    if row.num_tokens > MAX_TOKENS:
+        raise ValueError(f"Row.num_tokens: expected at most {MAX_TOKENS}, got {row.num_tokens}")
+    for name in ("gpu", "wall"):
+        times: Statistics | None = getattr(row, name)
+        if times and row.status != PASS:
+            raise ValueError(f"Row.{name}: expected no times of a row that is {row.status}")
+        if times and not times.p10 <= times.median <= times.p90:
+            raise ValueError(f"Row.{name}: expected p10 <= median <= p90, got {times}")

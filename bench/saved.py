@@ -12,7 +12,7 @@ from bench.results import SCHEMA, Results, rows_of
 from bench.roofline import Roofline
 from bench.settings import Settings
 from jax_moe.io.files import naming, shown
-from jax_moe.io.strict_json import parse_object
+from jax_moe.io.strict_json import one_line, parse_object
 from jax_moe.scalars import quoted
 
 _NOT_ABOUT = ("schema", "timer", "roofline", "unavailable", "rows")
@@ -48,33 +48,40 @@ def read(folder: Path) -> Saved:
         raise ValueError(f"{shown(folder)}: expected a folder with {' or '.join(names)}, got {got}")
     (path,) = found
     with naming(path):
-        content = parse_object(path.read_bytes(), shown(path))
+        text = path.read_bytes()
+    content = parse_object(text, shown(path))
     if content.get("schema") != SCHEMA:
         got = quoted(content.get("schema"))
         raise ValueError(f"{shown(path)}: expected results of schema {SCHEMA}, got {got}")
     try:
         return _saved(path, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{shown(path)}: damaged: {error!r}") from None
+        raise ValueError(f"{shown(path)}: damaged: {typed.reason(error)}") from None
 
 
 def _saved(path: Path, content: dict[str, Any]) -> Saved:
+    for name in ("device", "versions", "settings", "unavailable"):
+        typed.checked_object(content[name], name)
+    one_line(content["command"], "command")
+    one_line(content["device"]["kind"], "device: kind")
+    if content["timer"] not in ("gpu", "wall"):
+        raise ValueError(f"timer: expected gpu or wall, got {quoted(content['timer'])}")
     roofline = content["roofline"]
     results = Results(
         path=path,
         about={key: value for key, value in content.items() if key not in _NOT_ABOUT},
         timer=content["timer"],
         unavailable=content["unavailable"],
-        roofline=typed.record(Roofline, roofline) if roofline else None,
+        roofline=typed.record(Roofline, roofline, positive=True) if roofline else None,
         rows={(row.solution, row.uuid): row for row in rows_of(content)},
     )
-    asked = content.get("asked") or _asked(results)
+    asked = typed.checked_object(content.get("asked") or _asked(results), "asked")
     known = {field.name for field in dataclasses.fields(Settings)}
     fields = {key: value for key, value in content["settings"].items() if key in known}
     fields = {"cool_down": 0.0, "flush": "write"} | fields  # runs from before there was one
     fields |= {
-        "solutions": tuple(asked["solutions"]),
-        "workloads": tuple(asked["workloads"]),
+        "solutions": tuple(typed.checked_list(asked["solutions"], "solutions")),
+        "workloads": tuple(typed.checked_list(asked["workloads"], "workloads")),
         "tolerance": typed.record(Tolerance, fields["tolerance"]),
         "output": path.parent,
     }

@@ -1,30 +1,78 @@
-"""Records read back from JSON, whose values have the types that their fields are declared with."""
+"""Records read back from JSON, whose values fit the fields they are of."""
 
 import functools
+import inspect
 import types
 import typing
 from typing import Any
 
+_LEAST, _MOST = 1e-6, 1e300  # of what is measured; between them every ratio is finite
 
-def record(kind: Any, fields: dict[str, Any]) -> Any:
+
+def record(kind: Any, fields: Any, *, positive: bool = False) -> Any:
     """Makes a record of its fields.
 
     Args:
         kind: A named tuple or a dataclass.
         fields: By name; those that `kind` gives a value may be left out.
+        positive: Whether its numbers are times or rates, which cannot be 0.
 
     Returns:
         The record.
 
     Raises:
-        TypeError: A field is missing, unknown or of another type; names it.
+        ValueError: A field is missing, unknown, of another type or a number that cannot be: names
+            it.
     """
-    hints = _hints(kind)
+    name_of = kind.__name__
+    fields = checked_object(fields, name_of)
+    parameters, hints = inspect.signature(kind).parameters, _hints(kind)
+    for name, one in parameters.items():
+        if one.default is one.empty and name not in fields:
+            raise ValueError(f"{name_of}: no {name!r}")
     for name, value in fields.items():
-        if name in hints and not _fits(value, hints[name]):
+        if name not in parameters:
+            raise ValueError(f"{name_of}: unknown {name!r}")
+        if not _fits(value, hints[name]):
             wanted = getattr(hints[name], "__name__", hints[name])
-            raise TypeError(f"{kind.__name__}.{name}: expected {wanted}, got {value!r}")
+            raise ValueError(f"{name_of}.{name}: expected {wanted}, got {value!r}")
+        least = _LEAST if positive else 0
+        if _is_number(value) and not least <= value <= _MOST:
+            raise ValueError(
+                f"{name_of}.{name}: expected a number in {least:g}..{_MOST:g}, got {value!r}"
+            )
     return kind(**fields)
+
+
+def checked_object(value: Any, name: str) -> dict[str, Any]:
+    """The value, if it is an object.
+
+    Raises:
+        ValueError: It is something else; calls it `name`.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def checked_list(value: Any, name: str) -> list[Any]:
+    """The value, if it is a list.
+
+    Raises:
+        ValueError: It is something else; calls it `name`.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, got {type(value).__name__}")
+    return value
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a file, of an error of using its content."""
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @functools.cache

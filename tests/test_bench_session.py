@@ -254,11 +254,11 @@ def test_only_comparable_and_whole_files_are_resumed(tmp_path, registry):
     with pytest.raises(ValueError, match="measured with other versions"):
         execute(chosen, resume=True)
     path.write_text(json.dumps({**content, "rows": [{"solution": "ours"}]}))
-    with pytest.raises(ValueError, match="damaged row"):
+    with pytest.raises(ValueError, match="damaged: row 1: no '"):
         execute(chosen, resume=True)
     row = content["rows"][0] | {"wall": content["rows"][0]["wall"] | {"median": "x"}}
     path.write_text(json.dumps({**content, "rows": [row]}))
-    with pytest.raises(ValueError, match=r"damaged row: .*Statistics\.median: .*float, got 'x'"):
+    with pytest.raises(ValueError, match=r"damaged: row 1: .*Statistics\.median: .*float, got 'x'"):
         execute(chosen, resume=True)
     path.write_text(path.read_text()[:-40])
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -45,15 +45,35 @@ def test_what_fits_is_made():
         ({"right": 1}, "Record.right: expected bool, got 1"),
         ({"times": {"us": 2}}, r"Record.times: expected .*Times \| None, got {'us': 2}"),
         ({"words": ("b", 1)}, r"Record.words: expected tuple.*, got \('b', 1\)"),
-        ({"more": 1}, "more"),
+        ({"more": 1}, "Record: unknown 'more'"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(ValueError, match=message):
         typed.record(Record, FIELDS | change)
 
 
 @pytest.mark.parametrize(("us", "n"), [("2", 3), (True, 3), (2.0, 3.0), (2.0, False)])
 def test_numbers_are_numbers(us, n):
-    with pytest.raises(TypeError, match=r"Times\.(us|n): expected (float|int), got "):
+    with pytest.raises(ValueError, match=r"Times\.(us|n): expected (float|int), got "):
         typed.record(Times, {"us": us, "n": n})
+
+
+@pytest.mark.parametrize("us", [-1, -0.5, float("inf"), float("nan"), 10**400])
+def test_numbers_that_cannot_be_are_refused(us):
+    with pytest.raises(ValueError, match=r"Times\.us: expected a number in 0\.\.1e\+300, got "):
+        typed.record(Times, {"us": us, "n": 3})
+
+
+def test_times_are_positive():
+    assert typed.record(Times, {"us": 0, "n": 0}) == Times(0, 0)
+    for us in (0, 0.0, 1e-300):
+        with pytest.raises(ValueError, match=r"Times\.us: expected a number in 1e-06"):
+            typed.record(Times, {"us": us, "n": 3}, positive=True)
+
+
+def test_a_missing_field_and_no_object_are_named():
+    with pytest.raises(ValueError, match=r"^Times: no 'n'$"):
+        typed.record(Times, {"us": 1})
+    with pytest.raises(ValueError, match=r"^Times: expected an object, got list$"):
+        typed.record(Times, [1, 2])

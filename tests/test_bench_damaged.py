@@ -1,0 +1,128 @@
+"""A results file that no run wrote is refused, by row and field, before a document is replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from bench import documents, run_folder, saved, session
+from bench.correctness import Check
+from bench.results import PASS, WRONG, Results, load_rows, rows_of
+from bench.settings import Settings
+from tests.bench_rows import row
+
+SETTINGS = Settings(("jax_moe_xla",), timer="wall", on_gpu=False)
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A run of two rows on disk."""
+    about = {
+        "device": {"kind": "cpu", "compute_capability": ""},
+        "versions": {"jax": "0.11.2"},
+        "git_commit": "abc",
+        "command": SETTINGS.command(),
+        "complete": True,
+        "settings": SETTINGS.comparable(),
+    }
+    found = Results(tmp_path / "results.json", about, "wall")
+    found.put(row("torch_reference", 7, 100.0))
+    found.put(row("jax_moe_xla", 7, 50.0))
+    return found
+
+
+def changed(path, value):
+    def change(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+DAMAGES = {
+    "no time": (changed(("wall", "median"), 0), "Statistics.median: expected a number in 1e-06"),
+    "negative": (changed(("wall", "p10"), -1.0), "Statistics.p10: expected a number in 1e-06"),
+    "endless": (changed(("wall", "p90"), math.inf), "Statistics.p90: expected a number in"),
+    "unordered": (changed(("wall", "p10"), 1e6), "Row.wall: expected p10 <= median <= p90"),
+    "status": (changed(("status",), "MAYBE"), "Row.status: expected PASS, WRONG or ERROR, got"),
+    "times of a wrong row": (
+        changed(("status",), WRONG),
+        "Row.gpu: expected no times of a row that is WRONG",
+    ),
+    "tokens": (changed(("num_tokens",), 10**30), "Row.num_tokens: expected at most 1048576, got"),
+    "few tokens": (changed(("num_tokens",), -1), "Row.num_tokens: expected a number in 0..1e+300"),
+    "other tokens": (changed(("num_tokens",), 9), "Row.num_tokens: expected one count, got 9"),
+    "column": (changed(("solution",), "a|b"), "Row.solution: expected a name, got 'a|b'"),
+    "line": (changed(("solution",), "a\nb"), "Row.solution: expected one line of printable text"),
+    "twice": (changed(("solution",), "torch_reference"), "'torch_reference' has two rows"),
+    "no list": (changed(("kernels",), None), "Row.kernels: expected a list, got NoneType"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_row_is_named(results, damage, said):
+    content = json.loads(results.path.read_text())
+    damage(content["rows"][1])
+    text = json.dumps(content).replace("Infinity", "1e999")
+    results.path.write_text(text)
+    document = results.path.with_suffix(".md")
+    document.write_text("as it was")
+    where = f"{results.path}: damaged: row 2: "
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        session.write_documents(results.path, documents.Options())
+    assert str(raised.value).startswith(f"--documents: {where}{said}")
+    assert document.read_text() == "as it was"
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        load_rows(results.path, SETTINGS.comparable(), {}, ("wall",))
+    assert str(raised.value).startswith(f"--resume: {where}{said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rows", {}, "rows: expected a list, got dict"),
+        ("rows", None, "rows: expected a list, got NoneType"),
+        ("rows", [None], "row 1: Row: expected an object, got NoneType"),
+        ("device", None, "device: expected an object, got NoneType"),
+        (
+            "device",
+            {"kind": "\ud800"},
+            "device: kind: expected one line of printable text, got "
+            r"'\ud800'",
+        ),
+        ("timer", "sundial", "timer: expected gpu or wall, got 'sundial'"),
+        ("roofline", {"read_bytes_per_s": 0}, "Roofline: no 'fp8_flops_per_s'"),
+    ],
+)
+def test_a_damaged_file_is_named(results, name, value, said):
+    content = json.loads(results.path.read_text())
+    results.path.write_text(json.dumps(content | {name: value}))
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        saved.read(results.path)
+    assert str(raised.value) == f"{results.path}: damaged: {said}"
+    del content[name]
+    results.path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"damaged: no '{name}'"):
+        saved.read(results.path)
+
+
+def test_text_that_is_no_json_is_named_once(results):
+    results.path.write_text("hello")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        saved.read(results.path)
+    assert str(raised.value).startswith(f"{results.path}: not valid JSON: ")
+
+
+@pytest.mark.parametrize("error", [math.inf, math.nan])
+def test_the_error_of_an_output_that_is_not_finite_is_read_back(results, error):
+    check = Check(0.0, 0.0, error, "output holds Inf or NaN")
+    results.put(row("jax_moe_xla", 7, None, WRONG, check=check))
+    found = {one.solution: one for one in rows_of(json.loads(results.path.read_text()))}
+    assert found["jax_moe_xla"].check == check._replace(relative_error=math.inf)
+    assert found["torch_reference"].status == PASS
+    assert saved.read(results.path).results.rows.keys() == results.rows.keys()
+    assert run_folder.files_of_a_run(results.path.parent) == ["results.json"]
