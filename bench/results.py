@@ -186,6 +186,10 @@ class Results:
         """Rows that are not right."""
         return [row for row in self.rows.values() if row.status != PASS]
 
+    def timed_by(self, clock: str) -> set[tuple[str, str]]:
+        """Solution and uuid of the rows that have times by "gpu" or "wall"."""
+        return {key for key, row in self.rows.items() if row.time(clock)}
+
     def workloads(self) -> list[tuple[str, list[Row]]]:
         """The rows by workload, in order of T; within one, as they were measured."""
         order = sorted({(row.num_tokens, row.uuid) for row in self.rows.values()})
@@ -229,10 +233,11 @@ def load_rows(
         path: The earlier run's JSON file.
         settings: What must be equal, `Settings.comparable()`.
         machine: What must be equal of the surroundings: device, versions, commit.
-        passes: The clocks that a finished row has times of.
+        passes: The clocks of this run, in order.
 
     Returns:
-        The finished rows that were right; the others are measured again.
+        The rows that were right and have times of one clock at least: what lacks others gets them.
+        The rest is measured again.
 
     Raises:
         ValueError: There is no such file, it is damaged, or it comes from another kind of run.
@@ -254,7 +259,7 @@ def load_rows(
         rows = rows_of(content)
     except (KeyError, ValueError) as error:
         raise ValueError(f"--resume: {path}: damaged: {typed.reason(error)}") from None
-    return [row for row in rows if row.status == PASS and all(map(row.time, passes))]
+    return [row for row in rows if row.status == PASS and any(map(row.time, passes))]
 
 
 def rows_of(content: dict[str, Any]) -> list[Row]:

@@ -72,11 +72,10 @@ def run(
         trace: Called after a row's last pass, if given, to record a profile.
         programs: What is compiled already, from `bench.ahead`.
     """
-    done = set(results.rows)
     weights = inputs.draw_weights(settings.inputs, settings.sizes, settings.seed)
     programs = {} if programs is None else programs
     for clock_name in settings.passes:
-        clock = None
+        clock, done = None, results.timed_by(clock_name)
         if clock_name == "gpu":
             clock = GpuClock(settings.flush)
         if clock_name == settings.timer:

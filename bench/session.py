@@ -61,7 +61,7 @@ def execute(
     Args:
         settings: What to measure.
         options: What to write besides the results.
-        resume: Keep the finished rows of the results file in the output folder.
+        resume: Keep what was measured of the results file in the output folder.
         overwrite: Replace the run in the output folder, from the first finished row on.
         profile: Folder for a trace of each row; None records none.
         jobs: Processes that compile JAX programs before the first row; 0 compiles row by row.
@@ -251,10 +251,11 @@ def _measure(
     """The exit code, and what stopped the measuring early; empty if nothing did."""
     timed = {name: one for name, one in chosen.items() if one is not interpreter.SOLUTION}
     asked = {(name, row.uuid) for name in timed for row in workloads}
-    total = len(asked - set(results.rows)) * len(settings.passes) + len(chosen) - len(timed)
+    timed_already = [results.timed_by(clock) for clock in settings.passes]
+    total = sum(len(asked - of_clock) for of_clock in timed_already) + len(chosen) - len(timed)
     interpreted = set(chosen) - set(timed) - set(results.solutions())
     results.about["asked"]["rows"] = len(asked | set(results.rows)) + len(interpreted)
-    orders = ahead.orders(timed, workloads, set(results.rows)) if jobs else []
+    orders = ahead.orders(timed, workloads, set.intersection(*timed_already)) if jobs else []
     total += len(orders)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:
 
