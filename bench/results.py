@@ -58,7 +58,7 @@ class Row:
         solution: Its name.
         uuid: The workload's.
         num_tokens: T.
-        local_expert_offset: At the definition's 256 experts.
+        local_expert_offset: The rank's first expert, at the sizes that were measured.
         status: `PASS`, `WRONG` (an output failed the check, or a call takes more memory than its
             solution states) or `ERROR` (the solution raised).
         problem: One line on what is wrong; None if nothing.

@@ -174,7 +174,7 @@ def new_row(settings: Settings, name: str, prepared: Prepared) -> Row:
         solution=name,
         uuid=workload.uuid,
         num_tokens=workload.num_tokens,
-        local_expert_offset=workload.local_expert_offset,
+        local_expert_offset=settings.sizes.offset(workload),
         status=PASS,
         problem=None,
         repro=settings.command(name, workload),

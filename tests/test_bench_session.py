@@ -94,6 +94,7 @@ def test_a_right_solution_passes_and_everything_is_recorded(
     assert set(rows) == {(n, t) for n in ("torch_reference", "ours") for t in (1, 7)}
     row = rows["ours", 7]
     assert row["status"] == PASS
+    assert row["local_expert_offset"] == chosen.sizes.num_experts * 3 // 4
     assert row["wall"]["n"] == 4
     assert row["wall"]["p10"] <= row["wall"]["median"] <= row["wall"]["p90"]
     assert 0.9 < row["check"]["matched_ratio"] <= row["check"]["matched_ratio_sum"] <= 1
