@@ -139,6 +139,8 @@ def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:
             [str(r["num_tokens"]), f"{r['first']:.1f}", f"{r['second_process']:.1f}"] for r in rows
         ]
         if cells:
+            if note := _about().get("note"):
+                print(note)
             table = aligned([["T", "first call s", "second process s"], *cells], left=0)
             print("\n".join(table), flush=True)
 
