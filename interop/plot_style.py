@@ -91,7 +91,7 @@ def log_axis(axis: Any) -> None:
 
     low, high = axis.get_view_interval()
     span = high / low
-    steps = tuple(range(1, 10)) if span < 5 else (1, 2, 5) if span < 100 else (1,)
+    steps = (1, 1.5, *range(2, 10)) if span < 5 else (1, 2, 5) if span < 100 else (1,)
     axis.set_major_locator(ticker.LogLocator(10, steps))
     axis.set_minor_locator(
         ticker.LogLocator(10, range(2, 10)) if span >= 100 else ticker.NullLocator()
@@ -101,5 +101,5 @@ def log_axis(axis: Any) -> None:
 
 
 def plain_number(value: float, _: int = 0) -> str:
-    """A tick's label: 0.1, 1, 10,000."""
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+    """A tick's label: 0.1, 1, 1.5, 10,000."""
+    return f"{value:,.10g}" if value >= 1 else f"{value:g}"

@@ -27,14 +27,15 @@ def test_each_solution_has_a_colour_and_a_symbol_of_its_own():
 
 
 def test_ticks_are_plain_numbers():
-    shown = [plain_number(value, 0) for value in (0.01, 0.1, 1, 10, 20_000)]
-    assert shown == ["0.01", "0.1", "1", "10", "20,000"]
+    shown = [plain_number(value, 0) for value in (0.01, 0.1, 1, 1.5, 10, 20_000)]
+    assert shown == ["0.01", "0.1", "1", "1.5", "10", "20,000"]
 
 
 @pytest.mark.parametrize(
     ("values", "labels"),
     [
         ([400, 900], ["400", "500", "600", "700", "800", "900"]),
+        ([6.6, 18.8], ["7", "8", "9", "10", "15"]),
         ([3, 70], ["5", "10", "20", "50"]),
         ([0.05, 30], ["0.1", "1", "10"]),
         ([1, 16_384], ["1", "10", "100", "1,000", "10,000"]),
