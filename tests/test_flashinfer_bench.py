@@ -16,7 +16,7 @@ from interop.flashinfer_bench.export import export  # noqa: E402
 from interop.flashinfer_bench.record import RECORD  # noqa: E402
 from interop.flashinfer_bench.report import report  # noqa: E402
 from interop.solutions import packages  # noqa: E402
-from tests.flashinfer_folders import NAME, TRACES, trace, write_traces  # noqa: E402
+from tests.flashinfer_folders import BLOBS, NAME, TRACES, trace, write_traces  # noqa: E402
 
 RECORDS = solutions.records()
 SOLUTION_FOLDER = f"solutions/jax-moe/moe/{NAME}"
@@ -247,7 +247,11 @@ SPOILED_TRACES = {
     ),
     "other blob": (
         lambda t: t["workload"]["inputs"]["routing_bias"].update(path="./b.safetensors"),
-        r"workload: routing_bias: path: expected '.*' as in .*, got '\./b\.safetensors'",
+        r"workload: routing_bias: path: expected '.* as in .*, got '\./b\.safetensors'",
+    ),
+    "a blob of nearly that name": (
+        lambda t: t["workload"]["inputs"]["routing_bias"].update(path=f"{BLOBS}/stand_in_b.b"),
+        r"path: expected '?\.\.\..*/stand_in_b8f.*, got '?\.\.\..*/stand_in_b\.b'",
     ),
     "input of another kind": (
         lambda t: t["workload"]["inputs"].update(hidden_states={"type": "scalar", "value": 1}),

@@ -31,6 +31,7 @@ STATUSES = (
     "COMPILE_ERROR",
     "TIMEOUT",
 )
+_SHOWN = 60  # characters of a value that is not the expected one
 _SPEC = ("language", "target_hardware", "entry_point")
 _SPEC_OPTIONAL = ("dependencies", "destination_passing_style", "binding")
 
@@ -242,10 +243,22 @@ def _check_same(found: Mapping[str, Any], given: Mapping[str, Any], where: str) 
     for name, value in given.items():
         # True equals 1, and 1.0 too: types tell them apart.
         if type(found[name]) is not type(value) or found[name] != value:
+            wanted, got = _apart(repr(value), repr(found[name]))
             raise ValueError(
-                f"{where}: {name}: expected {reprlib.repr(value)} as in the folder's workload, "
-                f"got {reprlib.repr(found[name])}"
+                f"{where}: {name}: expected {wanted} as in the folder's workload, got {got}"
             )
+
+
+def _apart(*texts: str) -> list[str]:
+    """The texts, long ones cut to where they differ."""
+    pairs = enumerate(zip(*texts, strict=False))
+    same = next((place for place, pair in pairs if len(set(pair)) > 1), min(map(len, texts)))
+    start = max(0, same - _SHOWN // 2)
+    cut = [text[start : start + _SHOWN] for text in texts]
+    return [
+        "..." * (start > 0) + part + "..." * (start + len(part) < len(text))
+        for part, text in zip(cut, texts, strict=True)
+    ]
 
 
 def _measurement(evaluation: Mapping[str, Any], where: str) -> Measurement:
