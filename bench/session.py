@@ -121,12 +121,11 @@ def _conclude(
     except FileError as error:
         failure = f"{error}; once it can: {_documents_command(results)}"
     except KeyboardInterrupt:
-        print(
-            f"interrupted: {results.path} is whole, its documents are not; "
-            f"{_documents_command(results)} writes them",
-            file=sys.stderr,
-        )
+        print(f"interrupted: {_without_documents(results)}", file=sys.stderr)
         return interruption.acknowledge()
+    except interruption.OutputError:
+        print(_without_documents(results), file=sys.stderr)
+        raise
     if failure and failure != problem:  # a disk that was full while measuring often still is
         print(failure, file=sys.stderr)
     return code or FAILED if failure else code
@@ -139,6 +138,11 @@ def _last_write(results: Results) -> str:
     except FileError as error:
         return str(error)
     return ""
+
+
+def _without_documents(results: Results) -> str:
+    command = _documents_command(results)
+    return f"{results.path} is whole, its documents are not; {command} writes them"
 
 
 def _documents_command(results: Results) -> str:

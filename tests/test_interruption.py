@@ -193,6 +193,20 @@ def test_an_interrupted_run_goes_on_where_it_was(run, capsys):
     capsys.readouterr()
 
 
+@on_cpu
+def test_output_that_cannot_be_written_leaves_the_results_whole(run, monkeypatch, capsys):
+    def full(*_):
+        raise interruption.OutputError("standard output: cannot be written: No space left")
+
+    monkeypatch.setattr(documents, "conclusion", full)
+    with pytest.raises(interruption.OutputError):
+        run()
+    assert json.loads(run.path.read_text())["complete"] is True
+    assert len(rows_in(run.path)) == 4
+    said = f"{run.path} is whole, its documents are not; python bench_main.py --documents="
+    assert said in capsys.readouterr().err
+
+
 def rows_in(path: pathlib.Path) -> list[dict]:
     return json.loads(path.read_text())["rows"]
 
