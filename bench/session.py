@@ -23,7 +23,7 @@ from bench import (
 from bench.gpu_clock import ClockError
 from bench.results import REFERENCE, FileError, Results, Row, load_rows
 from bench.settings import Settings
-from bench.workloads import SCALING, WORKLOADS, select
+from bench.workloads import LOCAL_EXPERTS, SCALING, WORKLOADS, select
 from interop import dataset, folder_lock, interruption
 from interop.solutions.base import Solution
 from interop.workloads import Workload
@@ -192,6 +192,12 @@ def _pool(settings: Settings) -> Sequence[Workload]:
         found = dataset.read_workloads(settings.dataset or "")
     except ValueError as error:
         raise ValueError(f"--dataset: {error}") from None
+    for one in found:
+        if one.workload.local_expert_offset % LOCAL_EXPERTS:
+            raise ValueError(
+                f"--dataset: workload {one.workload.uuid}: local_expert_offset: expected a "
+                f"multiple of {LOCAL_EXPERTS}, got {one.workload.local_expert_offset}"
+            )
     return sorted((row.workload for row in found), key=lambda row: row.num_tokens)
 
 

@@ -8,7 +8,7 @@ from interop.dataset import MAX_TOKENS
 from interop.workloads import Workload, workloads
 from jax_moe.models import DEEPSEEK_V3, Model
 
-_LOCAL_EXPERTS = 32  # of a rank of the definition, whose ids a workload's offset refers to
+LOCAL_EXPERTS = 32  # of a rank of the definition, whose ids a workload's offset refers to
 _LEAST_DIGITS = 6  # of a uuid that is given by digits alone: fewer are a slip of a token count
 
 
@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
     def offset(self, workload: Workload) -> int:
         """First local expert of the workload's rank, of as many ranks as there are."""
         ranks = self.num_experts // self.num_local_experts
-        return workload.local_expert_offset // _LOCAL_EXPERTS % ranks * self.num_local_experts
+        return workload.local_expert_offset // LOCAL_EXPERTS % ranks * self.num_local_experts
 
 
 def sizes_of(model: Model, *, reduced: bool = False) -> Sizes:

@@ -253,8 +253,9 @@ def test_a_root_that_is_no_path_is_named(root, shown):
         (lambda root: write_lines(root, [line(path="x" * 256)]), "xxx: "),
         (lambda root: write_lines(root, [line(path="\ud800")]), "got '\\ud800'"),
         (lambda root: write_lines(root, [line(factor=10**400)]), "routed_scaling_factor: "),
+        (lambda root: write_lines(root, [line(offset=5)]), "expected a multiple of 32, got 5"),
     ],
-    ids=["loop", "long", "surrogate", "factor"],
+    ids=["loop", "long", "surrogate", "factor", "offset"],
 )
 def test_the_benchmark_ends_with_one_line_and_exit_code_2(folder, tmp_path, capsys, spoil, message):
     spoil(folder)
