@@ -29,7 +29,6 @@ if lacking := environment.lacking_packages():
     sys.exit(f"bench_main.py: needs {', '.join(lacking)}: pip install -e '.[bench]' in this folder")
 environment.prepare_process()  # before jax and torch are imported
 
-import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from bench import (  # noqa: E402
@@ -166,7 +165,7 @@ def _settings() -> Settings:
     Raises:
         ValueError: Flags contradict each other or the machine.
     """
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     dataset, output = _folder(_DATASET), _folder(_OUTPUT)
     for flag in (_SOLUTIONS, _WORKLOADS):
         if flag.value is not None and not all(name.strip() for name in flag.value or [""]):
@@ -284,6 +283,7 @@ def main(argv: Sequence[str]) -> int:
             if flags.FLAGS[mode].value is not None and flags.FLAGS[mode].value is not False:
                 _check_mode(mode)
         if _LIST.value:
+            environment.default_backend()  # or a line that says that there is none
             options = {flag.name: flag.value for flag in (_PRECISION, _BATCH_INVARIANT)}
             print(session.list_solutions(_BACKEND.value, _MODEL.value, **options))
             return session.OK

@@ -100,11 +100,20 @@ def has_gpu_driver() -> bool:
 
 
 def default_backend() -> str:
-    """JAX's, which may start here; Ctrl-C waits meanwhile, as JAX's plugins would swallow it."""
+    """JAX's, which may start here; Ctrl-C waits meanwhile, as JAX's plugins would swallow it.
+
+    Raises:
+        ValueError: There is no device of those that `JAX_PLATFORMS` allows.
+    """
     import jax
 
+    from jax_moe.device import no_device
+
     with interruption.deferred():
-        return jax.default_backend()
+        try:
+            return jax.default_backend()
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(no_device(error)) from None
 
 
 def enable_compilation_cache() -> None:
@@ -180,7 +189,7 @@ def about(sizes: "workloads.Sizes") -> dict[str, Any]:
     note = {"note": f"{reduced(sizes)}; results are checked, times mean nothing"}
     return {
         "started": now(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": " ".join(map(shell_word, ["python", *sys.orig_argv[1:]])),
         "sizes": sizes._asdict(),
         "reduced": is_reduced,
         **(note if is_reduced else {}),
@@ -189,6 +198,17 @@ def about(sizes: "workloads.Sizes") -> dict[str, Any]:
         "gpu_state": gpu_state(),
         "git_commit": git_commit(),
     }
+
+
+def shell_word(text: str) -> str:
+    """`shlex.quote`, in printable text also where the word is none, in which bash reads it back."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
+        for byte in os.fsencode(text)
+    )
+    return f"$'{''.join(escaped)}'"
 
 
 def now() -> str:

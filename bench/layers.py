@@ -39,7 +39,7 @@ from interop import interruption
 from interop.arguments import up_to
 from interop.workloads import ROUTED_SCALING_FACTOR
 from jax_moe import DEEPSEEK_V3, ExpertWeights
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 
 TOKENS, FEW_TOKENS = (1, 16, 64, 256), (1, 7)
 LAYERS, FEW_LAYERS = 61, 3
@@ -264,7 +264,7 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
         The exit code: 1 if a result is wrong or failed.
     """
     environment.enable_compilation_cache()
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
     about = environment.about(sizes) | {"config": str(DEEPSEEK_V3)}
     layers = layers or (LAYERS if on_gpu else FEW_LAYERS)
@@ -285,15 +285,17 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
                 rows.append(one.row)
                 print(f"{one.row.weights} weights, T={num_tokens}: timed", flush=True)
                 write(rows, about | {"complete": False}, folder)
+                interruption.check()
         if gpu_clock.unavailable_reason() is None:
             clock = gpu_clock.GpuClock()
             for place, one in enumerate(found):
                 rows[place] = with_kernels(one, sizes, clock)
                 print(f"{one.row.weights} weights, T={one.row.tokens}: profiled", flush=True)
                 write(rows, about | {"complete": False}, folder)
+                interruption.check()
         write(rows, about | {"complete": True}, folder)
     print("\n".join(scan_parts.table(rows)))
-    print(f"wrote {folder / 'layers.json'}")
+    print(f"wrote {shown(folder / 'layers.json')}")
     return 1 if any(row.problem for row in rows) else 0
 
 

@@ -34,7 +34,7 @@ from bench.workloads import FULL, REDUCED, Sizes
 from interop import interruption
 from jax_moe import checkpoint
 from jax_moe.checkpoint.transfer import MAX_THREADS
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 
 LAYER, SHARDS, REPEATS = 3, 4, 5
 ROOT, FILES = "out/loading", ("loading.json",)
@@ -168,7 +168,7 @@ def run(folder: Path, scratch: Path | None) -> int:
     path = folder / "loading.json"
     with writing(path), write_atomically(path, "w") as file:
         json.dump({"about": about} | found, file, indent=1)
-    print(f"wrote {path}")
+    print(f"wrote {shown(path)}")
     return 0
 
 

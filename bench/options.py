@@ -56,6 +56,7 @@ from interop.arguments import comma_separated, natural
 from interop.processes import spawned
 from interop.workloads import Workload
 from jax_moe import DEEPSEEK_V3, LayerInputs, backends
+from jax_moe.io.files import shown
 
 USUAL, FEW = ("1", "16", "80", "901", "14107"), ("1", "7")
 ROOT, FILES = "out/options", ("options.json", "options.md")
@@ -287,7 +288,7 @@ def run(
         The exit code: 1 if something failed.
     """
     variants = chosen_variants(names)
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
     about = environment.about(sizes) | {"backend": backend, "seed": _SEED}
     if not on_gpu:
@@ -310,6 +311,7 @@ def run(
                 print(f"{len(rows) + 1} of {asked}: {_name(order)}", flush=True)
                 if order.backend == ORACLE:
                     answers.append((order.variant, answer(order, program)))
+                    interruption.check()
                     continue
                 asking = question(order.variant)
                 expected = next(said for one, said in answers if one == asking)
@@ -317,8 +319,9 @@ def run(
                 found = measure(order, program, expected, clock=clock, iterations=iterations)
                 rows = with_ratios([*rows, found])
                 write(rows, about, folder, asked)
+                interruption.check()
     print("\n".join(table(rows)))
-    print(f"wrote {folder / 'options.json'}")
+    print(f"wrote {shown(folder / 'options.json')}")
     return 1 if any(row.problem for row in rows) else 0
 
 

@@ -46,6 +46,7 @@ from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop import interruption
 from interop.arguments import up_to
 from jax_moe import DEEPSEEK_V3, LayerInputs
+from jax_moe.io.files import shown
 from jax_moe.parallel.exchange import NAMES
 
 TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
@@ -272,7 +273,7 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
         ValueError: There are fewer devices than ranks, or the experts do not divide among them.
         FileError: A file cannot be written; names it.
     """
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
     if len(jax.devices()) < ranks:
         raise ValueError(f"--ranks: expected at most {len(jax.devices())} devices, got {ranks}")
@@ -304,13 +305,14 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
             for row in found:
                 rows.append(row)
                 parallel_rows.write(rows, about | {"complete": False}, folder / "parallel.json")
+                interruption.check()
             print(f"T={num_tokens} done", flush=True)
         parallel_rows.write(rows, about | {"complete": True}, folder / "parallel.json")
     print("\n".join(parallel_rows.table(rows)))
-    print(f"wrote {folder / 'parallel.json'}")
+    print(f"wrote {shown(folder / 'parallel.json')}")
     with writing(folder / "parallel.png"):
         if parallel_rows.plot(rows, about, folder / "parallel.png"):
-            print(f"wrote {folder / 'parallel.png'}")
+            print(f"wrote {shown(folder / 'parallel.png')}")
     return 1 if any(row.problem for row in rows) else 0
 
 
@@ -340,7 +342,7 @@ def devices_for(ranks: int) -> None:
 
 def exchanges_on(ranks: int) -> tuple[str, ...]:
     """What can be measured there."""
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     return ("collectives", "nvlink") if on_gpu and ranks > 1 else ("collectives",)
 
 

@@ -119,7 +119,7 @@ def run_step(name: str, what: Sequence[str], ranks: int, folder: Path) -> int:
     Returns:
         The exit code: 1 if a result is wrong or failed.
     """
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     sizes, (kind, *rest) = FULL if on_gpu else REDUCED, what
     if kind == "layer":
         num_tokens = int(rest[0]) if on_gpu else min(int(rest[0]), 17)
@@ -219,7 +219,7 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _write_documents(folder: Path) -> int:
     try:
         for path in parallel_documents.write(folder):
-            print(f"wrote {path}")
+            print(f"wrote {shown(path)}")
     except FileError as error:
         print(error, file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,7 +225,11 @@ class Results:
 
 
 def load_rows(
-    path: Path, settings: dict[str, Any], machine: dict[str, Any], passes: Sequence[str]
+    path: Path,
+    settings: dict[str, Any],
+    machine: dict[str, Any],
+    passes: Sequence[str],
+    untimed: Collection[str] = (),
 ) -> list[Row]:
     """Reads the rows of an earlier run that a resumed one may keep.
 
@@ -234,6 +238,7 @@ def load_rows(
         settings: What must be equal, `Settings.comparable()`.
         machine: What must be equal of the surroundings: device, versions, commit.
         passes: The clocks of this run, in order.
+        untimed: Solutions that are checked only.
 
     Returns:
         The rows that were right and have times of one clock at least: what lacks others gets them.
@@ -259,7 +264,11 @@ def load_rows(
         rows = rows_of(content)
     except (KeyError, ValueError) as error:
         raise ValueError(f"--resume: {path}: damaged: {typed.reason(error)}") from None
-    return [row for row in rows if row.status == PASS and any(map(row.time, passes))]
+    return [
+        row
+        for row in rows
+        if row.status == PASS and (row.solution in untimed or any(map(row.time, passes)))
+    ]
 
 
 def rows_of(content: dict[str, Any]) -> list[Row]:

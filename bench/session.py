@@ -28,6 +28,7 @@ from interop import dataset, folder_lock, interruption
 from interop.solutions.base import Solution
 from interop.workloads import Workload
 from jax_moe import models
+from jax_moe.io.files import shown
 
 OK, FAILED = 0, 1
 
@@ -114,7 +115,7 @@ def _conclude(
         if results.is_written and not failure:
             for path in documents.write_all(results, settings, options):
                 interruption.check()
-                print(f"wrote {path}")
+                print(f"wrote {shown(path)}")
         elif not failure:
             state = "is as it was" if results.path.exists() else "is not there"
             print(f"nothing new was written: {results.path} {state}")
@@ -170,7 +171,7 @@ def write_documents(folder: Path, options: documents.Options) -> int:
             written = [found.results.path]
             for path in documents.write_all(found.results, found.settings, both):
                 written.append(path)
-                print(f"wrote {path}")
+                print(f"wrote {shown(path)}")
             for name in run_folder.files_of_a_run(folder):
                 if folder / name not in written:  # an earlier version's, say a plot of one point
                     (folder / name).unlink()
@@ -245,7 +246,9 @@ def _new_results(
 
 def _keep_finished(results: Results, settings: Settings) -> None:
     surroundings = {name: results.about[name] for name in ("device", "versions", "git_commit")}
-    kept = load_rows(results.path, results.about["settings"], surroundings, settings.passes)
+    untimed = (interpreter.SOLUTION.name,)
+    asked = results.about["settings"], surroundings
+    kept = load_rows(results.path, *asked, settings.passes, untimed)
     results.rows = {(row.solution, row.uuid): row for row in kept}
     results.about["resumed_rows"] = results.rows_on_disk = len(kept)
 

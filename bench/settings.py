@@ -1,11 +1,11 @@
 """What a run was asked to do, and the command line that asks for it again."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Any
 
 from bench.correctness import Tolerance
+from bench.environment import shell_word
 from bench.workloads import Sizes, sizes_of
 from interop.workloads import Workload
 from jax_moe import models
@@ -133,7 +133,7 @@ class Settings:
         default = Settings(self.solutions)
         for name in _FLAGS:
             if getattr(self, name) != getattr(default, name):
-                words.append(f"--{name}={shlex.quote(str(getattr(self, name)))}")
+                words.append(f"--{name}={shell_word(str(getattr(self, name)))}")
         for name, value in self.tolerance._asdict().items():
             if value != getattr(default.tolerance, name):
                 words.append(f"--{name}={value}")
@@ -148,5 +148,5 @@ class Settings:
             if value is True:
                 words.append(f"--{name}")
             elif value not in (None, False):
-                words.append(f"--{name}={shlex.quote(str(value))}")
+                words.append(f"--{name}={shell_word(str(value))}")
         return " ".join(words)

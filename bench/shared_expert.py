@@ -36,7 +36,7 @@ from bench.workloads import Sizes, sizes_of, token_counts
 from interop import interruption
 from interop.solutions import deepgemm_dense
 from jax_moe import LayerInputs, LayerWeights, models
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 from jax_moe.models import Model
 from jax_moe.nn import LayerConfig, fuse_shared, moe_layer
 
@@ -328,7 +328,7 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
         ValueError: The model is unknown or has no shared experts.
     """
     environment.enable_compilation_cache()
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = environment.default_backend() == "gpu"
     measured = models.get(model)
     sizes = sizes_of(measured, reduced=not on_gpu)
     config = layer_config(measured, sizes)
@@ -348,8 +348,9 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
             rows.append(measure(num_tokens, layer, clock))
             print(f"T={num_tokens}: done", flush=True)
             write(rows, about | {"complete": len(rows) == len(tokens)}, folder)
+            interruption.check()
     print("\n".join(table(rows)))
-    print(f"wrote {folder / 'shared_expert.json'}")
+    print(f"wrote {shown(folder / 'shared_expert.json')}")
     return 1 if any(row.problem for row in rows) else 0
 
 

@@ -198,7 +198,9 @@ def ended(main: Callable[[], int | None]) -> int:
     with remembered():
         try:
             with _watched_output():
-                return _code(main)
+                code = _code(main)
+                check()
+                return code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return acknowledge()

@@ -79,6 +79,13 @@ def jax_device_of(*arrays: Any) -> jax.Device:
     return default
 
 
+def no_device(error: Exception) -> str:
+    """What is said where JAX starts with no device at all, in words that JAX does not use."""
+    allowed = os.environ.get("JAX_PLATFORMS")
+    said = str(error).partition("\n")[0]
+    return f"JAX_PLATFORMS={allowed}: JAX finds no such device{said and f': {said}'}"
+
+
 def is_committed(array: jax.Array) -> bool:
     """Whether an array has values on a device that somebody chose, so that it stays there."""
     return not isinstance(array, jax.core.Tracer) and array.committed

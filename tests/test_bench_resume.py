@@ -1,0 +1,71 @@
+"""What `--resume` keeps of rows that have not all of their times."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from bench import documents, roofline, runner, saved, session, solutions
+from bench.results import Results, load_rows
+from bench.timers import Statistics
+from bench.workloads import select
+from tests.test_bench_session import execute, registry, right, rows_of, settings, solution
+
+pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
+__all__ = ["registry"]  # a fixture
+
+
+def test_a_row_with_one_of_two_times_gets_the_other_when_resumed(tmp_path, registry, monkeypatch):
+    """A run on a GPU takes all host times first; here a stand-in gives the GPU's."""
+    asked, times = [], Statistics(2.0, 1.0, 3.0, 4)
+
+    def measure(settings, solution, prepared, clock, row, *_):
+        asked.append((clock and "gpu", solution.name, prepared.workload.num_tokens))
+        if len(asked) in (3, 6):
+            raise KeyboardInterrupt
+        begun = row or found.rows["ours", one.uuid]
+        new = {"gpu": times} if clock else {"wall": times, "gpu": None}
+        uuid, num_tokens, *_ = prepared.workload
+        return dataclasses.replace(
+            begun, solution=solution.name, uuid=uuid, num_tokens=num_tokens, **new
+        )
+
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", workloads=("1",), num_trials=1)
+    assert execute(chosen) == session.OK
+    found = saved.read(tmp_path / "out").results
+    one, seven = select(("1", "7"))
+    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "GpuClock", lambda flush_by: "clock")
+    monkeypatch.setattr(roofline, "measure", lambda *_: None)
+    on_gpu = dataclasses.replace(chosen, timer="gpu", wall_time=True)
+    solved = {name: solutions.known_to()[name] for name in ("torch_reference", "ours")}
+    results = Results(tmp_path / "results.json", found.about | {"complete": False}, "gpu")
+    progress = runner.Progress(start=lambda text: None, done=lambda row: None)
+    for _ in range(2):  # interrupted in the first pass, then in the second
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(on_gpu, solved, [one, seven], results, progress)
+        kept = load_rows(results.path, found.about["settings"], {}, on_gpu.passes)
+        results.rows = {(row.solution, row.uuid): row for row in kept}
+    said = documents.conclusion(results, on_gpu, documents.Options(report=False))
+    assert "Incomplete: 0 of 4 rows were measured, 4 more by host time alone" in said
+    runner.run(on_gpu, solved, [one, seven], results, progress)
+    names = ("torch_reference", "ours")
+    every = [(name, count) for count in (1, 7) for name in names]
+    by_host = [(None, *pair) for pair in every]
+    by_gpu = [("gpu", *pair) for pair in every]
+    assert asked == [*by_host[:3], *by_host[2:], *by_gpu[:1], *by_gpu]
+    assert all(row.wall and row.gpu for row in results.rows.values())
+
+
+def test_a_row_that_is_checked_only_is_kept(tmp_path, registry):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", num_trials=1)
+    assert execute(chosen) == session.OK
+    path = chosen.output / "results.json"
+    content = json.loads(path.read_text())
+    checked = content["rows"][1] | {"solution": "mosaic_interpreted", "wall": None}
+    path.write_text(json.dumps({**content, "rows": [*content["rows"], checked]}))
+    assert execute(chosen, resume=True) == session.OK
+    assert ("mosaic_interpreted", 1) in rows_of(chosen)[0]

@@ -1,0 +1,90 @@
+"""Signals that something swallowed, and surroundings that no command can run in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from bench import environment, layers, option_rows, options, parallel, parallel_rows, shared_expert
+from interop import interruption
+from tests.test_bench_commands import ROOT, TIMED
+
+pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "found"),
+    [
+        (
+            options,
+            ["--workloads=1,7", "--variants=softmax"],
+            option_rows.Row("route", "softmax", 7, us=12.5),
+        ),
+        (layers, ["--tokens=7,8"], layers.Measured(TIMED, None)),
+        (shared_expert, ["--tokens=7,8"], shared_expert.Row(7, without_us=12.5)),
+        (parallel, ["--tokens=7,8"], [parallel_rows.Row(1, 7, "collectives", layer_us=12.5)]),
+    ],
+)
+def test_a_swallowed_signal_ends_a_command_after_its_row(
+    tmp_path, monkeypatch, capsys, module, arguments, found
+):
+    calls = []
+
+    def measure(*_, **__):
+        calls.append(1)
+        with contextlib.suppress(KeyboardInterrupt):  # as JAX's callback of the collector does
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(module, "measure", measure)
+    for made in ("answer", "make_layer", "devices_for"):  # not needed
+        monkeypatch.setattr(module, made, lambda *_: None, raising=False)
+    command = [*arguments, f"--output={tmp_path}"]
+    assert interruption.ended(lambda: module.main(command)) == 143
+    assert len(calls) == 1
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert len(json.loads((tmp_path / module.FILES[0]).read_text())["rows"]) == 1
+
+
+def test_a_signal_swallowed_at_the_very_end_is_its_exit_code(capsys):
+    def main():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    assert interruption.ended(main) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench_main.py", "--list"],
+        ["-m", "bench.layers"],
+        ["-c", "import jax_moe; jax_moe.describe()"],
+    ],
+)
+def test_no_device_is_one_line(command):
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "JAX_PLATFORMS=tpu: JAX finds no such device" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["my\u00a0run", "tab\tend", "caf\udce9", "it's", "a b\\n\n"])
+def test_a_command_is_printable_and_read_back_by_a_shell(name):
+    word = environment.shell_word(name)
+    assert word.isprintable()
+    said = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert said.stdout == os.fsencode(name)
