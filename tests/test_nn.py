@@ -218,7 +218,7 @@ def test_dead_tokens_come_out_as_zeros_and_are_not_counted():
         ({"gate_weight": np.zeros((9, 256), np.float32)}, ValueError, "gate_weight: .*E = 8 from"),
         ({"e_score_correction_bias": None}, ValueError, "e_score_correction_bias: expected an arr"),
         ({"shared_gate": None}, TypeError, "shared_gate: .*got None"),
-        ({"shared_experts": None}, ValueError, "experts: expected all 8 experts and 2 fused"),
+        ({"shared_experts": None}, ValueError, "8 experts and, without shared_experts, 2 fused"),
         (
             {"experts": (1, 2)},
             TypeError,
@@ -233,6 +233,11 @@ def test_bad_weights_are_refused_by_name(change, error, message):
 
 def test_bad_arguments_are_refused_by_name():
     params = make()
+    unshared = dataclasses.replace(
+        CONFIG, shared_intermediate_size=0, shared_swiglu_limit=None, has_shared_gate=False
+    )
+    with pytest.raises(ValueError, match=r"params\.shared_experts: expected None, as config says"):
+        nn.moe_layer(params._replace(shared_gate=None), hidden(2), config=unshared, backend="xla")
     with pytest.raises(ValueError, match=r"hidden_states: .*H = 256 from config"):
         nn.moe_layer(params, hidden(2)[:, :128], config=CONFIG, backend="xla")
     for x in (hidden(3, 2)[..., :0], jnp.zeros(0)):

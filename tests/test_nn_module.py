@@ -160,7 +160,7 @@ def test_weights_of_another_layer_are_refused_when_it_is_made():
         (whole._replace(shared_gate=None), "shared_gate: expected a JAX or NumPy array"),
         (
             whole._replace(shared_experts=None),
-            r"weights\.experts: expected all 8 experts and 2 fused shared ones, got 8",
+            r"weights\.experts: expected all 8 experts and, without shared_experts, 2 fused ones",
         ),
         (
             whole._replace(experts=shared),

@@ -291,7 +291,7 @@ def check_fits(name: str, params: LayerWeights, config: LayerConfig) -> None:
 
 
 def _all_experts(config: LayerConfig, num_fused: int) -> str:
-    fused = f" and {num_fused} fused shared ones" if num_fused else ""
+    fused = f" and, without shared_experts, {num_fused} fused ones" if num_fused else ""
     return f"all {config.num_experts} experts{fused}"
 
 
@@ -302,6 +302,8 @@ def _check_arrays(name: str, params: LayerWeights, config: LayerConfig) -> int:
         "E": (config.num_experts, "config"),
     }
     validate.gates(params, sizes)
+    if params.shared_experts is not None and not config.shared_intermediate_size:
+        raise ValueError(f"{name}.shared_experts: expected None, as config says, got ExpertWeights")
     _check_experts(name, params, config)
     bias = params.e_score_correction_bias
     if config.has_routing_bias != (bias is not None):
