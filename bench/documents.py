@@ -55,7 +55,7 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
     passed = sum(row.status == PASS for row in results.rows.values())
     asked = max(len(results.rows), results.about.get("asked", {}).get("rows", 0))
     parts += ["", f"{passed} of {asked} rows PASS", *failures]
-    if not results.about.get("complete"):
+    if not header.is_complete(results):
         measured = [
             row for row in results.rows.values() if row.status != PASS or row.time(results.timer)
         ]

@@ -12,7 +12,7 @@ from jax_moe import models
 def warnings(results: Results, settings: Settings) -> list[str]:
     """What no document of the run may leave out, in markdown; empty for a whole run on a GPU."""
     found = []
-    if not results.about.get("complete"):
+    if not is_complete(results):
         found.append(f"**Incomplete**: {stopped(results)}.")
     if not settings.on_gpu:
         found.append(f"**REDUCED sizes**: {reduced(settings)}")
@@ -23,7 +23,15 @@ def warnings(results: Results, settings: Settings) -> list[str]:
 
 def stopped(results: Results) -> str:
     """Why a run is incomplete."""
+    if results.about.get("complete"):
+        return "rows that were measured are not in the file"
     return results.about.get("stopped", "the run has not ended")
+
+
+def is_complete(results: Results) -> bool:
+    """Whether all rows are there that were asked for."""
+    asked = results.about.get("asked", {}).get("rows", 0)
+    return bool(results.about.get("complete")) and len(results.rows) >= asked
 
 
 def markdown_warnings(results: Results, settings: Settings) -> list[str]:

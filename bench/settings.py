@@ -12,6 +12,7 @@ from jax_moe import models
 from jax_moe.config import Precision
 
 CPU_ITERATIONS = 3
+_OF, _ONLY_OF = "jax_moe", ("backend", "precision")  # what other solutions run has no say in it
 _FLAGS = (
     "model",
     "num_local_experts",
@@ -131,7 +132,8 @@ class Settings:
         words = ["python bench_main.py", f"--solutions={solution or ','.join(self.solutions)}"]
         words.append(f"--workloads={','.join(chosen)}")
         default = Settings(self.solutions)
-        for name in _FLAGS:
+        read = [name for name in _FLAGS if solution in (None, _OF) or name not in _ONLY_OF]
+        for name in read:
             if getattr(self, name) != getattr(default, name):
                 words.append(f"--{name}={shell_word(str(getattr(self, name)))}")
         for name, value in self.tolerance._asdict().items():
@@ -139,7 +141,7 @@ class Settings:
                 words.append(f"--{name}={value}")
         switches = {
             "--scaling": self.scaling,
-            "--batch_invariant": self.batch_invariant,
+            "--batch_invariant": self.batch_invariant and solution in (None, _OF),
             "--nowall_time": not self.wall_time,
             "--sustained": self.sustained,
         }

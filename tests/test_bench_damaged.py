@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from bench import documents, run_folder, saved, session
+from bench import documents, header, run_folder, saved, session
 from bench.correctness import Check
 from bench.results import PASS, WRONG, Results, load_rows, rows_of
 from bench.settings import Settings
@@ -126,3 +126,12 @@ def test_the_error_of_an_output_that_is_not_finite_is_read_back(results, error):
     assert found["torch_reference"].status == PASS
     assert saved.read(results.path).results.rows.keys() == results.rows.keys()
     assert run_folder.files_of_a_run(results.path.parent) == ["results.json"]
+
+
+def test_rows_that_an_editor_removed_are_missed(results):
+    results.about["asked"] = {"rows": 2}
+    assert header.is_complete(results)
+    del results.rows["jax_moe_xla", row("jax_moe_xla", 7, 50.0).uuid]
+    assert not header.is_complete(results)
+    said = documents.conclusion(results, SETTINGS, documents.Options(report=False))
+    assert "Incomplete: 1 of 2 rows were measured: rows that were measured are not in" in said

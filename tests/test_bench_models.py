@@ -30,6 +30,16 @@ def test_a_command_names_another_model():
     assert "--model=kimi-k2" in Settings(("jax_moe",), model="kimi-k2").command().split()
 
 
+def test_a_command_of_one_row_has_no_option_that_its_solution_does_not_take():
+    options = {"precision": "high", "backend": "xla", "batch_invariant": True, "seed": 3}
+    chosen = Settings(("jax_moe", "jax_v1"), **options)
+    ours = {"--precision=high", "--backend=xla", "--batch_invariant"}
+    for solution, expected in ((None, ours), ("jax_moe", ours), ("jax_v1", set())):
+        words = set(chosen.command(solution, WORKLOADS[0]).split())
+        assert words & ours == expected
+        assert "--seed=3" in words
+
+
 def test_a_rank_may_hold_other_experts_than_an_eighth():
     chosen = Settings(("jax_moe",), model="qwen3-30b", num_local_experts=128)
     assert chosen.sizes == (128, 128, 2048, 768)
