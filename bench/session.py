@@ -265,8 +265,8 @@ def _measure(
     timed = {name: one for name, one in chosen.items() if one is not interpreter.SOLUTION}
     asked = {(name, row.uuid) for name in timed for row in workloads}
     timed_already = [results.timed_by(clock) for clock in settings.passes]
-    total = sum(len(asked - of_clock) for of_clock in timed_already) + len(chosen) - len(timed)
     interpreted = set(chosen) - set(timed) - set(results.solutions())
+    total = sum(len(asked - of_clock) for of_clock in timed_already) + len(interpreted)
     results.about["asked"]["rows"] = len(asked | set(results.rows)) + len(interpreted)
     orders = ahead.orders(timed, workloads, set.intersection(*timed_already)) if jobs else []
     total += len(orders)
@@ -290,7 +290,7 @@ def _measure(
                     progress.start("compiling")
                     programs = ahead.compile_all(settings, orders, jobs, step)
                 runner.run(settings, timed, workloads, results, progress, trace, programs)
-                if len(timed) < len(chosen):
+                if interpreted:
                     progress.start("the kernels in the interpreter")
                     row = interpreter.check(settings, workloads)
                     results.put(row)

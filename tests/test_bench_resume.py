@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from bench import documents, roofline, runner, saved, session, solutions
+from bench import documents, interpreter, roofline, runner, saved, session, solutions
 from bench.results import Results, load_rows
 from bench.timers import Statistics
 from bench.workloads import select
@@ -59,7 +59,7 @@ def test_a_row_with_one_of_two_times_gets_the_other_when_resumed(tmp_path, regis
     assert all(row.wall and row.gpu for row in results.rows.values())
 
 
-def test_a_row_that_is_checked_only_is_kept(tmp_path, registry):
+def test_a_row_that_is_checked_only_is_kept(tmp_path, registry, monkeypatch):
     registry(solution("ours", right))
     chosen = settings(tmp_path, "ours", num_trials=1)
     assert execute(chosen) == session.OK
@@ -69,3 +69,8 @@ def test_a_row_that_is_checked_only_is_kept(tmp_path, registry):
     path.write_text(json.dumps({**content, "rows": [*content["rows"], checked]}))
     assert execute(chosen, resume=True) == session.OK
     assert ("mosaic_interpreted", 1) in rows_of(chosen)[0]
+    registry(interpreter.SOLUTION)
+    monkeypatch.setattr(interpreter, "check", lambda *_: pytest.fail("it was checked again"))
+    both = dataclasses.replace(chosen, solutions=("ours", interpreter.SOLUTION.name))
+    assert execute(both, resume=True) == session.OK
+    assert rows_of(chosen)[1]["resumed_rows"] == 3
