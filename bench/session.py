@@ -246,9 +246,13 @@ def _new_results(
 
 def _keep_finished(results: Results, settings: Settings) -> None:
     surroundings = {name: results.about[name] for name in ("device", "versions", "git_commit")}
-    untimed = (interpreter.SOLUTION.name,)
-    asked = results.about["settings"], surroundings
-    kept = load_rows(results.path, *asked, settings.passes, untimed)
+    kept = load_rows(
+        results.path,
+        results.about["settings"],
+        surroundings,
+        settings.passes,
+        untimed=(interpreter.SOLUTION.name,),
+    )
     results.rows = {(row.solution, row.uuid): row for row in kept}
     results.about["resumed_rows"] = results.rows_on_disk = len(kept)
 

@@ -12,7 +12,7 @@ from jax_moe import models
 from jax_moe.config import Precision
 
 CPU_ITERATIONS = 3
-_OF, _ONLY_OF = "jax_moe", ("backend", "precision")  # what other solutions run has no say in it
+_OF_JAX_MOE = ("backend", "precision", "batch_invariant")  # no other solution takes them
 _FLAGS = (
     "model",
     "num_local_experts",
@@ -132,16 +132,16 @@ class Settings:
         words = ["python bench_main.py", f"--solutions={solution or ','.join(self.solutions)}"]
         words.append(f"--workloads={','.join(chosen)}")
         default = Settings(self.solutions)
-        read = [name for name in _FLAGS if solution in (None, _OF) or name not in _ONLY_OF]
-        for name in read:
-            if getattr(self, name) != getattr(default, name):
+        unread = () if solution in (None, "jax_moe") else _OF_JAX_MOE
+        for name in _FLAGS:
+            if name not in unread and getattr(self, name) != getattr(default, name):
                 words.append(f"--{name}={shell_word(str(getattr(self, name)))}")
         for name, value in self.tolerance._asdict().items():
             if value != getattr(default.tolerance, name):
                 words.append(f"--{name}={value}")
         switches = {
             "--scaling": self.scaling,
-            "--batch_invariant": self.batch_invariant and solution in (None, _OF),
+            "--batch_invariant": self.batch_invariant and "batch_invariant" not in unread,
             "--nowall_time": not self.wall_time,
             "--sustained": self.sustained,
         }

@@ -16,8 +16,7 @@ def check(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
 
     Raises:
         TypeError: It is no tensor of bf16.
-        ValueError: Its shape, its device or its memory does not fit.
-        RuntimeError: It asks for a gradient.
+        ValueError: Its shape, its device or its memory does not fit, or it asks for a gradient.
     """
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")

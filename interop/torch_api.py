@@ -72,8 +72,8 @@ def torch_moe(
         swiglu_limit: As in `jax_moe.apply`.
         precision: As in `jax_moe.apply`.
         batch_invariant: As in `jax_moe.apply`.
-        out: bf16[T,H] on the same device to write to (destination passing), of any strides; it
-            costs one copy.
+        out: bf16[T,H] on the same device to write to (destination passing), of any strides
+            that give each element memory of its own; it costs one copy.
 
     Returns:
         bf16[T,H]: `out` if given, else a tensor that shares the memory of a JAX array

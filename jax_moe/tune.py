@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     if device.local_gpu() is None:
-        print("jax_moe.tune: needs an NVIDIA GPU, and JAX sees none", file=sys.stderr)
+        print(f"jax_moe.tune: {command.NO_GPU}", file=sys.stderr)
         return 1
     failed = False
     for model in chosen:

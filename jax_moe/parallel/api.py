@@ -249,10 +249,26 @@ def run_routed(
     *,
     num_experts: int,
     axis_name: AxisName,
+    placement: Int32[Array, " E_physical"] | None = None,
+    **options: Any,
+) -> Any:
+    """`apply_routed_expert_parallel` of unchecked inputs, with the options of `_run`."""
+    group = ranks.surrounding(axis_name)
+    sizes: validate.Sizes = {"E": (validate.num_experts(num_experts), "num_experts")}
+    validate.topk(*inputs.routing, sizes)
+    return _run(inputs, sizes, group, config=None, placed=placement, **options)
+
+
+def _run(
+    inputs: Any,
+    sizes: validate.Sizes,
+    group: ranks.Ranks,
+    *,
+    config: MoEConfig | None,
+    placed: Any,
     backend: str = "auto",
     exchange: str = "auto",
-    num_tokens: int | Int32[Array, ""] | None = None,
-    placement: Int32[Array, " E_physical"] | None = None,
+    num_tokens: Any = None,
     max_rows_at_once: int | None = None,
     with_load: bool = False,
     expected_rows: float | None = None,
@@ -262,50 +278,13 @@ def run_routed(
     batch_invariant: bool = False,
     result_dtype: str = "bfloat16",
 ) -> Any:
-    """`apply_routed_expert_parallel` of unchecked inputs; f32 where others are added to it."""
-    group = ranks.surrounding(axis_name)
-    sizes: validate.Sizes = {"E": (validate.num_experts(num_experts), "num_experts")}
-    validate.topk(*inputs.routing, sizes)
-    return _run(
-        inputs,
-        sizes,
-        group,
-        config=None,
-        backend=backend,
-        exchange=exchange,
-        num_tokens=num_tokens,
-        placed=placement,
-        max_rows_at_once=max_rows_at_once,
-        with_load=with_load,
-        expected_rows=expected_rows,
-        scale_format=checked_scale_format(scale_format),
-        swiglu_limit=checked_swiglu_limit(swiglu_limit),
-        precision=precision,
-        batch_invariant=batch_invariant,
-        result_dtype=result_dtype,
-    )
+    """The checks that all entries share, then the layer.
 
-
-def _run(
-    inputs: Any,
-    sizes: validate.Sizes,
-    group: ranks.Ranks,
-    *,
-    config: MoEConfig | None,
-    backend: str,
-    exchange: str,
-    num_tokens: Any,
-    placed: Any,
-    max_rows_at_once: int | None,
-    with_load: bool,
-    expected_rows: float | None,
-    scale_format: ScaleFormat,
-    swiglu_limit: float | None,
-    precision: Precision,
-    batch_invariant: bool,
-    result_dtype: str = "bfloat16",
-) -> Any:
-    """The checks that both entries share, then the layer. `sizes` knows T, E and k."""
+    `sizes` knows T, E and k; `placed` is the placement; the result is of `result_dtype`, f32 where
+    others are added to it. All else is as in `apply_expert_parallel`.
+    """
+    scale_format = checked_scale_format(scale_format)
+    swiglu_limit = checked_swiglu_limit(swiglu_limit)
     precision = checked_precision(precision)
     batch_invariant = checked_batch_invariant(batch_invariant)
     with_load = validate.boolean("with_load", with_load)

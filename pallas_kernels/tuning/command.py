@@ -20,6 +20,9 @@ type Tuners = Callable[[jax.Device], Tuner | str]
 """The tuner for a GPU, or why there is none, in a few words."""
 
 
+NO_GPU = "needs an NVIDIA GPU, and JAX sees none"
+
+
 class Options(NamedTuple):
     """How to measure.
 
@@ -116,7 +119,7 @@ def run(module: str, tuners: Tuners, sizes: Sizes, options: Options) -> int:
             f"{module}: --generation: expected --folder too; the cache's tables are of one GPU kind"
         )
     gpu = device.local_gpu()
-    tuner = tuners(gpu) if gpu is not None else "needs an NVIDIA GPU, and JAX sees none"
+    tuner = tuners(gpu) if gpu is not None else NO_GPU
     if gpu is None or isinstance(tuner, str):
         return _failed(f"{module}: {tuner}")
     try:
