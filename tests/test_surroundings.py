@@ -98,6 +98,7 @@ SHARD_MAP = """
 
 TORCH_IN_A_MESH = """
     import jax, torch
+    import jax_moe
     from interop import TorchMoE, torch_moe
     from tests.moe_inputs import SMALL, handle_arguments
     from tests.torch_inputs import torch_inputs
@@ -112,10 +113,13 @@ TORCH_IN_A_MESH = """
         assert torch.equal(TorchMoE(inputs.weights, config=SMALL)(*handle_arguments(inputs)), whole)
         assert jax.sharding.get_mesh() == mesh
     first, second = jax.devices()[:2]
-    with jax.default_device(second):  # tensors stay where they are
+    seen, apply = [], jax_moe.apply
+    jax_moe.apply = lambda *a, **k: seen.append(jax.config.jax_default_device) or apply(*a, **k)
+    with jax.default_device(second):  # tensors stay where they are, and a backend is found there
         result = torch_moe(*inputs.arguments, config=SMALL, out=torch.empty_like(whole))
         assert torch.equal(result, whole)
         assert torch.equal(handle(*handle_arguments(inputs)), whole)
+    assert seen and set(seen) == {first}
 """
 
 DEFAULT_DEVICE = """
