@@ -172,7 +172,7 @@ def _document(results: Results, settings: Settings, plot: str | None) -> list[st
         if state := results.about.get(f"gpu_state_{when}"):
             lines.append(f"- GPU {when}: {', '.join(f'{k} {v}' for k, v in state.items())}")
     lines += [f"- Not measured: {name}: {why}" for name, why in results.unavailable.items()]
-    lines += ["", "```bash", results.about["command"], "```", ""]
+    lines += ["", "```bash", "\n# resumed with\n".join(results.commands()), "```", ""]
     lines += [f"![Time against tokens]({plot})", ""] if plot else []
     clock = "GPU" if results.timer == "gpu" else "wall"
     lines += [f"## Median {clock} time", "", *markdown(report.comparison(results), left=0), ""]

@@ -190,6 +190,10 @@ class Results:
         """Solution and uuid of the rows that have times by "gpu" or "wall"."""
         return {key for key, row in self.rows.items() if row.time(clock)}
 
+    def commands(self) -> list[str]:
+        """What asked for the rows: the run's command, after those of runs that it went on with."""
+        return list(dict.fromkeys([*self.about.get("resumed_commands", ()), self.about["command"]]))
+
     def workloads(self) -> list[tuple[str, list[Row]]]:
         """The rows by workload, in order of T; within one, as they were measured."""
         order = sorted({(row.num_tokens, row.uuid) for row in self.rows.values()})

@@ -62,7 +62,9 @@ def read(folder: Path) -> Saved:
 def _saved(path: Path, content: dict[str, Any]) -> Saved:
     for name in ("device", "versions", "settings", "unavailable"):
         typed.checked_object(content[name], name)
-    one_line(content["command"], "command")
+    resumed = typed.checked_list(content.get("resumed_commands", []), "resumed_commands")
+    for command in (*resumed, content["command"]):
+        one_line(command, "command")
     one_line(content["device"]["kind"], "device: kind")
     if content["timer"] not in ("gpu", "wall"):
         raise ValueError(f"timer: expected gpu or wall, got {quoted(content['timer'])}")
@@ -75,6 +77,8 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
         roofline=typed.record(Roofline, roofline, positive=True) if roofline else None,
         rows={(row.solution, row.uuid): row for row in rows_of(content)},
     )
+    if not results.rows:
+        raise ValueError("rows: expected at least one, got none")
     asked = typed.checked_object(content.get("asked") or _asked(results), "asked")
     known = {field.name for field in dataclasses.fields(Settings)}
     fields = {key: value for key, value in content["settings"].items() if key in known}

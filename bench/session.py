@@ -88,7 +88,7 @@ def execute(
         if drawn := dataset.stand_ins(workloads):
             results.about["stand_ins"] = drawn
         if results.path.exists() and resume:
-            _keep_finished(results, settings)
+            options = _keep_finished(results, settings, options)
         if profile:
             run_folder.make("--profile", profile)
         if folder.note:
@@ -124,7 +124,7 @@ def _conclude(
     except KeyboardInterrupt:
         print(f"interrupted: {_without_documents(results)}", file=sys.stderr)
         return interruption.acknowledge()
-    except interruption.OutputError:
+    except (interruption.OutputError, BrokenPipeError):
         print(_without_documents(results), file=sys.stderr)
         raise
     if failure and failure != problem:  # a disk that was full while measuring often still is
@@ -166,6 +166,8 @@ def write_documents(folder: Path, options: documents.Options) -> int:
     try:
         found = saved.read(folder)
         folder = found.results.path.parent
+        if options.breakdown and found.results.timer != "gpu":
+            raise ValueError(f"{shown(folder)}: its run took no kernel times for --breakdown")
         with folder_lock.held(folder):
             both = documents.Options(*map(max, options, found.options))
             written = [found.results.path]
@@ -244,7 +246,10 @@ def _new_results(
     return Results(path, about, settings.timer, unavailable, begin=folder.begin)
 
 
-def _keep_finished(results: Results, settings: Settings) -> None:
+def _keep_finished(
+    results: Results, settings: Settings, options: documents.Options
+) -> documents.Options:
+    """Takes over rows and command of the run in the folder; returns what to write of both."""
     surroundings = {name: results.about[name] for name in ("device", "versions", "git_commit")}
     kept = load_rows(
         results.path,
@@ -255,6 +260,14 @@ def _keep_finished(results: Results, settings: Settings) -> None:
     )
     results.rows = {(row.solution, row.uuid): row for row in kept}
     results.about["resumed_rows"] = results.rows_on_disk = len(kept)
+    try:
+        earlier = saved.read(results.path)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
+    results.about["resumed_commands"] = earlier.results.commands()
+    both = documents.Options(*map(max, options, earlier.options))  # else its documents would go
+    results.about["asked"] |= both._asdict()
+    return both
 
 
 def _measure(
@@ -310,7 +323,7 @@ def _measure(
             problem = f"GPU timer: {error}; --timer=wall needs no profiler"
         except FileError as error:
             problem = str(error)
-        except interruption.OutputError:  # of a row's line; what was measured is on disk
+        except (interruption.OutputError, BrokenPipeError):  # of a row's line; all is on disk
             raise
         except ValueError as error:  # a data set that does not fit: one line for the user
             if not results.rows:

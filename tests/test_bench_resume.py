@@ -74,3 +74,39 @@ def test_a_row_that_is_checked_only_is_kept(tmp_path, registry, monkeypatch):
     both = dataclasses.replace(chosen, solutions=("ours", interpreter.SOLUTION.name))
     assert execute(both, resume=True) == session.OK
     assert rows_of(chosen)[1]["resumed_rows"] == 3
+
+
+def test_documents_of_either_run_are_written_and_both_commands_shown(tmp_path, registry):
+    registry(solution("ours", right), solution("other", right))
+    chosen = settings(tmp_path, "ours", "other", workloads=("1", "7"), num_trials=1)
+    assert execute(chosen, report=True) == session.OK
+    narrow = dataclasses.replace(chosen, workloads=("7",))
+    for _ in range(2):
+        assert execute(narrow, resume=True) == session.OK
+        assert (chosen.output / "comparison_report.md").exists()
+        text = (chosen.output / "results.md").read_text()
+        first, second = text.split("```bash\n")[1].split("\n```")[0].split("\n# resumed with\n")
+        assert first.startswith("python bench_main.py --solutions=ours,other --workloads=1,7")
+        assert second.startswith("python bench_main.py --solutions=ours,other --workloads=7")
+    path = chosen.output / "results.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"command": ""}))
+    with pytest.raises(ValueError, match=r"^--resume: .*: damaged: command: expected one line"):
+        execute(narrow, resume=True)
+
+
+def test_a_table_that_nobody_reads_leaves_the_way_to_its_documents(
+    tmp_path, registry, monkeypatch, capsys
+):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", num_trials=1)
+
+    def unread(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(documents, "conclusion", unread)
+    with pytest.raises(BrokenPipeError):
+        execute(chosen)
+    assert len(rows_of(chosen)[0]) == 2
+    command = f"python bench_main.py --documents={chosen.output}"
+    assert f"results.json is whole, its documents are not; {command}" in capsys.readouterr().err

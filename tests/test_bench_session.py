@@ -232,6 +232,7 @@ def test_an_interrupted_run_keeps_its_rows_and_can_be_resumed(tmp_path, registry
     assert rows["ours", 1] == first
     assert calls.count(1) == 1, "the finished row was measured again"
     assert (content["complete"], content["resumed_rows"]) == (True, 3)
+    assert "# resumed with" not in (chosen.output / "results.md").read_text()
 
 
 def test_only_comparable_and_whole_files_are_resumed(tmp_path, registry):
@@ -322,6 +323,9 @@ def test_scaling_runs_on_powers_of_two(tmp_path, registry):
     assert {row["uuid"] for row in rows_of(chosen)[0].values()} == {"scaling-1"}
     text = (chosen.output / "scaling.md").read_text()
     assert text.startswith("# Scaling on ")
+    assert "**T=1 offset=8 scaling: " in text
+    with pytest.raises(ValueError, match=r"unknown workload '3'; expected 'all' .* 8192, 16384$"):
+        execute(dataclasses.replace(chosen, workloads=("3",)))
     assert not (chosen.output / "scaling.png").exists()  # a point alone
 
 
