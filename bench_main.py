@@ -187,6 +187,8 @@ def _settings() -> Settings:
         if experts % local:
             held = f"{experts} experts" if on_gpu else f"{experts} experts, all at reduced size"
             raise ValueError(f"--num_local_experts: expected a divisor of {held}, got {local}")
+    if _FLUSH.present and not on_gpu:
+        raise ValueError(f"--flush={_FLUSH.value}: is how a GPU's L2 is emptied; there is no GPU")
     missing = gpu_clock.unavailable_reason()
     if _TIMER.value == "gpu" and missing:
         raise ValueError(f"--timer=gpu: {missing}")

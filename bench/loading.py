@@ -163,7 +163,7 @@ def run(folder: Path, scratch: Path | None) -> int:
         write_checkpoint(Path(made), sizes)
         found = measure(Path(made), on_gpu=on_gpu)
     for name, median in found["medians"].items():
-        print(f"{name:5} {median * 1e3:8.1f} ms  {found['bytes'] / median / 1e9:6.1f} GB/s")
+        print(f"{name:5} {median * 1e3:8.1f} ms  {found['bytes'] / median / 1e9:8.3g} GB/s")
     print(about["note"] if found["share"] is None else f"share {found['share']:.2f}", flush=True)
     path = folder / "loading.json"
     with writing(path), write_atomically(path, "w") as file:

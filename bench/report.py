@@ -117,8 +117,9 @@ def _shown_columns(results: Results) -> list[Column]:
 def _heading(results: Results, row: Row) -> str:
     floors = zip(("unpromoted", "promoted"), row.work.floors(results.roofline), strict=True)
     bound = "".join(f", {name} floor {_us(floor)} us" for name, floor in floors if floor)
+    uuid = row.uuid.partition("-")[0]
     return (
-        f"T={row.num_tokens} offset={row.local_expert_offset} {row.uuid[:8]}: {row.load.pairs} "
+        f"T={row.num_tokens} offset={row.local_expert_offset} {uuid}: {row.load.pairs} "
         f"local pairs on {row.load.active_experts} experts (at most {row.load.max_per_expert} on "
         f"one)"
         f"{bound}"

@@ -71,9 +71,10 @@ def select(names: Sequence[str], pool: Sequence[Workload] = WORKLOADS) -> tuple[
         found = _matching(name.strip(), pool)
         if not found:
             counts = ", ".join(str(row.num_tokens) for row in pool)
+            uuids = ", or the first characters of a uuid, six or more where all are digits"
             raise ValueError(
-                f"--workloads: unknown workload {name!r}; expected 'all', one of the token counts "
-                f"{counts}, or the first characters of a uuid, six or more where all are digits"
+                f"--workloads: unknown workload {name!r}; expected 'all' or one of the token "
+                f"counts {counts}{'' if pool is SCALING else uuids}"
             )
         chosen.update(row.uuid for row in found)
     return tuple(row for row in pool if row.uuid in chosen)

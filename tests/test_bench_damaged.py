@@ -85,6 +85,8 @@ def test_a_damaged_row_is_named(results, damage, said):
     ("name", "value", "said"),
     [
         ("rows", {}, "rows: expected a list, got dict"),
+        ("rows", [], "rows: expected at least one, got none"),
+        ("resumed_commands", "a", "resumed_commands: expected a list, got str"),
         ("rows", None, "rows: expected a list, got NoneType"),
         ("rows", [None], "row 1: Row: expected an object, got NoneType"),
         ("device", None, "device: expected an object, got NoneType"),
@@ -104,17 +106,26 @@ def test_a_damaged_file_is_named(results, name, value, said):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         saved.read(results.path)
     assert str(raised.value) == f"{results.path}: damaged: {said}"
-    del content[name]
-    results.path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"damaged: no '{name}'"):
-        saved.read(results.path)
+    if content.pop(name, None) is not None:
+        results.path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"damaged: no '{name}'"):
+            saved.read(results.path)
 
 
-def test_text_that_is_no_json_is_named_once(results):
-    results.path.write_text("hello")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"hello", "Expecting value"), (b"\0" * 99, "its bytes are"), (b'{"\xff"', "its bytes are")],
+)
+def test_what_is_no_json_is_named_once(results, content, said):
+    results.path.write_bytes(content)
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         saved.read(results.path)
-    assert str(raised.value).startswith(f"{results.path}: not valid JSON: ")
+    assert str(raised.value).startswith(f"{results.path}: not valid JSON: {said}")
+
+
+def test_a_breakdown_of_host_times_is_refused(results):
+    with pytest.raises(ValueError, match=r"--documents: .*: its run took no kernel times for --br"):
+        session.write_documents(results.path, documents.Options(breakdown=True))
 
 
 @pytest.mark.parametrize("error", [math.inf, math.nan])

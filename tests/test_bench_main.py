@@ -68,8 +68,8 @@ def test_no_flags_do_the_right_thing_on_a_gpu(asked, monkeypatch):
     assert set(settings.solutions) == set(registry()) - by_name_only
 
 
-@on_cpu
-def test_flags_reach_the_settings_and_the_command_repeats_them(asked):
+def test_flags_reach_the_settings_and_the_command_repeats_them(asked, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     flags = [
         "--solutions=jax_moe,jax_ragged_dot",
         "--workloads=80,e05c",
@@ -140,6 +140,7 @@ def test_an_alias_is_its_model_and_a_data_set_is_the_definition_s(asked, capsys,
         ("--output=~nobody_here/x", "--output: ~nobody_here/x: "),
         ("--breakdown", "--breakdown: kernel times need --timer=gpu, needs a GPU, JAX found cpu"),
         ("--sustained", "--sustained: needs --timer=gpu, needs a GPU, JAX found cpu"),
+        ("--flush=read", "--flush=read: is how a GPU's L2 is emptied; there is no GPU"),
         ("--solutions=jax_moe_xla,jax_v1 --backend=xla", "--backend=xla: is what the solution "),
         ("--solutions=jax_v1 --precision=high", "--precision=high: is what the solution jax_moe"),
         ("--solutions=jax_moe_mosaic_high --batch_invariant", "--batch_invariant=True: is what "),
@@ -219,7 +220,7 @@ def test_a_value_of_another_type_is_told_in_our_words(asked, capsys, flag, messa
     ("flag", "message"),
     [
         ("--solutions=foo", "--solutions: unknown solution 'foo'; expected 'all' or some of"),
-        ("--workloads=3", "--workloads: unknown workload '3'; expected 'all', one of the token"),
+        ("--workloads=3", "--workloads: unknown workload '3'; expected 'all' or one of the token"),
     ],
 )
 def test_unknown_names_end_before_anything_is_measured(capsys, tmp_path, flag, message):

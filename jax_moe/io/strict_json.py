@@ -21,6 +21,8 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: not valid JSON: its bytes are no text") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
