@@ -148,6 +148,10 @@ def test_it_can_be_switched_off(path, monkeypatch):
     write(path)
     monkeypatch.setenv(cache.SWITCH, "off")
     assert used() == shipped()
+    cache.choose.cache_clear()
+    monkeypatch.setenv(cache.SWITCH, "bogus")
+    with pytest.warns(match="^JAX_MOE_TUNING: ignored: expected 'off' or nothing, got 'bogus'$"):
+        assert used() != shipped()
 
 
 def test_without_a_gpu_no_file_is_looked_at(path, monkeypatch):

@@ -21,7 +21,10 @@ from pallas_kernels.tuning import table_format
 from pallas_kernels.tuning.table_format import DEEPSEEK_V3, Kernels, Key, Sizes, Table
 
 SWITCH = "JAX_MOE_TUNING"
-"""The environment variable that makes everyone use the shipped tables when it is "off"."""
+"""The environment variable that makes everyone use the shipped tables when it is "off".
+
+Anything else is ignored with a warning, as a table that does not fit is.
+"""
 
 _MAX_BYTES = 2**20
 
@@ -136,8 +139,11 @@ def read[C](path: Path, kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C]
 
 def _own[C](kernels: Kernels[C], gpu: Gpu, sizes: Sizes) -> Table[C] | None:
     """The user's table if there is a valid one; warns of an invalid one."""
-    if gpu.kind is None or os.environ.get(SWITCH) == "off":
+    said = os.environ.get(SWITCH, "")
+    if gpu.kind is None or said == "off":
         return None
+    if said:
+        warnings.warn(f"{SWITCH}: ignored: expected 'off' or nothing, got {said!r}", stacklevel=4)
     try:
         path = path_of(kernels.name, gpu.kind, sizes)
     except RuntimeError:  # no home folder, so no cache
