@@ -284,6 +284,16 @@ def test_bad_arguments_are_refused_by_name():
     assert dataclasses.replace(CONFIG, num_experts=np.int64(CONFIG.num_experts)) == CONFIG
 
 
+@pytest.mark.parametrize("name", ["module", "DeepSeekMoE", "FrozenWeight"])
+def test_without_flax_the_module_says_how_to_get_it(monkeypatch, name):
+    monkeypatch.delitem(sys.modules, "jax_moe.nn.module", raising=False)
+    monkeypatch.delitem(vars(nn), "module", raising=False)
+    monkeypatch.setitem(sys.modules, "flax", None)  # its import fails
+    said = rf"^jax_moe\.nn\.{name}: expected the package flax \(pip install 'jax-moe\[flax\]'\)"
+    with pytest.raises(ModuleNotFoundError, match=said):
+        getattr(nn, name)
+
+
 @pytest.mark.parametrize(
     ("router", "message"),
     [

@@ -16,5 +16,13 @@ from jax_moe.nn.layer import moe_layer as moe_layer
 def __getattr__(name: str) -> Any:
     if name not in ("module", "DeepSeekMoE", "FrozenWeight"):
         raise AttributeError(f"module 'jax_moe.nn' has no attribute {name!r}")
-    module = importlib.import_module("jax_moe.nn.module")  # needs flax
+    try:
+        module = importlib.import_module("jax_moe.nn.module")
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "flax":
+            raise
+        raise ModuleNotFoundError(
+            f"jax_moe.nn.{name}: expected the package flax (pip install 'jax-moe[flax]')",
+            name="flax",
+        ) from error
     return module if name == "module" else getattr(module, name)
