@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
-from jax_moe.scalars import quoted
+from jax_moe.scalars import got, quoted
 
 _INTERPRETER_THREADS = 16
 _LEAST_INTERPRETER_THREADS = 8
@@ -165,12 +165,18 @@ def interpret_mode(params: Any = None) -> Iterator[None]:
             `InterpretGPUParams(detect_races=True)` looks for races as well.
 
     Raises:
+        TypeError: `params` is none.
         RuntimeError: JAX's CPU client already runs with too few threads; says what to set.
     """
-    _ensure_interpreter_threads()
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     params = plgpu.InterpretGPUParams() if params is None else params
+    if not isinstance(params, plgpu.InterpretGPUParams):
+        raise TypeError(
+            "params: expected a jax.experimental.pallas.mosaic_gpu.InterpretGPUParams or None, got "
+            f"{quoted(params)} ({got(params)})"
+        )
+    _ensure_interpreter_threads()
     with (
         _assumed(Device("gpu", "9.0", interpreted=True)),
         _interpret_params(params),

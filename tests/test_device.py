@@ -150,6 +150,15 @@ def test_assume_device_refuses_other_names(name):
         pass
 
 
+@pytest.mark.parametrize(
+    ("params", "got"), [(3, r"3 \(int\)"), (True, r"True \(bool\)"), ({}, r"\{\} \(dict\)")]
+)
+def test_interpret_mode_refuses_other_parameters(params, got):
+    said = f"^params: expected a .*InterpretGPUParams or None, got {got}"
+    with pytest.raises(TypeError, match=said), jax_moe.interpret_mode(params):
+        pass
+
+
 def test_contexts_retrace_what_was_jitted_outside():
     seen = []
     function = jax.jit(lambda x: seen.append((device_of(), interpret_params())) or x)
