@@ -1,5 +1,6 @@
 """Where arrays with an axis of experts go: one device, or the devices of a mesh."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -115,14 +116,9 @@ class Placement:
         everything = range(self._num_experts)
         if self._sharding is None:
             return [Share(everything, (None,))]
-        shape = (self._num_experts, 1, 1)
-        try:
-            indices = self._sharding.addressable_devices_indices_map(shape)
-        except ValueError as error:
-            raise ValueError(
-                f"sharding: expected it to split {self._num_experts} experts evenly and no other "
-                f"axis, got {self._sharding}: {error}"
-            ) from None
+        if isinstance(self._sharding, NamedSharding):
+            _check_even(self._sharding, self._num_experts)
+        indices = self._sharding.addressable_devices_indices_map((self._num_experts, 1, 1))
         devices: dict[range, list[jax.Device]] = {}
         for device, index in indices.items():
             assert index is not None
@@ -149,3 +145,14 @@ def _as_sharding(sharding: Any) -> Sharding | None:
         "sharding: expected a jax.sharding.Mesh, NamedSharding or SingleDeviceSharding, or None, "
         f"got {type(sharding).__name__}"
     )
+
+
+def _check_even(sharding: NamedSharding, num_experts: int) -> None:
+    axes = sharding.spec[0] if sharding.spec else None
+    names = axes if isinstance(axes, tuple) else (axes,)
+    size = math.prod(sharding.mesh.shape.get(name, 1) for name in names)
+    if num_experts % size:
+        raise ValueError(
+            f"sharding: expected mesh axes that split {num_experts} experts evenly, got "
+            f"{axes!r} of size {size}"
+        )
