@@ -114,8 +114,6 @@ def make_writable(folder: Path) -> bool:
     """`make` for a caller that says itself what asks for the folder."""
     with naming(folder):
         is_new = not folder.exists()
-        if is_new and folder.is_symlink():
-            raise ValueError("it is a link to nothing")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     return is_new

@@ -54,11 +54,11 @@ def refused(capsys, command, *arguments):
     ("folder", "reason"),
     [
         ("", "expected a folder, got an empty name"),
-        (ROOT / "README.md", "cannot be used: File exists"),
+        (ROOT / "README.md", "cannot be used: expected a folder, got a file"),
         (ROOT / "README.md/x", "cannot be used: Not a directory"),
         ("~nobody_here/x", "home directory"),
-        ("link", "link: cannot be used: it is a link to nothing"),
-        ("loop", "loop: cannot be used: it is a link to nothing"),
+        ("link", "link: cannot be used: expected a folder, got a link to nothing"),
+        ("loop", "loop: cannot be used: expected a folder, got a link that loops"),
     ],
 )
 def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, command, folder, reason):

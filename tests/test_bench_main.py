@@ -237,7 +237,7 @@ def test_unknown_names_end_before_anything_is_measured(capsys, tmp_path, flag, m
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("README.md", "File exists"),
+        ("README.md", "expected a folder, got a file"),
         ("README.md/x", "Not a directory"),
         ("/proc/foo", "No such file or directory"),
         ("/proc", "No such file or directory"),

@@ -112,6 +112,28 @@ def test_packed_files_that_are_damaged_or_missing_are_refused(saved, tmp_path):
         checkpoint.load_packed(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("file", "a file"),
+        ("loop", "a link that loops"),
+        ("link", "a link to nothing"),
+        ("/dev/full", "a link, socket or device"),
+    ],
+)
+def test_what_is_no_folder_is_named(saved, tmp_path, name, found):
+    path, (_, layer) = tmp_path / name, saved
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"^folder: {path}: expected a folder, got {found}$"):
+        checkpoint.save_packed(path, layer)
+    said = f"^folder: {path}: expected the folder of .*, got {found}$"
+    for read in (checkpoint.load_packed, checkpoint.Checkpoint):
+        with pytest.raises(ValueError, match=said):
+            read(path)
+
+
 def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch):
     import safetensors.numpy
 

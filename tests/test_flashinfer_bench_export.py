@@ -15,6 +15,14 @@ from interop.flashinfer_bench import __main__
 from interop.flashinfer_bench.export import export
 
 
+def test_a_link_that_loops_is_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"loop: .*: expected a folder, got a link that loops$"):
+        export(tmp_path / "loop")
+    with pytest.raises(ValueError, match="below: cannot be used: Too many levels of symbolic"):
+        export(tmp_path / "loop/below")
+
+
 def test_an_export_that_the_disk_has_no_room_for_leaves_the_earlier_one(
     tmp_path, monkeypatch, capsys
 ):

@@ -45,7 +45,7 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
     Raises:
         TypeError: These are no weights, or an array is of a wrong type or dtype.
         ValueError: A shape does not fit, an array lies partly in other processes, or `folder` is
-            no name that a folder can have.
+            no name that a folder can have, or that of something else.
         ImportError: The package safetensors is missing.
         OSError: The folder cannot be made, or the file cannot be written.
     """
@@ -69,7 +69,11 @@ def save_packed(folder: str | os.PathLike[str], weights: ExpertWeights | LayerWe
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(f"{name}: expected an array of this process, got {array.sharding}")
     metadata = {"format": FORMAT, "version": VERSION, "kind": type(weights).__name__}
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        found = found_at(folder)
+        raise ValueError(f"folder: {shown(folder)}: expected a folder, got {found}") from None
     with _temporary_folder(folder) as temporary:
         path = os.path.join(temporary, FILE)
         # Explicit, as `jax.transfer_guard` may forbid the implicit way to the host.
@@ -128,7 +132,9 @@ def load_packed(
     folder = folder_name("folder", folder)
     if not os.path.isdir(folder):
         found = found_at(folder)
-        raise ValueError(f"{shown(folder)}: expected the folder of packed weights, got {found}")
+        raise ValueError(
+            f"folder: {shown(folder)}: expected the folder of packed weights, got {found}"
+        )
     shard = Shard(os.path.join(folder, FILE))
     is_layer, has_shared = _check_contents(shard)
     experts = _Packed(shard, "experts.")

@@ -205,7 +205,9 @@ class Checkpoint:
         self._shards: dict[str, Shard] = {}
         if not os.path.isdir(self._folder):
             found = found_at(self._folder)
-            raise ValueError(f"{shown(folder)}: expected the folder of a checkpoint, got {found}")
+            raise ValueError(
+                f"folder: {shown(folder)}: expected the folder of a checkpoint, got {found}"
+            )
         self.index = shown(self._path(INDEX))
         if os.path.lexists(self._path(INDEX)):
             index = _read_json(self._path(INDEX))

@@ -4,6 +4,7 @@ Whatever a path holds (NUL, lone surrogates, a name too long, a symlink that lea
 whatever reading it runs into is a `ValueError` that names the path.
 """
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -77,7 +78,11 @@ def found_at(path: str | os.PathLike[str]) -> str:
     """What is at a path, for errors: "a file"."""
     try:
         return kind(os.stat(path).st_mode)
-    except (OSError, ValueError):  # the second: a NUL in the path
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that loops"
+        return "a link to nothing" if os.path.islink(path) else "nothing"
+    except ValueError:  # a NUL in the path
         return "nothing"
 
 
@@ -96,6 +101,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
+        if isinstance(error, FileExistsError):  # of a folder that was to be made
+            reason = f"expected a folder, got {found_at(path)}"
         raise ValueError(f"{shown(path)}: cannot be used: {reason or error}") from None
 
 
