@@ -270,7 +270,7 @@ def layer_inputs(inputs: LayerInputs, config: Any) -> LayerInputs:
         **inputs.weights._asdict(),
     )
     return inputs._replace(
-        local_expert_offset=_offset(inputs.local_expert_offset, sizes["E"][0], sizes),
+        local_expert_offset=_offset(inputs.local_expert_offset, sizes["E"][0], sizes, "E"),
         routed_scaling_factor=real("routed_scaling_factor", inputs.routed_scaling_factor),
     )
 
@@ -287,13 +287,16 @@ def routed_inputs(inputs: RoutedInputs, num_experts: int) -> RoutedInputs:
         **inputs.weights._asdict(),
         **inputs.routing._asdict(),
     )
-    offset = _offset(inputs.local_expert_offset, num_experts, sizes)
+    offset = _offset(inputs.local_expert_offset, num_experts, sizes, "num_experts")
     return inputs._replace(local_expert_offset=offset)
 
 
-def _offset(value: Any, num_experts: int, sizes: Sizes) -> Array | np.int32:
-    num_local_experts = sizes["E_local"][0]
-    experts(num_local_experts, num_experts)
+def _offset(value: Any, num_experts: int, sizes: Sizes, source: str) -> Array | np.int32:
+    num_local_experts, name = sizes["E_local"]
+    if not 1 <= num_local_experts <= num_experts:
+        raise ValueError(
+            f"{name}: expected E_local in 1..{source} = 1..{num_experts}, got {num_local_experts}"
+        )
     return integer("local_expert_offset", value, 0, num_experts - num_local_experts)
 
 
@@ -365,14 +368,6 @@ def gemm2(weights: Any, scale: Any, sizes: Sizes, prefix: str = "") -> None:
     argument("gemm2_weights", weights, sizes, prefix)
     blocked("H", sizes)
     argument("gemm2_weights_scale", scale, sizes, prefix)
-
-
-def experts(num_local_experts: int, num_experts: int) -> None:
-    """Checks that the local experts fit in all experts."""
-    if not 1 <= num_local_experts <= num_experts:
-        raise ValueError(
-            f"gemm1_weights: expected E_local in 1..E = 1..{num_experts}, got {num_local_experts}"
-        )
 
 
 def plan(value: Any, sizes: Sizes) -> None:

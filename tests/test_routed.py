@@ -195,7 +195,7 @@ def test_it_transforms_as_apply_does():
         ({"topk_weights": np.zeros((4, 2), np.float32)}, ValueError, "topk_weights: .*k = 3"),
         ({"topk_weights": None}, TypeError, "topk_weights: .*got None"),
         ({"local_expert_offset": 25}, ValueError, r"local_expert_offset: expected 0\.\.24, got 25"),
-        ({"num_experts": 7}, ValueError, "E_local in 1..E = 1..7, got 8"),
+        ({"num_experts": 7}, ValueError, "E_local in 1..num_experts = 1..7, got 8"),
         ({"num_experts": True}, TypeError, "num_experts: expected an integer"),
         ({"expected_rows": 0}, ValueError, "expected_rows: expected a positive number"),
         ({"expected_rows": "few"}, TypeError, "expected_rows: expected a real number"),
