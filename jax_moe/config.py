@@ -36,7 +36,8 @@ class MoEConfig:
 
     Attributes:
         top_k: Experts a token goes to, at least 1.
-        n_group: Groups that the E experts are split into, evenly and with two or more in each.
+        n_group: Groups that the E experts are split into, evenly and with two or more in each;
+            or 1.
         topk_group: Groups kept per token, 1 to `n_group`.
         block_size: Edge of a quantization block; only 128 is supported.
         scoring: What makes scores of logits: "sigmoid" (DeepSeek-V3, GLM, Kimi, MiniMax),
@@ -236,10 +237,12 @@ def check_experts(
     Raises:
         ValueError: The groups do not split the experts, or those kept hold too few.
     """
-    if num_experts % config.n_group or num_experts < 2 * config.n_group:
+    # Groups are chosen by the sum of their two best; one alone is not chosen.
+    is_split = num_experts % config.n_group == 0 and num_experts >= 2 * config.n_group
+    if config.n_group > 1 and not is_split:
         raise ValueError(
             f"{name}: expected {n_group} to split the {num_experts} experts{source} into "
-            f"equal groups of at least 2, got {config.n_group}"
+            f"equal groups of at least 2, or to be 1, got {config.n_group}"
         )
     kept = config.topk_group * (num_experts // config.n_group)
     if config.top_k > kept:

@@ -153,7 +153,7 @@ KIMI_LINEAR = {
     "moe_router_activation_func": "sigmoid",
 }
 SIZES = ("hidden_size", "moe_intermediate_size", "num_experts_per_token")
-SPLIT = "into equal groups of at least 2, got"
+SPLIT = "into equal groups of at least 2, or to be 1, got"
 
 
 @pytest.mark.parametrize("function", [MoEConfig.from_hf, nn.LayerConfig.from_hf])

@@ -300,7 +300,7 @@ def test_without_flax_the_module_says_how_to_get_it(monkeypatch, name):
         ((9,), "router: expected top_k of at most 8, .*got 9"),
         ((5, 2, 1), "router: expected top_k of at most 4, .*got 5"),
         ((2, 7), "router: expected n_group to split the 8 experts into .*got 7"),
-        ((2, 8, 4), "router: expected n_group to .* groups of at least 2, got 8"),
+        ((2, 8, 4), "router: expected n_group to .* of at least 2, or to be 1, got 8"),
     ],
 )
 def test_a_router_that_does_not_fit_the_experts_is_refused_when_made(router, message):

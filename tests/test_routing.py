@@ -24,6 +24,7 @@ CONFIGS = [
     (384, MoEConfig(top_k=8, n_group=1, topk_group=1)),
     (300, MoEConfig(top_k=10, n_group=6, topk_group=2)),
     (1024, MoEConfig(top_k=16, n_group=1, topk_group=1)),
+    (1, MoEConfig(top_k=1)),
 ]
 
 

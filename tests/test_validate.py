@@ -285,7 +285,7 @@ def test_configs(fields, error, said):
     [
         (MoEConfig(8, 5, 3), "n_group to split the 32 experts of routing_logits"),
         (MoEConfig(8, 5, 3), "got 5"),
-        (MoEConfig(8, 32, 16), "equal groups of at least 2, got 32"),
+        (MoEConfig(8, 32, 16), "equal groups of at least 2, or to be 1, got 32"),
         (MoEConfig(17, 4, 2), "top_k of at most 16"),
         (MoEConfig(33, 1, 1), "top_k of at most 32"),
     ],

@@ -76,6 +76,7 @@ def test_quantize_to_f16_equals_the_plain_backend_to_the_bit(dtype):
         (256, DEEPSEEK_V3),
         (72, MoEConfig(top_k=3, n_group=3, topk_group=2)),
         (16, MoEConfig(top_k=8, n_group=4, topk_group=2)),
+        (1, MoEConfig(top_k=1)),
     ],
 )
 def test_routing_equals_the_plain_backend(num_experts, config):
