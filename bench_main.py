@@ -47,9 +47,9 @@ from bench.correctness import Tolerance  # noqa: E402
 from bench.documents import Options  # noqa: E402
 from bench.settings import CPU_ITERATIONS, Settings  # noqa: E402
 from bench.workloads import FULL, MOST_LAYERS, sizes_of  # noqa: E402
-from interop import interruption  # noqa: E402
 from jax_moe import backends, models  # noqa: E402
 from jax_moe.config import PRECISIONS, checked_precision  # noqa: E402
+from pallas_kernels import interruption  # noqa: E402
 
 USAGE_ERROR = 2
 

@@ -1,5 +1,5 @@
 """The benchmark: inputs, checks, clocks, roofline, runner and reports behind `bench_main.py`."""
 
-from interop import interruption
+from pallas_kernels import interruption
 
-interruption.quiet_while_importing(__name__)
+interruption.before_imports(__name__)

@@ -21,9 +21,9 @@ from typing import Any
 from bench import commands, environment
 from bench.results import FileError, writing
 from bench.tables import aligned
-from interop import interruption
 from jax_moe import backends
 from jax_moe.io.files import shown, write_atomically
+from pallas_kernels import interruption
 
 ROOT = Path(__file__).parent.parent
 TOKENS = (1, 80, 901, 14107)

@@ -35,11 +35,11 @@ from bench.scan_parts import Parts
 from bench.sm_clock import Reading
 from bench.timers import Execution, warm_up
 from bench.workloads import FULL, MOST_LAYERS, REDUCED, Sizes, token_counts
-from interop import interruption
 from interop.arguments import up_to
 from interop.workloads import ROUTED_SCALING_FACTOR
 from jax_moe import DEEPSEEK_V3, ExpertWeights
 from jax_moe.io.files import shown, write_atomically
+from pallas_kernels import interruption
 
 TOKENS, FEW_TOKENS = (1, 16, 64, 256), (1, 7)
 LAYERS, FEW_LAYERS = 61, 3

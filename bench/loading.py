@@ -31,10 +31,10 @@ import numpy as np
 from bench import commands, environment
 from bench.results import FileError, writing
 from bench.workloads import FULL, REDUCED, Sizes
-from interop import interruption
 from jax_moe import checkpoint
 from jax_moe.checkpoint.transfer import MAX_THREADS
 from jax_moe.io.files import shown, write_atomically
+from pallas_kernels import interruption
 
 LAYER, SHARDS, REPEATS = 3, 4, 5
 ROOT, FILES = "out/loading", ("loading.json",)

@@ -51,12 +51,12 @@ from bench.option_rows import Row, table, with_ratios, write
 from bench.option_variants import VARIANTS, Variant, chosen_variants
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
-from interop import interruption
 from interop.arguments import comma_separated, natural
 from interop.processes import spawned
 from interop.workloads import Workload
 from jax_moe import DEEPSEEK_V3, LayerInputs, backends
 from jax_moe.io.files import shown
+from pallas_kernels import interruption
 
 USUAL, FEW = ("1", "16", "80", "901", "14107"), ("1", "7")
 ROOT, FILES = "out/options", ("options.json", "options.md")

@@ -43,11 +43,11 @@ from bench.parallel_inputs import (
 from bench.parallel_rows import Row
 from bench.results import writing
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
-from interop import interruption
 from interop.arguments import up_to
 from jax_moe import DEEPSEEK_V3, LayerInputs
 from jax_moe.io.files import shown
 from jax_moe.parallel.exchange import NAMES
+from pallas_kernels import interruption
 
 TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
 ROOT, FILES = "out/parallel", ("parallel.json", "parallel.png")

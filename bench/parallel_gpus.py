@@ -31,9 +31,9 @@ from bench import commands, environment, parallel, parallel_documents, parallel_
 from bench.results import FileError
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
-from interop import interruption
 from interop.arguments import finite, positive, up_to
 from jax_moe.io.files import shown
+from pallas_kernels import interruption
 
 SKEWED = (128, 1024, 8192)
 """Tokens per rank at which routing that is not even is measured too."""

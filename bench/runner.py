@@ -18,10 +18,11 @@ from bench.results import ERROR, PASS, WRONG, FileError, KernelTime, Results, Ro
 from bench.settings import Settings
 from bench.timers import Execution, calls_to_time, statistics_of, wall_times, warm_up
 from bench.work import Work, work_of
-from interop import dataset, interruption
+from interop import dataset
 from interop.solutions.base import Solution
 from interop.workloads import Workload
 from jax_moe import ExpertWeights, LayerInputs
+from pallas_kernels import interruption
 
 MAX_KERNELS = 40  # names kept per row; the reference launches thousands of kernels
 

@@ -24,11 +24,12 @@ from bench.gpu_clock import ClockError
 from bench.results import REFERENCE, FileError, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import LOCAL_EXPERTS, SCALING, WORKLOADS, select
-from interop import dataset, folder_lock, interruption
+from interop import dataset, folder_lock
 from interop.solutions.base import Solution
 from interop.workloads import Workload
 from jax_moe import models
 from jax_moe.io.files import shown
+from pallas_kernels import interruption
 
 OK, FAILED = 0, 1
 

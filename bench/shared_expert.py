@@ -33,12 +33,12 @@ from bench.failures import one_line
 from bench.results import writing
 from bench.timers import Execution
 from bench.workloads import Sizes, sizes_of, token_counts
-from interop import interruption
 from interop.solutions import deepgemm_dense
 from jax_moe import LayerInputs, LayerWeights, models
 from jax_moe.io.files import shown, write_atomically
 from jax_moe.models import Model
 from jax_moe.nn import LayerConfig, fuse_shared, moe_layer
+from pallas_kernels import interruption
 
 TOKENS, FEW_TOKENS = (1, 16, 64, 256, 1024, 4096), (1, 7)
 _ROUNDS, _CALLS = 5, 20

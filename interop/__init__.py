@@ -10,7 +10,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from interop import interruption
+from pallas_kernels import interruption
 
 if TYPE_CHECKING:
     from interop.dlpack import to_jax as to_jax
@@ -32,7 +32,7 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
-interruption.quiet_while_importing(__name__)
+interruption.before_imports(__name__)
 
 _RENAMED = {"TorchMoEWeights": "jax_moe.ExpertWeights"}
 """Public names of version 0.1 and what they are called now; they go with 0.3."""

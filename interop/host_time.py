@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_moe
-from interop import interruption, torch_problem
+from interop import torch_problem
 from jax_moe import LayerInputs
+from pallas_kernels import interruption
 
 if TYPE_CHECKING:
     import torch

@@ -39,6 +39,7 @@ import importlib
 import warnings
 from typing import Any
 
+import pallas_kernels as _pallas_kernels  # noqa: F401 - before JAX, which commands may lack
 from jax_moe import jax_window as _jax_window
 from jax_moe.api import apply as apply
 from jax_moe.api import apply_routed as apply_routed

@@ -11,7 +11,7 @@ import importlib
 import sys
 
 from jax_moe import models
-from pallas_kernels import device
+from pallas_kernels import device, interruption
 from pallas_kernels.tuning import command
 from pallas_kernels.tuning.search import Sizes
 
@@ -63,7 +63,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit("interrupted; tables are as they were or whole")
+    interruption.exit_with(lambda: main(sys.argv[1:]))

@@ -23,9 +23,9 @@ import tqdm
 
 from bench import environment
 from bench.commands import folder
-from interop import interruption
 from interop.arguments import finite
 from jax_moe.io.files import write_atomically
+from pallas_kernels import interruption
 
 INTERPRETED = "interpreted_mosaic"
 _COMPILING = 0.4  # share of the time that may go into opening new slots

@@ -25,8 +25,8 @@ from typing import Any
 
 from bench import environment
 from bench.commands import folder
-from interop import interruption
 from jax_moe.io.files import write_atomically
+from pallas_kernels import interruption
 from tests.cuda_tools import wheel_bin
 from tests.sanitizer_control import READERS
 

@@ -26,7 +26,7 @@ from bench import (
     parallel_rows,
     shared_expert,
 )
-from interop import interruption
+from pallas_kernels import interruption
 from tests.test_repository import ROOT
 
 EXAMPLES = (  # that of DeepSeek needs transformers, and is in test_end_to_end.py
@@ -189,7 +189,7 @@ def test_a_signal_is_one_line_and_its_exit_code(capsys, number, code):
 
 ENDING = """
 import atexit, os, signal
-from interop import interruption
+from pallas_kernels import interruption
 atexit.register(os.abort)  # stands for a thread of JAX that Python's end makes crash
 interruption.exit_with(lambda: print("rows") or signal.raise_signal(signal.SIGTERM))
 """
@@ -215,7 +215,7 @@ def test_a_signal_while_a_command_is_imported_just_ends_it(monkeypatch, command,
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(sys, "orig_argv", command)
     try:
-        interruption.quiet_while_importing("bench")
+        interruption.before_imports("bench")
         now = signal.getsignal(signal.SIGINT)
         assert now is (signal.SIG_DFL if is_quiet else signal.default_int_handler)
     finally:
@@ -241,7 +241,7 @@ def test_what_reads_the_output_may_end_first():
 
 
 UNWRITTEN = "standard output: cannot be written: No space left on device\n"
-LARGE = "from interop import interruption; interruption.exit_with(lambda: print('x' * 10**6))"
+LARGE = "from pallas_kernels import interruption as i; i.exit_with(lambda: print('x' * 10**6))"
 
 
 @pytest.mark.parametrize(
@@ -249,6 +249,7 @@ LARGE = "from interop import interruption; interruption.exit_with(lambda: print(
     [
         ("-m", "interop.flashinfer_bench", "list"),
         ("-m", "interop.flashinfer_bench", "list", "--help"),
+        ("-m", "jax_moe.tune", "--help"),
         ("-c", LARGE),
     ],
 )

@@ -19,8 +19,9 @@ import jax_moe
 from bench import comparison, documents, plots, run_folder, runner, session, solutions
 from bench.results import Results
 from bench.settings import Settings
-from interop import comparison_report, folder_lock, interruption
+from interop import comparison_report, folder_lock
 from interop.solutions.base import Solution
+from pallas_kernels import interruption
 from tests.bench_rows import measure_nothing, row
 
 ROOT = pathlib.Path(__file__).parent.parent

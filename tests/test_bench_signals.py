@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from bench import environment, layers, option_rows, options, parallel, parallel_rows, shared_expert
-from interop import interruption
+from pallas_kernels import interruption
 from tests.test_bench_commands import ROOT, TIMED
 
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")

@@ -19,10 +19,11 @@ import jax_moe
 from bench import comparison, documents, environment, session, solutions
 from bench.results import PASS
 from bench.settings import Settings
-from interop import checkout, interruption
+from interop import checkout
 from interop.solutions.base import Solution
 from jax_moe import LayerInputs
 from jax_moe.io.files import write_atomically
+from pallas_kernels import interruption
 from tests.bench_rows import cheap_layer
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -35,10 +35,10 @@ from bench.commands import folder
 from bench.options import make_inputs
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, select
-from interop import interruption
 from interop.checkout import git_commit
 from interop.workloads import Workload
 from jax_moe.io.files import write_atomically
+from pallas_kernels import interruption
 from pallas_kernels.tuning.command import positive
 from tools.compare_ptx import checkout_folder
 

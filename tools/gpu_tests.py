@@ -25,8 +25,8 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 from bench import environment
-from interop import interruption
 from jax_moe.io.files import write_atomically
+from pallas_kernels import interruption
 from tools import gpu_progress
 
 ROOT = pathlib.Path(__file__).parent.parent

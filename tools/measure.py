@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.commands import folder
 from bench.steps import Step, run_all
-from interop import interruption
 from interop.arguments import finite
+from pallas_kernels import interruption
 
 _PEERS = "deepgemm64,deepgemm128,deepgemm_mega,flashinfer_cutlass,sglang_v2,torch_reference"
 _FACTORS = "sglang_v1_native_quant,sglang_v1_zero_copy_swiglu,sglang_v1_small_workspace"

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from interop import interruption
+from pallas_kernels import interruption
 from tools.mutants_report import Explanations, Mutant, Verdict, applied, report, unexplained
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from interop import definitions, interruption
+from interop import definitions
 from interop.arguments import comma_separated, finite, folder_name, natural, positive, share
 from interop.flashinfer_bench import record, run, solutions
 from jax_moe.io.files import shown
+from pallas_kernels import interruption
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import interruption
 from pallas_kernels.mosaic import hopper, tiling_check, tilings
 from pallas_kernels.mosaic.hopper.matmul_config import MOST_SEGMENTS, MatmulConfig, Scheduler
 from pallas_kernels.tuning import command, search
@@ -91,4 +92,4 @@ def tuner(gpu: jax.Device) -> Tuner | str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(sys.argv[1:], "pallas_kernels.mosaic.tune", tuner))
+    interruption.exit_with(lambda: command.main(sys.argv[1:], "pallas_kernels.mosaic.tune", tuner))

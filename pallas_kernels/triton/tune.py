@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import interruption
 from pallas_kernels.tuning import command, search
 from pallas_kernels.tuning.search import Case, Prepared, Sizes, Tuner, Weights
 
@@ -84,4 +85,4 @@ def tuner(gpu: jax.Device) -> Tuner | str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(sys.argv[1:], "pallas_kernels.triton.tune", tuner))
+    interruption.exit_with(lambda: command.main(sys.argv[1:], "pallas_kernels.triton.tune", tuner))

@@ -34,20 +34,19 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
-def quiet_while_importing(package: str) -> None:
+def before_imports(*packages: str) -> None:
     """Ctrl-C ends `python -m package.command` without a traceback until `ended` listens.
 
-    To be called first by the package. It changes nothing in any other program.
+    To be called first by the packages. It changes nothing in any other program.
 
     Args:
-        package: Whose commands all pass through `ended`.
+        *packages: Whose commands all pass through `ended`.
     """
-    is_ours = any(
-        flag == "-m" and name.startswith(f"{package}.")
-        for flag, name in itertools.pairwise(sys.orig_argv)
-    )
-    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ours = tuple(f"{package}." for package in packages)
+    for flag, name in itertools.pairwise(sys.orig_argv):
+        if flag == "-m" and name.startswith(ours):
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
