@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from interop import interruption
 from interop.checkout import git_commit as git_commit
 from interop.checkout import output_of as output_of
+from pallas_kernels import interruption
 from pallas_kernels.files import cache_folder
 
 if TYPE_CHECKING:
@@ -33,13 +33,14 @@ _PACKAGES = (
     "numpy",
 )
 _NEEDED = {
+    "jax": "jax",
     "absl": "absl-py",
     "jaxtyping": "jaxtyping",
     "matplotlib": "matplotlib",
     "safetensors": "safetensors",
     "tqdm": "tqdm",
 }
-"""Modules, and their packages: what the extra `bench` brings to an environment that has JAX."""
+"""Modules, and their packages: what the extra `bench` brings, and the library's own."""
 _GPU_STATE = (
     "name",
     "driver_version",

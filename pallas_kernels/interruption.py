@@ -8,6 +8,7 @@ and a long run asks for it between its steps.
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import os
 import signal
@@ -37,7 +38,8 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 def before_imports(*packages: str) -> None:
     """Ctrl-C ends `python -m package.command` without a traceback until `ended` listens.
 
-    To be called first by the packages. It changes nothing in any other program.
+    So does JAX where it is not installed, as outside of the environment. To be called first by the
+    packages. It changes nothing in any other program.
 
     Args:
         *packages: Whose commands all pass through `ended`.
@@ -45,6 +47,8 @@ def before_imports(*packages: str) -> None:
     ours = tuple(f"{package}." for package in packages)
     for flag, name in itertools.pairwise(sys.orig_argv):
         if flag == "-m" and name.startswith(ours):
+            if importlib.util.find_spec("jax") is None:
+                sys.exit(f"python -m {name}: needs jax: activate its environment (see BUILD.md)")
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
 

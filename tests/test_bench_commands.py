@@ -262,6 +262,18 @@ def test_output_that_cannot_be_written_is_one_line(command, to):
     assert (done.returncode, done.stderr) == expected
 
 
+FLOORS = ("bench.layers", "interop.flashinfer_bench", "jax_moe.tune", "pallas_kernels.mosaic.tune")
+
+
+@pytest.mark.parametrize("command", ["bench_main.py", *(f"-m {name}" for name in FLOORS)])
+def test_outside_of_the_environment_a_command_is_one_line(command):
+    """Without the installed packages (`-S`) there is no JAX."""
+    run = [sys.executable, "-S", *command.split()]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"(bench_main\.py|python -m [a-z_.]+): needs jax.*\n", done.stderr)
+
+
 def test_a_file_that_cannot_be_written_is_not_said_to_be_the_output(tmp_path):
     with pytest.raises(FileNotFoundError):
         interruption.ended(lambda: (tmp_path / "no" / "file").write_text("text") and 0)
