@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench import run_folder
-from bench.results import FileError
+from bench.failures import FileError
 from interop.arguments import folder_name as folder_name
 from jax_moe.io.files import naming, shown
 

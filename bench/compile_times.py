@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import commands, environment
-from bench.results import FileError, writing
+from bench.failures import FileError, writing
 from bench.tables import aligned
 from jax_moe import backends
 from jax_moe.io.files import shown, write_atomically

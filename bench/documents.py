@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import breakdown, comparison, header, plots, report
-from bench.results import PASS, FileError, Results, Row, unwritten, writing
+from bench.failures import FileError, unwritten, writing
+from bench.results import PASS, Results, Row
 from bench.run_folder import REPORT
 from bench.settings import Settings
 from bench.tables import aligned, markdown, without_empty

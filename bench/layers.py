@@ -28,8 +28,8 @@ from jaxtyping import Array, BFloat16, Float32
 
 import jax_moe
 from bench import commands, environment, execution, gpu_clock, inputs, scan_parts, sm_clock
-from bench.failures import one_line
-from bench.results import KernelTime, plain, writing
+from bench.failures import one_line, writing
+from bench.results import KernelTime, plain
 from bench.runner import kernel_times
 from bench.scan_parts import Parts
 from bench.sm_clock import Reading

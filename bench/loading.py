@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from bench import commands, environment
-from bench.results import FileError, writing
+from bench.failures import FileError, writing
 from bench.workloads import FULL, REDUCED, Sizes
 from jax_moe import checkpoint
 from jax_moe.checkpoint.transfer import MAX_THREADS

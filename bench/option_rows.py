@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import environment, tables
+from bench.failures import writing
 from bench.option_variants import VARIANTS, Variant
-from bench.results import writing
 from interop.markdown import wrapped
 from jax_moe.io.files import write_atomically
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moe
 from bench import commands, environment, parallel_rows, steps
-from bench.failures import one_line
+from bench.failures import one_line, writing
 from bench.parallel_inputs import (
     AXIS,
     NUM_ROUTINGS,
@@ -41,7 +41,6 @@ from bench.parallel_inputs import (
     with_routing,
 )
 from bench.parallel_rows import Row
-from bench.results import writing
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop.arguments import up_to
 from jax_moe import DEEPSEEK_V3, LayerInputs

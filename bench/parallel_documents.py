@@ -3,26 +3,70 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench import environment, parallel_rows
+from bench import environment, parallel_rows, step_record, typed
+from bench.failures import FileError, writing
 from bench.parallel_rows import Row
 from bench.parallel_trace import by_kernel
 from bench.parallel_trace import read as read_trace
-from bench.results import FileError, writing
+from bench.results import plain
 from bench.tables import markdown, without_empty
 from interop.markdown import wrapped
-from jax_moe.io.files import naming, write_atomically
+from jax_moe.io.files import naming, shown, write_atomically
+from jax_moe.io.strict_json import parse_object
 
 STEM = "parallel_gpus"
 _MOST_KERNELS = 14
 
 
+class Check(NamedTuple):
+    """Of an exchange, as `bench.parallel_check` has it."""
+
+    exchange: str
+    tokens: int
+    runs: int
+    error: float | None  # None if it is not finite
+    same_bits: bool
+    right: bool
+
+
+class Primitive(NamedTuple):
+    """Of a primitive, as `bench.parallel_primitives` has it."""
+
+    name: str
+    bytes: int
+    us: float | None = None
+    gb_s: float | None = None
+    problem: str = ""
+
+
+class Trace(NamedTuple):
+    """Of a layer, as `bench.parallel_trace` has it."""
+
+    exchange: str
+    tokens: int
+    trace: str = ""
+    problem: str = ""
+
+
+_KINDS = (
+    ("checks", "check", Check),
+    ("primitives", "primitives", Primitive),
+    ("traces", "trace", Trace),
+)
+
+
 def write_json(content: Any, path: Path) -> None:
-    """Writes a file of results, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path, "w") as file:
-        json.dump(content, file, indent=1)
+    """Writes a file of results, atomically.
+
+    Raises:
+        FileError: It cannot be written; names it.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path, "w") as file:
+            json.dump(plain(content), file, indent=1)
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -35,35 +79,39 @@ def collect(folder: Path) -> dict[str, Any]:
         about, steps (the last state of each, and the commit that its file names), layers, checks,
         primitives and traces. Steps of several commits make an `about` that names them all.
     """
-    found: dict[str, Any] = {"about": {}, "steps": _steps(folder), "layers": []}
+    states = step_record.read(folder).values()
+    found: dict[str, Any] = {"about": {}, "steps": list(states), "layers": []}
     began: set[tuple[str, str]] = set()
     commits: dict[str, str] = {}
     for path in sorted(folder.glob("layer_*/parallel.json")):
-        with naming(path):
-            rows, about = parallel_rows.read(path)
+        rows, about = parallel_rows.read(path)
         found["layers"] += rows
         found["about"] |= about
         began.add(_began(about))
         commits[path.parent.name] = about.get("git_commit", "")
     found["layers"].sort(key=lambda row: (row.tokens, row.routing != "even", row.routing))
     found["layers"] = [row._asdict() for row in found["layers"]]
-    for kind, prefix in (("checks", "check"), ("primitives", "primitives"), ("traces", "trace")):
+    for kind, prefix, record in _KINDS:
         found[kind] = []
         for path in sorted(folder.glob(f"{prefix}_*.json")):
-            with naming(path):
-                content = json.loads(path.read_text())
-            found[kind] += [{"step": path.stem} | row for row in content["rows"]]
-            found["about"] = content["about"] | found["about"]
-            began.add(_began(content["about"]))
-            commits[path.stem] = content["about"].get("git_commit", "")
+            rows, about = parallel_rows.read_as(record, path)
+            found[kind] += [{"step": path.stem} | _without_defaults(row) for row in rows]
+            found["about"] = about | found["about"]
+            began.add(_began(about))
+            commits[path.stem] = about.get("git_commit", "")
     for trace in found["traces"]:
-        path = folder / trace.get("trace", "")
+        path = folder / Path(trace.get("trace", "")).name
         if path.is_file():
-            kernels = by_kernel(read_trace(path))
+            with naming(path):
+                kernels = by_kernel(read_trace(path))
             trace["kernels"] = [kernel._asdict() for kernel in kernels]
     for step in found["steps"]:
         if commit := commits.get(step["step"]):
             step["commit"] = commit
+    if found["steps"]:
+        found["about"]["complete"] = not _not_ended_well(found["steps"])
+    if not began:  # no step has results
+        began = {(step.get("written", ""), _command(step)) for step in found["steps"]}
     if first := sorted(began - {("", "")}):
         found["about"]["started"] = first[0][0]
         commands = dict.fromkeys(command for _, command in first if command)
@@ -78,10 +126,18 @@ def _began(about: Mapping[str, Any]) -> tuple[str, str]:
     return about.get("started", ""), about.get("command", "").split(" --step ")[0]
 
 
-def _steps(folder: Path) -> list[dict[str, Any]]:
-    record = folder / "steps.jsonl"
-    lines = map(json.loads, record.read_text().splitlines()) if record.exists() else ()
-    return list({line["step"]: line for line in lines}.values())
+def _command(step: Mapping[str, Any]) -> str:
+    return " ".join(["python", *step.get("arguments", ())]).partition(" --step ")[0]
+
+
+def _without_defaults(row: Any) -> dict[str, Any]:
+    """What the row of a file said."""
+    defaults = row._field_defaults
+    return {name: v for name, v in row._asdict().items() if v != defaults.get(name, ...)}
+
+
+def _not_ended_well(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [step["step"] for step in steps if step["state"] != step_record.OK]
 
 
 def write(folder: Path) -> Iterator[Path]:
@@ -94,40 +150,71 @@ def write(folder: Path) -> Iterator[Path]:
         Each file once it is there.
 
     Raises:
-        FileError: The plot cannot be written; names it. The text is there without it.
-        OSError: A file of text cannot be written.
+        FileError: Some cannot be written; names them. The text was printed if it is among them.
         ValueError: A file of the run cannot be read; names it.
     """
     found, path = collect(folder), folder / f"{STEM}.json"
     if not found["about"] and path.exists():
-        with naming(path):
-            found = json.loads(path.read_text())
-    write_json(found, path)
-    yield path
-    rows = [Row(**row) for row in found["layers"]]
-    kind = found["about"].get("device", {}).get("kind", "unknown devices")
+        found = _kept_alone(path)
+    rows = [typed.record(Row, row) for row in found["layers"]]
+    failures = []
+    try:
+        write_json(found, path)
+        yield path
+    except FileError as error:
+        failures.append(str(error))
     picture = folder / f"{STEM}.png"
-    has_plot, failure = False, None
+    has_plot = False
     try:
         with writing(picture):
             has_plot = parallel_rows.plot(rows, found["about"], picture)
     except FileError as error:  # the text is much smaller
-        failure = error
+        failures.append(str(error))
     if has_plot:
         yield picture
-    with write_atomically(folder / f"{STEM}.md", "w") as file:
-        lines = _document(found, rows, kind, picture.name if has_plot else None)
-        file.write("\n".join(wrapped(lines)).rstrip() + "\n")
-    yield folder / f"{STEM}.md"
-    if failure:
-        raise failure
+    lines = wrapped(_document(found, rows, picture.name if has_plot else None))
+    document = folder / f"{STEM}.md"
+    try:
+        with writing(document), write_atomically(document, "w") as file:
+            file.write("\n".join(lines).rstrip() + "\n")
+        yield document
+    except FileError as error:
+        failures.append(str(error))
+        print("\n".join(lines))
+    if failures:
+        raise FileError("; ".join(failures))
 
 
-def _document(
-    found: Mapping[str, Any], rows: Sequence[Row], kind: str, picture: str | None
-) -> list[str]:
+def _kept_alone(path: Path) -> dict[str, Any]:
+    """The run in a JSON file whose steps' own files are gone."""
+    with naming(path):
+        found = parse_object(path.read_bytes(), shown(path))
+    try:
+        about = typed.checked_object(found["about"], "about")
+        lists = ("steps", "layers", *(kind for kind, *_ in _KINDS))
+        for name in lists:
+            for row in typed.checked_list(found[name], name):
+                typed.checked_object(row, name)
+        for row in found["layers"]:
+            typed.record(Row, row)
+        for kind, _, record in _KINDS:
+            for row in found[kind]:
+                others = {name: v for name, v in row.items() if name not in ("step", "kernels")}
+                typed.record(record, others)
+        typed.checked_object(about.get("device", {}), "device")
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{shown(path)}: damaged: {typed.reason(error)}") from None
+    return found
+
+
+def _document(found: Mapping[str, Any], rows: Sequence[Row], picture: str | None) -> list[str]:
     ranks = f"{rows[0].ranks} x " if rows else ""
-    lines = [f"# Expert parallelism over {ranks}{kind}", "", *_about(found["about"]), ""]
+    kind = found["about"].get("device", {}).get("kind", "unknown devices")
+    lines = [f"# Expert parallelism over {ranks}{kind}", ""]
+    if names := _not_ended_well(found["steps"]):
+        count = f"{len(names)} of {len(found['steps'])} steps"
+        lines += [f"**Incomplete**: {count} have not ended well: {', '.join(names)}.", ""]
+    lines += [*_about(found["about"]), ""]
     if picture:
         lines += [f"![Efficiency against tokens]({picture})", ""]
     if rows:
@@ -164,11 +251,11 @@ def _about(about: Mapping[str, Any]) -> list[str]:
     if about.get("reduced"):
         lines += [f"**REDUCED sizes**: {about['note']}.", ""]
     if about.get("started"):  # older records have none of these
-        lines += [
-            f"- Date: {environment.date(about['started'])}",
-            f"- Sizes: {environment.sizes_text(about['sizes'], is_reduced=about['reduced'])}",
-            f"- Command: `{about['command']}`",
-        ]
+        lines.append(f"- Date: {environment.date(about['started'])}")
+        if sizes := about.get("sizes"):
+            text = environment.sizes_text(sizes, is_reduced=about["reduced"])
+            lines.append(f"- Sizes: {text}")
+        lines.append(f"- Command: `{about['command']}`")
     if versions := about.get("versions"):
         lines.append(f"- Versions: {', '.join(f'{k} {v}' for k, v in versions.items())}")
     if about.get("git_commit"):
@@ -187,7 +274,7 @@ def _checks(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         cells.append(
             [
                 *(row["step"], row["exchange"], str(row["tokens"]), str(row["runs"])),
-                *(said[0], f"{row['error']:.5f}", said[1]),
+                *(said[0], "-" if (error := row["error"]) is None else f"{error:.5f}", said[1]),
             ]
         )
     return cells
@@ -231,6 +318,6 @@ def _states(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     several = len({step.get("commit") for step in steps} - {None}) > 1
     for one in steps:
         commit = one.get("commit", "-") if several else "-"
-        said = commit, one.get("said", "-")
+        said = commit, one.get("said") or "-"
         cells.append([one["step"], one["state"], f"{one['seconds']:.1f}", *said])
     return without_empty([[cell.replace("|", "/") for cell in line] for line in cells])

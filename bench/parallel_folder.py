@@ -6,19 +6,21 @@ is the same. Whatever else would mix two runs is refused.
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import environment
+from bench import environment, step_record
 from bench.parallel_documents import STEM
 from bench.run_folder import make
 from interop import folder_lock
 from jax_moe.io.files import naming, shown
 from jax_moe.io.strict_json import parse_object
 
-RECORD = "steps.jsonl"
+ASIDE = ".earlier"  # what --overwrite replaces lies there until a new step has results
 _OF_A_STEP = (".json", ".json.gz", ".log", ".asks", "/parallel.json", "/parallel.png")
+_OF_THE_RUN = (step_record.RECORD, f"{STEM}.json", f"{STEM}.md", f"{STEM}.png")
 
 
 def results_in(folder: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -35,14 +37,36 @@ def results_in(folder: Path, names: Sequence[str]) -> dict[str, Path]:
 def holds_a_run(folder: Path, names: Sequence[str]) -> bool:
     """Whether there is anything to make a document of."""
     with naming(folder):
-        others = (folder / RECORD, folder / f"{STEM}.json")
+        others = (folder / step_record.RECORD, folder / f"{STEM}.json")
         return bool(results_in(folder, names)) or any(path.is_file() for path in others)
 
 
 @contextlib.contextmanager
+def held(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Holds the lock of a folder that is there; what `--overwrite` left half done is settled.
+
+    Args:
+        folder: Of the run.
+        names: Of all steps there are.
+
+    Raises:
+        ValueError: Another process writes there.
+    """
+    with folder_lock.held(folder):
+        _settle(folder, names)
+        yield
+
+
+@contextlib.contextmanager
 def opened(
-    folder: Path, wanted: Sequence[str], names: Sequence[str], ranks: int | None, *, overwrite: bool
-) -> Iterator[None]:
+    folder: Path,
+    wanted: Sequence[str],
+    names: Sequence[str],
+    ranks: int | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[list[str]]:
     """Makes or finds the folder and holds its lock.
 
     Args:
@@ -50,8 +74,11 @@ def opened(
         wanted: Steps that are to be measured.
         names: Of all steps there are.
         ranks: How many devices; None means all GPUs.
-        overwrite: Replace the run in it. `parallel_gpus.json` stays, for the caller to replace;
-            everything else of the run goes at once.
+        resume: Leave out those that have ended well, and measure the others again.
+        overwrite: Replace the run in it, which stays until a new step has results.
+
+    Yields:
+        The steps that are left to be measured.
 
     Raises:
         ValueError: It cannot be used, another process writes there, or it holds results that the
@@ -60,25 +87,45 @@ def opened(
     make("--output", folder)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(folder_lock.held(folder))
+            stack.enter_context(held(folder, names))
+            left = list(wanted)
             if not overwrite:
-                _check(folder, wanted, results_in(folder, names), ranks)
+                earlier = results_in(folder, names)
+                record = step_record.read(folder)
+                ended = {
+                    name
+                    for name in earlier
+                    if record.get(name, {"state": step_record.OK})["state"] == step_record.OK
+                }
+                left = [name for name in wanted if not (resume and name in ended)]
+                _check(folder, left, earlier, ranks, resume=resume)
+                _remove(folder, left, ())
         except ValueError as error:
             raise ValueError(f"--output: {error}") from None
         if overwrite:
-            _remove(folder, names)
-        yield
+            _move(folder, folder / ASIDE, names)
+            stack.callback(_settle, folder, names)
+        yield left
 
 
 def _check(
-    folder: Path, wanted: Sequence[str], earlier: dict[str, Path], ranks: int | None
+    folder: Path,
+    wanted: Sequence[str],
+    earlier: dict[str, Path],
+    ranks: int | None,
+    *,
+    resume: bool,
 ) -> None:
-    again = [name for name in wanted if name in earlier]
-    if not earlier and (folder / f"{STEM}.json").exists():  # kept without the files of its steps
-        again = [f"{STEM}.json"]
+    again = [] if resume else [name for name in wanted if name in earlier]
     if again:
         raise ValueError(
-            f"{shown(folder)} holds {', '.join(again)} of an earlier run; --overwrite replaces it"
+            f"{shown(folder)} holds {', '.join(again)} of an earlier run; --resume measures what "
+            "has not ended well, --overwrite replaces it"
+        )
+    alone = (folder / f"{STEM}.json").exists() and not (folder / step_record.RECORD).exists()
+    if alone and not earlier:  # kept without the files of its steps
+        raise ValueError(
+            f"{shown(folder)} holds {STEM}.json of an earlier run; --overwrite replaces it"
         )
     here = _settings_here(ranks) if earlier else {}
     for name, path in earlier.items():
@@ -109,7 +156,7 @@ def _settings_here(ranks: int | None) -> dict[str, str]:
     """The same of steps to come; JAX is not asked, which would take memory of the GPUs."""
     gpu = environment.gpu_state() or {}
     return {
-        "ranks": str(ranks or _num_devices()),
+        "ranks": str(ranks or num_devices()),
         "GPU": gpu.get("name", "none"),
         "commit": str(environment.git_commit()),
         "versions": _in_words(environment.versions()),
@@ -120,8 +167,8 @@ def _in_words(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _num_devices() -> int:
-    """All GPUs, or two CPU devices."""
+def num_devices() -> int:
+    """All GPUs, or two CPU devices; JAX is not asked."""
     if not environment.has_gpu_driver():
         return 2
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
@@ -130,13 +177,38 @@ def _num_devices() -> int:
     return len((listed or "").splitlines())
 
 
-def _remove(folder: Path, names: Sequence[str]) -> None:
-    files = [f"{name}{ending}" for name in names for ending in _OF_A_STEP]
+def _files(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    return [f"{name}{ending}" for name in names for ending in _OF_A_STEP] + list(others)
+
+
+def _remove(folder: Path, names: Sequence[str], others: Sequence[str] = _OF_THE_RUN) -> None:
+    """Removes the files of steps, and others, and the steps' own folders if nothing is left."""
     with naming(folder):
-        for name in (*files, RECORD, f"{STEM}.md", f"{STEM}.png"):
+        for name in _files(names, others):
             # NotADirectoryError: what is there is no folder of a step.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (folder / name).unlink()
         for name in names:
             with contextlib.suppress(OSError):  # not there, or something of the user's is in it
                 (folder / name).rmdir()
+
+
+def _move(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Moves the files of a run."""
+    with naming(target):
+        for name in _files(names, _OF_THE_RUN):
+            if (source / name).is_file():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (source / name).replace(target / name)
+    _remove(source, names)
+
+
+def _settle(folder: Path, names: Sequence[str]) -> None:
+    """Drops the run that `--overwrite` replaces, or brings it back if there is no new result."""
+    aside = folder / ASIDE
+    if not aside.is_dir():
+        return
+    if not results_in(folder, names):
+        _remove(folder, names)
+        _move(aside, folder, names)
+    shutil.rmtree(aside)

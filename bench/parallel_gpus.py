@@ -4,7 +4,8 @@
     python -m bench.parallel_gpus --output out/parallel_gpus --documents    # again from its files
 
 A folder holds one run. `--only` adds steps to it that are not there yet, with the same ranks, GPUs,
-versions and commit; what would replace a step or mix runs needs `--overwrite`, which begins anew.
+versions and commit, and `--resume` measures those that have not ended well; what would replace a
+step or mix runs needs `--overwrite`, which begins anew.
 
 Each step is a process of its own with a limit (`bench.steps`): all compile at the same time, then
 each has the GPUs for itself. Multicast (NVLS) stays off.
@@ -18,6 +19,7 @@ each has the GPUs for itself. Multicast (NVLS) stays off.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -28,7 +30,7 @@ from typing import Any
 import jax
 
 from bench import commands, environment, parallel, parallel_documents, parallel_folder
-from bench.results import FileError
+from bench.failures import FileError
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
 from interop.arguments import finite, positive, up_to
@@ -81,7 +83,15 @@ def steps_of(
         only: Parts of names, by commas; all if empty.
         ranks: How many devices; None means all GPUs.
         others: More arguments of the command, for the record of a step.
+
+    Raises:
+        ValueError: There is no step of such a name here.
     """
+    parts = only.split(",")
+    there = [name for name in NAMES if name in WITHOUT_GPUS or environment.has_gpu_driver()]
+    for part in parts if only else ():
+        if not part or not any(part in name for name in there):
+            raise ValueError(f"--only: expected parts of {', '.join(there)}, got {part!r}")
     flags = os.environ.get("XLA_FLAGS", "")
     variables = {"NCCL_NVLS_ENABLE": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = ["-m", "bench.parallel_gpus", "--output", str(folder)]
@@ -97,8 +107,7 @@ def steps_of(
             quiet=not name.startswith("check"),
         )
         for name, what, graphs, seconds in STEPS
-        if any(part in name for part in only.split(","))
-        and (name in WITHOUT_GPUS or environment.has_gpu_driver())
+        if name in there and any(part in name for part in parts)
     ]
 
 
@@ -168,6 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", help="steps whose name holds one of these, by commas")
     parser.add_argument(
+        "--resume", action="store_true", help="leave out the steps that have ended well"
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that --output holds"
     )
     parser.add_argument(
@@ -180,19 +192,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         parallel.devices_for(args.ranks or 2)
         environment.enable_compilation_cache()
         name, *what = args.step
-        return run_step(name, what, args.ranks or jax.device_count(), args.output)
+        try:
+            return run_step(name, what, args.ranks or jax.device_count(), args.output)
+        except FileError as error:
+            print(error, file=sys.stderr)
+            return 1
     try:
         if args.documents:
-            for name in ("minutes", "jobs", "ranks", "only", "overwrite"):
+            for name in ("minutes", "jobs", "ranks", "only", "resume", "overwrite"):
                 if getattr(args, name) != parser.get_default(name):
                     raise ValueError(f"--documents: reads --output alone, got --{name} too")
-            if not parallel_folder.holds_a_run(args.output, NAMES):
-                raise ValueError(f"--documents: {shown(args.output)}: there is no run")
-            return _write_documents(args.output)
+            return _documents_again(args.output)
         return _measure(parser, args)
     except ValueError as error:
         print(f"python -m bench.parallel_gpus: {error}", file=sys.stderr)
         return 2
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -200,29 +217,60 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     others = ["--minutes", f"{args.minutes:g}"]
     others += [] if args.jobs is None else ["--jobs", str(args.jobs)]
     others += [] if args.only is None else ["--only", args.only]
-    parts = ["all"] if args.only is None else args.only.split(",")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume and --overwrite contradict each other")
+    if args.only == "":
+        raise ValueError("--only: expected parts of names of steps, got an empty one")
+    if args.ranks is not None:
+        _check_ranks(args.ranks)
     steps = steps_of(args.output, args.only or "", args.ranks, others)
-    if not steps or not all(parts):
-        parser.error(f"--only: expected a part of a step's name, got {args.only!r}")
     try:
         commands.folder(str(args.output))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --output: {error}")
     wanted = [step.name for step in steps]
-    with parallel_folder.opened(args.output, wanted, NAMES, args.ranks, overwrite=args.overwrite):
-        code = run_all(steps, args.output, args.minutes, args.jobs or os.cpu_count() or 1)
-        if args.overwrite:  # kept until now; the steps' own files hold all of the new run
-            (args.output / f"{parallel_documents.STEM}.json").unlink(missing_ok=True)
+    with parallel_folder.opened(
+        args.output, wanted, NAMES, args.ranks, resume=args.resume, overwrite=args.overwrite
+    ) as left:
+        steps = [step for step in steps if step.name in left]
+        try:
+            code = run_all(steps, args.output, args.minutes, args.jobs or os.cpu_count() or 1)
+        except KeyboardInterrupt:
+            said = "--resume goes on, --documents writes what there is"
+            print(f"interrupted: {said}", file=sys.stderr)
+            return interruption.acknowledge()
+        if args.overwrite and not parallel_folder.results_in(args.output, NAMES):
+            print(f"no step has results: {shown(args.output)} is as it was", file=sys.stderr)
+            return code
         return _write_documents(args.output) or code
 
 
-def _write_documents(folder: Path) -> int:
+def _check_ranks(ranks: int) -> None:
+    """Before the steps start, each of which would find out by itself."""
+    on_gpu = environment.has_gpu_driver()
+    experts = (FULL if on_gpu else REDUCED).num_experts
+    if experts % ranks:
+        raise ValueError(f"--ranks: expected a divisor of {experts} experts, got {ranks}")
+    if on_gpu and ranks > (most := parallel_folder.num_devices()):
+        raise ValueError(f"--ranks: expected at most {most} GPUs, got {ranks}")
+
+
+def _documents_again(folder: Path) -> int:
+    """Writes the documents of a run that is there; returns the exit code."""
     try:
-        for path in parallel_documents.write(folder):
-            print(f"wrote {shown(path)}")
-    except FileError as error:
-        print(error, file=sys.stderr)
-        return 1
+        with contextlib.ExitStack() as stack:
+            if folder.is_dir():
+                stack.enter_context(parallel_folder.held(folder, NAMES))
+            if not parallel_folder.holds_a_run(folder, NAMES):
+                raise ValueError(f"{shown(folder)}: there is no run")
+            return _write_documents(folder)
+    except ValueError as error:
+        raise ValueError(f"--documents: {error}") from None
+
+
+def _write_documents(folder: Path) -> int:
+    for path in parallel_documents.write(folder):
+        print(f"wrote {shown(path)}")
     return 0
 
 

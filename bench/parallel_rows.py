@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import environment, tables
-from bench.results import writing
+from bench import environment, tables, typed
+from bench.failures import writing
+from bench.results import plain
 from interop import plot_style
-from jax_moe.io.files import shown, write_atomically
+from jax_moe.io.files import naming, shown, write_atomically
+from jax_moe.io.strict_json import parse_object
 
 HEADER = (
     "exchange", "routing", "ranks", "T", "pieces", "layer us", "local us", "between us", "ratio",
@@ -96,7 +98,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
     """Rows with where they come from. A plot of earlier rows beside them goes."""
-    content = {"about": dict(about), "rows": [row._asdict() for row in rows]}
+    content = {"about": dict(about), "rows": plain(rows)}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".png").unlink(missing_ok=True)  # first: it is never beside other rows
@@ -105,9 +107,28 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """What `write` wrote."""
-    content = json.loads(path.read_text())
-    return [Row(**row) for row in content["rows"]], content["about"]
+    """What `write` wrote; errors as for `read_as`."""
+    return read_as(Row, path)
+
+
+def read_as(kind: type[Any], path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The rows of a file, and where they come from.
+
+    Args:
+        kind: Of a row, a named tuple.
+        path: Of a JSON file with `rows` and `about`.
+
+    Raises:
+        ValueError: It cannot be read or is damaged; names it.
+    """
+    with naming(path):
+        content = parse_object(path.read_bytes(), shown(path))
+    try:
+        rows = typed.checked_list(content["rows"], "rows")
+        about = typed.checked_object(content["about"], "about")
+        return [typed.record(kind, row) for row in rows], about
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{shown(path)}: damaged: {typed.reason(error)}") from None
 
 
 def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import jax
 
 from bench import steps
+from bench.failures import writing
 from bench.parallel import exchanged, once
 from bench.parallel_inputs import input_maker, input_specs, mesh_of
 from bench.workloads import Sizes
+from jax_moe.io.files import write_atomically
 
 CALLS = 3
 _DEVICE = re.compile(r"/device:\w+:(\d+)")
@@ -71,7 +73,8 @@ def record(ranks: int, num_tokens: int, exchange: str, sizes: Sizes, path: Path)
             for _ in range(CALLS):
                 jax.block_until_ready(layer(inputs))
         (written,) = Path(folder).rglob("perfetto_trace.json.gz")
-        shutil.copyfile(written, path)
+        with writing(path), write_atomically(path, "wb") as file, written.open("rb") as trace:
+            shutil.copyfileobj(trace, file)
     return found | {"trace": path.name}
 
 

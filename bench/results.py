@@ -1,45 +1,27 @@
 """The rows of a run, what follows from them, and the JSON file that holds them."""
 
-import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import typed
 from bench.correctness import Check
+from bench.failures import writing
 from bench.roofline import Roofline
 from bench.routing import LocalLoad
 from bench.sm_clock import Reading
 from bench.timers import Statistics
 from bench.work import Work
 from interop.dataset import MAX_TOKENS
-from jax_moe.io.files import shown, write_atomically
+from jax_moe.io.files import write_atomically
 from jax_moe.io.strict_json import one_line, parse_object
 
 SCHEMA = 1
 PASS, WRONG, ERROR = "PASS", "WRONG", "ERROR"
 REFERENCE = "torch_reference"  # the solution that is the denominator of every speedup
-
-
-class FileError(Exception):
-    """A file of the run cannot be written: one line that names it and says why."""
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an `OSError` of the body, such as a full disk's, into a `FileError` of `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(unwritten(path, error)) from None
-
-
-def unwritten(path: Path, error: OSError) -> str:
-    """What is said of a file that cannot be written."""
-    return f"{shown(path)}: cannot be written: {error.strerror or error}"
 
 
 class KernelTime(NamedTuple):
@@ -311,6 +293,8 @@ def plain(value: Any) -> Any:
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if hasattr(value, "_asdict"):
         return {key: plain(item) for key, item in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -12,9 +12,9 @@ import jax
 import jax_moe
 from bench import correctness, execution, inputs, roofline, routing, sm_clock
 from bench.correctness import Check
-from bench.failures import one_line
+from bench.failures import FileError, one_line
 from bench.gpu_clock import GpuClock, Sample, busy_us
-from bench.results import ERROR, PASS, WRONG, FileError, KernelTime, Results, Row
+from bench.results import ERROR, PASS, WRONG, KernelTime, Results, Row
 from bench.settings import Settings
 from bench.timers import Execution, calls_to_time, statistics_of, wall_times, warm_up
 from bench.work import Work, work_of

@@ -20,8 +20,9 @@ from bench import (
     solutions,
     tracing,
 )
+from bench.failures import FileError
 from bench.gpu_clock import ClockError
-from bench.results import REFERENCE, FileError, Results, Row, load_rows
+from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import LOCAL_EXPERTS, SCALING, WORKLOADS, select
 from interop import dataset, folder_lock

@@ -29,8 +29,7 @@ from jaxtyping import Array, BFloat16
 
 import jax_moe
 from bench import commands, environment, execution, gpu_clock, inputs, tables, timers
-from bench.failures import one_line
-from bench.results import writing
+from bench.failures import one_line, writing
 from bench.timers import Execution
 from bench.workloads import Sizes, sizes_of, token_counts
 from interop.solutions import deepgemm_dense

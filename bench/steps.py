@@ -1,7 +1,8 @@
 """Commands, each in a process of its own with a limit of time.
 
 A step that hangs is killed and reported, and the others run: a lost signal between GPUs waits for
-ever. One JSON object per step goes to `steps.jsonl`; whatever a step prints goes to its own log.
+ever. The state of each goes to `steps.jsonl` (`bench.step_record`), from the start on; whatever a
+step prints goes to its own log.
 
 Steps that measure share the machine in turns. Several are started at once and compile at the same
 time; each then asks for its turn (`wait_for_turn`), and one after the other has the GPUs for itself
@@ -9,6 +10,8 @@ while no other step compiles, so that the host is quiet and memory is needed onc
 counts from the start of its turn.
 """
 
+import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -16,15 +19,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from bench import step_record
+from bench.failures import writing
 
 _LEAST_S = 20  # too little time for any step
 _POLL_S = 0.05
 _QUIET_S = 150  # that a step waits for the others to have compiled, before it begins anyway
 _HUNG = "killed after"  # how the state begins of a step that was killed in its turn
 _ASKS = "BENCH_STEP_ASKS"  # the file that a step makes to ask for its turn
+_ADVICE = "\n--------------------\nFor simplicity, JAX has removed"  # below an error of JAX
 
 
 class Step(NamedTuple):
@@ -80,36 +87,55 @@ def run_all(steps: Sequence[Step], folder: Path, minutes: float, jobs: int = 1) 
 
     Returns:
         1 if one failed, was killed or had no time, else 0.
+
+    Raises:
+        FileError: A file of the record cannot be written; names it.
+        ValueError: The record that is there is damaged; names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    record = step_record.read(folder)
+    for step in steps:
+        record[step.name] = _line(step, step_record.NOT_ENDED, 0.0)
+    step_record.write(folder, record)
     deadline = time.monotonic() + 60 * minutes
     states: dict[str, str] = {}
-    with (folder / "steps.jsonl").open("a") as record:
-        for batch in itertools.batched(steps, jobs):
-            for step, state, seconds in _run(batch, folder, deadline, states):
+    for batch in itertools.batched(steps, jobs):
+        with contextlib.closing(_run(batch, folder, deadline, states)) as ends:
+            for step, state, seconds in ends:
                 states[step.name] = state
-                line = {
-                    "step": step.name,
-                    "state": state,
-                    "seconds": round(seconds, 1),
-                    "arguments": list(step.arguments),
-                }
-                if state != "ok":
+                line = _line(step, state, seconds)
+                if state != step_record.OK:
                     line["said"] = _last_line(folder / f"{step.name}.log")
                 print(json.dumps(line), flush=True)
-                record.write(json.dumps(line) + "\n")
-                record.flush()
-    return int(any(state != "ok" for state in states.values()))
+                del record[step.name]  # in the order in which they end
+                record[step.name] = line
+                step_record.write(folder, record)
+    return int(any(state != step_record.OK for state in states.values()))
+
+
+def _line(step: Step, state: str, seconds: float) -> dict[str, Any]:
+    return {
+        "step": step.name,
+        "state": state,
+        "seconds": round(seconds, 1),
+        "arguments": list(step.arguments),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+    if not log.exists():
+        return ""
+    text = log.read_text(errors="replace").partition(_ADVICE)[0]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        return "its log is empty"
+    return "".join(one if one.isprintable() else " " for one in lines[-1][:300])
 
 
 def _run(
     batch: Sequence[Step], folder: Path, deadline: float, states: Mapping[str, str]
-) -> Iterator[tuple[Step, str, float]]:
+) -> Generator[tuple[Step, str, float]]:
     """Each step with its state and the seconds of its turn, in the order in which they end."""
     if deadline - time.monotonic() <= _LEAST_S:
         yield from ((step, "not run: no time left", 0.0) for step in batch)
@@ -152,7 +178,8 @@ class _Process:
         variables = dict(step.variables)
         if step.before is not None:
             variables[_ASKS] = str(self._asks)
-        with (folder / f"{step.name}.log").open("w") as log:
+        path = folder / f"{step.name}.log"
+        with writing(path), path.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *step.arguments],
                 env=os.environ | variables,
@@ -212,4 +239,4 @@ class _Process:
         finally:
             self._asks.unlink(missing_ok=True)
         code = self._process.returncode
-        return "ok" if code == 0 else f"failed with {code}"
+        return step_record.OK if code == 0 else f"failed with {code}"

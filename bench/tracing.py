@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 
+from bench.failures import writing
 from bench.gpu_clock import GpuClock
-from bench.results import writing
 from bench.timers import Execution
 from interop.solutions.base import Solution
 from interop.workloads import Workload

@@ -14,7 +14,7 @@ pytest.importorskip("safetensors")
 from safetensors import SafetensorError
 
 from bench import loading
-from bench.results import FileError
+from bench.failures import FileError
 from bench.workloads import REDUCED
 from jax_moe import checkpoint
 

@@ -284,9 +284,28 @@ def test_on_a_machine_without_gpus_only_what_cpus_can_check(monkeypatch):
 
 def test_a_run_whose_steps_all_failed_is_a_document_too(tmp_path):
     line = {"step": "layer_1", "state": "killed after 75 s", "seconds": 75.0}
+    line |= {"written": "2026-01-01T10:20:30+00:00", "arguments": ["-m", "x", "--step", "layer_1"]}
     (tmp_path / "steps.jsonl").write_text(json.dumps(line))
     assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
-    assert (tmp_path / "parallel_gpus.md").read_text().startswith("# Expert parallelism")
+    text = (tmp_path / "parallel_gpus.md").read_text()
+    assert text.startswith("# Expert parallelism over unknown devices\n\n**Incomplete**: 1 of 1 ")
+    assert "- Date: 2026-01-01 10:20 UTC\n- Command: `python -m x`\n" in text
+
+
+def test_on_a_full_disk_what_was_measured_is_shown(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    about = {"device": {"kind": "H200", "platform": "gpu"}, "versions": {"jax": "1"}}
+    parallel_rows.write(ROWS, about, tmp_path / "layer_8" / "parallel.json")
+    for module in (parallel_documents, parallel_rows):
+        monkeypatch.setattr(module, "write_atomically", full)
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 1
+    shown = capsys.readouterr()
+    files = [str(tmp_path / f"parallel_gpus.{ending}") for ending in ("json", "png", "md")]
+    said = "cannot be written: No space left on device"
+    assert shown.err == "; ".join(f"{file}: {said}" for file in files) + "\n"
+    assert "| collectives | zipf | 4 | 8 | 2 | 20.0 | 15.0 |" in shown.out
 
 
 def test_a_step_on_two_cpu_devices_ends_in_a_document(tmp_path, monkeypatch):

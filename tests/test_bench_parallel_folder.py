@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
-from bench import environment, parallel_documents, parallel_gpus, parallel_rows
+from bench import (
+    environment,
+    parallel_documents,
+    parallel_folder,
+    parallel_gpus,
+    parallel_rows,
+    step_record,
+)
 from bench.parallel_rows import Row
 from bench.workloads import REDUCED
 
@@ -20,10 +28,112 @@ def test_documents_of_a_folder_without_a_run_are_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_file_is_named(tmp_path, capsys):
-    (tmp_path / "check_nvlink.json").write_text("{")
+WRONG = {"exchange": "nvlink", "tokens": 8, "runs": 2, "same_bits": True, "right": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("check_nvlink.json", "{", "not valid JSON: "),
+        ("check_nvlink.json", "\0" * 9, "not valid JSON: its bytes are no text"),
+        ("primitives_nvlink.json", "[]", "expected a JSON object, got list"),
+        ("primitives_nvlink.json", '{"about": {}, "rows": {}}', "damaged: rows: expected a list"),
+        ("check_nvlink.json", '{"about": [], "rows": []}', "damaged: about: expected an object"),
+        (
+            "check_nvlink.json",
+            json.dumps({"about": {}, "rows": [WRONG | {"error": math.nan}]}),
+            "not valid JSON: NaN is not a number",
+        ),
+        ("check_nvlink.json", json.dumps({"about": {}, "rows": [WRONG]}), "damaged: Check: no 'er"),
+        ("layer_8/parallel.json", '{"about": {}, "rows": [{}]}', "damaged: Row: no 'ranks'"),
+        ("parallel_gpus.json", '{"about": {}}', "damaged: no 'steps'"),
+        ("steps.jsonl", '{"step": "a", "state": "ok", "seconds": 1}\n{"step', ":2: not valid JSON"),
+        (
+            "steps.jsonl",
+            '{"step": "a", "state": "ok", "seconds": "1"}',
+            ":1: seconds: expected a n",
+        ),
+        ("steps.jsonl", '{"step": "a", "state": "ok"}', ":1: missing 'seconds'"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, capsys, measured, name, content, said):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
     assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 2
-    assert f": {tmp_path / 'check_nvlink.json'}: cannot be used: " in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    where = f"python -m bench.parallel_gpus: --documents: {tmp_path / name}"
+    assert shown.startswith(where)
+    assert said in shown
+    assert shown.count("\n") == 1
+    if name == "steps.jsonl":  # nothing is measured that could not be recorded
+        assert said in measured(tmp_path, "--only=trace")[1]
+        assert (tmp_path / name).read_text() == content
+
+
+def test_values_without_meaning_end_before_a_step_begins(tmp_path, measured):
+    there = "check_collectives, layer_1024, primitives_collectives, trace_collectives_128"
+    for flags, said in (
+        (["--only=primitives,chek"], f"--only: expected parts of {there}, got 'chek'\n"),
+        (["--only="], "--only: expected parts of names of steps, got an empty one\n"),
+        (["--ranks=3"], "--ranks: expected a divisor of 64 experts, got 3\n"),
+        (["--resume", "--overwrite"], "--resume and --overwrite contradict each other\n"),
+    ):
+        assert measured(tmp_path / "new", *flags) == (2, said)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_an_interruption_left_says_so_and_is_gone_on_with(tmp_path, measured):
+    code, said = measured(tmp_path, stops_at="layer_1024")
+    assert (code, said) == (
+        130,
+        "interrupted: --resume goes on, --documents writes what there is\n",
+    )
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    text = " ".join((tmp_path / "parallel_gpus.md").read_text().split())
+    left = "layer_1024, primitives_collectives, trace_collectives_128"
+    assert f"**Incomplete**: 3 of 4 steps have not ended well: {left}." in text
+    assert "| layer_1024 | not ended |" in text
+    content = json.loads((tmp_path / "parallel_gpus.json").read_text())
+    assert content["about"]["complete"] is False
+    partial = {"about": {"complete": True}, "rows": []}  # of a step that was cut off in its middle
+    (tmp_path / "layer_1024").mkdir()
+    kept = (tmp_path / "check_collectives.json").read_bytes()
+    about = json.loads(kept)["about"] | {"complete": True}
+    content = json.dumps(partial | {"about": about})
+    (tmp_path / "layer_1024" / "parallel.json").write_text(content)
+    assert "holds check_collectives, layer_1024 of" in measured(tmp_path, stops_at=None)[1]
+    assert measured(tmp_path, "--resume") == (0, "")
+    assert (tmp_path / "check_collectives.json").read_bytes() == kept
+    assert "Incomplete" not in (tmp_path / "parallel_gpus.md").read_text()
+    assert json.loads((tmp_path / "parallel_gpus.json").read_text())["about"]["complete"] is True
+    before = contents(tmp_path)
+    assert measured(tmp_path, "--resume") == (0, "")
+    assert contents(tmp_path) == before
+
+
+def test_steps_without_results_are_measured_when_asked_for_again(tmp_path, measured):
+    assert measured(tmp_path, "--only=check", stops_at="check_collectives")[0] == 130
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    assert measured(tmp_path, "--only=check", stops_at=None) == (0, "")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_overwrite_loses_nothing_before_there_is_a_result(tmp_path, measured, monkeypatch, killed):
+    assert measured(tmp_path, "--only=check,layer") == (0, "")
+    before = contents(tmp_path)
+    if killed:  # so that nothing is put back by the process itself
+        monkeypatch.setattr(parallel_folder, "_settle", lambda *_: None)
+    code, _ = measured(tmp_path, "--overwrite", stops_at="check_collectives")
+    assert code == 130
+    if killed:
+        assert contents(tmp_path) != before
+        monkeypatch.undo()
+        assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    assert contents(tmp_path) == before
+
+
+def line(step, state):
+    return {"step": step.name, "state": state, "seconds": 1.0, "arguments": step.arguments}
 
 
 @pytest.fixture
@@ -35,7 +145,12 @@ def measured(monkeypatch, capsys):
         monkeypatch.setattr(environment, name, lambda name=name: now[name])
 
     def run_all(steps, folder, minutes, jobs):
+        lines = step_record.read(folder)
+        lines |= {step.name: line(step, step_record.NOT_ENDED) for step in steps}
         for step in steps:
+            step_record.write(folder, lines)
+            if step.name == now.get("stops_at"):
+                raise KeyboardInterrupt
             ranks = now["ranks"]
             about = {
                 "started": f"2026-01-01T00:00:{len(list(folder.iterdir())):02}",
@@ -54,9 +169,8 @@ def measured(monkeypatch, capsys):
                 content = {"about": about, "rows": []}
                 parallel_documents.write_json(content, folder / f"{step.name}.json")
             (folder / f"{step.name}.log").touch()
-            with (folder / "steps.jsonl").open("a") as record:
-                line = {"step": step.name, "state": "ok", "seconds": 1.0}
-                record.write(json.dumps(line) + "\n")
+            lines[step.name] = line(step, step_record.OK)
+        step_record.write(folder, lines)
         return 0
 
     monkeypatch.setattr(parallel_gpus, "run_all", run_all)
@@ -84,10 +198,12 @@ def test_steps_of_one_run_are_added_and_those_of_another_are_refused(tmp_path, m
     before = contents(tmp_path)
     held, over = f"--output: {tmp_path} holds", "--overwrite replaces it\n"
     of = "of an earlier run"
+    on = "--resume measures what has not ended well, "
     for arguments, changed, said in (
-        (["--only=check"], {}, f"check_collectives {of}; "),
-        ([], {}, f"check_collectives, layer_1024, primitives_collectives {of}; "),
-        (["--only=check"], {"ranks": 4}, f"check_collectives {of}; "),
+        (["--only=check"], {}, f"check_collectives {of}; {on}"),
+        ([], {}, f"check_collectives, layer_1024, primitives_collectives {of}; {on}"),
+        (["--only=check"], {"ranks": 4}, f"check_collectives {of}; {on}"),
+        (["--resume"], {"ranks": 4}, f"check_collectives {of}, with ranks 2, got 4; "),
         (["--only=trace"], {"ranks": 4}, f"check_collectives {of}, with ranks 2, got 4; "),
         (
             ["--only=trace"],

@@ -39,6 +39,18 @@ def test_steps_run_in_the_order_in_which_they_are_named():
     assert [step.name for step in measure.steps_of([], OUT)] == list(measure.KINDS)
 
 
+def test_what_a_step_said_last_is_not_jax_s_advice(tmp_path, capsys):
+    wrong = "import jax; jax.jit(lambda x: x.no_such)(1.0)"
+    silent = "raise SystemExit(1)"
+    assert run_all(
+        [Step("wrong", ["-c", wrong], 20), Step("silent", ["-c", silent], 20)], tmp_path, 1
+    )
+    said = [json.loads(line)["said"] for line in capsys.readouterr().out.splitlines()]
+    assert said[0].startswith("AttributeError: ")
+    assert "no_such" in said[0]
+    assert said[1] == "its log is empty"
+
+
 def test_without_time_nothing_begins(tmp_path):
     assert run_all([Step("late", ["-c", "print(1)"], 20)], tmp_path, 0.1) == 1
     assert states(tmp_path) == {"late": "not run: no time left"}

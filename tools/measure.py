@@ -12,7 +12,6 @@ Compare figures of one step only: cards differ.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import step_record
 from bench.commands import folder
+from bench.failures import FileError
 from bench.steps import Step, run_all
 from interop.arguments import finite
 from pallas_kernels import interruption
@@ -143,11 +144,8 @@ def steps_of(names: Sequence[str], folder: Path) -> list[Step]:
 
 def done(folder: Path) -> set[str]:
     """Names of the steps that ended well in a folder."""
-    record = folder / "steps.jsonl"
-    if not record.exists():
-        return set()
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
-    return {line["step"] for line in lines if line["state"] == "ok"}
+    lines = step_record.read(folder).values()
+    return {line["step"] for line in lines if line["state"] == step_record.OK}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,12 +163,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         steps = steps_of(args.steps, Path(args.output).expanduser())
         output = folder(args.output)  # made where there is something to measure
+        finished = done(output)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --output: {error}")
-    finished = done(output)
-    return run_all([one for one in steps if one.name not in finished], output, args.minutes)
+    try:
+        return run_all([one for one in steps if one.name not in finished], output, args.minutes)
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
