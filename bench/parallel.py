@@ -345,16 +345,23 @@ def exchanges_on(ranks: int) -> tuple[str, ...]:
     return ("collectives", "nvlink") if on_gpu and ranks > 1 else ("collectives",)
 
 
+def _check_exchanges(names: Sequence[str], ranks: int) -> None:
+    """Refuses what cannot run on these devices; too few of them are refused later."""
+    try:
+        for name in names if ranks <= len(jax.devices()) else ():
+            exchanged(mesh_of(ranks), name, num_tokens=1)
+    except NotImplementedError as error:
+        raise ValueError(f"--exchanges: {error}") from None
+
+
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+    return tuple(dict.fromkeys(text.split(",")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.parallel")
-    parser.add_argument(
-        "--ranks", type=up_to(FULL.num_experts), default=1, help="devices, one rank each"
-    )
+    parser.add_argument("--ranks", type=up_to(FULL.num_experts), default=1, help="one per device")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's of all ranks")
     parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--pieces", type=token_counts, default=(1,))
@@ -369,10 +376,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown := [name for name in names if name not in known]:
             got = ", ".join(map(repr, unknown))
             parser.error(f"--{flag}: expected some of {', '.join(known)}, got {got}")
+    for flag in ("ranks", "exchanges", "pieces", "routings"):
+        if args.local_of and getattr(args, flag) != parser.get_default(flag):
+            parser.error(
+                f"--local-of: reads --tokens, --output, --overwrite alone, got --{flag} too"
+            )
     devices_for(args.ranks)
-    environment.enable_compilation_cache()
-    case = Case(args.exchanges or exchanges_on(args.ranks), args.pieces, args.routings)
     try:
+        environment.enable_compilation_cache()
+        _check_exchanges(args.exchanges or (), args.ranks)
+        case = Case(args.exchanges or exchanges_on(args.ranks), args.pieces, args.routings)
         with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
             return execute(args.ranks, args.tokens, case, folder, args.local_of)
     except ValueError as error:

@@ -79,6 +79,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
         ("loading", "--scratch=", "argument --scratch: expected a folder, got an empty name"),
         ("parallel", "--exchanges=pigeon", "--exchanges: expected some of auto, two_level, "),
         ("parallel", "--routings=", "--routings: expected some of even, captured, zipf, got ''"),
+        ("parallel", "--local-of=4 --routings=zipf", "--local-of: reads --tokens, --output, "),
         ("parallel", f"--tokens=1,{10**20}", f"argument --tokens: {AT_MOST % 2**20}, got '1000"),
         ("parallel", f"--ranks={10**20}", f"argument --ranks: {AT_MOST % 256}, got '10000000"),
         ("parallel_gpus", "--ranks=257", f"argument --ranks: {AT_MOST % 256}, got '257'"),
@@ -112,7 +113,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
 def test_values_that_cannot_be_meant(capsys, monkeypatch, tmp_path, command, argument, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tests.h100_target.prepare_environment", lambda _: None)
-    assert refused(capsys, command, argument).startswith(said)
+    assert refused(capsys, command, *argument.split(" ")).startswith(said)
 
 
 @pytest.mark.parametrize(

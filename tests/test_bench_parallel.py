@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -71,6 +72,15 @@ def test_ranks_that_cannot_share_the_experts_are_one_line(tmp_path):
     done = run("bench_main.py", "--ranks=3", f"--output={tmp_path}")
     assert done.returncode == 2
     assert "--ranks: expected a divisor of 64 experts, got 3" in done.stderr
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="they run there")
+def test_exchanges_that_cannot_run_here_are_refused_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel, "devices_for", lambda _: None)  # JAX has started
+    assert parallel.main(["--exchanges=auto,nvlink", f"--output={tmp_path / 'new'}"]) == 2
+    said = "--exchanges: exchange='nvlink': needs backend 'mosaic', got 'xla'"
+    assert capsys.readouterr() == ("", f"python -m bench.parallel: {said}\n")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("ranks", "started"), [(2, 2), (64, 64), (100_000, 64)])
