@@ -37,6 +37,7 @@ from bench.parallel_inputs import (
     input_specs,
     make_inputs,
     mesh_of,
+    pieces_run,
     routing,
     with_routing,
 )
@@ -61,7 +62,7 @@ class Case(NamedTuple):
 
     Attributes:
         exchanges: By name, those that may hang last.
-        pieces: Numbers of them.
+        pieces: Numbers of them; fewer are run where T has no cut into so many of one size.
         routings: Of `bench.parallel_inputs.ROUTINGS`.
     """
 
@@ -207,7 +208,7 @@ def measure(ranks: int, num_tokens: int, case: Case, sizes: Sizes, calls: int) -
     programs = [
         _compiled(mesh, Row(ranks, num_tokens, name, pieces=pieces), specs, calls)
         for name in case.exchanges
-        for pieces in case.pieces
+        for pieces in pieces_run(num_tokens, case.pieces)
     ]
     drawn = {name: draw(name, ranks * num_tokens, sizes.num_experts) for name in case.routings}
     make = input_maker(mesh, num_tokens, sizes)

@@ -6,7 +6,7 @@ in an order that is shuffled once).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from bench.workloads import Sizes
 from interop.host_routing import topk_ids
 from interop.workloads import captured_routing
 from jax_moe import ExpertWeights, LayerInputs
+from jax_moe.parallel.pieces import split
 
 AXIS = "expert"
 FACTOR = 2.5
@@ -46,6 +47,11 @@ def mesh_of(ranks: int) -> jax.sharding.Mesh:
     """One axis over the first `ranks` devices."""
     devices = jax.devices()[:ranks]
     return jax.make_mesh((ranks,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def pieces_run(num_tokens: int, asked: Sequence[int]) -> list[int]:
+    """The numbers of pieces that T is divided into where `asked` are asked for, each once."""
+    return list(dict.fromkeys(len(split(num_tokens, -(-num_tokens // one))) for one in asked))
 
 
 def make_inputs(

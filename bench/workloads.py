@@ -81,8 +81,8 @@ def select(names: Sequence[str], pool: Sequence[Workload] = WORKLOADS) -> tuple[
 
 
 def token_counts(text: str) -> tuple[int, ...]:
-    """The type of an argument that is token counts, separated by commas."""
-    return tuple(map(up_to(MAX_TOKENS), text.split(",")))
+    """The type of an argument that is token counts, separated by commas; each counts once."""
+    return tuple(dict.fromkeys(map(up_to(MAX_TOKENS), text.split(","))))
 
 
 def _matching(name: str, pool: Sequence[Workload]) -> list[Workload]:

@@ -149,6 +149,14 @@ def test_pieces_and_shapes_are_those_that_were_asked_for():
     assert [parallel_gpus.pieces_of(t) for t in (128, 1024, 8192)] == [(1,), (1, 2), (1, 2, 4)]
 
 
+def test_a_row_says_how_many_pieces_were_run_and_is_measured_once():
+    assert parallel_inputs.pieces_run(1, (2, 7)) == [1]
+    assert parallel_inputs.pieces_run(17, (1, 4, 4, 7)) == [1, 4, 6]
+    assert parallel_inputs.pieces_run(5, (4,)) == [3]
+    assert parallel.token_counts("4,1,4") == (4, 1)
+    assert parallel._names("zipf,even,zipf") == ("zipf", "even")
+
+
 def test_zipf_wants_experts_in_proportion_to_one_over_their_place():
     drawn = parallel_inputs.draw("zipf", 4096, 64)
     first = np.bincount(drawn.logits.argmax(axis=-1).ravel(), minlength=64)  # top-1 of each token
