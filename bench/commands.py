@@ -27,8 +27,8 @@ def folder(text: str) -> Path:
     return path
 
 
-def _usable(text: str) -> Path:
-    """`folder` that leaves nothing: `results` makes it once all arguments are known to be good."""
+def usable(text: str) -> Path:
+    """`folder` that leaves nothing: it is made once the command is known to be able to run."""
     path = folder_name(text)
     made = [one for one in (path, *path.parents) if not os.path.lexists(one)]
     folder(text)
@@ -58,7 +58,7 @@ def file(text: str) -> Path:
 def add_output(parser: argparse.ArgumentParser, root: str) -> None:
     """Adds the arguments that `results` takes."""
     parser.add_argument(
-        "--output", type=_usable, help=f"folder; default: one per run in {root}, linked as latest"
+        "--output", type=usable, help=f"folder; default: one per run in {root}, linked as latest"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that --output holds"

@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 from bench import environment
-from bench.commands import folder
+from bench.commands import usable
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
 from tests.cuda_tools import wheel_bin
@@ -222,7 +222,7 @@ def earlier_runs(path: pathlib.Path, about: dict[str, Any]) -> list[dict[str, An
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize")
-    parser.add_argument("results", type=folder, help="folder of sanitize.json and the logs")
+    parser.add_argument("results", type=usable, help="folder of sanitize.json and the logs")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--timeout", type=float, default=540.0, help="seconds a run may take")
@@ -245,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no GPU; JAX's device here is {about['device']['kind']!r}", file=sys.stderr)
         return 2
     summary = {**about, "runs": earlier_runs(args.results / "sanitize.json", about)}
+    args.results.mkdir(parents=True, exist_ok=True)
     runs = [(backend, tool) for backend in backends for tool in tools]
     if "initcheck" in tools:
         runs.insert(0, (CONTROL, "initcheck"))

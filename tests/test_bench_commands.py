@@ -35,6 +35,7 @@ EXAMPLES = (  # that of DeepSeek needs transformers, and is in test_end_to_end.p
 )
 AT_MOST = "expected a positive integer of at most %d"
 NEEDS = {"equinox_layer": "equinox", "linen_layer": "flax"}
+MODULE = "--package=. --tvm_ffi=. --output=/proc/x"
 COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert")
 
 
@@ -100,7 +101,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
         ("tests.sanitize", "/proc/x", "argument results: /proc/x: cannot be used: No such file"),
         ("tools.measure", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No"),
         ("tools.measure", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
-        ("tools.flashinfer_module", "--output=/proc/x", "--output: [Errno 2] No such file or"),
+        ("tools.flashinfer_module", MODULE, "--output: [Errno 2] No such file or"),
         ("examples.ladder.__main__", "--out=/proc/x", "argument --out: /proc/x: cannot be used"),
         ("jax_moe.tune", "--folder=/proc/x", "argument --folder: cannot write there: [Errno 2] "),
         ("jax_moe.tune", "--folder=", "argument --folder: expected a folder, got an empty name"),

@@ -187,6 +187,13 @@ def in_jax_numpy(rows, plan, values, scales, interpret):
     return jnp.einsum("mk,mnk->mn", x, w[experts]).astype(jnp.bfloat16)
 
 
+def test_without_a_gpu_no_folder_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "find_gpu", lambda: None)
+    assert ladder.main(["--out", str(tmp_path / "new/one")]) == 2
+    assert capsys.readouterr().err.startswith("needs a Hopper GPU")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_a_run_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
     """Without a GPU: its clock is the host's, the levels are jax.numpy, one of them is wrong."""

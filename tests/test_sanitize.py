@@ -237,13 +237,14 @@ def test_the_control_compiles_for_an_h100():
 
 def test_what_is_missing_is_one_clear_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
-    assert sanitize.main([str(tmp_path)]) == 2
+    assert sanitize.main([str(tmp_path / "new")]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("compute-sanitizer not found")
     assert shown.count("\n") == 1
     about = {"device": {"platform": "cpu", "kind": "cpu"}}
     monkeypatch.setattr(sanitize, "_about", lambda sanitizer: about)
-    assert sanitize.main([str(tmp_path), "--sanitizer", sys.executable]) == 2
+    assert sanitize.main([str(tmp_path / "new"), "--sanitizer", sys.executable]) == 2
     assert capsys.readouterr().err == "no GPU; JAX's device here is 'cpu'\n"
     with pytest.raises(SystemExit, match="2"):
-        sanitize.main([str(tmp_path), "--tools", "valgrind"])
+        sanitize.main([str(tmp_path / "new"), "--tools", "valgrind"])
+    assert not (tmp_path / "new").exists()

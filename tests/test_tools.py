@@ -201,6 +201,13 @@ def test_gpu_outcome_counts_and_names_failures(tmp_path):
     assert outcome["failed"] == ["test_two::test_bad"]
 
 
+def test_without_flashinfer_no_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(flashinfer_module.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="--package: expected a folder, as flashinfer is not inst"):
+        flashinfer_module.main([f"--output={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
+
+
 def test_flashinfers_module_is_cut_to_one_pair_of_types(tmp_path, monkeypatch):
     """The files, their compilers and what is cut; the compilers themselves are not run."""
     backend = tmp_path / "flashinfer/data/csrc/fused_moe/cutlass_backend"

@@ -31,7 +31,7 @@ import numpy as np
 from jax import export
 
 from bench import environment, gpu_clock, inputs, tables, timers
-from bench.commands import folder
+from bench.commands import usable
 from bench.options import make_inputs
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, select
@@ -210,12 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--iterations", type=positive, default=20)
     parser.add_argument("--jobs", type=positive, default=max(1, (os.cpu_count() or 1) // 2))
-    parser.add_argument("--output", type=folder, default="out/times")
+    parser.add_argument("--output", type=usable, default="out/times")
     args = parser.parse_args(argv)
     try:
         workloads = select(args.workloads, WORKLOADS)
     except ValueError as error:
         parser.error(str(error))
+    args.output.mkdir(parents=True, exist_ok=True)
     run(
         args.checkouts,
         workloads,

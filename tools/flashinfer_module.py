@@ -153,17 +153,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cuda", type=Path, default=Path(cuda), help="with bin/nvcc and include")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=arguments.output).close()
-    except OSError as error:
-        parser.error(f"--output: {error}")
     for name, package in (("package", "flashinfer"), ("tvm_ffi", "tvm_ffi")):
         if getattr(arguments, name) is None:
             found = util.find_spec(package)
             if found is None or not found.submodule_search_locations:
                 sys.exit(f"--{name}: expected a folder, as {package} is not installed, got none")
             setattr(arguments, name, Path(found.submodule_search_locations[0]))
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.output).close()
+    except OSError as error:
+        parser.error(f"--output: {error}")
     library = build(
         arguments.package, arguments.cuda, arguments.tvm_ffi, arguments.output, arguments.jobs
     )

@@ -59,7 +59,7 @@ def _cells(one: harness.Measured | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the levels; 1 where one failed, 2 where there is no GPU. What was measured is kept."""
     parser = argparse.ArgumentParser(prog="python -m examples.ladder")
-    parser.add_argument("--out", type=commands.folder, default="out/ladder")
+    parser.add_argument("--out", type=commands.usable, default="out/ladder")
     args = parser.parse_args(argv)
     gpu = harness.find_gpu()
     if gpu is None:
