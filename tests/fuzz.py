@@ -22,8 +22,8 @@ from typing import Any
 import tqdm
 
 from bench import environment
-from bench.commands import folder
-from interop.arguments import finite
+from bench.commands import usable as usable_folder
+from interop.arguments import finite, natural
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
 
@@ -169,13 +169,13 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("--minutes", type=finite, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="which cases, 0 or more")
+    parser.add_argument("--seed", type=natural, default=0, help="which cases, 0 or more")
     parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
-    parser.add_argument("--case", type=int, help="runs this one case alone")
-    parser.add_argument("--output", type=folder, default="out/fuzz")
+    parser.add_argument("--case", type=natural, help="runs this one case alone")
+    parser.add_argument("--output", type=usable_folder, default="out/fuzz")
     args = parser.parse_args(argv)
-    if args.seed < 0 or args.minutes <= 0 or (args.case or 0) < 0:
-        parser.error("--seed, --case: expected 0 or more; --minutes: expected more than 0")
+    if args.minutes == 0:
+        parser.error("argument --minutes: expected more than 0, got 0")
     environment.prepare_process()
     try:
         campaign = Campaign(usable(args.backend))
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         campaign.run(args.case)
         print("failed" if campaign.failures else f"passed on {', '.join(campaign.backends)}")
         return 1 if campaign.failures else 0
+    args.output.mkdir(parents=True, exist_ok=True)
     about = run_for(campaign, args.seed, 60 * args.minutes, args.output)
     with write_atomically(args.output / "fuzz.json") as file:
         json.dump(about | campaign.summary(), file, indent=2)

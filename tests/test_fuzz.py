@@ -174,8 +174,24 @@ def test_the_command_line_repeats_a_failure(monkeypatch, capsys):
     assert fuzz.main(["--case", "16", "--backend", "xla"]) == 1
     shown = capsys.readouterr().out
     assert "python -m tests.fuzz --case 16 --backend xla" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--backend cuda", "--backend: expected some of "),
+        ("--seed -1", "argument --seed: expected 0 or a positive integer, got '-1'"),
+        ("--case -1", "argument --case: expected 0 or a positive integer, got '-1'"),
+        ("--minutes 0", "argument --minutes: expected more than 0, got 0"),
+    ],
+)
+def test_the_command_line_names_what_is_wrong_and_makes_no_folder(
+    tmp_path, capsys, arguments, said
+):
     with pytest.raises(SystemExit, match="2"):
-        fuzz.main(["--backend", "cuda"])
+        fuzz.main([*arguments.split(), "--output", str(tmp_path / "new")])
+    assert f"error: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_slots_open_as_time_allows(monkeypatch, tmp_path):
