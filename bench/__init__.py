@@ -2,4 +2,4 @@
 
 from pallas_kernels import interruption
 
-interruption.before_imports(__name__)
+interruption.before_imports(__name__, "tools")  # of which some import this package first

@@ -35,7 +35,6 @@ EXAMPLES = (  # that of DeepSeek needs transformers, and is in test_end_to_end.p
 )
 AT_MOST = "expected a positive integer of at most %d"
 NEEDS = {"equinox_layer": "equinox", "linen_layer": "flax"}
-MODULE = "--package=. --tvm_ffi=. --output=/proc/x"
 COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert")
 
 
@@ -101,7 +100,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
         ("tests.sanitize", "/proc/x", "argument results: /proc/x: cannot be used: No such file"),
         ("tools.measure", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No"),
         ("tools.measure", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
-        ("tools.flashinfer_module", MODULE, "--output: [Errno 2] No such file or"),
+        ("tools.flashinfer_module", "--package=. --tvm_ffi=. --output=/proc/x", "--output: [Errno"),
         ("examples.ladder.__main__", "--out=/proc/x", "argument --out: /proc/x: cannot be used"),
         ("jax_moe.tune", "--folder=/proc/x", "argument --folder: cannot write there: [Errno 2] "),
         ("jax_moe.tune", "--folder=", "argument --folder: expected a folder, got an empty name"),
@@ -264,7 +263,10 @@ def test_output_that_cannot_be_written_is_one_line(command, to):
     assert (done.returncode, done.stderr) == expected
 
 
-FLOORS = ("bench.layers", "interop.flashinfer_bench", "jax_moe.tune", "pallas_kernels.mosaic.tune")
+FLOORS = (
+    *("bench.layers", "interop.flashinfer_bench", "jax_moe.tune", "pallas_kernels.mosaic.tune"),
+    *("tools.measure", "tools.gpu_tests"),
+)
 
 
 @pytest.mark.parametrize("command", ["bench_main.py", *(f"-m {name}" for name in FLOORS)])
