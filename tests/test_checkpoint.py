@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 
 import jax
@@ -267,6 +268,20 @@ def test_where_arrays_go_under_a_transfer_guard(tmp_path, monkeypatch, spec, str
     for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(layer), strict=True):
         assert new.sharding == old.sharding
         np.testing.assert_array_equal(bits(new), bits(old))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (P(None, "expert"), "only axis 0 (experts) split, got P(None, 'expert')"),
+        (P("expert", *[None] * 3), "a spec of at most 3 axes, got P('expert', None, None, None)"),
+    ],
+)
+def test_a_sharding_that_no_array_can_have_is_refused(tmp_path, spec, said):
+    made = make_checkpoint(tmp_path, num_experts=2)
+    sharding = NamedSharding(jax.make_mesh((1,), ("expert",)), spec)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'sharding: expected {said}')}$"):
+        checkpoint.load_layer(tmp_path, made.layer, sharding=sharding)
 
 
 def test_files_are_not_read_while_jax_traces(tmp_path):

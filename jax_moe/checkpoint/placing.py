@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jax_moe.checkpoint.reading import E4M3, Stack
 from jax_moe.checkpoint.transfer import Advance, Share, put_stacks
 
+_AXES = 3  # of every array with an axis of experts
+
 
 class Placement:
     """Where arrays with an axis of experts go.
@@ -24,7 +26,8 @@ class Placement:
 
     Raises:
         TypeError: It is none of these.
-        ValueError: It splits another axis, or the experts do not split evenly.
+        ValueError: It splits another axis, its spec has more axes than the arrays, or the experts
+            do not split evenly.
 
     Attributes:
         shares: What this process holds.
@@ -139,6 +142,8 @@ def _as_sharding(sharding: Any) -> Sharding | None:
         return NamedSharding(sharding, PartitionSpec(axis))
     if isinstance(sharding, NamedSharding) and any(sharding.spec[1:]):
         raise ValueError(f"sharding: expected only axis 0 (experts) split, got {sharding.spec}")
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) > _AXES:
+        raise ValueError(f"sharding: expected a spec of at most {_AXES} axes, got {sharding.spec}")
     if sharding is None or isinstance(sharding, NamedSharding | SingleDeviceSharding):
         return sharding
     raise TypeError(
