@@ -101,11 +101,12 @@ def route(
 def groups_of(config: MoEConfig, num_experts: int) -> tuple[int, int]:
     """Groups that the kernel splits E experts into, and how many it keeps.
 
-    Where the router keeps all, any split of two or more each gives its choice.
+    Where the router keeps all, any even split into groups of two or more gives its choice; so does
+    one group, which an odd E is.
     """
     if config.topk_group < config.n_group:
         return config.n_group, config.topk_group
-    n_group = math.gcd(num_experts // 2, 8)
+    n_group = max(1, math.gcd(num_experts, 16) // 2)
     return n_group, n_group
 
 
