@@ -143,8 +143,8 @@ def make_model(num_tokens: int, layers: int, sizes: Sizes, *, own: bool, seed: i
         weights = jax.tree.map(functools.partial(_stacked, layers=layers), weights)
     return Model(
         jax.random.normal(keys[0], shape, jnp.bfloat16),
-        jax.random.normal(keys[1], (layers, num_tokens, sizes.num_experts)),
-        jnp.zeros(sizes.num_experts),
+        jax.random.normal(keys[1], (layers, num_tokens, sizes.num_experts), jnp.float32),
+        jnp.zeros(sizes.num_experts, jnp.float32),
         weights,
     )
 

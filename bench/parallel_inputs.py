@@ -124,11 +124,11 @@ def _maker(
         return (
             logits,
             normal(1, num_tokens, hidden).astype(jnp.float8_e4m3fn),
-            jnp.full((blocks[0], num_tokens), 0.05),
+            jnp.full((blocks[0], num_tokens), 0.05, jnp.float32),
             e4m3(2, experts, 2 * inner, hidden),
-            jnp.full((experts, 2 * blocks[1], blocks[0]), 0.02),
+            jnp.full((experts, 2 * blocks[1], blocks[0]), 0.02, jnp.float32),
             e4m3(3, experts, hidden, inner),
-            jnp.full((experts, *blocks), 0.02),
+            jnp.full((experts, *blocks), 0.02, jnp.float32),
         )
 
     return jax.shard_map(rank, mesh=mesh, in_specs=(), out_specs=_specs(), check_vma=False)

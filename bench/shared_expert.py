@@ -140,7 +140,9 @@ def make_layer(config: LayerConfig, seed: int = 0) -> Layer:
     weights = LayerWeights(
         experts=draw(Sizes(experts, experts, hidden, config.intermediate_size), seed),
         gate_weight=gate / hidden**0.5,
-        e_score_correction_bias=jnp.zeros(experts) if config.has_routing_bias else None,
+        e_score_correction_bias=jnp.zeros(experts, jnp.float32)
+        if config.has_routing_bias
+        else None,
         shared_experts=draw(shared, seed + 1),
     )
     return Layer(weights, fuse_shared(weights, config), config)
@@ -173,7 +175,7 @@ def forms(
                 *rows,
                 *(weights.shared_experts or ()),
                 jnp.zeros((tokens, 1), jnp.int32),
-                jnp.ones((tokens, 1)),
+                jnp.ones((tokens, 1), jnp.float32),
                 jnp.int32(0),
             ),
         ),
@@ -224,8 +226,8 @@ def dense_inputs(hidden_states: BFloat16[Array, "T H"], layer: Layer) -> LayerIn
     assert layer.weights.shared_experts is not None
     values, scales = jax_moe.quantize(hidden_states)
     return LayerInputs(
-        routing_logits=jnp.zeros((len(hidden_states), 1)),
-        routing_bias=jnp.zeros(1),
+        routing_logits=jnp.zeros((len(hidden_states), 1), jnp.float32),
+        routing_bias=jnp.zeros(1, jnp.float32),
         hidden_states=values,
         hidden_states_scale=scales,
         weights=layer.weights.shared_experts,

@@ -43,11 +43,11 @@ def main() -> jax.Array:
     config = nn.LayerConfig(router, experts, hidden, width, has_routing_bias=False)
     weights = ExpertWeights(
         jnp.ones((experts, 2 * width, hidden), jnp.float8_e4m3fn),
-        jnp.full((experts, 2 * width // 128, hidden // 128), 0.01),
+        jnp.full((experts, 2 * width // 128, hidden // 128), 0.01, jnp.float32),
         jnp.ones((experts, hidden, width), jnp.float8_e4m3fn),
-        jnp.full((experts, hidden // 128, width // 128), 0.01),
+        jnp.full((experts, hidden // 128, width // 128), 0.01, jnp.float32),
     )
-    gate = jax.random.normal(jax.random.key(0), (experts, hidden))
+    gate = jax.random.normal(jax.random.key(0), (experts, hidden), jnp.float32)
     block = MoEBlock(eqx.nn.RMSNorm(hidden), LayerWeights(weights, gate), config)
     x = jax.random.normal(jax.random.key(1), (5, hidden), jnp.bfloat16)
     out = eqx.filter_jit(block)(x)

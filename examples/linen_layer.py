@@ -41,7 +41,8 @@ class MoEBlock(linen.Module):
         """bf16[...,H] to bf16[...,H]."""
         config = self.config
         experts, hidden, width = config.num_experts, config.hidden_size, config.intermediate_size
-        gate = self.param("gate", linen.initializers.lecun_normal(), (experts, hidden))
+        gate_shape = (experts, hidden)
+        gate = self.param("gate", linen.initializers.lecun_normal(), gate_shape, jnp.float32)
 
         def frozen(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             # Real values come from `jax_moe.checkpoint.load_layer`.

@@ -1,17 +1,19 @@
 """Benchmark inputs: the same bits everywhere, the stated distributions, the stated load."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from bench import gaussian, header, inputs, routing
+from bench import gaussian, header, inputs, layers, parallel_inputs, routing, shared_expert
 from bench.results import Results
 from bench.settings import Settings
 from bench.work import Work, work_of
 from bench.workloads import FULL, REDUCED, SCALING, WORKLOADS, select
-from jax_moe import DEEPSEEK_V3
+from jax_moe import DEEPSEEK_V3, models
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -207,3 +209,25 @@ def test_stand_ins_of_a_data_set_are_named(tmp_path):
     assert header._routing_text(results, settings) == "from /d (stand-ins)"
     results.about.clear()
     assert header._routing_text(results, settings) == "from /d"
+
+
+def _of_a_shared_expert():
+    layer = shared_expert.make_layer(shared_expert.layer_config(models.DEEPSEEK_V3, REDUCED))
+    x = jnp.zeros((4, REDUCED.hidden_size), jnp.bfloat16)
+    forms = shared_expert.forms(layer, x)
+    return [arguments for _, arguments in forms.values()], shared_expert.dense_inputs(x, layer)
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        lambda: parallel_inputs.input_specs(parallel_inputs.mesh_of(1), 4, REDUCED),
+        lambda: jax.eval_shape(functools.partial(layers.make_model, 4, 2, REDUCED, own=True)),
+        lambda: jax.eval_shape(_of_a_shared_expert),
+    ],
+    ids=["parallel", "layers", "shared_expert"],
+)
+def test_what_is_drawn_has_the_same_types_where_jax_has_64_bits(specs):
+    expected = specs()
+    with jax.enable_x64(True):
+        assert specs() == expected

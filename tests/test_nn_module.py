@@ -194,14 +194,18 @@ def test_an_intermediate_size_of_no_whole_blocks(tmp_path):
         dataclasses.replace(layer.config, intermediate_size=192)
 
 
-def test_the_linen_example_runs():
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_linen_example_runs(x64):
     from examples import linen_layer
 
-    assert np.isfinite(np.asarray(linen_layer.main(), np.float32)).all()
+    with jax.enable_x64(x64):
+        assert np.isfinite(np.asarray(linen_layer.main(), np.float32)).all()
 
 
-def test_the_equinox_example_runs():
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_equinox_example_runs(x64):
     pytest.importorskip("equinox")
     from examples import equinox_layer
 
-    assert np.isfinite(np.asarray(equinox_layer.main(), np.float32)).all()
+    with jax.enable_x64(x64):
+        assert np.isfinite(np.asarray(equinox_layer.main(), np.float32)).all()
