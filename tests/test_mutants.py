@@ -117,3 +117,21 @@ def test_another_draw_than_the_one_begun_is_refused():
     for count, seed in ((300, 1), (3, 2)):
         with pytest.raises(SystemExit, match="holds a run with --count 3 --seed 1"):
             mutants.check_drawn({"count": 3, "seed": 1, "commit": "abc"}, count, seed)
+
+
+@pytest.mark.parametrize("flag", ["--count=0", "--count=-3", "--seed=x"])
+def test_numbers_that_cannot_be_meant_are_refused(capsys, flag):
+    with pytest.raises(SystemExit):
+        mutants.main([flag])
+    name, _, text = flag.partition("=")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {name}: expected an integer of " in line
+    assert line.endswith(f" or more, got {text!r}")
+
+
+def test_without_cosmic_ray_nothing_is_copied(monkeypatch, tmp_path):
+    monkeypatch.setattr(mutants, "FOLDER", tmp_path / "mutants")
+    monkeypatch.setattr(mutants.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="needs cosmic-ray: `make mutants` installs"):
+        mutants.main([])
+    assert not (tmp_path / "mutants").exists()

@@ -11,7 +11,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from tools import check_pins, flashinfer_module, gpu_tests
+from tools import check_pins, flashinfer_module, gpu_tests, readme_examples
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -134,6 +134,19 @@ def test_requirements_for_other_platforms_are_left_out():
 def test_unknown_extra_is_named():
     with pytest.raises(SystemExit, match="'cuda99'"):
         check_pins.project_requirements(["cuda99"])
+
+
+def test_what_is_no_requirement_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_pins.py", "--also", "!!"])
+    with pytest.raises(SystemExit):
+        check_pins.main()
+    assert "argument --also: expected a requirement such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["none.md", ""])
+def test_what_is_no_document_is_one_line(tmp_path, name):
+    with pytest.raises(SystemExit, match=r"^document: expected a Markdown file, got '/.*'"):
+        readme_examples.main(str(tmp_path / name))
 
 
 def test_parts_of_the_gpu_tests(tmp_path, monkeypatch, capsys):

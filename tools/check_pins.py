@@ -17,7 +17,7 @@ from collections.abc import Iterator
 try:
     import tomllib
 
-    from packaging.requirements import Requirement
+    from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 except ImportError as error:
     running = f"Python {sys.version.split()[0]} of {sys.executable}"
@@ -38,6 +38,15 @@ def project_requirements(extras: list[str]) -> list[str]:
         if extra not in optional:
             raise SystemExit(f"extras: expected some of {', '.join(optional)}; got {extra!r}")
     return project["dependencies"] + [line for extra in extras for line in optional[extra]]
+
+
+def requirement(text: str) -> str:
+    """The type of an argument that is a requirement."""
+    try:
+        return str(Requirement(text))
+    except InvalidRequirement:
+        expected = f"expected a requirement such as jax==0.11.2, got {text!r}"
+        raise argparse.ArgumentTypeError(expected) from None
 
 
 def problems(requirements: list[str], *, deep: bool) -> Iterator[str]:
@@ -73,7 +82,9 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--extras", default="", help="comma-separated extras of pyproject.toml")
-    parser.add_argument("--also", default=[], action="append", help="a requirement more")
+    parser.add_argument(
+        "--also", default=[], action="append", type=requirement, help="a requirement more"
+    )
     parser.add_argument("--deep", action="store_true", help="follow the packages' requirements")
     args = parser.parse_args()
     extras = [extra for extra in args.extras.split(",") if extra]

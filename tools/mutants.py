@@ -16,13 +16,14 @@ import argparse
 import ast
 import collections
 import importlib.metadata
+import importlib.util
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,16 +300,30 @@ def judge(modules: Iterable[str] = ()) -> int:
     return subprocess.run(command, cwd=tree, check=False).returncode
 
 
+def _from(least: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer; that of `interop` would need JAX here."""
+
+    def checked(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            expected = f"expected an integer of {least} or more, got {text!r}"
+            raise argparse.ArgumentTypeError(expected)
+        return int(text)
+
+    return checked
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.mutants")
-    parser.add_argument("--count", type=int, default=COUNT, help="mutants to draw")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the draw")
+    parser.add_argument("--count", type=_from(1), default=COUNT, help="mutants to draw")
+    parser.add_argument("--seed", type=_from(0), default=SEED, help="of the draw")
     parser.add_argument("--again", action="store_true", help="judge only what survived before")
     parser.add_argument("--judge", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.judge is not None:
         return judge(args.judge)
+    if importlib.util.find_spec("cosmic_ray") is None:
+        sys.exit("python -m tools.mutants: needs cosmic-ray: `make mutants` installs and runs it")
     prepare(args.count, args.seed)
     session = FOLDER / "session.sqlite"
     try:

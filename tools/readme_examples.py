@@ -43,8 +43,15 @@ def run(code: str, **environment: str) -> str:
 
 
 def main(path: str) -> int:
-    """Command line; 1 if an example prints something else."""
-    found = examples(pathlib.Path(path).read_text())
+    """Command line; 1 if an example prints something else.
+
+    Raises:
+        SystemExit: There is no such document; names it.
+    """
+    try:
+        found = examples(pathlib.Path(path).read_text())
+    except (OSError, UnicodeError) as error:
+        sys.exit(f"document: expected a Markdown file, got {path!r}: {error}")
     for number, (code, expected) in enumerate(found, 1):
         printed = run(code)
         if printed.strip() != expected.strip():
