@@ -272,7 +272,7 @@ class Bridge:
                 "keep 32 bits"
             )
         refuse_grad(name, tensor)
-        _check_memory(tensor, name)
+        check_memory(tensor, name)
         if tensor.is_cpu and tensor.is_pinned():
             raise ValueError(
                 f"{name}: pinned host memory is not supported; got device cpu (pinned)"
@@ -327,7 +327,7 @@ def refuse_lazy(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor with memory, got {type(tensor).__name__}")
 
 
-def _check_memory(tensor: torch.Tensor, name: str) -> None:
+def check_memory(tensor: torch.Tensor, name: str) -> None:
     """Refuses a strided tensor whose storage does not hold all of its elements."""
     try:
         address = tensor.data_ptr()

@@ -329,12 +329,16 @@ def _host_number(name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     dlpack.refuse_lazy(name, value)
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else "sparse"
+        raise ValueError(f"{name}: expected a number, got a {kind} tensor")
     if value.device.type != "cpu":  # to read it would make the host wait
         raise ValueError(f"{name}: expected a number, got a tensor on {value.device}")
     dlpack.refuse_grad(name, value)
     if value.ndim:
         kind = str(value.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected a scalar, got {kind} {list(value.shape)}")
+    dlpack.check_memory(value, name)
     return value.item()
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 import jax
 import numpy as np
 
-from jax_moe.scalars import boolean, got, is_integer, is_real, printed, quoted
+from jax_moe.scalars import boolean, is_integer, is_real, printed, quoted, quoted_with_type
 from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.types import Precision as Precision
 from pallas_kernels.types import ScaleFormat as ScaleFormat
@@ -185,7 +185,7 @@ def checked_swiglu_limit(value: Any, name: str = "swiglu_limit") -> float | None
     if value is None:
         return None
     if not is_real(value):
-        raise TypeError(f"{name}: expected a number or None, got {quoted(value)} ({got(value)})")
+        raise TypeError(f"{name}: expected a number or None, got {quoted_with_type(value)}")
     with contextlib.suppress(OverflowError):  # a Python integer with many digits
         if float(_F32.tiny) <= float(value) <= float(_F32.max):
             return float(value)
@@ -207,9 +207,7 @@ def checked_integer(name: str, value: object) -> int:
             raise TypeError  # a tensor of torch has an index as well
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(
-            f"{name}: expected an integer, got {quoted(value)} ({got(value)})"
-        ) from None
+        raise TypeError(f"{name}: expected an integer, got {quoted_with_type(value)}") from None
     if abs(number) > _LARGEST:
         raise ValueError(f"{name}: expected at most {_LARGEST}, got {printed(number)}")
     return number

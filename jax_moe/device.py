@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
-from jax_moe.scalars import got, quoted
+from jax_moe.scalars import quoted, quoted_with_type
 
 _INTERPRETER_THREADS = 16
 _LEAST_INTERPRETER_THREADS = 8
@@ -174,7 +174,7 @@ def interpret_mode(params: Any = None) -> Iterator[None]:
     if not isinstance(params, plgpu.InterpretGPUParams):
         raise TypeError(
             "params: expected a jax.experimental.pallas.mosaic_gpu.InterpretGPUParams or None, got "
-            f"{quoted(params)} ({got(params)})"
+            f"{quoted_with_type(params)}"
         )
     _ensure_interpreter_threads()
     with (

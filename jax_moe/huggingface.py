@@ -18,7 +18,7 @@ from jax_moe.config import (
     checked_integer,
     checked_swiglu_limit,
 )
-from jax_moe.scalars import boolean, got, quoted, real
+from jax_moe.scalars import boolean, quoted, quoted_with_type, real
 
 
 class ModelConfig(NamedTuple):
@@ -238,7 +238,7 @@ def _given(
     keys: dict[str, str] = {}
     for key, value in config.items():
         if not isinstance(key, str):
-            raise TypeError(f"config: expected names of text, got {quoted(key)} ({got(key)})")
+            raise TypeError(f"config: expected names of text, got {quoted_with_type(key)}")
         if key in fields:
             field = fields[key]
             if value is None and field == "num_shared_experts":
@@ -302,7 +302,7 @@ def _of_its_type(key: str, field: str, value: Any) -> Any:
         return boolean(key, value)
     if field in _TEXTS:
         if not isinstance(value, str):
-            raise TypeError(f"{key}: expected text, got {quoted(value)} ({got(value)})")
+            raise TypeError(f"{key}: expected text, got {quoted_with_type(value)}")
         if field == "scoring" and value not in SCORINGS:
             raise ValueError(f"{key}: expected one of {SCORINGS}, got {quoted(value)}")
         return value

@@ -5,6 +5,7 @@ argument, what was expected and what came.
 """
 
 import operator
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +109,7 @@ def boolean(name: str, value: Any) -> bool:
         TypeError: It is no bool.
     """
     if not isinstance(value, bool | np.bool):
-        raise TypeError(f"{name}: expected a bool, got {quoted(value)} ({got(value)})")
+        raise TypeError(f"{name}: expected a bool, got {quoted_with_type(value)}")
     return bool(value)
 
 
@@ -145,13 +146,47 @@ def printed(number: int) -> str:
 
 
 def quoted(value: Any) -> str:
-    """Anything for a message: its `repr`, cut short; its type where Python refuses to print it."""
+    """Anything for a message: its `repr`, cut short; the type of arrays and of what cannot."""
     if isinstance(value, int):
         return printed(value)
+    if _is_array(value):
+        return _without_advice(value)
+    if isinstance(value, tuple) and type(value) is not tuple:  # of arrays, most likely
+        return got(value)
+    is_container = isinstance(value, tuple | list | dict | set | frozenset)
     try:
-        return f"{value!r:.{_QUOTED}}"
+        return (_of_parts.repr(value) if is_container else repr(value))[:_QUOTED]
     except (ValueError, RecursionError):  # it holds an integer of many digits, or itself
         return got(value)
+
+
+def quoted_with_type(value: Any) -> str:
+    """`quoted` and the type, for a message about a value of another type."""
+    return got(value) if _is_array(value) else f"{quoted(value)} ({got(value)})"
+
+
+def _without_advice(value: Any) -> str:
+    return got(value).partition(" (")[0]
+
+
+class _OfParts(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        return _without_advice(x) if _is_array(x) else repr(x)
+
+
+_of_parts = _OfParts(maxtuple=_QUOTED, maxlist=_QUOTED, maxdict=_QUOTED, maxstring=_QUOTED)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is an array of JAX or NumPy or a tensor of torch.
+
+    To print many values helps nobody, and to print a tensor whose storage was freed ends the
+    process.
+    """
+    kinds = type(value).__mro__
+    return isinstance(value, jax.Array | np.ndarray) or any(
+        (kind.__module__, kind.__name__) == ("torch", "Tensor") for kind in kinds
+    )
 
 
 def _array(value: Any) -> str:
@@ -178,7 +213,7 @@ def _check(name: str, value: Any, wanted: str, is_scalar: Callable[[Any], bool],
             raise ValueError(f"{name}: expected a scalar, got {got(value)}")
         alive(name, value)
     elif not is_scalar(value):
-        raise TypeError(f"{name}: expected {wanted}, got {quoted(value)} ({got(value)})")
+        raise TypeError(f"{name}: expected {wanted}, got {quoted_with_type(value)}")
 
 
 def _on_host(value: Any) -> Any:

@@ -150,6 +150,29 @@ def test_a_freed_weight_is_named(inputs):
         torch_moe(*replaced(inputs, gemm2_weights=freed).arguments)
 
 
+def freed_number():
+    number = torch.zeros((), dtype=torch.int32)
+    number.untyped_storage().resize_(0)
+    return number
+
+
+@pytest.mark.parametrize("name", ["local_expert_offset", "routed_scaling_factor"])
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (freed_number, "a tensor with memory, got a null pointer"),
+        (lambda: torch.zeros(3).to_sparse(), "a number, got a sparse tensor"),
+        (
+            lambda: torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged),
+            "a number, got a nested tensor",
+        ),
+    ],
+)
+def test_a_number_that_is_no_plain_tensor_is_named(inputs, name, made, got):
+    with pytest.raises(ValueError, match=f"^{name}: expected {got}"):
+        torch_moe(*inputs._replace(**{name: made()}).arguments)
+
+
 REQUIRED = ["routing_logits", "hidden_states", "hidden_states_scale", *ExpertWeights._fields]
 
 

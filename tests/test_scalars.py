@@ -73,3 +73,34 @@ def test_integers_of_ml_dtypes():
         assert scalars.integer("offset", value, 0, 24) == 2
     with pytest.raises(TypeError, match=r"offset: expected an integer, got .*timedelta"):
         scalars.integer("offset", np.timedelta64(2, "s"), 0, 24)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.zeros((40, 50)), "float64 [40, 50]"),
+        (jnp.zeros(3), "float32 [3]"),
+        ([jnp.zeros(3), "a" * 9], "[float32 [3], 'aaaaaaaaa']"),
+        (("a", 1), "('a', 1)"),
+        ({"b": [1]}, "{'b': [1]}"),
+        ("a" * 300, "'" + "a" * 199),
+        (10**5000, "an integer of 16610 bits"),
+        ([10**5000], "list"),
+        (jax_moe.ExpertWeights(*[np.zeros(2)] * 4), "jax_moe.types.ExpertWeights"),
+    ],
+    ids=range(9),
+)
+def test_what_came_is_said_in_a_line(value, said):
+    assert scalars.quoted(value) == said
+    either = (said, f"{said} ({scalars.got(value)})")
+    assert scalars.quoted_with_type(value) in either
+
+
+def test_a_tensor_is_never_printed():
+    """To print one whose storage was freed ends the process."""
+    torch = pytest.importorskip("torch")
+    freed = torch.zeros(7, 16)
+    freed.untyped_storage().resize_(0)
+    assert scalars.quoted(freed) == "torch.Tensor"
+    assert scalars.quoted_with_type(freed).startswith("torch.Tensor (interop.torch_moe takes ")
+    assert scalars.quoted([freed]) == "[torch.Tensor]"
