@@ -1,5 +1,6 @@
 """One JSON file, one document and one plot from the files that the steps of a run have written."""
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,14 +80,15 @@ def collect(folder: Path) -> dict[str, Any]:
         about, steps (the last state of each, and the commit that its file names), layers, checks,
         primitives and traces. Steps of several commits make an `about` that names them all.
     """
-    states = step_record.read(folder).values()
-    found: dict[str, Any] = {"about": {}, "steps": list(states), "layers": []}
+    found: dict[str, Any] = {"about": {}, "steps": [], "layers": []}
     began: set[tuple[str, str]] = set()
+    whole: dict[str, bool] = {}  # steps with results, and whether all of theirs are there
     commits: dict[str, str] = {}
     for path in sorted(folder.glob("layer_*/parallel.json")):
         rows, about = parallel_rows.read(path)
         found["layers"] += rows
         found["about"] |= about
+        whole[path.parent.name] = about.get("complete", True)
         began.add(_began(about))
         commits[path.parent.name] = about.get("git_commit", "")
     found["layers"].sort(key=lambda row: (row.tokens, row.routing != "even", row.routing))
@@ -94,17 +96,21 @@ def collect(folder: Path) -> dict[str, Any]:
     for kind, prefix, record in _KINDS:
         found[kind] = []
         for path in sorted(folder.glob(f"{prefix}_*.json")):
-            rows, about = parallel_rows.read_as(record, path)
+            rows, about = parallel_rows.read_as(functools.partial(typed.record, record), path)
             found[kind] += [{"step": path.stem} | _without_defaults(row) for row in rows]
             found["about"] = about | found["about"]
             began.add(_began(about))
             commits[path.stem] = about.get("git_commit", "")
+            whole[path.stem] = True
     for trace in found["traces"]:
         path = folder / Path(trace.get("trace", "")).name
+        if trace.get("trace") and not path.is_file():
+            whole[trace["step"]] = False
         if path.is_file():
             with naming(path):
                 kernels = by_kernel(read_trace(path))
             trace["kernels"] = [kernel._asdict() for kernel in kernels]
+    found["steps"] = _states(step_record.read(folder), whole)
     for step in found["steps"]:
         if commit := commits.get(step["step"]):
             step["commit"] = commit
@@ -136,6 +142,19 @@ def _without_defaults(row: Any) -> dict[str, Any]:
     return {name: v for name, v in row._asdict().items() if v != defaults.get(name, ...)}
 
 
+def _states(lines: step_record.Lines, whole: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """The steps as they are recorded, or as far as their results are there."""
+    steps = [dict(line) for line in lines.values()]
+    steps += [
+        {"step": name, "state": "not recorded", "seconds": 0.0}
+        for name in sorted(whole.keys() - lines.keys())
+    ]
+    for step in steps:
+        if step["state"] == step_record.OK and not whole.get(step["step"]):
+            step["state"] = "results are gone"
+    return steps
+
+
 def _not_ended_well(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     return [step["step"] for step in steps if step["state"] != step_record.OK]
 
@@ -156,7 +175,7 @@ def write(folder: Path) -> Iterator[Path]:
     found, path = collect(folder), folder / f"{STEM}.json"
     if not found["about"] and path.exists():
         found = _kept_alone(path)
-    rows = [typed.record(Row, row) for row in found["layers"]]
+    rows = [parallel_rows.row_of(row) for row in found["layers"]]
     failures = []
     try:
         write_json(found, path)
@@ -196,7 +215,7 @@ def _kept_alone(path: Path) -> dict[str, Any]:
             for row in typed.checked_list(found[name], name):
                 typed.checked_object(row, name)
         for row in found["layers"]:
-            typed.record(Row, row)
+            parallel_rows.row_of(row)
         for kind, _, record in _KINDS:
             for row in found[kind]:
                 others = {name: v for name, v in row.items() if name not in ("step", "kernels")}
@@ -208,12 +227,15 @@ def _kept_alone(path: Path) -> dict[str, Any]:
 
 
 def _document(found: Mapping[str, Any], rows: Sequence[Row], picture: str | None) -> list[str]:
-    ranks = f"{rows[0].ranks} x " if rows else ""
+    sizes = found["about"].get("sizes")  # older records have none
+    count = sizes["num_experts"] // sizes["num_local_experts"] if sizes else None
+    count = rows[0].ranks if rows else count
+    ranks = f"{count} x " if count else ""
     kind = found["about"].get("device", {}).get("kind", "unknown devices")
     lines = [f"# Expert parallelism over {ranks}{kind}", ""]
     if names := _not_ended_well(found["steps"]):
-        count = f"{len(names)} of {len(found['steps'])} steps"
-        lines += [f"**Incomplete**: {count} have not ended well: {', '.join(names)}.", ""]
+        those = f"{len(names)} of {len(found['steps'])} steps have not ended well"
+        lines += [f"**Incomplete**: {those}: {', '.join(names)}.", ""]
     lines += [*_about(found["about"]), ""]
     if picture:
         lines += [f"![Efficiency against tokens]({picture})", ""]
@@ -231,7 +253,7 @@ def _document(found: Mapping[str, Any], rows: Sequence[Row], picture: str | None
     for trace in found["traces"]:
         lines += _breakdown(trace)
     if found["steps"]:
-        lines += ["## Steps", "", *markdown(_states(found["steps"]), left=2), ""]
+        lines += ["## Steps", "", *markdown(_step_cells(found["steps"]), left=2), ""]
     return lines
 
 
@@ -313,7 +335,7 @@ def _breakdown(trace: Mapping[str, Any]) -> list[str]:
     return [*lines, *markdown(cells), ""]
 
 
-def _states(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _step_cells(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     cells = [["step", "state", "seconds of its turn", "commit", "last line"]]
     several = len({step.get("commit") for step in steps} - {None}) > 1
     for one in steps:

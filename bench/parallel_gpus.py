@@ -70,6 +70,7 @@ WITHOUT_GPUS = (
 """What CPU devices can check, at reduced size."""
 
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+_MINUTES = 9.0  # for all steps
 _BEFORE_S = 420  # for a step to start and compile while all others do
 
 
@@ -87,7 +88,7 @@ def steps_of(
     Raises:
         ValueError: There is no step of such a name here.
     """
-    parts = only.split(",")
+    parts = [part.strip() for part in only.split(",")]
     there = [name for name in NAMES if name in WITHOUT_GPUS or environment.has_gpu_driver()]
     for part in parts if only else ():
         if not part or not any(part in name for name in there):
@@ -168,9 +169,9 @@ def _kept(rows: Iterable[dict[str, Any]], about: dict[str, Any], path: Path) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.parallel_gpus")
+    parser = commands.parser("bench.parallel_gpus", __doc__)
     parser.add_argument("--output", type=commands.folder_name, default="out/parallel_gpus")
-    parser.add_argument("--minutes", type=finite, default=9.0, help="for all steps")
+    parser.add_argument("--minutes", type=finite, help=f"for all steps; {_MINUTES:g} if not given")
     parser.add_argument("--jobs", type=positive, help="steps that compile at once; one per core")
     parser.add_argument(
         "--ranks", type=up_to(FULL.num_experts), help="devices; all GPUs, or two CPU devices"
@@ -200,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.documents:
             for name in ("minutes", "jobs", "ranks", "only", "resume", "overwrite"):
-                if getattr(args, name) != parser.get_default(name):
+                value = getattr(args, name)
+                if value is not None and value is not False:
                     raise ValueError(f"--documents: reads --output alone, got --{name} too")
             return _documents_again(args.output)
         return _measure(parser, args)
@@ -214,13 +216,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Runs the steps that were asked for; returns the exit code."""
-    others = ["--minutes", f"{args.minutes:g}"]
+    minutes = _MINUTES if args.minutes is None else args.minutes
+    others = ["--minutes", f"{minutes:g}"]
     others += [] if args.jobs is None else ["--jobs", str(args.jobs)]
     others += [] if args.only is None else ["--only", args.only]
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
     if args.only == "":
-        raise ValueError("--only: expected parts of names of steps, got an empty one")
+        raise ValueError("--only: expected names of steps, or parts of them, got nothing")
     if args.ranks is not None:
         _check_ranks(args.ranks)
     steps = steps_of(args.output, args.only or "", args.ranks, others)
@@ -234,9 +237,11 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     ) as left:
         steps = [step for step in steps if step.name in left]
         try:
-            code = run_all(steps, args.output, args.minutes, args.jobs or os.cpu_count() or 1)
+            code = run_all(steps, args.output, minutes, args.jobs or os.cpu_count() or 1)
         except KeyboardInterrupt:
             said = "--resume goes on, --documents writes what there is"
+            if args.overwrite and not parallel_folder.results_in(args.output, NAMES):
+                said = "no step has results, what was there is as it was"
             print(f"interrupted: {said}", file=sys.stderr)
             return interruption.acknowledge()
         if args.overwrite and not parallel_folder.results_in(args.output, NAMES):

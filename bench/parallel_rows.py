@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from bench.failures import writing
 from bench.results import plain
 from interop import plot_style
 from jax_moe.io.files import naming, shown, write_atomically
-from jax_moe.io.strict_json import parse_object
+from jax_moe.io.strict_json import number, parse_object
 
 HEADER = (
     "exchange", "routing", "ranks", "T", "pieces", "layer us", "local us", "between us", "ratio",
@@ -108,14 +108,27 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
 
 def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
     """What `write` wrote; errors as for `read_as`."""
-    return read_as(Row, path)
+    return read_as(row_of, path)
 
 
-def read_as(kind: type[Any], path: Path) -> tuple[list[Any], dict[str, Any]]:
+def row_of(fields: Any) -> Row:
+    """A row of its fields.
+
+    Raises:
+        ValueError: One is missing, unknown or cannot be; names it.
+    """
+    row: Row = typed.record(Row, fields)
+    for name in ("ranks", "layer_us", "local_us"):
+        if getattr(row, name) == 0:
+            raise ValueError(f"Row.{name}: expected more than 0, got 0")
+    return row
+
+
+def read_as(row_of: Callable[[Any], Any], path: Path) -> tuple[list[Any], dict[str, Any]]:
     """The rows of a file, and where they come from.
 
     Args:
-        kind: Of a row, a named tuple.
+        row_of: Makes a row of its fields.
         path: Of a JSON file with `rows` and `about`.
 
     Raises:
@@ -126,9 +139,19 @@ def read_as(kind: type[Any], path: Path) -> tuple[list[Any], dict[str, Any]]:
     try:
         rows = typed.checked_list(content["rows"], "rows")
         about = typed.checked_object(content["about"], "about")
-        return [typed.record(kind, row) for row in rows], about
+        if sizes := about.get("sizes"):
+            _check_sizes(sizes)
+        return [row_of(row) for row in rows], about
     except (KeyError, ValueError) as error:
         raise ValueError(f"{shown(path)}: damaged: {typed.reason(error)}") from None
+
+
+def _check_sizes(sizes: Any) -> None:
+    for name in ("num_experts", "num_local_experts"):
+        local = typed.checked_object(sizes, "about.sizes")[name]
+        if name == "num_local_experts" and isinstance(local, list):  # of `--local-of`
+            continue
+        number(local, 1, 2**31, f"about.sizes.{name}")
 
 
 def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:
@@ -189,4 +212,6 @@ def _title(ranks: int, about: Mapping[str, Any]) -> str:
         is_reduced = about["reduced"]
         lines.append(environment.sizes_text(sizes, is_reduced=is_reduced))
         lines[-1] += ": times mean nothing" if is_reduced else ""
+    if about.get("complete") is False:
+        lines.append("Incomplete: not every step has ended well")
     return "\n".join(lines)

@@ -46,6 +46,16 @@ WRONG = {"exchange": "nvlink", "tokens": 8, "runs": 2, "same_bits": True, "right
         ),
         ("check_nvlink.json", json.dumps({"about": {}, "rows": [WRONG]}), "damaged: Check: no 'er"),
         ("layer_8/parallel.json", '{"about": {}, "rows": [{}]}', "damaged: Row: no 'ranks'"),
+        (
+            "layer_8/parallel.json",
+            json.dumps({"about": {}, "rows": [Row(2, 8, "nvlink", local_us=0.0)._asdict()]}),
+            "damaged: Row.local_us: expected more than 0, got 0",
+        ),
+        (
+            "check_nvlink.json",
+            '{"about": {"sizes": {"num_experts": 64, "num_local_experts": 0}}, "rows": []}',
+            "damaged: about.sizes.num_local_experts: expected a number in 1..",
+        ),
         ("parallel_gpus.json", '{"about": {}}', "damaged: no 'steps'"),
         ("steps.jsonl", '{"step": "a", "state": "ok", "seconds": 1}\n{"step', ":2: not valid JSON"),
         (
@@ -74,7 +84,7 @@ def test_values_without_meaning_end_before_a_step_begins(tmp_path, measured):
     there = "check_collectives, layer_1024, primitives_collectives, trace_collectives_128"
     for flags, said in (
         (["--only=primitives,chek"], f"--only: expected parts of {there}, got 'chek'\n"),
-        (["--only="], "--only: expected parts of names of steps, got an empty one\n"),
+        (["--only="], "--only: expected names of steps, or parts of them, got nothing\n"),
         (["--ranks=3"], "--ranks: expected a divisor of 64 experts, got 3\n"),
         (["--resume", "--overwrite"], "--resume and --overwrite contradict each other\n"),
     ):
@@ -109,6 +119,26 @@ def test_what_an_interruption_left_says_so_and_is_gone_on_with(tmp_path, measure
     before = contents(tmp_path)
     assert measured(tmp_path, "--resume") == (0, "")
     assert contents(tmp_path) == before
+
+
+def test_results_that_are_gone_or_cut_short_are_missed(tmp_path, measured):
+    assert measured(tmp_path, "--only=check,layer,primitives") == (0, "")
+    layer = tmp_path / "layer_1024" / "parallel.json"
+    content = json.loads(layer.read_text())
+    content["about"]["complete"] = False
+    layer.write_text(json.dumps(content))
+    (tmp_path / "check_collectives.json").unlink()
+    lines = step_record.read(tmp_path)
+    del lines["primitives_collectives"]
+    step_record.write(tmp_path, lines)
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    text = (tmp_path / "parallel_gpus.md").read_text()
+    assert text.startswith("# Expert parallelism over 2 x ")
+    assert "**Incomplete**: 3 of 3 steps have not ended well" in text
+    assert "| check_collectives | results are gone |" in text
+    assert "| layer_1024 | results are gone |" in text
+    assert "| primitives_collectives | not recorded |" in text
+    assert json.loads((tmp_path / "parallel_gpus.json").read_text())["about"]["complete"] is False
 
 
 def test_steps_without_results_are_measured_when_asked_for_again(tmp_path, measured):
