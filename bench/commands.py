@@ -55,6 +55,12 @@ def file(text: str) -> Path:
     return path
 
 
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`; its help begins with the first line of the docstring."""
+    summary = (doc or "").partition("\n")[0]
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
+
+
 def add_output(parser: argparse.ArgumentParser, root: str) -> None:
     """Adds the arguments that `results` takes."""
     parser.add_argument(

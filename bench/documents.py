@@ -57,12 +57,12 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
     asked = max(len(results.rows), results.about.get("asked", {}).get("rows", 0))
     parts += ["", f"{passed} of {asked} rows PASS", *failures]
     if not header.is_complete(results):
-        measured = [
-            row for row in results.rows.values() if row.status != PASS or row.time(results.timer)
-        ]
-        said = f"{len(measured)} of {asked} rows were measured"
-        if len(measured) < len(results.rows):
-            said += f", {len(results.rows) - len(measured)} more by host time alone"
+        said = header.count(results)
+        lacking = sum(
+            row.status == PASS and not row.time(results.timer) for row in results.rows.values()
+        )
+        if lacking:
+            said += f", {lacking} more by host time alone"
         if results.rows_on_disk < len(results.rows):
             said += f", {results.path.name} holds {results.rows_on_disk}"
         parts.append(f"Incomplete: {said}: {header.stopped(results)}")

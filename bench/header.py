@@ -1,7 +1,7 @@
 """What every document of a run says first: what was measured, how, and what to beware of."""
 
 from bench import environment
-from bench.results import Results
+from bench.results import PASS, Results
 from bench.settings import Settings
 from bench.sm_clock import SUSTAINED_S
 from bench.workloads import FULL
@@ -32,6 +32,14 @@ def is_complete(results: Results) -> bool:
     """Whether all rows are there that were asked for."""
     asked = results.about.get("asked", {}).get("rows", 0)
     return bool(results.about.get("complete")) and len(results.rows) >= asked
+
+
+def count(results: Results) -> str:
+    """How many of the rows that were asked for have times of the run's timer, or are wrong."""
+    rows = results.rows.values()
+    asked = max(len(rows), results.about.get("asked", {}).get("rows", 0))
+    measured = sum(row.status != PASS or row.time(results.timer) is not None for row in rows)
+    return f"{measured} of {asked} rows were measured"
 
 
 def markdown_warnings(results: Results, settings: Settings) -> list[str]:

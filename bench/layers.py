@@ -12,7 +12,6 @@ with torch its profiler adds where the time of a step goes (`bench.scan_parts`).
 nothing.
 """
 
-import argparse
 import functools
 import json
 import time
@@ -301,7 +300,7 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.layers")
+    parser = commands.parser("bench.layers", __doc__)
     parser.add_argument("--layers", type=up_to(MOST_LAYERS), help=f"L; {LAYERS} on a GPU")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
     commands.add_output(parser, ROOT)

@@ -13,7 +13,6 @@ shards. Once the files are in the page cache, each of these is timed five times,
 Without a GPU the checkpoint is small, there is no copy, and times mean nothing.
 """
 
-import argparse
 import concurrent.futures as futures
 import json
 import os
@@ -177,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking := environment.lacking_packages(NEEDED):
         names = " ".join(lacking)
         sys.exit(f"python -m bench.loading: needs {names}: pip install {names}")
-    parser = argparse.ArgumentParser(prog="python -m bench.loading")
+    parser = commands.parser("bench.loading", __doc__)
     commands.add_output(parser, ROOT)
     parser.add_argument("--scratch", type=commands.folder, help="folder for 1.4 GB of files")
     args = parser.parse_args(argv)

@@ -18,7 +18,6 @@ a GPU XLA divides to within 2 ulp only. On a CPU times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures as futures
 import contextlib
 import dataclasses
@@ -327,7 +326,7 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.options")
+    parser = commands.parser("bench.options", __doc__)
     parser.add_argument(
         "--workloads", type=comma_separated, default=(), help="token counts, or all"
     )

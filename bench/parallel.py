@@ -9,7 +9,6 @@ that neither the host nor a repeated routing is measured. Times are those of the
 program, which ends with its slowest rank; L2 is warm. On CPU devices they mean nothing.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -361,7 +360,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.parallel")
+    parser = commands.parser("bench.parallel", __doc__)
     parser.add_argument("--ranks", type=up_to(FULL.num_experts), default=1, help="one per device")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's of all ranks")
     parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(NAMES)}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench import environment
+from bench import environment, header
 from bench.results import Results, Row
 from interop import plot_style
 from interop.plot_style import plain_number as _plain_number
@@ -41,7 +41,7 @@ def _title(results: Results) -> str:
 
 
 def conditions(results: Results) -> str:
-    """Model, sizes, inputs and routing of a run, in one line for the title of a plot."""
+    """Model, sizes, inputs and routing, for the title of a plot, and whether rows are missing."""
     settings = results.about["settings"]
     model = settings.get("model", models.DEEPSEEK_V3.name)
     model = "" if model == models.DEEPSEEK_V3.name else f"{model} "
@@ -51,7 +51,8 @@ def conditions(results: Results) -> str:
     if settings["inputs"] != "dataset":
         patterns = {"moments": "the captured moments"}
         routing = f"routing by {patterns.get(settings['routing'], settings['routing'])}"
-    return f"{model}{sizes}, {settings['inputs']} inputs, {routing}"
+    said = f"{model}{sizes}, {settings['inputs']} inputs, {routing}"
+    return said if header.is_complete(results) else f"{said}\nIncomplete: {header.count(results)}"
 
 
 def _draw_times(axes: Any, results: Results) -> None:

@@ -68,6 +68,8 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
     one_line(content["device"]["kind"], "device: kind")
     if content["timer"] not in ("gpu", "wall"):
         raise ValueError(f"timer: expected gpu or wall, got {quoted(content['timer'])}")
+    if content["timer"] != content["settings"].get("timer", content["timer"]):
+        raise ValueError(f"timer: expected that of the settings, got {quoted(content['timer'])}")
     roofline = content["roofline"]
     results = Results(
         path=path,

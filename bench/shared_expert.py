@@ -14,7 +14,6 @@ forms take turns, so that a drift of the clock meets all of them. On a CPU resul
 nothing is timed.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -357,7 +356,7 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.shared_expert")
+    parser = commands.parser("bench.shared_expert", __doc__)
     parser.add_argument("--model", default=models.DEEPSEEK_V3.name, help="of jax_moe.models")
     parser.add_argument("--tokens", type=token_counts, default=(), help="T's, by commas")
     commands.add_output(parser, ROOT)

@@ -97,6 +97,7 @@ def test_a_damaged_row_is_named(results, damage, said):
             r"'\ud800'",
         ),
         ("timer", "sundial", "timer: expected gpu or wall, got 'sundial'"),
+        ("timer", "gpu", "timer: expected that of the settings, got 'gpu'"),
         ("roofline", {"read_bytes_per_s": 0}, "Roofline: no 'fp8_flops_per_s'"),
     ],
 )

@@ -6,10 +6,11 @@ import json
 import jax
 import pytest
 
-from bench import documents, interpreter, roofline, runner, saved, session, solutions
+from bench import documents, interpreter, plots, roofline, runner, saved, session, solutions
 from bench.results import Results, load_rows
 from bench.timers import Statistics
 from bench.workloads import select
+from jax_moe import LayerInputs
 from tests.test_bench_session import execute, registry, right, rows_of, settings, solution
 
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
@@ -88,6 +89,7 @@ def test_documents_of_either_run_are_written_and_both_commands_shown(tmp_path, r
         first, second = text.split("```bash\n")[1].split("\n```")[0].split("\n# resumed with\n")
         assert first.startswith("python bench_main.py --solutions=ours,other --workloads=1,7")
         assert second.startswith("python bench_main.py --solutions=ours,other --workloads=7")
+        assert second.endswith(" --resume")
     path = chosen.output / "results.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"command": ""}))
@@ -110,3 +112,42 @@ def test_a_table_that_nobody_reads_leaves_the_way_to_its_documents(
     assert len(rows_of(chosen)[0]) == 2
     command = f"python bench_main.py --documents={chosen.output}"
     assert f"results.json is whole, its documents are not; {command}" in capsys.readouterr().err
+
+
+def test_a_report_that_compares_nothing_is_refused(tmp_path, registry):
+    registry(solution("ours", right))
+    alone = settings(tmp_path, "torch_reference", num_trials=1)
+    with pytest.raises(ValueError, match=r"^--report: compares solutions with torch_ref"):
+        execute(alone, report=True)
+    other = dataclasses.replace(alone, solutions=("ours",), model="kimi-k2")
+    with pytest.raises(ValueError, match=r"^--report: repeats .* deepseek-v3, got --model=kimi-k2"):
+        execute(other, report=True)
+    assert not alone.output.exists()
+    assert execute(alone) == session.OK
+    for name, value, said in (
+        ("solutions", None, r"--documents: .*: --report needs rows of more than torch_reference"),
+        ("model", "kimi-k2", r"--documents: .*: --report is of deepseek-v3 alone"),
+    ):
+        path = alone.output / "results.json"
+        content = json.loads(path.read_text())
+        if value:
+            content["settings"][name] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=said):
+            session.write_documents(alone.output, documents.Options(report=True))
+
+
+def test_a_plot_says_that_rows_are_missing(tmp_path, registry):
+    def interrupted(*arguments):
+        if LayerInputs.of(*arguments).tokens == 14:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    registry(solution("ours", interrupted))
+    chosen = settings(tmp_path, "ours", workloads=("1", "7", "14"), num_trials=1)
+    assert execute(chosen) == 130
+    found = saved.read(chosen.output).results
+    assert plots.conditions(found).endswith("\nIncomplete: 5 of 6 rows were measured")
+    registry(solution("ours", right))
+    assert execute(chosen, resume=True) == session.OK
+    assert "Incomplete" not in plots.conditions(saved.read(chosen.output).results)
