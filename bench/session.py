@@ -85,11 +85,6 @@ def execute(
     chosen, unavailable = _choose(settings)
     if options.report and set(chosen) <= {REFERENCE, interpreter.SOLUTION.name}:
         raise ValueError(f"--report: compares solutions with {REFERENCE}, got no other one")
-    if options.report and settings.measured != models.DEEPSEEK_V3:
-        raise ValueError(
-            f"--report: repeats a comparison of {models.DEEPSEEK_V3.name}, "
-            f"got --model={settings.model}"
-        )
     with run_folder.opened(
         settings.output, stem=settings.stem, resume=resume, overwrite=overwrite
     ) as folder:
@@ -178,8 +173,6 @@ def write_documents(folder: Path, options: documents.Options) -> int:
         folder = found.results.path.parent
         if options.breakdown and found.results.timer != "gpu":
             raise ValueError(f"{shown(folder)}: its run took no kernel times for --breakdown")
-        if options.report and found.settings.measured != models.DEEPSEEK_V3:
-            raise ValueError(f"{shown(folder)}: --report is of {models.DEEPSEEK_V3.name} alone")
         if options.report and found.results.solutions() == [REFERENCE]:
             raise ValueError(f"{shown(folder)}: --report needs rows of more than {REFERENCE}")
         with folder_lock.held(folder):

@@ -107,7 +107,10 @@ def render(
     if not is_few(main):
         lines += comparison_tables.regimes(ordered, main)
     for heading, sentences in analysis(ordered, main):
-        lines += [f"### {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
+        if sentences:
+            lines += [f"### {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
+    if not any(one.reference_ms for rows in main.values() for one in rows.values()):
+        lines += ["The reference was not timed, so there are no speedups.", ""]
     lines += comparison_factors.section(ordered, results)
     lines += _workspace(ordered, results)
     return "\n".join(markdown.wrapped(lines)).rstrip() + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -130,6 +132,8 @@ def test_a_run_of_another_model(tmp_path, capsys, name):
         text = (chosen.output / document).read_text()
         assert (f"**Stand-in for {name}**" in text) == bool(model.unsupported)
         assert f"rank of {name}" in text
+    assert "\nThe reference was not timed, so there are no speedups.\n" in text
+    assert not re.search(r"\n### [^\n]*\n\n#", text), "a heading over nothing"
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrtsoftplus"])

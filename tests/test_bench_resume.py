@@ -119,22 +119,10 @@ def test_a_report_that_compares_nothing_is_refused(tmp_path, registry):
     alone = settings(tmp_path, "torch_reference", num_trials=1)
     with pytest.raises(ValueError, match=r"^--report: compares solutions with torch_ref"):
         execute(alone, report=True)
-    other = dataclasses.replace(alone, solutions=("ours",), model="kimi-k2")
-    with pytest.raises(ValueError, match=r"^--report: repeats .* deepseek-v3, got --model=kimi-k2"):
-        execute(other, report=True)
     assert not alone.output.exists()
     assert execute(alone) == session.OK
-    for name, value, said in (
-        ("solutions", None, r"--documents: .*: --report needs rows of more than torch_reference"),
-        ("model", "kimi-k2", r"--documents: .*: --report is of deepseek-v3 alone"),
-    ):
-        path = alone.output / "results.json"
-        content = json.loads(path.read_text())
-        if value:
-            content["settings"][name] = value
-        path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=said):
-            session.write_documents(alone.output, documents.Options(report=True))
+    with pytest.raises(ValueError, match=r"^--documents: .*: --report needs rows of more than tor"):
+        session.write_documents(alone.output, documents.Options(report=True))
 
 
 def test_a_plot_says_that_rows_are_missing(tmp_path, registry):

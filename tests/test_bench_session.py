@@ -232,7 +232,9 @@ def test_an_interrupted_run_keeps_its_rows_and_can_be_resumed(tmp_path, registry
     assert rows["ours", 1] == first
     assert calls.count(1) == 1, "the finished row was measured again"
     assert (content["complete"], content["resumed_rows"]) == (True, 3)
-    assert "# resumed with" not in (chosen.output / "results.md").read_text()
+    text = (chosen.output / "results.md").read_text()
+    assert text.count(chosen.command()) == 2
+    assert "\n# resumed with\n" in text
 
 
 def test_only_comparable_and_whole_files_are_resumed(tmp_path, registry):
