@@ -165,6 +165,20 @@ def test_a_wrong_result_has_no_time(error, monkeypatch):
         harness.run(one, problem.TINY, 8, None)
 
 
+def test_a_level_is_traced_in_32_bits(monkeypatch):
+    """Loop counters of 64 bits would not go with the 32-bit integers beside them."""
+
+    def traced(x, interpret):
+        assert not jax.config.jax_enable_x64
+        return x
+
+    monkeypatch.setattr(harness, "make_problem", lambda *_: (jnp.zeros(1, jnp.float32),))
+    monkeypatch.setattr(harness, "relative_error", lambda *_: 0.0)
+    one = level("level_1_plain")._replace(run=traced)
+    with jax.enable_x64(True):
+        harness.run(one, problem.TINY, 4, None)
+
+
 @pytest.mark.parametrize(("num_tokens", "microseconds"), [(16, 114), (8192, 319)])
 def test_the_floor_is_what_the_document_says(num_tokens, microseconds):
     one = level("level_1_plain")

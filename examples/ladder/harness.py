@@ -137,7 +137,8 @@ def run(level: Level, sizes: Sizes, num_tokens: int, gpu: Gpu | None) -> Measure
     """
     problem = make_problem(level, sizes, num_tokens)
     call = jax.jit(lambda *arrays: level.run(*arrays, interpret=jax_moe.device.interpret_params()))
-    program = call.lower(*problem).compile()
+    with jax.enable_x64(False):  # the kernels' integers have 32 bits
+        program = call.lower(*problem).compile()
     error = float(relative_error(problem, level.is_fused, program(*problem)))
     limit = max_error(level)
     if not error <= limit:  # NaN is wrong, too
