@@ -21,6 +21,8 @@ def check(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
     dlpack.refuse_lazy("out", out)
+    if out.is_nested:
+        raise ValueError("out: expected a dense tensor, got a nested tensor")
     if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
         error = TypeError if out.dtype != torch.bfloat16 else ValueError
         raise error(
@@ -29,6 +31,7 @@ def check(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
         )
     if out.layout != torch.strided:
         raise ValueError(f"out: expected a dense tensor, got layout {out.layout}")
+    dlpack.check_memory(out, "out")
     if _may_overlap(out):
         raise ValueError(
             f"out: expected memory of its own for each element, got strides {list(out.stride())}, "

@@ -55,6 +55,23 @@ def test_a_sparse_destination_is_named(inputs, kind):
         torch_moe(*inputs.arguments, out=out)
 
 
+@pytest.mark.parametrize("held", [0, 512, 20 * 256 * 2 - 1])
+def test_a_destination_without_memory_for_its_elements_is_named(inputs, held):
+    """FSDP frees a storage and keeps its tensor: to write there would end the process, or worse."""
+    out = torch.zeros(20, 256, dtype=torch.bfloat16)
+    out.untyped_storage().resize_(held)
+    with pytest.raises(ValueError, match=r"^out: expected a (tensor with mem|storage of 10240)"):
+        torch_moe(*inputs.arguments, out=out)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_destination_is_named(inputs):
+    parts = [torch.ones(2, 256), torch.ones(3, 256)]
+    for out in (torch.nested.nested_tensor(parts, layout=one) for one in (None, torch.jagged)):
+        with pytest.raises(ValueError, match=r"^out: expected a dense tensor, got a nested"):
+            torch_moe(*inputs.arguments, out=out)
+
+
 def test_a_destination_of_inference_mode_is_written_in_that_mode_only(inputs, expected):
     with torch.inference_mode():
         out = torch.zeros(20, 256, dtype=torch.bfloat16)
