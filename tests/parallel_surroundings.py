@@ -46,6 +46,26 @@ def test_ranks_and_dtypes_that_are_not_promoted():
     assert load.sum() == live_tokens(CASE).sum() * SMALL.top_k
 
 
+@pytest.mark.parametrize("ranks", ["data", "expert", ("data", "expert")])
+@pytest.mark.parametrize("first", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_auto_and_explicit_axes(first, ranks):
+    second = AxisType.Auto if first is AxisType.Explicit else AxisType.Explicit
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "expert"), axis_types=(first, second), devices=jax.devices()[:4]
+    )
+    case = Case(ranks=4 if len(ranks) == 2 else 2, tokens=3)
+    exchange = "collectives"
+    layer = jax_moe.expert_parallel(mesh, ranks, config=SMALL, exchange=exchange, with_load=True)
+    in_specs, _ = jax_moe.partition_specs(ranks)
+    put = [
+        jax.device_put(array, NamedSharding(mesh, spec))
+        for array, spec in zip(arguments(case)[:8], in_specs[:8], strict=True)
+    ]
+    for arrays in (arguments(case)[:8], put):
+        out, _ = jax.jit(layer)(*arrays, FACTOR)
+        np.testing.assert_array_equal(bits(out), bits(expected(case)))
+
+
 def test_a_transfer_guard():
     """Numbers are ours to upload, and arrays of JAX ours to move; a NumPy array is the caller's."""
     case = CASE._replace(mesh="explicit")

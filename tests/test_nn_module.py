@@ -55,6 +55,13 @@ def test_random_weights_kinds_of_variables_and_sharding():
     np.testing.assert_array_equal(bits(again.gate_weight[...]), bits(layer.gate_weight[...]))
 
 
+def test_random_weights_are_of_32_bits():
+    with jax.enable_x64(True):
+        layer = nn.DeepSeekMoE(CONFIG, rngs=nnx.Rngs(0), backend="xla")
+        assert layer.gate_weight[...].dtype == layer.shared_gate[...].dtype == jnp.float32
+        assert layer(jnp.ones((2, CONFIG.hidden_size), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_flax_is_imported_only_when_asked_for():
     code = "import sys, jax_moe.nn; assert 'flax' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -267,24 +267,25 @@ def _random_weights(config: LayerConfig, key: Array) -> LayerWeights:
     """Gaussian weights that keep the size of the activations, quantized."""
     routed, shared, gate, shared_gate = jax.random.split(key, 4)
     width, hidden_size = config.shared_intermediate_size, config.hidden_size
-    scale = hidden_size**-0.5
     return LayerWeights(
         _random_experts(routed, config.num_experts, hidden_size, config.intermediate_size),
-        jax.random.normal(gate, (config.num_experts, hidden_size)) * scale,
-        jnp.zeros(config.num_experts) if config.has_routing_bias else None,
+        _gaussian(gate, (config.num_experts, hidden_size)),
+        jnp.zeros(config.num_experts, jnp.float32) if config.has_routing_bias else None,
         _random_experts(shared, 1, hidden_size, width) if width else None,
-        jax.random.normal(shared_gate, (1, hidden_size)) * scale
-        if config.has_shared_gate
-        else None,
+        _gaussian(shared_gate, (1, hidden_size)) if config.has_shared_gate else None,
     )
 
 
 def _random_experts(key: Array, count: int, hidden_size: int, width: int) -> ExpertWeights:
     up, down = jax.random.split(key)
     return ExpertWeights(
-        *_quantized(jax.random.normal(up, (count, 2 * width, hidden_size)) * hidden_size**-0.5),
-        *_quantized(jax.random.normal(down, (count, hidden_size, width)) * width**-0.5),
+        *_quantized(_gaussian(up, (count, 2 * width, hidden_size))),
+        *_quantized(_gaussian(down, (count, hidden_size, width))),
     )
+
+
+def _gaussian(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    return jax.random.normal(key, shape, jnp.float32) * shape[-1] ** -0.5
 
 
 def _quantized(weights: Float[Array, "E N K"]) -> tuple[Array, Array]:

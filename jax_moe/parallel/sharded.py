@@ -128,7 +128,8 @@ def expert_parallel(
         mesh: Devices of one kind; its axes may be Auto or Explicit. Over axes other than
             `axis_name`, the same is computed by every device.
         axis_name: The axis or axes of the ranks.
-        config: How experts are picked.
+        config: How experts are picked; with `num_experts` its `scale_format` and `swiglu_limit`
+            alone count.
         num_experts: E, for a router of one's own: the function then takes the arguments of
             `apply_routed_expert_parallel`. None: those of `apply_expert_parallel`.
         backend: As in `apply_expert_parallel`, as all that follow.
@@ -158,7 +159,7 @@ def expert_parallel(
     if num_experts is not None:
         num_experts = validate.num_experts(num_experts)
     validate.moe_config(config)
-    config.merged(scale_format, swiglu_limit)
+    form, limit = config.merged(scale_format, swiglu_limit)
     chosen = backends.select(backend, describe_device(mesh.devices.flat[0]))
     place = exchanges.Place(group, chosen, checked_precision(precision), mesh)
     exchanges.select(exchange, place, 0)  # refused before there are arguments
@@ -168,13 +169,13 @@ def expert_parallel(
         "max_rows_at_once": workspace.rows_at_once(max_rows_at_once, group.count),
         "with_load": validate.boolean("with_load", with_load),
         "expected_rows": validate.expected_rows(expected_rows),
-        "swiglu_limit": swiglu_limit,
         "precision": place.precision,
         "batch_invariant": checked_batch_invariant(batch_invariant),
     }
-    options |= {"config": config} if num_experts is None else {"num_experts": num_experts}
-    if scale_format is not None:
-        options["scale_format"] = scale_format
+    if num_experts is None:
+        options |= {"config": config, "swiglu_limit": swiglu_limit, "scale_format": scale_format}
+    else:  # the layer has no configuration then, but its arithmetic is that of `config`
+        options |= {"num_experts": num_experts, "swiglu_limit": limit, "scale_format": form}
     static = _Static(mesh, group.axes, num_experts, tuple(options.items()))
     specs, _ = static.specs
     check_vma = validate.boolean("check_vma", check_vma)
@@ -297,10 +298,18 @@ def _program(static: _Static, exchange: str, check_vma: bool) -> Callable[..., A
 
 
 def _resharded(given: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Arguments as their specs say."""
+    """Arguments as their specs say, over the Explicit axes; over the others `shard_map` moves."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def kept(axes: Any) -> Any:
+        names = axes if isinstance(axes, tuple) else (axes,)
+        return tuple(name for name in names if kinds.get(name) is AxisType.Explicit) or None
 
     def reshard(value: Any, spec: Any) -> Any:
-        return None if value is None else jax.sharding.reshard(value, NamedSharding(mesh, spec))
+        if value is None:
+            return None
+        explicit = PartitionSpec(*map(kept, spec))
+        return jax.sharding.reshard(value, NamedSharding(mesh, explicit))
 
     return _mapped(reshard, given, specs)
 
