@@ -104,12 +104,14 @@ def default_backend() -> str:
     """JAX's, which may start here; Ctrl-C waits meanwhile, as JAX's plugins would swallow it.
 
     Raises:
-        ValueError: There is no device of those that `JAX_PLATFORMS` allows.
+        ValueError: There is no device of those that `JAX_PLATFORMS` allows, or nothing is jitted.
     """
     import jax
 
     from jax_moe.device import no_device
 
+    if jax.config.jax_disable_jit:  # a variable left over from debugging: times 1000 times as long
+        raise ValueError("JAX_DISABLE_JIT: expected it to be unset, as what is timed is jitted")
     with interruption.deferred():
         try:
             return jax.default_backend()

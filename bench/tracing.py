@@ -6,11 +6,12 @@ from pathlib import Path
 
 import jax
 
-from bench.failures import writing
+from bench.failures import FileError, one_line, writing
 from bench.gpu_clock import GpuClock
 from bench.timers import Execution
 from interop.solutions.base import Solution
 from interop.workloads import Workload
+from jax_moe.io.files import shown
 
 _CALLS = 3
 
@@ -34,12 +35,23 @@ def recorder(folder: Path) -> Recorder:
 
     def write(bound: Execution, name: str, clock: GpuClock | None) -> None:
         if clock is None:
-            with jax.profiler.trace(str(folder / name), create_perfetto_trace=True):
+            jax.profiler.start_trace(str(folder / name), create_perfetto_trace=True)
+            try:
                 for _ in range(_CALLS):
                     bound.block(bound.call())
+            finally:
+                _stop(folder / name)
             return
         unfinished = folder / f".{name}.json.gz"
         clock.trace(bound, _CALLS, str(unfinished))
         os.replace(unfinished, folder / f"{name}.json.gz")
 
     return record
+
+
+def _stop(path: Path) -> None:
+    """Ends JAX's trace, which writes it; XLA's error of a full disk is a `RuntimeError`."""
+    try:
+        jax.profiler.stop_trace()
+    except RuntimeError as error:
+        raise FileError(f"{shown(path)}: cannot be written: {one_line(error)}") from None

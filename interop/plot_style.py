@@ -1,5 +1,6 @@
 """How solutions look in every plot: one colour and symbol each, plain numbers on log axes."""
 
+import os
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -52,9 +53,13 @@ def style(name: str) -> dict[str, Any]:
 
 def figure(width: float, height: float) -> Any:
     """An empty figure that can be saved as a PNG without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    asked = os.environ.pop("MPLBACKEND", None)  # a notebook's, say, whose package is not here
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     return made

@@ -118,6 +118,14 @@ def test_an_alias_is_its_model_and_a_data_set_is_the_definition_s(asked, capsys,
 
 
 @on_cpu
+def test_what_is_not_jitted_is_not_timed(asked, capsys):
+    with jax.disable_jit():
+        assert asked() == (bench_main.USAGE_ERROR, None)
+    said = "bench_main.py: JAX_DISABLE_JIT: expected it to be unset, as what is timed is jitted\n"
+    assert capsys.readouterr().err == said
+
+
+@on_cpu
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

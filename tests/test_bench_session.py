@@ -318,6 +318,22 @@ def test_a_profile_leaves_a_trace_that_perfetto_opens(tmp_path, registry):
     assert len(found) == 1
 
 
+def test_a_profile_on_a_full_disk_ends_the_run(tmp_path, registry, monkeypatch, capsys):
+    registry(solution("ours", right))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: None)
+
+    def full():
+        raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device\nmore")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", full)
+    chosen = settings(tmp_path, "ours", num_trials=1)
+    assert execute(chosen, profile=tmp_path / "traces") == session.FAILED
+    shown = capsys.readouterr()
+    said = "cannot be written: RuntimeError: RESOURCE_EXHAUSTED: No space left on device\n"
+    assert f"{tmp_path / 'traces' / 'torch_reference_T1'}: {said}" in shown.err
+    assert "no rows were finished" in shown.out
+
+
 def test_scaling_runs_on_powers_of_two(tmp_path, registry):
     registry(solution("ours", right))
     chosen = settings(tmp_path, "ours", scaling=True, workloads=("1",), num_trials=1)

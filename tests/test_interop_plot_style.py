@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -73,3 +76,18 @@ def test_a_share_above_one_is_within_the_axis(tmp_path):
     plots._draw_fractions(axes, found)
     (share,) = axes.lines[0].get_ydata()
     assert 1.05 < share < axes.get_ylim()[1]
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://matplotlib_inline.backend_inline"])
+def test_a_plot_is_drawn_whatever_backend_the_environment_names(backend):
+    """A notebook's is in the environment of what it starts, which may lack the package."""
+    program = "import os; from interop import plot_style; plot_style.figure(1, 1); "
+    program += "print(os.environ['MPLBACKEND'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"MPLBACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{backend}\n"), done.stderr
