@@ -5,18 +5,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 
+import jax_moe
 from tests import nvlink_model, pairwise
-from tests.moe_inputs import bits, relative_error
+from tests.moe_inputs import SMALL, bits, relative_error
 from tests.parallel_cases import (
+    FACTOR,
     NUM_EXPERTS,
     ROUTINGS,
     Case,
     expected,
     ids_and_weights,
+    inputs_of,
     is_live,
+    mesh_of,
     reference_of,
     run,
 )
@@ -77,3 +84,19 @@ def test_a_covering_set_of_cases(case):
 @pytest.mark.parametrize("case", whole(), ids=label)
 def test_all_cases(case):
     check(case)
+
+
+def test_a_router_of_ones_own_has_the_arithmetic_of_the_configuration():
+    case = Case(ranks=4, tokens=3)
+    inputs = inputs_of(case)
+    routing = jax_moe.route(inputs.routing_logits, inputs.routing_bias, FACTOR, config=SMALL)
+    *arrays, weights, _ = inputs.routed(routing).arguments
+    make = functools.partial(
+        jax_moe.expert_parallel, mesh_of(case), "expert", num_experts=NUM_EXPERTS
+    )
+    for field, value in (("swiglu_limit", 0.5), ("scale_format", "ue8m0")):
+        config = dataclasses.replace(SMALL, **{field: value})
+        by_config, by_name = make(config=config), make(**{field: value})
+        out = by_config(*arrays, weights)
+        np.testing.assert_array_equal(bits(out), bits(by_name(*arrays, weights)))
+        assert (bits(out) != bits(make()(*arrays, weights))).any()
