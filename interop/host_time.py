@@ -22,6 +22,7 @@ import numpy as np
 import jax_moe
 from interop import torch_problem
 from jax_moe import LayerInputs
+from jax_moe.device import no_device
 from pallas_kernels import interruption
 
 if TYPE_CHECKING:
@@ -236,7 +237,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--full_size", action="store_true")
     sizes = FULL if parser.parse_args(argv).full_size else SMALL
     problem = torch_problem()
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    try:
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    except (AssertionError, RuntimeError) as error:
+        sys.exit(f"python -m interop.host_time: {no_device(error)}")
     name = jax.devices()[0].device_kind
     if problem is None:
         import torch

@@ -156,7 +156,7 @@ def quoted(value: Any) -> str:
     is_container = isinstance(value, tuple | list | dict | set | frozenset)
     try:
         return (_of_parts.repr(value) if is_container else repr(value))[:_QUOTED]
-    except (ValueError, RecursionError):  # it holds an integer of many digits, or itself
+    except Exception:  # of a class of the caller's, or Python's, of an integer of many digits
         return got(value)
 
 

@@ -11,6 +11,7 @@ import importlib
 import sys
 
 from jax_moe import models
+from jax_moe.device import no_device
 from pallas_kernels import device, interruption
 from pallas_kernels.tuning import command
 from pallas_kernels.tuning.search import Sizes
@@ -49,7 +50,12 @@ def main(argv: list[str]) -> int:
         chosen = [models.get(name) for name in args.model]
     except ValueError as error:
         parser.error(str(error))
-    if device.local_gpu() is None:
+    try:
+        gpu = device.local_gpu()
+    except (AssertionError, RuntimeError) as error:
+        print(f"jax_moe.tune: {no_device(error)}", file=sys.stderr)
+        return 1
+    if gpu is None:
         print(f"jax_moe.tune: {command.NO_GPU}", file=sys.stderr)
         return 1
     failed = False

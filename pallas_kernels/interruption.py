@@ -9,6 +9,7 @@ and a long run asks for it between its steps.
 import contextlib
 import functools
 import importlib.util
+import io
 import itertools
 import os
 import signal
@@ -163,6 +164,8 @@ def _watched_output() -> Iterator[None]:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent, as `>&-` does
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name that a C locale lacks
     before = sys.stdout
     watched: Any = _Output(before)
     sys.stdout = watched

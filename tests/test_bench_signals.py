@@ -67,6 +67,8 @@ def test_a_signal_swallowed_at_the_very_end_is_its_exit_code(capsys):
     [
         ["bench_main.py", "--list"],
         ["-m", "bench.layers"],
+        ["-m", "interop.host_time"],
+        ["-m", "jax_moe.tune"],
         ["-c", "import jax_moe; jax_moe.describe()"],
     ],
 )

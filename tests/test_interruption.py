@@ -351,3 +351,16 @@ def test_a_terminated_benchmark_ends_with_143_and_whole_files(tmp_path):
     assert content["complete"] is False
     assert content["rows"]
     assert "--resume goes on from there" in output
+
+
+def test_what_the_output_s_encoding_lacks_is_escaped():
+    program = "from pallas_kernels import interruption as i; i.exit_with(lambda: print('\\u00fc'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xfc\n", "")

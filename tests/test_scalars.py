@@ -104,3 +104,12 @@ def test_a_tensor_is_never_printed():
     assert scalars.quoted(freed) == "torch.Tensor"
     assert scalars.quoted_with_type(freed).startswith("torch.Tensor (interop.torch_moe takes ")
     assert scalars.quoted([freed]) == "[torch.Tensor]"
+
+
+def test_what_cannot_be_printed_is_said_by_its_type():
+    class Silent:
+        def __repr__(self):
+            raise KeyError("no")
+
+    for value in (Silent(), [Silent()]):
+        assert scalars.quoted(value) == scalars.got(value)
