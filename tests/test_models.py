@@ -80,7 +80,7 @@ def test_names_and_aliases_find_their_model():
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"model: expected one of deepseek-v3, .*kimi-k2.*'gpt-2'"):
         models.get("gpt-2")
-    with pytest.raises(ValueError, match=r"model: expected one of deepseek-v3, .*got float64 \[2\]"):
+    with pytest.raises(ValueError, match=r"model: expected one of .*got float64 \[2\]"):
         models.get(np.zeros(2))
 
 
