@@ -19,6 +19,7 @@ from jax_moe.io.files import naming, shown
 from jax_moe.io.strict_json import parse_object
 
 ASIDE = ".earlier"  # what --overwrite replaces lies there until a new step has results
+_MOVING = ".moving"  # and here while it is on its way there or back
 _OF_A_STEP = (".json", ".json.gz", ".log", ".asks", "/parallel.json", "/parallel.png")
 _OF_THE_RUN = (step_record.RECORD, f"{STEM}.json", f"{STEM}.md", f"{STEM}.png")
 
@@ -103,7 +104,8 @@ def opened(
         except ValueError as error:
             raise ValueError(f"--output: {error}") from None
         if overwrite:
-            _move(folder, folder / ASIDE, names)
+            _move(folder, folder / _MOVING, names)
+            (folder / _MOVING).rename(folder / ASIDE)
             stack.callback(_settle, folder, names)
         yield left
 
@@ -196,6 +198,7 @@ def _remove(folder: Path, names: Sequence[str], others: Sequence[str] = _OF_THE_
 def _move(source: Path, target: Path, names: Sequence[str]) -> None:
     """Moves the files of a run."""
     with naming(target):
+        target.mkdir(exist_ok=True)
         for name in _files(names, _OF_THE_RUN):
             if (source / name).is_file():
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -205,10 +208,13 @@ def _move(source: Path, target: Path, names: Sequence[str]) -> None:
 
 def _settle(folder: Path, names: Sequence[str]) -> None:
     """Drops the run that `--overwrite` replaces, or brings it back if there is no new result."""
-    aside = folder / ASIDE
-    if not aside.is_dir():
-        return
-    if not results_in(folder, names):
-        _remove(folder, names)
-        _move(aside, folder, names)
-    shutil.rmtree(aside)
+    aside, moving = folder / ASIDE, folder / _MOVING
+    if aside.is_dir():
+        if results_in(folder, names):
+            shutil.rmtree(aside)
+        else:
+            _remove(folder, names)
+            aside.rename(moving)
+    if moving.is_dir():  # the move was cut off, or begins: what is there belongs to the folder
+        _move(moving, folder, names)
+        shutil.rmtree(moving)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import pathlib
 
 import pytest
 
@@ -145,6 +147,27 @@ def test_steps_without_results_are_measured_when_asked_for_again(tmp_path, measu
     assert measured(tmp_path, "--only=check", stops_at="check_collectives")[0] == 130
     assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
     assert measured(tmp_path, "--only=check", stops_at=None) == (0, "")
+
+
+@pytest.mark.parametrize("restoring", [False, True])
+def test_a_move_that_is_cut_off_loses_nothing(tmp_path, measured, monkeypatch, restoring):
+    assert measured(tmp_path, "--only=check,layer,primitives") == (0, "")
+    before = contents(tmp_path)
+    replace, moved = pathlib.Path.replace, []
+
+    def cut_off(source, target):
+        moved.append(source)
+        if len(moved) == (len(before) if restoring else 0) + 3:
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", cut_off)
+        with contextlib.suppress(KeyboardInterrupt):
+            measured(tmp_path, "--overwrite", stops_at="check_collectives")
+    assert contents(tmp_path) != before
+    assert parallel_gpus.main([f"--output={tmp_path}", "--documents"]) == 0
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("killed", [False, True])
