@@ -363,6 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model = models.get(args.model)
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+    try:
         layer_config(model, sizes_of(model))  # refused before a folder is made
         with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:
             return run(args.model, args.tokens, folder)

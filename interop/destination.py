@@ -18,19 +18,9 @@ def check(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
         TypeError: It is no tensor of bf16.
         ValueError: Its shape, its device or its memory does not fit, or it asks for a gradient.
     """
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
-    dlpack.refuse_lazy("out", out)
-    if out.is_nested:
-        raise ValueError("out: expected a dense tensor, got a nested tensor")
-    if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
-        error = TypeError if out.dtype != torch.bfloat16 else ValueError
-        raise error(
-            f"out: expected bfloat16 {list(shape)} on {device}, got {out.dtype} {list(out.shape)} "
-            f"on {out.device}"
-        )
-    if out.layout != torch.strided:
-        raise ValueError(f"out: expected a dense tensor, got layout {out.layout}")
+    if isinstance(out, Tensor):
+        dlpack.refuse_lazy("out", out)  # which has no shape yet
+    check_form(out, shape, device)
     dlpack.check_memory(out, "out")
     if _may_overlap(out):
         raise ValueError(
@@ -41,6 +31,32 @@ def check(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
         raise ValueError(
             "out: expected a tensor that torch lets be changed here, got one of inference mode"
         )
+
+
+def check_form(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """`check` of all but its memory, as far as torch knows it while it traces.
+
+    Args:
+        out: The caller's.
+        shape: Of the result.
+        device: The layer's.
+
+    Raises:
+        TypeError: It is no tensor of bf16.
+        ValueError: Its shape, its device or its layout does not fit, or it asks for a gradient.
+    """
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    if out.is_nested:
+        raise ValueError("out: expected a dense tensor, got a nested tensor")
+    if out.shape != shape or out.dtype != torch.bfloat16 or out.device != device:
+        error = TypeError if out.dtype != torch.bfloat16 else ValueError
+        raise error(
+            f"out: expected bfloat16 {list(shape)} on {device}, got {out.dtype} {list(out.shape)} "
+            f"on {out.device}"
+        )
+    if out.layout != torch.strided:
+        raise ValueError(f"out: expected a dense tensor, got layout {out.layout}")
     dlpack.refuse_grad("out", out)
 
 

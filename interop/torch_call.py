@@ -35,7 +35,9 @@ from jax_moe.device import Device, describe_device, is_assumed
 from jax_moe.transforms import is_tracing
 from jax_moe.types import Routing
 
-_OPTIONAL = ("routing_bias", "hidden_states_scale")
+OPTIONAL = ("routing_bias", "hidden_states_scale")
+"""Tensors that may be None."""
+
 _LEADER = "hidden_states"  # no program of ours drops it
 _ACCEPTED = {
     name: {ours for ours, theirs in dlpack.DTYPES.items() if np.dtype(theirs) in dtypes}
@@ -159,7 +161,7 @@ def imported(
             f"hidden_states_scale: expected a torch.Tensor, as hidden_states is {rows.dtype}, "
             "got NoneType"
         )
-    return bridge.import_all(tensors, stream, _OPTIONAL, _LEADER)
+    return bridge.import_all(tensors, stream, OPTIONAL, _LEADER)
 
 
 def check_dtypes(tensors: Mapping[str, Any]) -> None:

@@ -11,14 +11,23 @@ Eager calls do not pass here: the operator's dispatch would cost the host more t
 
 from typing import Any, cast
 
+import jax
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from interop import dlpack, torch_call
+from interop import destination, dlpack, torch_call
 from interop.torch_call import Inputs, Options
-from jax_moe import LayerInputs, MoEConfig, RoutedInputs
-from jax_moe.config import Precision, ScaleFormat, Scoring, checked_batch_invariant
+from jax_moe import LayerInputs, MoEConfig, RoutedInputs, backends
+from jax_moe.config import (
+    Precision,
+    ScaleFormat,
+    Scoring,
+    checked_batch_invariant,
+    checked_precision,
+    checked_scale_format,
+)
 
 _NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 
@@ -163,7 +172,7 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
 
     Args:
         inputs: Torch tensors and numbers.
-        options: As the caller passed them; the operator checks them when it runs.
+        options: As the caller passed them; the operator checks their values when it runs.
         num_tokens: The live rows, None for all.
         out: The caller's destination, or None.
 
@@ -173,52 +182,81 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
     for name, tensor in torch_call.tensors_of(inputs).items():
         if isinstance(tensor, Tensor):
             dlpack.refuse_grad(name, tensor)
-    offset = _plain("local_expert_offset", inputs.local_expert_offset)
-    live, rows = _plain("num_tokens", num_tokens), options.expected_rows
+        elif tensor is not None or name not in torch_call.OPTIONAL:
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    rows: Any = inputs.hidden_states
+    if out is not None:
+        destination.check_form(out, rows.shape, rows.device)
+    offset = _integer("local_expert_offset", inputs.local_expert_offset)
+    keywords: dict[str, Any] = {
+        "backend": backends.checked(options.backend),
+        "num_tokens": None if num_tokens is None else _integer("num_tokens", num_tokens),
+        "expected_rows": _real_or_none("expected_rows", options.expected_rows),
+        "precision": checked_precision(options.precision),
+        "batch_invariant": checked_batch_invariant(options.batch_invariant),
+    }
+    limit = _real_or_none("swiglu_limit", options.swiglu_limit, "a number or None")
     if isinstance(inputs, LayerInputs):
         config = options.config
         assert config is not None  # checked by the callers
-        form, limit = config.merged(options.scale_format, options.swiglu_limit)
+        form, limit = config.merged(options.scale_format, limit)
         result = torch.ops.jax_moe.moe(
             inputs.routing_logits,
             inputs.routing_bias,
-            inputs.hidden_states,
+            rows,
             inputs.hidden_states_scale,
             *inputs.weights,
             offset,
-            _plain("routed_scaling_factor", inputs.routed_scaling_factor, "a real number"),
+            _real("routed_scaling_factor", inputs.routed_scaling_factor),
             **config.routing_options,
             swiglu_limit=limit,
             scale_format=form,
-            backend=options.backend,
-            num_tokens=live,
-            expected_rows=rows,
-            precision=options.precision,
-            batch_invariant=checked_batch_invariant(options.batch_invariant),
+            **keywords,
         )
     else:
+        form = "f32" if options.scale_format is None else options.scale_format
         result = torch.ops.jax_moe.moe_routed(
-            inputs.hidden_states,
+            rows,
             inputs.hidden_states_scale,
             *inputs.weights,
             *inputs.routing,
             offset,
-            num_experts=options.num_experts,
-            swiglu_limit=options.swiglu_limit,
-            scale_format=options.scale_format,
-            backend=options.backend,
-            num_tokens=live,
-            expected_rows=rows,
-            precision=options.precision,
-            batch_invariant=checked_batch_invariant(options.batch_invariant),
+            num_experts=_integer("num_experts", options.num_experts),
+            swiglu_limit=limit,
+            scale_format=checked_scale_format(form),
+            **keywords,
         )
     return result if out is None else out.copy_(result)
 
 
-def _plain(name: str, value: Any, wanted: str = "an integer") -> Any:
-    """A number as the operator takes it; torch would take a bool for one."""
-    if isinstance(value, Tensor):
+def _integer(name: str, value: Any) -> Any:
+    """An integer as the operator takes it."""
+    if torch.compiler.is_compiling() and isinstance(value, np.ndarray | np.generic):
+        return value  # a graph cannot read it; the operator does
+    return _plain(name, value, "an integer", (int, torch.SymInt))
+
+
+def _real(name: str, value: Any, wanted: str = "a real number") -> Any:
+    """A real number as the operator takes it."""
+    return _plain(name, value, wanted, (int, float, torch.SymInt, torch.SymFloat))
+
+
+def _real_or_none(name: str, value: Any, wanted: str = "a real number") -> Any:
+    return None if value is None else _real(name, value, wanted)
+
+
+def _plain(name: str, value: Any, wanted: str, kinds: tuple[type, ...]) -> Any:
+    """A number without NumPy, torch and JAX; torch would take a bool for one.
+
+    Its range is checked when the operator runs, with that of the shapes.
+    """
+    is_array = isinstance(value, Tensor | np.ndarray | np.generic) or (
+        not torch.compiler.is_compiling() and isinstance(value, jax.Array)
+    )
+    if is_array:
+        if value.ndim:
+            raise ValueError(f"{name}: expected a scalar, got {list(value.shape)}")
         value = value.item()
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected {wanted}, got {value} (bool)")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({type(value).__name__})")
     return value

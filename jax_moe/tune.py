@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     try:
         chosen = [models.get(name) for name in args.model]
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"argument --{error}")
     try:
         gpu = device.local_gpu()
     except (AssertionError, RuntimeError) as error:

@@ -86,6 +86,11 @@ def array(name: str, value: Any, dims: str, dtypes: tuple[np.dtype, ...], sizes:
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_wanted(dims, dtypes)}, got {got(value)}")
     alive(name, value)
+    if isinstance(value, jax.Array) and value.aval.memory_space == jax.memory.Space.Host:
+        raise ValueError(
+            f"{name}: expected an array in the device's memory, got {got(value)} in the host's; "
+            "jax.device_put(..., jax.memory.Space.Device) moves it"
+        )
     if value.ndim != len(axes):
         rank = f"rank {len(axes)}, {_wanted(dims, dtypes)}"
         raise ValueError(f"{name}: expected {rank}, got {got(value)}")

@@ -233,12 +233,14 @@ def test_arguments_by_name():
         rest = dict(reversed(list(named.items())[count:]))
         assert (bits(layer(*given[:count], **rest)) == bits(out)).all()
     few = r"expert_parallel: expected 9 arguments \(routing_logits, .*; .* by name\), got"
-    with refused(TypeError, f"{few} 2: ", "missing a required argument: 'hidden_states'"):
+    with refused(TypeError, f"{few} 2; missing hidden_states, hidden_states_scale, gemm1_weights,"):
         layer(1, 2)
-    with refused(TypeError, f"{few} 10: ", "unexpected keyword argument 'offset'"):
-        layer(*given, offset=0)
-    with refused(TypeError, f"{few} 10: ", "multiple values for argument 'routing_bias'"):
+    with refused(TypeError, f"{few} 9; missing routed_scaling_factor; unknown factor"):
+        layer(*given[:-1], factor=2.5)
+    with refused(TypeError, f"{few} 10; twice routing_bias"):
         layer(*given, routing_bias=given[1])
+    with refused(TypeError, f"{few} 10"):
+        layer(*given, 0)
 
 
 def test_a_router_of_ones_own():

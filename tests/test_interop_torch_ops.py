@@ -137,6 +137,62 @@ def test_what_is_refused_eagerly_is_refused_in_a_graph(cold, inputs):
         torch.compile(plain, backend="eager")(*short)
 
 
+def test_numbers_of_numpy_are_taken_in_a_graph(cold, inputs, expected):
+    function = lambda *x: torch_moe(  # noqa: E731
+        *x,
+        np.int64(0),
+        np.float32(2.5),
+        config=CONFIG,
+        num_tokens=np.int32(4),
+        expected_rows=np.float32(3),
+        swiglu_limit=np.float32(7),
+    )
+    for call in (torch.compile(function, backend="eager"), function):
+        with FlopCounterMode(display=False):  # sees the operator of an eager call as well
+            np.testing.assert_array_equal(bits(call(*array_arguments(inputs))), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("expected_rows", True, "expected_rows: expected a real number, got True"),
+        ("swiglu_limit", True, "swiglu_limit: expected a number or None, got True"),
+        ("num_experts", True, "num_experts: expected an integer, got True"),
+        ("num_experts", "8", "num_experts: expected an integer, got '8'"),
+        ("num_tokens", torch.ones(1, dtype=torch.int32), r"num_tokens: expected a scalar, got"),
+        ("precision", None, r"precision: expected one of \('fast', 'high'\), got None"),
+        ("backend", 1, "backend: expected one of 'auto', 'mosaic', 'triton', 'xla', got 1"),
+    ],
+)
+def test_options_are_checked_in_a_graph_as_eagerly(cold, inputs, choices, option, value, message):
+    x = inputs.hidden_states, inputs.hidden_states_scale
+    function = lambda *a: routed(  # noqa: E731
+        *x, *inputs.weights, *a, 0, **{"num_experts": 8, option: value}
+    )
+    for call in (function, torch.compile(function, backend="eager")):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call(*choices)
+    with FlopCounterMode(display=False), pytest.raises((TypeError, ValueError)) as refused:
+        function(*choices)
+    assert str(refused.value).startswith(f"{option}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.zeros(4, 128), "out: expected bfloat16"),
+        (torch.zeros(2, 4, 128, dtype=torch.bfloat16), "out: expected bfloat16"),
+        (torch.zeros(4, 128, dtype=torch.bfloat16, requires_grad=True), "out: requires grad"),
+    ],
+)
+def test_a_destination_is_checked_in_a_graph_as_eagerly(cold, inputs, out, message):
+    function = lambda *x: torch_moe(*x, 0, 2.5, config=CONFIG, out=out)  # noqa: E731
+    for call in (function, torch.compile(function, backend="eager")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(*array_arguments(inputs))
+    assert not out.any()
+
+
 def test_gradients_are_refused(cold, inputs, expected):
     scale = inputs.weights.gemm1_weights_scale.clone().requires_grad_()
     learnt = array_arguments(replaced(inputs, gemm1_weights_scale=scale))

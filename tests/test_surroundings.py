@@ -25,7 +25,14 @@ import interop
 import jax_moe
 from interop.solutions import SOLUTIONS
 from jax_moe import ExpertWeights, LayerInputs, LayerWeights, nn
-from tests.moe_inputs import array_arguments, make_inputs, named_arrays
+from tests.moe_inputs import (
+    SMALL,
+    array_arguments,
+    make_inputs,
+    named_arrays,
+    on_device,
+    replaced,
+)
 
 SHARD_MAP = """
     import functools, jax, jax.numpy as jnp, numpy as np
@@ -301,3 +308,20 @@ def test_an_assumed_device_runs_nothing(which):
         with pytest.raises(NotImplementedError, match=said):
             call()
         jax.eval_shape(call)
+
+
+@pytest.mark.parametrize("how", ["eager", "jit"])
+def test_arrays_in_the_memory_of_the_host_are_refused_by_name(how):
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    inputs = on_device(make_inputs(4))
+    offloaded = jax.device_put(inputs.weights.gemm2_weights, there)
+
+    def call(weights):
+        return jax_moe.apply(*replaced(inputs, gemm2_weights=weights).arguments, config=SMALL)
+
+    call = jax.jit(call) if how == "jit" else call
+    message = r"gemm2_weights: expected an array in the device's memory, got float8_e4m3fn \[.*host"
+    with pytest.raises(ValueError, match=message):
+        call(offloaded)
+    moved = jax.device_put(offloaded, jax.memory.Space.Device)
+    np.testing.assert_array_equal(call(moved), call(inputs.weights.gemm2_weights))

@@ -53,7 +53,11 @@ def main(path: str) -> int:
     except (OSError, UnicodeError) as error:
         sys.exit(f"document: expected a Markdown file, got {path!r}: {error}")
     for number, (code, expected) in enumerate(found, 1):
-        printed = run(code)
+        try:
+            printed = run(code)
+        except RuntimeError as error:
+            print(f"{path}: example {number} fails:\n{error}")
+            return 1
         if printed.strip() != expected.strip():
             print(f"{path}: example {number} prints {printed!r}, not {expected!r}")
             return 1

@@ -71,14 +71,14 @@ def surrounding(axis_name: Any) -> Ranks:
     missing = [name for name in names if name not in split]
     if missing and not split:
         raise ValueError(
-            f"axis_name: expected a call inside of jax.shard_map over {axis_name!r}, got one "
+            f"axis_name: expected a call inside of jax.shard_map over {quoted(axis_name)}, got one "
             "outside of any (jax_moe.expert_parallel makes the shard_map itself)"
         )
     if missing:
         known = ", ".join(map(repr, split))
         raise ValueError(
             f"axis_name: expected axes that the surrounding jax.shard_map splits over ({known}), "
-            f"got {missing[0]!r}"
+            f"got {quoted(missing[0])}"
         )
     return Ranks(names, tuple(mesh.shape[name] for name in names))
 
@@ -96,7 +96,7 @@ def of_mesh(mesh: Any, axis_name: Any) -> Ranks:
     for name in names:
         if name not in mesh.axis_names:
             known = ", ".join(map(repr, mesh.axis_names))
-            raise ValueError(f"axis_name: expected axes of the mesh ({known}), got {name!r}")
+            raise ValueError(f"axis_name: expected axes of the mesh ({known}), got {quoted(name)}")
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
     if len(kinds) > 1:
         raise ValueError(f"mesh: expected devices of one kind, got {', '.join(kinds)}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -184,17 +183,8 @@ def expert_parallel(
     def program(num_tokens: int) -> Callable[..., Any]:
         return _program(static, exchanges.select(exchange, place, num_tokens), check_vma)
 
-    signature = _signature(static.names)
-
     def layer(*given: Any, num_tokens: Any = None, placement: Any = None, **named: Any) -> Any:
-        try:
-            arrays = signature.bind(*given, **named).arguments
-        except TypeError as error:
-            raise TypeError(
-                f"expert_parallel: expected {len(static.names)} arguments "
-                f"({', '.join(static.names)}; num_tokens and placement by name), got "
-                f"{len(given) + len(named)}: {error}"
-            ) from None
+        arrays = _by_name(static.names, given, named)
         arguments = tuple(arrays.values())
         tokens = _check(arrays, group, static, config, placement)
         backends.select_for_call(chosen, (), mesh.devices.flat[0])
@@ -208,11 +198,25 @@ def expert_parallel(
     return layer
 
 
-@functools.lru_cache(maxsize=2)
-def _signature(names: tuple[str, ...]) -> inspect.Signature:
-    """Arguments that may be passed in order or by name."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature([inspect.Parameter(name, kind) for name in names])
+def _by_name(names: tuple[str, ...], given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Arguments that may be passed in order or by name.
+
+    Raises:
+        TypeError: One is missing, there twice or unknown.
+    """
+    arrays = dict(zip(names, given, strict=False)) | named
+    missing = [name for name in names if name not in arrays]
+    unknown = [name for name in named if name not in names]
+    twice = [name for name in names[: len(given)] if name in named]
+    found = {"missing": missing, "unknown": unknown, "twice": twice}
+    if len(given) > len(names) or any(found.values()):
+        wrong = (f"{kind} {', '.join(found[kind])}" for kind in found if found[kind])
+        raise TypeError(
+            f"expert_parallel: expected {len(names)} arguments ({', '.join(names)}; num_tokens and "
+            f"placement by name), got {len(given) + len(named)}"
+            + "".join(f"; {one}" for one in wrong)
+        )
+    return {name: arrays[name] for name in names}
 
 
 def _without_another_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[object]:
