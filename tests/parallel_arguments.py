@@ -239,8 +239,6 @@ def test_arguments_by_name():
         layer(*given[:-1], factor=2.5)
     with refused(TypeError, f"{few} 10; twice routing_bias"):
         layer(*given, routing_bias=given[1])
-    with refused(TypeError, f"{few} 10"):
-        layer(*given, 0)
 
 
 def test_a_router_of_ones_own():
