@@ -104,19 +104,37 @@ def default_backend() -> str:
     """JAX's, which may start here; Ctrl-C waits meanwhile, as JAX's plugins would swallow it.
 
     Raises:
-        ValueError: There is no device of those that `JAX_PLATFORMS` allows, or nothing is jitted.
+        ValueError: There is no device of those that `JAX_PLATFORMS` allows, or JAX has settings
+            that cannot be measured with.
     """
     import jax
 
     from jax_moe.device import no_device
 
-    if jax.config.jax_disable_jit:  # a variable left over from debugging: times 1000 times as long
-        raise ValueError("JAX_DISABLE_JIT: expected it to be unset, as what is timed is jitted")
+    _check_settings(jax.config)
     with interruption.deferred():
         try:
             return jax.default_backend()
         except (AssertionError, RuntimeError) as error:
             raise ValueError(no_device(error)) from None
+
+
+def _check_settings(config: Any) -> None:
+    """Refuses variables of JAX, left over from debugging, that change what is measured."""
+    if config.jax_disable_jit:  # times 1000 times as long
+        raise ValueError("JAX_DISABLE_JIT: expected it to be unset, as what is timed is jitted")
+    if config.jax_random_seed_offset or not config.jax_threefry_partitionable:
+        name = "RANDOM_SEED_OFFSET" if config.jax_random_seed_offset else "THREEFRY_PARTITIONABLE"
+        raise ValueError(
+            f"JAX_{name}: expected it to be unset, as a seed is to draw the same inputs everywhere"
+        )
+    for ways in ("", "_host_to_device", "_device_to_device", "_device_to_host"):
+        guard = getattr(config, f"jax_transfer_guard{ways}")
+        if "disallow" in str(guard):
+            raise ValueError(
+                f"JAX_TRANSFER_GUARD{ways.upper()}: expected it to be unset, as inputs are moved "
+                f"here and there, got {guard}"
+            )
 
 
 def enable_compilation_cache() -> None:

@@ -171,7 +171,7 @@ def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{shown(path)}: not written: needs matplotlib (pip install matplotlib)")
         return False
-    with write_atomically(path, "wb") as picture:
+    with plot_style.defaults(), write_atomically(path, "wb") as picture:
         drawn(timed, about).savefig(picture, format="png", dpi=130)
     return True
 

@@ -16,6 +16,7 @@ def is_worthwhile(results: Results) -> bool:
     return len({row.num_tokens for row in results.rows.values() if row.time(results.timer)}) > 1
 
 
+@plot_style.defaults()
 def write(results: Results, path: Path) -> None:
     """Draws a PNG: median time against T, log-log, and the unpromoted floor's share of it by row.
 

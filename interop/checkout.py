@@ -1,7 +1,9 @@
 """Which commit of this project runs."""
 
+import functools
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -13,17 +15,24 @@ def git_commit(folder: Path | None = None) -> str:
     if named := os.environ.get("GIT_COMMIT"):
         return named
     root = folder or Path(__file__).resolve().parent.parent
-    commit = output_of("git", "-C", str(root), "rev-parse", "HEAD")
+    # Within a hook git sets variables that name the hook's repository.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    git = functools.partial(output_of, "git", "-C", str(root), environ=ours)
+    if git("rev-parse", "--show-prefix") != "":
+        return "unknown"  # no repository, or files of ours that lie within another one
+    commit = git("rev-parse", "HEAD")
     if commit is None:
         return "unknown"
-    changed = output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if changed else commit
 
 
-def output_of(*command: str) -> str | None:
+def output_of(*command: str, environ: Mapping[str, str] | None = None) -> str | None:
     """What a command prints, stripped; None if it is missing, fails or takes 20 s."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True, env=environ
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -150,6 +150,12 @@ def plot_speedups(
             curves[name] = points
     if len({tokens for points in curves.values() for tokens, _ in points}) < 2:
         return False
+    _draw(curves, Path(path), title)
+    return True
+
+
+@plot_style.defaults()
+def _draw(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str) -> None:
     figure = plot_style.figure(11, 5.2)
     axes = figure.add_subplot()
     axes.set(xscale="log", yscale="log", xlabel="tokens T", ylabel="speedup over the reference")
@@ -163,7 +169,6 @@ def plot_speedups(
     figure.legend(*axes.get_legend_handles_labels(), fontsize=9, loc="outside right upper")
     with write_atomically(path, "wb") as file:
         figure.savefig(file, format="png", dpi=130)
-    return True
 
 
 def write(

@@ -1,8 +1,9 @@
 """How solutions look in every plot: one colour and symbol each, plain numbers on log axes."""
 
+import contextlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 REFERENCE_COLOUR = "#777777"
@@ -51,15 +52,33 @@ def style(name: str) -> dict[str, Any]:
     }
 
 
-def figure(width: float, height: float) -> Any:
-    """An empty figure that can be saved as a PNG without a display."""
+@contextlib.contextmanager
+def defaults() -> Iterator[None]:
+    """Within the block matplotlib draws as it does without a user's `matplotlibrc`.
+
+    That may ask for LaTeX, which is not everywhere. A figure is made and saved in one block.
+    """
+    with _without_backend():
+        from matplotlib import style as styles
+    with styles.context("default"):
+        yield
+
+
+@contextlib.contextmanager
+def _without_backend() -> Iterator[None]:
     asked = os.environ.pop("MPLBACKEND", None)  # a notebook's, say, whose package is not here
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        yield
     finally:
         if asked is not None:
             os.environ["MPLBACKEND"] = asked
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty figure that can be saved as a PNG without a display."""
+    with _without_backend():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     return made

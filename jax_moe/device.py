@@ -8,7 +8,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -89,28 +89,6 @@ def no_device(error: Exception) -> str:
 def is_committed(array: jax.Array) -> bool:
     """Whether an array has values on a device that somebody chose, so that it stays there."""
     return not isinstance(array, jax.core.Tracer) and array.committed
-
-
-def check_one_device(values: Mapping[str, Any]) -> None:
-    """Refuses concrete arrays that were put on several devices: JAX moves none of them.
-
-    Args:
-        values: Arrays and others, by name.
-
-    Raises:
-        ValueError: An array is elsewhere than the first; names both.
-    """
-    first: tuple[str, Any] | None = None
-    for name, value in values.items():
-        if not isinstance(value, jax.Array) or not is_committed(value):
-            continue
-        (there,) = value.devices()
-        if first is None:
-            first = name, there
-        elif there != first[1]:
-            raise ValueError(
-                f"{name}: expected an array on {first[1]}, as {first[0]} is, got one on {there}"
-            )
 
 
 def describe_device(device: jax.Device) -> Device:

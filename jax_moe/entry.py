@@ -23,7 +23,7 @@ from jax_moe.config import (
     checked_scale_format,
     checked_swiglu_limit,
 )
-from jax_moe.device import check_one_device, jax_device_of
+from jax_moe.device import jax_device_of
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, RoutedInputs
 from pallas_kernels.shapes import even_rows
@@ -104,7 +104,6 @@ def run(
     if rows == 0:
         return transfers.full((0, hidden_size), 0, options.output_dtype, inputs)
     if buckets.is_eager(inputs):
-        check_one_device(named_arrays(inputs))
         live = np.int32(rows) if live is None else live
         padded = buckets.bucket(rows)
         memory.require(jax_device_of(inputs), _bytes_of(inputs, padded, options, chosen), name)
@@ -156,14 +155,6 @@ def per_token(inputs: LayerInputs | RoutedInputs) -> dict[str, Any]:
     else:
         arrays |= inputs.routing._asdict()
     return {name: array for name, array in arrays.items() if array is not None}
-
-
-def named_arrays(inputs: LayerInputs | RoutedInputs) -> dict[str, Any]:
-    """All arrays by name, the scalars as well."""
-    values: dict[str, Any] = inputs._asdict()
-    for nested in ("weights", "routing"):
-        values |= values.pop(nested)._asdict() if nested in values else {}
-    return values
 
 
 def _pad_tokens(inputs: Any, rows: int) -> Any:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 
 from jax_moe.config import MoEConfig, check_experts
 from jax_moe.scalars import alive, got
@@ -22,6 +21,7 @@ from jax_moe.scalars import boolean as boolean
 from jax_moe.scalars import integer as integer
 from jax_moe.scalars import real as real
 from jax_moe.scalars import static_integer as static_integer
+from jax_moe.shardings import whole as whole
 from jax_moe.types import ExpertWeights, GroupPlan, LayerInputs, Quantized, RoutedInputs
 from pallas_kernels.shapes import QUANT_BLOCK
 
@@ -124,38 +124,6 @@ def wrong_dtype(name: str, found: str) -> TypeError:
         found: Dtype and shape of what came.
     """
     return TypeError(f"{name}: expected {_wanted(*ARGUMENTS[name])}, got {found}")
-
-
-def whole(**values: Any) -> None:
-    """Refuses arrays that are split over Explicit axes: the stages do not say how to split them.
-
-    Inside of `jax.shard_map` these axes are Manual; over Auto axes XLA splits the work.
-
-    Args:
-        **values: Checked arrays, NamedTuples of them, or None, by name.
-
-    Raises:
-        ValueError: An array is split; names it and `jax.shard_map`.
-    """
-    for name, value in values.items():
-        if isinstance(value, tuple):
-            fields = value._asdict()  # type: ignore[attr-defined]
-            whole(**{f"{name}.{field}": leaf for field, leaf in fields.items()})
-        elif value is not None and not isinstance(value, np.ndarray):
-            _whole(name, value)
-
-
-def _whole(name: str, value: Array) -> None:
-    is_traced = isinstance(value, jax.core.Tracer)
-    if not is_traced and isinstance(value.sharding, SingleDeviceSharding):
-        return  # the usual case, and it is quick
-    spec = jax.typeof(value).sharding.spec
-    if any(axes is not None for axes in spec) or spec.unreduced:
-        raise ValueError(
-            f"{name}: expected an array that is whole on every device, got {got(value)} split as "
-            f"{spec} over Explicit mesh axes; call jax_moe inside of jax.shard_map, which gives "
-            "each device its part"
-        )
 
 
 class _Axis(NamedTuple):

@@ -14,7 +14,6 @@ import collections
 import datetime
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +29,7 @@ from pallas_kernels import interruption
 INTERPRETED = "interpreted_mosaic"
 _COMPILING = 0.4  # share of the time that may go into opening new slots
 _MOST_FAILURES = 20
+_MINUTES, _OUTPUT = 1.0, "out/fuzz"
 _SEED_STRIDE = 1_000_000
 
 
@@ -168,14 +168,23 @@ def usable(names: str | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("--minutes", type=finite, default=1.0)
-    parser.add_argument("--seed", type=natural, default=0, help="which cases, 0 or more")
+    parser.add_argument("--minutes", type=finite, help=f"{_MINUTES:g} if not given")
+    parser.add_argument("--seed", type=natural, help="which cases, 0 or more; 0 if not given")
     parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
     parser.add_argument("--case", type=natural, help="runs this one case alone")
-    parser.add_argument("--output", type=usable_folder, default="out/fuzz")
+    parser.add_argument("--output", type=usable_folder, help=f"folder; {_OUTPUT} if not given")
     args = parser.parse_args(argv)
+    for flag in ("minutes", "seed", "output") if args.case is not None else ():
+        if getattr(args, flag) is not None:
+            parser.error(f"--case: runs one case and writes nothing, got --{flag} too")
     if args.minutes == 0:
         parser.error("argument --minutes: expected more than 0, got 0")
+    output = pathlib.Path()
+    if args.case is None:
+        try:
+            output = args.output or usable_folder(_OUTPUT)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --output: {error}")
     environment.prepare_process()
     try:
         campaign = Campaign(usable(args.backend))
@@ -186,14 +195,15 @@ def main(argv: list[str] | None = None) -> int:
         campaign.run(args.case)
         print("failed" if campaign.failures else f"passed on {', '.join(campaign.backends)}")
         return 1 if campaign.failures else 0
-    args.output.mkdir(parents=True, exist_ok=True)
-    about = run_for(campaign, args.seed, 60 * args.minutes, args.output)
-    with write_atomically(args.output / "fuzz.json") as file:
+    output.mkdir(parents=True, exist_ok=True)
+    minutes = _MINUTES if args.minutes is None else args.minutes
+    about = run_for(campaign, args.seed or 0, 60 * minutes, output)
+    with write_atomically(output / "fuzz.json") as file:
         json.dump(about | campaign.summary(), file, indent=2)
         file.write("\n")
     failed = len(campaign.failures)
     print(f"{campaign.count} cases on {', '.join(campaign.backends)}: {failed} failures")
-    print(f"wrote {args.output / 'fuzz.json'}")
+    print(f"wrote {output / 'fuzz.json'}")
     return 1 if failed else 0
 
 
@@ -208,6 +218,7 @@ def run_for(campaign: Campaign, seed: int, seconds: float, output: pathlib.Path)
             with interruption.remembered():
                 complete = fuzz(campaign, seed, seconds, slots, running)
         except KeyboardInterrupt:
+            interruption.acknowledge()  # what was found is written
             complete = False
     (output / "running.txt").unlink()
     return {
@@ -224,4 +235,4 @@ def run_for(campaign: Campaign, seed: int, seconds: float, output: pathlib.Path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interruption.exit_with(main)

@@ -127,6 +127,27 @@ def test_what_is_not_jitted_is_not_timed(asked, capsys):
 
 @on_cpu
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_random_seed_offset", 7),
+        ("jax_threefry_partitionable", False),
+        ("jax_transfer_guard", "disallow"),
+        ("jax_transfer_guard_host_to_device", "disallow_explicit"),
+    ],
+)
+def test_settings_of_jax_that_change_what_is_measured_are_refused(asked, capsys, name, value):
+    """Another draw of a seed would be mixed with the first one by `--resume`."""
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        assert asked() == (bench_main.USAGE_ERROR, None)
+    finally:
+        jax.config.update(name, before)
+    assert capsys.readouterr().err.startswith(f"bench_main.py: {name.upper()}: expected it to be u")
+
+
+@on_cpu
+@pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--timer=gpu", "--timer=gpu: needs a GPU, JAX found cpu"),

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 
+import matplotlib
 import pytest
 
 from bench import plots
 from bench.results import Results
 from bench.roofline import Roofline
 from bench.solutions import registry
-from interop import plot_style
+from interop import comparison_report, plot_style
 from interop.plot_style import plain_number
 from tests.bench_rows import row
 
@@ -91,3 +92,15 @@ def test_a_plot_is_drawn_whatever_backend_the_environment_names(backend):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, f"{backend}\n"), done.stderr
+
+
+@pytest.mark.parametrize("setting", [{"text.usetex": True}, {"savefig.facecolor": "black"}])
+def test_a_plot_does_not_depend_on_a_users_matplotlibrc(tmp_path, setting):
+    """LaTeX is not everywhere."""
+    ours, users = tmp_path / "ours.png", tmp_path / "users.png"
+    curves = {"jax_moe": [(1, 2.0), (16, 3.0)]}
+    comparison_report._draw(curves, ours, "a title")
+    with matplotlib.rc_context(setting):
+        comparison_report._draw(curves, users, "a title")
+        assert matplotlib.rcParams["text.usetex"] == ("text.usetex" in setting)
+    assert users.read_bytes() == ours.read_bytes()

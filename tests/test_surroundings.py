@@ -132,6 +132,7 @@ TORCH_IN_A_MESH = """
 DEFAULT_DEVICE = """
     import jax, numpy as np, pytest
     import jax_moe
+    from jax_moe import nn
     from jax_moe.device import jax_device_of
     from tests.moe_inputs import SMALL, bits, make_inputs, on_device
 
@@ -155,6 +156,36 @@ DEFAULT_DEVICE = """
         layer(*mixed)
     both = [*here[:2], *there[2:]]  # JAX moves the first two
     assert (bits(layer(*both)) == expected).all()
+
+    x, one, zeros = there[2], there[4:8], jax.numpy.zeros
+    config = nn.LayerConfig(SMALL, 32, x.shape[1], one[3].shape[2] * 128,
+                            shared_intermediate_size=one[3].shape[2] * 128)
+    whole = [jax.numpy.tile(leaf, (32 // len(leaf), 1, 1)) for leaf in one]
+    params = jax_moe.LayerWeights(
+        jax_moe.ExpertWeights(*whole), zeros((32, x.shape[1])), zeros(32),
+        jax_moe.ExpertWeights(*(leaf[:1] for leaf in one)))
+    plan = jax_moe.plan_groups(
+        np.zeros((5, 4), np.int32), 0, num_local_experts=len(one[0]), num_experts=32)
+    rows = jax_moe.quantize(jax.device_put(zeros((5, x.shape[1])), first))
+    mesh = jax.make_mesh((2,), ("x",))
+    both = jax.NamedSharding(mesh, jax.P())
+    for other, name in ((second, ".*:1"), (both, r"2 devices \\(.*:0,")):
+        moved = jax.device_put(one, other)
+        on = f"expected an array on .*:0, as {{}} is, got one on {name}"
+        with pytest.raises(ValueError, match="gemm1_weights: " + on.format("routing_logits")):
+            layer(*there[:4], *moved, *there[8:])
+        with pytest.raises(ValueError, match="gemm1_weights: " + on.format("routing_logits")):
+            jax_moe.reference(*there[:4], *moved, *there[8:], config=SMALL)
+        with pytest.raises(ValueError, match="routing_bias: " + on.format("routing_logits")):
+            jax_moe.route(there[0], jax.device_put(there[1], other), 2.5, config=SMALL)
+        with pytest.raises(ValueError, match="gemm1_weights: " + on.format("hidden_states")):
+            jax_moe.up_project(*rows, *moved[:2], plan)
+        with pytest.raises(ValueError, match="params.gate_weight: " + on.format("hidden_states")):
+            weights = params._replace(gate_weight=jax.device_put(params.gate_weight, other))
+            nn.moe_layer(weights, jax.device_put(zeros((5, x.shape[1])), first), config=config)
+        shared = jax_moe.ExpertWeights(*(leaf[:1] for leaf in moved))
+        with pytest.raises(ValueError, match="params.shared_experts.gemm1_weights: expected"):
+            nn.fuse_shared(params._replace(shared_experts=shared), config)
 """
 
 X64 = """

@@ -11,6 +11,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
+from interop.checkout import git_commit
 from tools import check_pins, flashinfer_module, gpu_tests, readme_examples
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -263,3 +264,22 @@ def test_flashinfers_module_is_cut_to_one_pair_of_types(tmp_path, monkeypatch):
     instantiation.write_text("another version")
     with pytest.raises(ValueError, match=r"--package: expected a source with .*, got none"):
         flashinfer_module.build(*places, jobs=1)
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    """Within a hook git names another repository; a copy may lie within one."""
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=a@b"]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "one")
+    inside = tmp_path / "copy"
+    inside.mkdir()
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD") != ""
+    assert git_commit(inside) == "unknown"
+    here = git_commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert git_commit() == here != git("rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""Makes the figures of `results/` again on this machine's GPU, a step per kind.
+"""Makes most figures of `results/` again on this machine's GPU, a step per kind.
 
     python -m tools.measure --list
     python -m tools.measure --output out/measured bench options layers
