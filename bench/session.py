@@ -176,7 +176,12 @@ def write_documents(folder: Path, options: documents.Options) -> int:
         if options.report and found.results.solutions() == [REFERENCE]:
             raise ValueError(f"{shown(folder)}: --report needs rows of more than {REFERENCE}")
         with folder_lock.held(folder):
-            both = documents.Options(*map(max, options, found.options))
+            there = run_folder.files_of_a_run(folder)
+            kept = documents.Options(
+                f"{run_folder.REPORT}.md" in there,
+                f"{found.settings.stem}_breakdown.md" in there,
+            )
+            both = documents.Options(*map(max, options, found.options, kept))
             written = [found.results.path]
             for path in documents.write_all(found.results, found.settings, both):
                 written.append(path)

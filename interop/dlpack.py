@@ -139,13 +139,14 @@ def _alignment(device: torch.device, name: str) -> int:
 
 def jax_device(device: torch.device, name: str = "tensor") -> jax.Device:
     """The JAX device that is torch's `device`; `ValueError` naming `name` where there is none."""
-    if device.type == "cpu":
-        return _jax_device("cpu", 0)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = 0
+    if device.type != "cpu":
+        index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        return _jax_device("cuda", index)
-    except (RuntimeError, StopIteration):
-        raise ValueError(f"{name}: expected a device that JAX sees, got cuda:{index}") from None
+        return _jax_device("cpu" if device.type == "cpu" else "cuda", index)
+    except (AssertionError, RuntimeError, StopIteration):
+        got = device if device.type == "cpu" else f"cuda:{index}"
+        raise ValueError(f"{name}: expected a device that JAX sees, got {got}") from None
 
 
 @functools.cache
@@ -341,7 +342,7 @@ def check_memory(tensor: torch.Tensor, name: str) -> None:
     if not address:
         raise ValueError(
             f"{name}: expected a tensor with memory, got a null pointer (a freed storage, a fake "
-            "tensor, a torch.func transform)"
+            "tensor, a torch.func transform, a masked tensor)"
         )
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in strides)

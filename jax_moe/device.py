@@ -69,13 +69,19 @@ def jax_device_of(*arrays: Any) -> jax.Device:
     """The device of the first committed JAX array, JAX's default device where there is none.
 
     That is where JAX runs a program of them: uncommitted ones go wherever the others are.
+
+    Raises:
+        RuntimeError: There is no device of those that `JAX_PLATFORMS` allows.
     """
     for array in jax.tree.leaves(arrays):
         if isinstance(array, jax.Array) and is_committed(array):
             return next(iter(array.devices()))
     default = jax.config.jax_default_device
     if default is None or isinstance(default, str):
-        return jax.local_devices(backend=default)[0]
+        try:
+            return jax.local_devices(backend=default)[0]
+        except (AssertionError, RuntimeError) as error:
+            raise RuntimeError(no_device(error)) from None
     return default
 
 

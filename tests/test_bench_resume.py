@@ -97,6 +97,15 @@ def test_documents_of_either_run_are_written_and_both_commands_shown(tmp_path, r
         execute(narrow, resume=True)
 
 
+def test_documents_that_were_asked_for_later_stay(tmp_path, registry):
+    registry(solution("ours", right), solution("other", right))
+    chosen = settings(tmp_path, "ours", "other", num_trials=1)
+    assert execute(chosen) == session.OK
+    for options in (documents.Options(report=True), documents.Options()):
+        assert session.write_documents(chosen.output, options) == session.OK
+        assert (chosen.output / "comparison_report.md").exists()
+
+
 def test_a_table_that_nobody_reads_leaves_the_way_to_its_documents(
     tmp_path, registry, monkeypatch, capsys
 ):

@@ -70,6 +70,7 @@ def test_a_signal_swallowed_at_the_very_end_is_its_exit_code(capsys):
         ["-m", "interop.host_time"],
         ["-m", "jax_moe.tune"],
         ["-c", "import jax_moe; jax_moe.describe()"],
+        ["-c", "import jax_moe, numpy as np; jax_moe.quantize(np.ones((1, 128), np.float32))"],
     ],
 )
 def test_no_device_is_one_line(command):
