@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe
+from tests.backend_cases import slow
 from tests.moe_inputs import SMALL, bits
 from tests.parallel_cases import (
     FACTOR,
@@ -46,8 +47,17 @@ def test_ranks_and_dtypes_that_are_not_promoted():
     assert load.sum() == live_tokens(CASE).sum() * SMALL.top_k
 
 
-@pytest.mark.parametrize("ranks", ["data", "expert", ("data", "expert")])
-@pytest.mark.parametrize("first", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("first", "ranks"),
+    [
+        (AxisType.Auto, "data"),
+        (AxisType.Auto, "expert"),
+        (AxisType.Explicit, ("data", "expert")),
+        slow(AxisType.Auto, ("data", "expert")),
+        slow(AxisType.Explicit, "data"),
+        slow(AxisType.Explicit, "expert"),
+    ],
+)
 def test_a_mesh_of_auto_and_explicit_axes(first, ranks):
     second = AxisType.Auto if first is AxisType.Explicit else AxisType.Explicit
     mesh = jax.make_mesh(

@@ -242,7 +242,6 @@ LARGE = "from pallas_kernels import interruption as i; i.exit_with(lambda: print
     "command",
     [
         ("-m", "interop.flashinfer_bench", "list"),
-        ("-m", "interop.flashinfer_bench", "list", "--help"),
         ("-m", "jax_moe.tune", "--help"),
         ("-c", LARGE),
     ],

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jax_moe import checkpoint
 from jax_moe.checkpoint import transfer
+from tests.backend_cases import slow
 from tests.h100_target import h100_sharding
 from tests.hf_checkpoint import E4M3, make_checkpoint
 
@@ -115,8 +116,15 @@ def test_progress(tmp_path, capsys, monkeypatch):
         checkpoint.load_layer(tmp_path, 3, progress=True)
 
 
-@pytest.mark.parametrize("failing", ["read", "transfer"])
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("streamed", "failing"),
+    [
+        (False, "read"),
+        (True, "transfer"),
+        slow(False, "transfer"),
+        slow(True, "read"),
+    ],
+)
 def test_nothing_is_half_loaded(tmp_path, monkeypatch, streamed, failing):
     make_checkpoint(tmp_path, num_experts=16)
     monkeypatch.setattr(transfer, "_is_streamed", lambda share: streamed)

@@ -27,7 +27,7 @@ from pallas_kernels import interruption
 from tests.bench_rows import cheap_layer
 
 ROOT = pathlib.Path(__file__).parent.parent
-POINTS = 30  # at which a run is interrupted, evenly spread over its calls
+POINTS = 20  # at which a run is interrupted, evenly spread over its calls
 
 MEASURING = tuple(
     f"bench/{name}.py"

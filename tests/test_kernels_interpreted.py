@@ -98,7 +98,7 @@ SIZES = [
     pytest.param(16, (), [5, 0, 20, 16], id="empty expert, full tile"),
     pytest.param(16, (), [0, 0, 0, 0], id="no rows"),
     pytest.param(64, (32, 48), [33, 0, 65, 64], id="tile +-1, narrow tails"),
-    pytest.param(128, (32, 64, 96), [0, 258, 0, 0], id="one expert takes all"),
+    pytest.param(128, (32, 64, 96), [0, 130, 0, 0], id="one expert takes all"),
 ]
 
 
@@ -240,14 +240,14 @@ def test_group_quant_by_powers_of_two():
         (5, 256, 8, 8, 4),
         slow(3, 32, 4, 4, 2),
         (6, 40, 3, 1, 1),
-        (5, 256, 8, 4, 2),  # groups of two registers
+        slow(5, 256, 8, 4, 2),  # groups of two registers
         (3, 72, 3, 3, 2),  # groups that share a register
         # From here on too many experts, groups or choices for registers.
         slow(5, 384, 8, 1, 1),
         (4, 301, 10, 7, 3),
         (3, 1024, 16, 2, 1),  # groups that are read in steps
         (3, 128, 33, 1, 1),  # more choices than lanes
-        (3, 70, 5, 35, 34),  # more groups than lanes
+        slow(3, 70, 5, 35, 34),  # more groups than lanes
     ],
 )
 def test_routing(num_tokens, num_experts, top_k, n_group, topk_group):
@@ -281,7 +281,7 @@ ONE_LAUNCH, TWO_LAUNCHES, MANY_BLOCKS = (10**6, 64, 16), (0, 2, 1), (0, 64, 16)
         (*TWO_LAUNCHES, 70, 32, 8, 4, 24, 32),
         (*ONE_LAUNCH, 3, 600, 300, 3, 250, 16),  # more experts than threads
         (*MANY_BLOCKS, 70, 2000, 256, 3, 70, 16),  # histogram in steps, no column to spare
-        (*ONE_LAUNCH, 290, 8, 5, 1, 0, 1),  # more words of tokens than are unrolled
+        slow(*ONE_LAUNCH, 290, 8, 5, 1, 0, 1),  # more words of tokens than are unrolled
         (*TWO_LAUNCHES, 290, 8, 5, 1, 0, 1),
     ],
 )  # fmt: skip

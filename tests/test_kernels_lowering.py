@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
+from tests.backend_cases import slow
 from tests.moe_inputs import SMALL
 from tests.test_api import TRITON_CALLS
 
@@ -79,7 +80,7 @@ def test_export(backend):
     ("backend", "check_vma", "tokens"),
     [
         ("mosaic", False, TOKENS),
-        ("mosaic", True, TOKENS),
+        slow("mosaic", True, TOKENS),
         ("mosaic", True, 1500),  # tiles drawn by a warp of its own, in a `plgpu.warp_map`
         ("triton", False, TOKENS),
         ("triton", True, TOKENS),

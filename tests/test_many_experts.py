@@ -13,6 +13,7 @@ from pallas_kernels.triton import plan as triton_plan
 from pallas_kernels.triton import routing as triton_routing
 from pallas_kernels.triton.launch import call
 from tests import h100_target
+from tests.backend_cases import slow
 
 MAX_INSTRUCTIONS = 2500  # of a kernel, whatever the number of experts
 F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
@@ -96,7 +97,8 @@ def check_routing(*sizes, **options):
 
 
 @pytest.mark.parametrize(
-    ("num_local_experts", "top_k", "num_tokens"), [(128, 8, 64), (256, 8, 4096), (512, 16, 16384)]
+    ("num_local_experts", "top_k", "num_tokens"),
+    [(128, 8, 64), slow(256, 8, 4096), (512, 16, 16384)],
 )
 def test_plan(num_local_experts, top_k, num_tokens):
     check_plan(512, num_local_experts, top_k, num_tokens)

@@ -53,7 +53,7 @@ def test_on_eight_devices(files):
 
 @pytest.mark.slow
 def test_every_combination_on_eight_devices():
-    run_on_eight_devices(["parallel_layer.py"], "slow", 7200)
+    run_on_eight_devices(["parallel_layer.py", "parallel_surroundings.py"], "slow", 7200)
 
 
 def blocks_of(document: str) -> dict[str, str]:

@@ -137,6 +137,7 @@ def test_every_kernel_of_a_backend_runs_under_the_tools(backend, monkeypatch):
     assert names <= traced
 
 
+@pytest.mark.slow
 def test_the_target_checks_its_results(monkeypatch):
     monkeypatch.setattr(sanitizer_target, "TOKENS", (7,))  # tile heights do not matter here
     assert set(sanitizer_target.run("xla")["relative_errors"]) >= {

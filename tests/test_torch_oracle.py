@@ -11,6 +11,7 @@ import pytest
 import jax_moe
 from jax_moe import MoEConfig
 from tests import numpy_oracle
+from tests.backend_cases import slow
 from tests.moe_inputs import array_arguments, make_inputs, relative_error, scalar_arguments
 
 torch = pytest.importorskip("torch")
@@ -27,8 +28,17 @@ def options_of(config, names=(*ROUTER, "swiglu_limit")):
     return {name: fields[name] for name in names}
 
 
-@pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrtsoftplus"])
-@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("scoring", "has_bias"),
+    [
+        ("sigmoid", True),
+        ("softmax", False),
+        ("sqrtsoftplus", True),
+        slow("sigmoid", False),
+        slow("softmax", True),
+        slow("sqrtsoftplus", False),
+    ],
+)
 def test_routers(scoring, has_bias):
     rng = np.random.default_rng(0)
     for groups, renormalize in (((1, 1), True), ((4, 2), False)):

@@ -102,7 +102,7 @@ CASES = [
     for capability, has in tilings.GENERATIONS.items()
     for block_m in has.block_ms
     if capability != 90
-    for is_quick in [block_m != 32 and capability != 103]
+    for is_quick in [block_m == 64 and capability != 103]
 ]
 
 
@@ -116,7 +116,7 @@ WIDENED = [
     for capability, has in tilings.GENERATIONS.items()
     for block_m in has.block_ms
     if block_m <= tilings.MAX_WIDENED_BLOCK_M
-    for is_quick in [capability == 90 and block_m != 32]
+    for is_quick in [capability == 90 and block_m == 64]
 ]
 
 

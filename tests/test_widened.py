@@ -137,7 +137,7 @@ def test_the_layer_in_the_interpreter(num_tokens, expected_rows):
 @pytest.mark.parametrize(
     ("num_tokens", "dtype"),
     [
-        (1, "float8_e4m3fn"),
+        slow(1, "float8_e4m3fn"),
         *(slow(t, "float8_e4m3fn") for t in (64, 901, 4096)),
         *(slow(t, "bfloat16") for t in (1, 64, 901, 4096)),
     ],
