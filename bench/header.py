@@ -95,7 +95,7 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
     ]
     if text := _clock_text(results, settings):
         found.append(("SM clock", text))
-    if options := _options_text(settings):
+    if options := options_text(settings.precision, is_invariant=settings.batch_invariant):
         found.append(("jax_moe", options))
     if tuned := device.get("tuned"):
         found.append(("Tilings", f"of {', '.join(tuned)}: this user's own, not the shipped ones"))
@@ -116,14 +116,10 @@ def lines(results: Results, settings: Settings) -> list[tuple[str, str]]:
     return found
 
 
-def _options_text(settings: Settings) -> str:
+def options_text(precision: str, *, is_invariant: bool) -> str:
     """How the solution jax_moe runs, where that is not how it runs by default."""
-    options = []
-    if settings.precision != "fast":
-        options.append(f"precision {settings.precision}")
-    if settings.batch_invariant:
-        options.append("batch invariant")
-    return ", ".join(options)
+    options = [] if precision == "fast" else [f"precision {precision}"]
+    return ", ".join([*options, "batch invariant"] if is_invariant else options)
 
 
 def _routing_text(results: Results, settings: Settings) -> str:

@@ -53,6 +53,9 @@ def conditions(results: Results) -> str:
         patterns = {"moments": "the captured moments"}
         routing = f"routing by {patterns.get(settings['routing'], settings['routing'])}"
     said = f"{model}{sizes}, {settings['inputs']} inputs, {routing}"
+    precision, is_invariant = settings.get("precision", "fast"), settings.get("batch_invariant")
+    if options := header.options_text(precision, is_invariant=bool(is_invariant)):
+        said += f"\njax_moe: {options}"
     return said if header.is_complete(results) else f"{said}\nIncomplete: {header.count(results)}"
 
 

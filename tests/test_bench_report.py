@@ -375,8 +375,9 @@ def test_a_plot_names_device_inputs_and_routing(results):
     found.about["settings"] |= changed
     assert plots.conditions(found).startswith("REDUCED sizes H=7168")
     assert plots.conditions(found).endswith("flashinfer inputs, routing by zipf")
-    found.about["settings"]["inputs"] = "dataset"
-    assert plots.conditions(found).endswith("dataset inputs, routing of the data set")
+    found.about["settings"] |= {"inputs": "dataset", "precision": "high", "batch_invariant": True}
+    said = "dataset inputs, routing of the data set\njax_moe: precision high, batch invariant"
+    assert plots.conditions(found).endswith(said)
 
 
 def test_a_single_token_count_is_no_plot(results):
