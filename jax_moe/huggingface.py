@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jax_moe.config import (
     SCORINGS,
@@ -55,22 +55,28 @@ _NAMES = {
     "n_group": ("n_group", "num_expert_group"),
     "topk_group": ("topk_group",),
     "topk_method": ("topk_method",),
-    "scoring": ("scoring_func", "moe_router_activation_func"),
-    "renormalize": ("norm_topk_prob", "moe_renormalize"),
+    "is_grouped": ("use_grouped_topk",),
+    "scoring": ("scoring_func", "moe_router_activation_func", "score_function"),
+    "renormalize": ("norm_topk_prob", "moe_renormalize", "route_norm"),
     "routed_scaling_factor": (
         "routed_scaling_factor",
         "router_scaling_factor",
         "moe_router_scaling_factor",
     ),
-    "has_routing_bias": ("use_routing_bias",),
+    "has_routing_bias": (
+        "use_routing_bias",
+        "moe_router_enable_expert_bias",
+        "moe_use_aux_free",
+    ),
     "hidden_size": ("hidden_size",),
-    "intermediate_size": ("moe_intermediate_size",),
+    "intermediate_size": ("moe_intermediate_size", "expert_hidden_dim"),
     "num_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "shared_intermediate_size": (
         "shared_expert_intermediate_size",
         "shared_intermediate_size",
         "share_expert_dim",
     ),
+    "shared_size": ("moe_shared_expert_intermediate_size",),  # of each
     "swiglu_limit": ("swiglu_limit",),
     "hidden_act": ("hidden_act",),
 }
@@ -89,7 +95,7 @@ _NONE = {
 """What a null can mean: none of it, where that is the model's default as well."""
 
 _SIZES = ("top_k", "num_experts", "hidden_size", "intermediate_size")
-_FLAGS = ("renormalize", "has_routing_bias")
+_FLAGS = ("renormalize", "has_routing_bias", "is_grouped")
 _TEXTS = ("topk_method", "scoring", "hidden_act")
 
 _COMMON = {
@@ -98,6 +104,7 @@ _COMMON = {
     "n_group": 1,
     "topk_group": 1,
     "topk_method": None,
+    "is_grouped": True,
     "scoring": "sigmoid",
     "renormalize": True,
     "routed_scaling_factor": 1.0,
@@ -106,6 +113,7 @@ _COMMON = {
     "intermediate_size": None,
     "num_shared_experts": 0,
     "shared_intermediate_size": None,
+    "shared_size": None,
     "swiglu_limit": None,
     "hidden_act": "silu",
     "has_shared_gate": False,
@@ -153,10 +161,19 @@ _ABOUT_EXPERTS = re.compile(r"expert|moe|rout|topk|scoring|swiglu|hash")
 _WITHOUT_EFFECT = re.compile(
     r"""router_aux_loss_coef|output_router_logits|aux_loss_alpha|seq_aux|router_jitter_noise
     |moe_layer_freq|moe_layer_(start|end)_index|moe_layer_interval|moe_layers_enum|moe_norm_min
-    |ep_size|index_.*|.*num_hash_layers|enable_moe_fp32_combine|moe_router_use_sigmoid""",
+    |ep_size|index_.*|.*num_hash_layers|enable_moe_fp32_combine|moe_router_use_sigmoid
+    |(moe_)?router_dtype|is_moe_layer|moe_capacity""",
     re.VERBOSE,
 )
 """Keys about training, about which layers have experts, or that change nothing in inference."""
+
+_PLAIN = {
+    "moe_gate": "topk",
+    "moe_router_enable_routed_scaling": True,
+    "moe_router_enable_shared_expert": True,
+    "expert_dtype": "fp8",
+}
+"""Keys that change nothing if they have this value, and what the layer does not compute if not."""
 
 
 def read(config: Mapping[str, Any]) -> ModelConfig:
@@ -200,7 +217,10 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
     width = found["shared_intermediate_size"]
     if width is None:
         product = f"{names['num_shared_experts']} * {names['intermediate_size']}"
-        width = checked_integer(product, shared * found["intermediate_size"])
+        size = found["shared_size"] or found["intermediate_size"]
+        width = checked_integer(product, shared * size)
+    if width and config.get("shared_moe_mode"):
+        _refuse(kind, "shared_moe_mode", config["shared_moe_mode"])
     scale_fmt = quantization.get("scale_fmt")
     if scale_fmt not in (None, "float", "ue8m0"):
         raise ValueError(f"scale_fmt: expected 'ue8m0', 'float' or none, got {quoted(scale_fmt)}")
@@ -253,9 +273,18 @@ def _given(
                 raise ValueError(f"{key}: expected {said}, got {quoted(value)}")
             if field not in found:
                 found[field], keys[field] = value, key
+        elif key in _PLAIN:
+            if value not in (None, _PLAIN[key]):
+                _refuse(kind, key, value)
+        elif key == "shared_moe_mode":  # of no effect without shared experts, which are known later
+            continue
         elif _ABOUT_EXPERTS.search(key) and not _WITHOUT_EFFECT.fullmatch(key) and value:
-            raise ValueError(f"{key}: not known for model_type {kind!r}, got {quoted(value)}")
+            _refuse(kind, key, value)
     return found, keys
+
+
+def _refuse(kind: str, key: str, value: Any) -> NoReturn:
+    raise ValueError(f"{key}: not known for model_type {kind!r}, got {quoted(value)}")
 
 
 def _check_null(key: str, field: str, kind: str, default: Any) -> None:
@@ -274,7 +303,7 @@ def _set_groups(found: dict[str, Any]) -> None:
     if method not in (None, "noaux_tc", "greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method: expected 'noaux_tc' or 'greedy', got {quoted(method)}")
     n_group, topk_group = found["n_group"], found["topk_group"]
-    if method == "greedy":
+    if method == "greedy" or not found["is_grouped"]:
         n_group = topk_group = 1
     if method == "group_limited_greedy" and topk_group < n_group:
         raise ValueError(

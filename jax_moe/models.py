@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 from jax_moe.config import MoEConfig, ScaleFormat, Scoring
 from jax_moe.scalars import quoted
@@ -39,6 +40,7 @@ class Model:
         num_shared_experts: Experts that every token takes besides; not part of this layer.
         swiglu_limit: Clamp of the gate (from above) and of the up half (both sides), or None.
         scale_format: Scales that the model was trained with: any f32, or powers of two.
+        group_scoring: What a group is worth: the sum of its "two best" experts, or its "best".
         aliases: Names of models with the same fields.
         uncertain: Fields that are general knowledge, or a default where nothing was found.
         note: What differs from the layer that these fields describe.
@@ -59,6 +61,7 @@ class Model:
     num_shared_experts: int = 1
     swiglu_limit: float | None = None
     scale_format: ScaleFormat = "f32"
+    group_scoring: Literal["two best", "best"] = "two best"
     aliases: tuple[str, ...] = ()
     uncertain: tuple[str, ...] = ()
     note: str = ""
@@ -83,7 +86,13 @@ class Model:
         )
 
 
-IMPLIED = {"scoring": "sigmoid", "renormalize": True, "swiglu_limit": None, "scale_format": "f32"}
+IMPLIED = {
+    "scoring": "sigmoid",
+    "renormalize": True,
+    "swiglu_limit": None,
+    "scale_format": "f32",
+    "group_scoring": "two best",
+}
 """Fields that change the layer's numbers, and what a `MoEConfig` without them means."""
 
 
@@ -143,7 +152,11 @@ MODELS: tuple[Model, ...] = (
         5120,
         1536,
         6,
+        n_group=8,
+        topk_group=3,
+        group_scoring="best",
         renormalize=False,
+        routed_scaling_factor=16.0,
         num_shared_experts=2,
         uncertain=(*_SIZES, *_ROUTER, "n_group", "topk_group", "num_shared_experts"),
         note=_OTHER_SCALES,

@@ -80,6 +80,72 @@ def test_published_files(config, name):
     assert found.shared_intermediate_size == shared
 
 
+# Keys that the files on the hub have beside those of transformers' configurations.
+ON_THE_HUB = {
+    "minimax_m2": {"shared_moe_mode": "sigmoid", "router_jitter_noise": 0.0},
+    "ernie4_5_moe": {
+        "moe_use_aux_free": True,
+        "moe_gate": "topk",
+        "moe_capacity": [64, 64, 64],
+        "moe_num_shared_experts": 0,
+    },
+    "kimi_linear": {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1},
+    "bailing_hybrid": {
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_enable_routed_scaling": True,
+        "moe_shared_expert_intermediate_size": 384,
+        "router_dtype": "fp32",
+    },
+    "exaone_moe": {"is_moe_layer": [False, True], "scoring_func": "sigmoid"},
+    "hy_v3": {"route_norm": True, "expert_hidden_dim": 384, "moe_router_use_sigmoid": True},
+    "deepseek_v4": {"expert_dtype": "fp8", "num_hash_layers": 3},
+}
+OF_ANY = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 384,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+
+
+@pytest.mark.parametrize("kind", ON_THE_HUB)
+def test_what_files_on_the_hub_add_changes_nothing(kind):
+    config = OF_ANY | {"model_type": kind, "intermediate_size": 384}
+    plain = huggingface.read(config | {"num_shared_experts": 0 if kind == "ernie4_5_moe" else 1})
+    found = huggingface.read(config | ON_THE_HUB[kind])
+    if kind == "minimax_m2":
+        plain = huggingface.read(config)
+    assert found == plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (
+            "minimax_m2",
+            {"shared_moe_mode": "sigmoid", "shared_intermediate_size": 128},
+            "shared_mo",
+        ),
+        ("ernie4_5_moe", {"moe_gate": "top2"}, "moe_gate: not known for .* got 'top2'"),
+        ("bailing_hybrid", {"moe_router_enable_shared_expert": False}, "moe_router_enable_shared"),
+        ("deepseek_v4", {"expert_dtype": "fp4"}, "expert_dtype: not known for .* got 'fp4'"),
+        ("hy_v3", {"expert_hidden_dim": 256}, "expert_hidden_dim: expected 384 as moe_intermedia"),
+    ],
+)
+def test_what_they_add_is_refused_where_it_changes_something(kind, change, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        huggingface.read(OF_ANY | {"model_type": kind, "intermediate_size": 384} | change)
+
+
+def test_bits_that_files_on_the_hub_add():
+    config = OF_ANY | {"model_type": "bailing_hybrid", "num_shared_experts": 2}
+    assert not huggingface.read(config | {"moe_router_enable_expert_bias": False}).has_routing_bias
+    wide = huggingface.read(config | {"moe_shared_expert_intermediate_size": 512})
+    assert wide.shared_intermediate_size == 1024
+    assert huggingface.read(config | {"use_grouped_topk": False}).router["n_group"] == 1
+
+
 def test_the_part_about_text_is_read():
     whole = {"model_type": "kimi_k25", "text_config": DEEPSEEK_V31, "vision_config": {}}
     assert MoEConfig.from_hf(whole) == MoEConfig.from_hf(DEEPSEEK_V31)
@@ -209,7 +275,7 @@ def test_messages_have_the_names_of_the_file(function, config, change, message):
 
 KEYS = {key: field for field, keys in huggingface._NAMES.items() for key in keys}
 HOSTILE = (None, 5, "x", [], {}, float("nan"), True, 10**5000, [10**5000])
-FLAGS = ("renormalize", "has_routing_bias")
+FLAGS = ("renormalize", "has_routing_bias", "is_grouped")
 TEXTS = ("topk_method", "scoring", "hidden_act", "model_type", "scale_fmt")
 PARTS = ("text_config", "quantization_config")
 

@@ -92,6 +92,7 @@ def test_an_unknown_name_lists_the_known_ones():
         ("glm-5.3-flash", {"swiglu_limit"}),
         ("longcat-flash", {"scoring", "renormalize"}),
         ("kimi-k2", set()),
+        ("deepseek-v2", {"scoring", "renormalize", "group_scoring"}),
     ],
 )
 def test_what_the_configuration_cannot_say_is_named(name, fields):
