@@ -19,6 +19,8 @@ _FILES = (
     *(f"{stem}{ending}" for stem in STEMS for ending in (".json", ".md", ".png", "_breakdown.md")),
     *(f"{REPORT}{ending}" for ending in (".md", ".png")),
 )
+_COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert")
+_RESULTS = tuple(f"{stem}.json" for stem in (*STEMS, *_COMMANDS))  # of any command
 
 
 class RunFolder(NamedTuple):
@@ -74,6 +76,11 @@ def opened(
     try:
         with _locked(path):
             earlier = files_of_a_run(path, files)
+            if others := files_of_a_run(path, [one for one in _RESULTS if one not in files]):
+                raise ValueError(
+                    f"--output: {shown(path)} holds {', '.join(others)} of another command; "
+                    "expected a folder of its own"
+                )
             note = _note(path, earlier, stem, output) if resume else None
             if earlier and not (resume or overwrite):
                 goes_on = "--resume goes on with it, " if files is _FILES else ""

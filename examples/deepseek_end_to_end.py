@@ -222,14 +222,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="keeps the checkpoint")
+    parser.add_argument(
+        "folder", nargs="?", metavar="FOLDER", help="keeps the checkpoint; new or empty"
+    )
     given = parser.parse_args(argv).folder
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary if given is None else given)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            there = sorted(path.name for path in folder.iterdir())
         except OSError as error:
             parser.error(f"FOLDER: {folder}: cannot be used: {error.strerror}")
+        if there:  # a model of the user's, perhaps
+            parser.error(f"FOLDER: {folder}: expected an empty or new folder, got {there[0]} in it")
         for name, value in compare(folder).items():
             print(f"{name:24}{value:.6f}")
 

@@ -332,6 +332,8 @@ def _of_its_type(key: str, field: str, value: Any) -> Any:
     if field in _TEXTS:
         if not isinstance(value, str):
             raise TypeError(f"{key}: expected text, got {quoted_with_type(value)}")
+        if field == "scoring" and value == "noaux_tc":  # dots.llm1 has the method's name there
+            return "sigmoid"
         if field == "scoring" and value not in SCORINGS:
             raise ValueError(f"{key}: expected one of {SCORINGS}, got {quoted(value)}")
         return value

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import importlib.util
 import json
 import pathlib
 import time
@@ -185,6 +186,8 @@ def main(argv: list[str] | None = None) -> int:
             output = args.output or usable_folder(_OUTPUT)
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --output: {error}")
+    if importlib.util.find_spec("pytest") is None:
+        parser.error("needs pytest, as its cases are those of tests: pip install pytest")
     environment.prepare_process()
     try:
         campaign = Campaign(usable(args.backend))

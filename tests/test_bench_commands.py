@@ -316,6 +316,8 @@ def test_a_folder_holds_the_results_of_one_run(tmp_path):
         with pytest.raises(ValueError, match="another run is writing here"):
             write_results(tmp_path, overwrite=True)
         assert rows_in(folder) == "second"
+    with pytest.raises(ValueError, match=r"holds parallel\.json of another command; expected a fo"):
+        commands.results(tmp_path, "", ("layers.json",), overwrite=True).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import subprocess
 
 import jax
@@ -123,6 +124,8 @@ def test_commits_are_compiled_once(tmp_path, monkeypatch):
     (checkout / "tests/more.py").touch()
     for number in (3, 4):  # files that were changed are compiled each time
         assert kernels("T=1") == {"T=1": f"compilation {number}"}
+    shutil.rmtree(checkout / ".git")  # an unpacked archive
+    assert kernels("T=1") == {"T=1": "compilation 5"}
 
 
 _WRITE = """

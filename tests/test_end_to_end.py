@@ -27,6 +27,10 @@ def test_its_arguments(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     deepseek_end_to_end.main([str(tmp_path / "new")])
     assert capsys.readouterr().out.startswith("new ")
+    (tmp_path / "new" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        deepseek_end_to_end.main([str(tmp_path / "new")])
+    assert "expected an empty or new folder, got config.json in it" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

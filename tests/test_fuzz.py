@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 
@@ -193,6 +194,13 @@ def test_the_command_line_names_what_is_wrong_and_makes_no_folder(
         fuzz.main([*arguments.split(), "--output", str(tmp_path / "new")])
     assert f"error: {said}" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_without_pytest_it_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        fuzz.main(["--case", "3"])
+    assert "error: needs pytest, as its cases are those of tests" in capsys.readouterr().err
 
 
 def test_slots_open_as_time_allows(monkeypatch, tmp_path):

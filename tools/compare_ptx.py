@@ -180,13 +180,16 @@ def _made(folder: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def _commit(checkout: pathlib.Path) -> str | None:
-    """The commit that is checked out; None where files were changed since."""
+    """The commit that is checked out; None where files were changed since, or there is no git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    return None if git("status", "--porcelain") else git("rev-parse", "HEAD")[:12]
+    try:
+        return None if git("status", "--porcelain") else git("rev-parse", "HEAD")[:12]
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive
+        return None
 
 
 def checkout_folder(text: str) -> pathlib.Path:

@@ -135,6 +135,11 @@ def load_packed(
         raise ValueError(
             f"folder: {shown(folder)}: expected the folder of packed weights, got {found}"
         )
+    if not os.path.lexists(os.path.join(folder, FILE)):
+        raise ValueError(
+            f"folder: {shown(folder)}: expected {FILE}, as save_packed writes it, got none "
+            "(load_layer reads checkpoints of the hub)"
+        )
     shard = Shard(os.path.join(folder, FILE))
     is_layer, has_shared = _check_contents(shard)
     experts = _Packed(shard, "experts.")
