@@ -6,6 +6,14 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+_OF_A_HOOK = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_COMMON_DIR",
+    "GIT_OBJECT_DIRECTORY",
+)
+
 
 def git_commit(folder: Path | None = None) -> str:
     """The commit that `GIT_COMMIT` names, else this checkout's, "-dirty" if tracked files differ.
@@ -16,7 +24,7 @@ def git_commit(folder: Path | None = None) -> str:
         return named
     root = folder or Path(__file__).resolve().parent.parent
     # Within a hook git sets variables that name the hook's repository.
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    ours = {name: value for name, value in os.environ.items() if name not in _OF_A_HOOK}
     git = functools.partial(output_of, "git", "-C", str(root), environ=ours)
     if git("rev-parse", "--show-prefix") != "":
         return "unknown"  # no repository, or files of ours that lie within another one

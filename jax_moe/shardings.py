@@ -31,7 +31,7 @@ def whole(**values: Any) -> None:
 
 
 def together(**values: Any) -> None:
-    """Refuses concrete arrays that were put on different devices: JAX moves none of them.
+    """Refuses arrays of an eager call that were put on different devices: JAX moves none of them.
 
     Args:
         **values: As for `whole`.
@@ -66,9 +66,11 @@ def _whole(name: str, value: Array) -> None:
 
 
 def _together(arrays: dict[str, Array]) -> None:
+    if any(isinstance(value, jax.core.Tracer) for value in arrays.values()):
+        return  # the others are constants of the program, wherever they are
     first: tuple[str, set[jax.Device]] | None = None
     for name, value in arrays.items():
-        if not is_committed(value):  # JAX moves it, or it is traced
+        if not is_committed(value):  # JAX moves it
             continue
         there = value.sharding.device_set
         if first is None:

@@ -176,6 +176,10 @@ DEFAULT_DEVICE = """
             layer(*there[:4], *moved, *there[8:])
         with pytest.raises(ValueError, match="gemm1_weights: " + on.format("routing_logits")):
             jax_moe.reference(*there[:4], *moved, *there[8:], config=SMALL)
+        traced = jax.jit(lambda x, moved=moved: jax_moe.reference(
+            *there[:2], x, there[3], *moved, *there[8:], config=SMALL))
+        if other is second:  # constants of a program may be anywhere
+            assert traced(np.asarray(there[2])).shape == there[2].shape
         with pytest.raises(ValueError, match="routing_bias: " + on.format("routing_logits")):
             jax_moe.route(there[0], jax.device_put(there[1], other), 2.5, config=SMALL)
         with pytest.raises(ValueError, match="gemm1_weights: " + on.format("hidden_states")):
