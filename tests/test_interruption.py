@@ -127,7 +127,7 @@ def small_benchmark(monkeypatch, tmp_path, layer, *workloads):
     for module in (solutions, comparison):
         monkeypatch.setattr(module, "known_to", lambda *_: found)
     monkeypatch.setattr(documents, "write_all", lambda *_: [])  # matplotlib takes a second
-    monkeypatch.setattr(checkout, "output_of", lambda *_: None)  # so does git
+    monkeypatch.setattr(checkout, "output_of", lambda *_, **__: None)  # so does git
     few = {"warmup": 1, "iterations": 1, "num_trials": 1, "timer": "wall", "on_gpu": False}
     return Settings(solutions=("ours",), output=tmp_path / "out", workloads=workloads, **few)
 
