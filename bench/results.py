@@ -216,6 +216,7 @@ def load_rows(
     machine: dict[str, Any],
     passes: Sequence[str],
     untimed: Collection[str] = (),
+    is_asked: Callable[[Row], bool] = lambda _: True,
 ) -> list[Row]:
     """Reads the rows of an earlier run that a resumed one may keep.
 
@@ -225,10 +226,11 @@ def load_rows(
         machine: What must be equal of the surroundings: device, versions, commit.
         passes: The clocks of this run, in order.
         untimed: Solutions that are checked only.
+        is_asked: Whether a row is to be measured by this run.
 
     Returns:
         The rows that were right and have times of one clock at least: what lacks others gets them.
-        The rest is measured again.
+        The rest is measured again if it is asked for, and kept if not: a wrong row stays one.
 
     Raises:
         ValueError: There is no such file, it is damaged, or it comes from another kind of run.
@@ -253,7 +255,8 @@ def load_rows(
     return [
         row
         for row in rows
-        if row.status == PASS and (row.solution in untimed or any(map(row.time, passes)))
+        if not is_asked(row)
+        or (row.status == PASS and (row.solution in untimed or any(map(row.time, passes))))
     ]
 
 

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def execute(
         if drawn := dataset.stand_ins(workloads):
             results.about["stand_ins"] = drawn
         if results.path.exists() and resume:
-            options = _keep_finished(results, settings, options)
+            options = _keep_finished(results, settings, options, chosen, workloads)
             results.about["command"] += " --resume"
         if profile:
             run_folder.make("--profile", profile)
@@ -259,9 +259,14 @@ def _new_results(
 
 
 def _keep_finished(
-    results: Results, settings: Settings, options: documents.Options
+    results: Results,
+    settings: Settings,
+    options: documents.Options,
+    chosen: Collection[str],
+    workloads: Sequence[Workload],
 ) -> documents.Options:
     """Takes over rows and command of the run in the folder; returns what to write of both."""
+    uuids = {workload.uuid for workload in workloads}
     surroundings = {name: results.about[name] for name in ("device", "versions", "git_commit")}
     kept = load_rows(
         results.path,
@@ -269,6 +274,10 @@ def _keep_finished(
         surroundings,
         settings.passes,
         untimed=(interpreter.SOLUTION.name,),
+        is_asked=lambda row: (
+            row.solution in chosen
+            and (row.uuid in uuids or row.solution == interpreter.SOLUTION.name)
+        ),
     )
     results.rows = {(row.solution, row.uuid): row for row in kept}
     results.about["resumed_rows"] = results.rows_on_disk = len(kept)
@@ -277,6 +286,8 @@ def _keep_finished(
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
     results.about["resumed_commands"] = earlier.results.commands()
+    asked = earlier.results.about.get("asked", {}).get("rows", 0)
+    results.about["asked_earlier"] = 0 if earlier.results.about.get("complete") else asked
     both = documents.Options(*map(max, options, earlier.options))  # else its documents would go
     results.about["asked"] |= both._asdict()
     return both
@@ -296,7 +307,9 @@ def _measure(
     timed_already = [results.timed_by(clock) for clock in settings.passes]
     interpreted = set(chosen) - set(timed) - set(results.solutions())
     total = sum(len(asked - of_clock) for of_clock in timed_already) + len(interpreted)
-    results.about["asked"]["rows"] = len(asked | set(results.rows)) + len(interpreted)
+    known = len(asked | set(results.rows)) + len(interpreted)
+    # Of a run that was cut off, what is not asked for again is still missing.
+    results.about["asked"]["rows"] = max(known, results.about.pop("asked_earlier", 0))
     orders = ahead.orders(timed, workloads, set.intersection(*timed_already)) if jobs else []
     total += len(orders)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:

@@ -97,6 +97,31 @@ def test_documents_of_either_run_are_written_and_both_commands_shown(tmp_path, r
         execute(narrow, resume=True)
 
 
+def test_what_is_not_asked_for_again_stays_wrong_or_missing(tmp_path, registry):
+    wrong_at_7 = lambda *a: right(*a) * (2 if LayerInputs.of(*a).tokens == 7 else 1)  # noqa: E731
+    registry(solution("ours", wrong_at_7))
+    chosen = settings(tmp_path, "ours", workloads=("1", "7"), num_trials=1)
+    assert execute(chosen) == session.FAILED
+    assert execute(dataclasses.replace(chosen, workloads=("1",)), resume=True) == session.FAILED
+    assert rows_of(chosen)[0]["ours", 7]["status"] == "WRONG"
+    registry(solution("ours", right))
+    assert execute(dataclasses.replace(chosen, workloads=("7",)), resume=True) == session.OK
+
+    def interrupted(*arguments):
+        if LayerInputs.of(*arguments).tokens == 7:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    registry(solution("ours", interrupted))
+    other = dataclasses.replace(chosen, output=tmp_path / "other")
+    assert execute(other) == 130
+    registry(solution("ours", right))
+    assert execute(dataclasses.replace(other, workloads=("1",)), resume=True) == session.OK
+    assert "Incomplete" in (other.output / "results.md").read_text()
+    assert execute(other, resume=True) == session.OK
+    assert "Incomplete" not in (other.output / "results.md").read_text()
+
+
 def test_documents_that_were_asked_for_later_stay(tmp_path, registry):
     registry(solution("ours", right), solution("other", right))
     chosen = settings(tmp_path, "ours", "other", num_trials=1)
