@@ -44,7 +44,7 @@ def write(results: Results, settings: Settings, name: str) -> list[Path]:
         measured,
         header=dict(header.lines(results, settings))
         | {"Launched as": _launches(results, measured)},
-        command="\n# resumed with\n".join(results.commands()),
+        command=results.script(),
         designs={name: one.design for name, one in known_to(settings).items()},
         warnings=header.warnings(results, settings),
         title=f"{results.about['device']['kind']}, speedup over {REFERENCE} by "

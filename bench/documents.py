@@ -173,7 +173,7 @@ def _document(results: Results, settings: Settings, plot: str | None) -> list[st
         if state := results.about.get(f"gpu_state_{when}"):
             lines.append(f"- GPU {when}: {', '.join(f'{k} {v}' for k, v in state.items())}")
     lines += [f"- Not measured: {name}: {why}" for name, why in results.unavailable.items()]
-    lines += ["", "```bash", "\n# resumed with\n".join(results.commands()), "```", ""]
+    lines += ["", "```bash", results.script(), "```", ""]
     lines += [f"![Time against tokens]({plot})", ""] if plot else []
     clock = "GPU" if results.timer == "gpu" else "wall"
     lines += [f"## Median {clock} time", "", *markdown(report.comparison(results), left=0), ""]

@@ -176,6 +176,10 @@ class Results:
         """What asked for the rows: the run's command, after those of runs that it went on with."""
         return list(dict.fromkeys([*self.about.get("resumed_commands", ()), self.about["command"]]))
 
+    def script(self) -> str:
+        """The commands for a document."""
+        return "\n# resumed with\n".join(self.commands())
+
     def workloads(self) -> list[tuple[str, list[Row]]]:
         """The rows by workload, in order of T; within one, as they were measured."""
         order = sorted({(row.num_tokens, row.uuid) for row in self.rows.values()})

@@ -286,10 +286,9 @@ def _keep_finished(
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
     results.about["resumed_commands"] = earlier.results.commands()
-    asked = earlier.results.about.get("asked", {}).get("rows", 0)
-    results.about["asked_earlier"] = 0 if earlier.results.about.get("complete") else asked
     both = documents.Options(*map(max, options, earlier.options))  # else its documents would go
-    results.about["asked"] |= both._asdict()
+    asked = earlier.results.about.get("asked", {}).get("rows", 0)
+    results.about["asked"] |= both._asdict() | {"rows": asked}
     return both
 
 
@@ -307,9 +306,10 @@ def _measure(
     timed_already = [results.timed_by(clock) for clock in settings.passes]
     interpreted = set(chosen) - set(timed) - set(results.solutions())
     total = sum(len(asked - of_clock) for of_clock in timed_already) + len(interpreted)
+    # Of an earlier run that was cut off, what is not asked for again is still missing.
+    earlier = results.about["asked"].get("rows", 0)
     known = len(asked | set(results.rows)) + len(interpreted)
-    # Of a run that was cut off, what is not asked for again is still missing.
-    results.about["asked"]["rows"] = max(known, results.about.pop("asked_earlier", 0))
+    results.about["asked"]["rows"] = max(known, earlier)
     orders = ahead.orders(timed, workloads, set.intersection(*timed_already)) if jobs else []
     total += len(orders)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:

@@ -34,17 +34,7 @@ def check(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
 
 
 def check_form(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """`check` of all but its memory, as far as torch knows it while it traces.
-
-    Args:
-        out: The caller's.
-        shape: Of the result.
-        device: The layer's.
-
-    Raises:
-        TypeError: It is no tensor of bf16.
-        ValueError: Its shape, its device or its layout does not fit, or it asks for a gradient.
-    """
+    """`check` of what torch knows while it traces, which is all but the memory; raises as that."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
     if out.is_nested:

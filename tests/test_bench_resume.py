@@ -116,8 +116,9 @@ def test_what_is_not_asked_for_again_stays_wrong_or_missing(tmp_path, registry):
     other = dataclasses.replace(chosen, output=tmp_path / "other")
     assert execute(other) == 130
     registry(solution("ours", right))
-    assert execute(dataclasses.replace(other, workloads=("1",)), resume=True) == session.OK
-    assert "Incomplete" in (other.output / "results.md").read_text()
+    for _ in range(2):
+        assert execute(dataclasses.replace(other, workloads=("1",)), resume=True) == session.OK
+        assert "Incomplete" in (other.output / "results.md").read_text()
     assert execute(other, resume=True) == session.OK
     assert "Incomplete" not in (other.output / "results.md").read_text()
 

@@ -80,7 +80,7 @@ def test_published_files(config, name):
     assert found.shared_intermediate_size == shared
 
 
-# Keys that the files on the hub have beside those of transformers' configurations.
+# Keys that files on the hub have beside those of transformers, as public code quotes them.
 ON_THE_HUB = {
     "minimax_m2": {"shared_moe_mode": "sigmoid", "router_jitter_noise": 0.0},
     "ernie4_5_moe": {
