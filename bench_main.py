@@ -4,7 +4,7 @@ python bench_main.py                                   # the right thing for thi
 python bench_main.py --list                            # what can run here, and why not
 python bench_main.py --solutions=jax_moe,deepgemm --workloads=1,80,14107
 python bench_main.py --solutions=sglang_v1,sglang_v2,jax_moe --report
-python bench_main.py --scaling --breakdown --output=out/scaling
+python bench_main.py --scaling --breakdown --output=out/scaling    # on a GPU
 python bench_main.py --model=kimi-k2 --solutions=jax_moe
 python bench_main.py --shared_expert                   # what it adds to the layer
 python bench_main.py --documents=out/bench/latest      # write a run's documents again
