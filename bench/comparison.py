@@ -38,12 +38,14 @@ def write(results: Results, settings: Settings, name: str) -> list[Path]:
     if not measured:
         return []
     shown = {uuid for rows in measured.values() for uuid in rows}
+    absent = "; ".join(f"{name}: {why}" for name, why in results.unavailable.items())
     return comparison_report.write(
         results.path.parent,
         [work for work in workloads if work.uuid in shown],
         measured,
         header=dict(header.lines(results, settings))
-        | {"Launched as": _launches(results, measured)},
+        | {"Launched as": _launches(results, measured)}
+        | ({"Not measured": absent} if absent else {}),
         command=results.script(),
         designs={name: one.design for name, one in known_to(settings).items()},
         warnings=header.warnings(results, settings),

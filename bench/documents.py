@@ -58,9 +58,7 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
     parts += ["", f"{passed} of {asked} rows PASS", *failures]
     if not header.is_complete(results):
         said = header.count(results)
-        lacking = sum(
-            row.status == PASS and not row.time(results.timer) for row in results.rows.values()
-        )
+        lacking = sum(not row.is_finished(results.timer) for row in results.rows.values())
         if lacking:
             said += f", {lacking} more by host time alone"
         if results.rows_on_disk < len(results.rows):

@@ -1,7 +1,7 @@
 """What every document of a run says first: what was measured, how, and what to beware of."""
 
 from bench import environment
-from bench.results import PASS, Results
+from bench.results import Results
 from bench.settings import Settings
 from bench.sm_clock import SUSTAINED_S
 from bench.workloads import FULL
@@ -24,21 +24,22 @@ def warnings(results: Results, settings: Settings) -> list[str]:
 def stopped(results: Results) -> str:
     """Why a run is incomplete."""
     if results.about.get("complete"):
-        return "rows that were measured are not in the file"
+        return "rows that were asked for are missing"
     return results.about.get("stopped", "the run has not ended")
 
 
 def is_complete(results: Results) -> bool:
-    """Whether all rows are there that were asked for."""
+    """Whether all rows are there that were asked for, with their times."""
     asked = results.about.get("asked", {}).get("rows", 0)
-    return bool(results.about.get("complete")) and len(results.rows) >= asked
+    finished = sum(row.is_finished(results.timer) for row in results.rows.values())
+    return bool(results.about.get("complete")) and finished >= max(asked, len(results.rows))
 
 
 def count(results: Results) -> str:
     """How many of the rows that were asked for have times of the run's timer, or are wrong."""
     rows = results.rows.values()
     asked = max(len(rows), results.about.get("asked", {}).get("rows", 0))
-    measured = sum(row.status != PASS or row.time(results.timer) is not None for row in rows)
+    measured = sum(row.is_finished(results.timer) for row in rows)
     return f"{measured} of {asked} rows were measured"
 
 

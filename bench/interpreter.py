@@ -9,7 +9,7 @@ import jax
 import jax_moe
 from bench import correctness, inputs
 from bench.failures import one_line
-from bench.results import ERROR, PASS, WRONG, Row
+from bench.results import CHECKED_ONLY, ERROR, PASS, WRONG, Row
 from bench.runner import new_row, prepare, without_times
 from bench.settings import Settings
 from bench.workloads import select
@@ -60,7 +60,7 @@ def _gpu_reason() -> str | None:
 
 
 SOLUTION = Solution(
-    name="mosaic_interpreted",
+    name=CHECKED_ONLY,
     framework="jax",
     description="the kernels of jax_moe_mosaic in the CPU interpreter, on one small workload",
     run=_run,

@@ -166,8 +166,8 @@ def comparison(results: Results) -> list[list[str]]:
         Solutions that are checked but not timed have no column, workloads of theirs alone no line.
         The floor of the means is the unpromoted one.
     """
-    untimed = {row.solution for row in results.rows.values() if _is_untimed(results, row)}
-    names = [name for name in results.solutions() if name not in untimed]
+    with_cells = {row.solution for row in results.rows.values() if not _is_untimed(results, row)}
+    names = [name for name in results.solutions() if name in with_cells]
     header = ["T", "offset", "pairs", "experts", *_floor_titles(results)]
     lines = [header + [f"{name} us" for name in names]]
     for _, rows in results.workloads():

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jax_moe.io.strict_json import one_line, parse_object
 SCHEMA = 1
 PASS, WRONG, ERROR = "PASS", "WRONG", "ERROR"
 REFERENCE = "torch_reference"  # the solution that is the denominator of every speedup
+CHECKED_ONLY = "mosaic_interpreted"  # the one whose right row has no times
 
 
 class KernelTime(NamedTuple):
@@ -84,6 +85,10 @@ class Row:
     def time(self, timer: str) -> Statistics | None:
         """The times by "gpu" or "wall"."""
         return self.gpu if timer == "gpu" else self.wall
+
+    def is_finished(self, timer: str) -> bool:
+        """Whether nothing is left to be measured by "gpu" or "wall": a wrong row gets no times."""
+        return bool(self.status != PASS or self.solution == CHECKED_ONLY or self.time(timer))
 
 
 class Figures(NamedTuple):
@@ -181,13 +186,18 @@ class Results:
         return "\n# resumed with\n".join(self.commands())
 
     def workloads(self) -> list[tuple[str, list[Row]]]:
-        """The rows by workload, in order of T; within one, as they were measured."""
+        """The rows by workload, in order of T; within one, in that of `solutions`."""
         order = sorted({(row.num_tokens, row.uuid) for row in self.rows.values()})
-        return [(uuid, [r for r in self.rows.values() if r.uuid == uuid]) for _, uuid in order]
+        names = self.solutions()
+        return [
+            (uuid, [self.rows[name, uuid] for name in names if (name, uuid) in self.rows])
+            for _, uuid in order
+        ]
 
     def solutions(self) -> list[str]:
-        """Names with at least one row, the reference first."""
-        return list(dict.fromkeys(row.solution for row in self.rows.values()))
+        """Names with at least one row: the reference, then as they were measured."""
+        names = dict.fromkeys(row.solution for row in self.rows.values())
+        return sorted(names, key=lambda name: name != REFERENCE)
 
     def write(self) -> None:
         """Writes the file atomically.
@@ -219,7 +229,6 @@ def load_rows(
     settings: dict[str, Any],
     machine: dict[str, Any],
     passes: Sequence[str],
-    untimed: Collection[str] = (),
     is_asked: Callable[[Row], bool] = lambda _: True,
 ) -> list[Row]:
     """Reads the rows of an earlier run that a resumed one may keep.
@@ -229,7 +238,6 @@ def load_rows(
         settings: What must be equal, `Settings.comparable()`.
         machine: What must be equal of the surroundings: device, versions, commit.
         passes: The clocks of this run, in order.
-        untimed: Solutions that are checked only.
         is_asked: Whether a row is to be measured by this run.
 
     Returns:
@@ -259,8 +267,7 @@ def load_rows(
     return [
         row
         for row in rows
-        if not is_asked(row)
-        or (row.status == PASS and (row.solution in untimed or any(map(row.time, passes))))
+        if not is_asked(row) or (row.status == PASS and any(map(row.is_finished, passes)))
     ]
 
 

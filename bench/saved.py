@@ -82,6 +82,8 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
     if not results.rows:
         raise ValueError("rows: expected at least one, got none")
     asked = typed.checked_object(content.get("asked") or _asked(results), "asked")
+    for name, uuids in typed.checked_object(asked.get("uuids", {}), "asked: uuids").items():
+        typed.checked_list(uuids, f"asked: uuids of {name}")
     known = {field.name for field in dataclasses.fields(Settings)}
     fields = {key: value for key, value in content["settings"].items() if key in known}
     fields = {"cool_down": 0.0, "flush": "write"} | fields  # runs from before there was one

@@ -22,7 +22,7 @@ from bench import (
 )
 from bench.failures import FileError
 from bench.gpu_clock import ClockError
-from bench.results import REFERENCE, Results, Row, load_rows
+from bench.results import CHECKED_ONLY, REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import LOCAL_EXPERTS, SCALING, WORKLOADS, select
 from interop import dataset, folder_lock
@@ -273,7 +273,6 @@ def _keep_finished(
         results.about["settings"],
         surroundings,
         settings.passes,
-        untimed=(interpreter.SOLUTION.name,),
         is_asked=lambda row: (
             row.solution in chosen
             and (row.uuid in uuids or row.solution == interpreter.SOLUTION.name)
@@ -286,10 +285,29 @@ def _keep_finished(
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
     results.about["resumed_commands"] = earlier.results.commands()
+    results.roofline = earlier.results.roofline  # until this run has measured it
+    for name, why in earlier.results.unavailable.items():
+        if name not in chosen:
+            results.unavailable.setdefault(name, why)
     both = documents.Options(*map(max, options, earlier.options))  # else its documents would go
-    asked = earlier.results.about.get("asked", {}).get("rows", 0)
-    results.about["asked"] |= both._asdict() | {"rows": asked}
+    asked = earlier.results.about.get("asked", {})
+    results.about["asked"] |= both._asdict() | {"uuids": asked.get("uuids", {})}
     return both
+
+
+def _note_asked(results: Results, asked: Collection[tuple[str, str]]) -> None:
+    """Adds (solution, uuid) to what the run and those that it goes on with were asked for.
+
+    What of it has no row in the end is missing, whichever of them asked for it.
+    """
+    uuids = {name: set(them) for name, them in results.about["asked"].get("uuids", {}).items()}
+    for name, uuid in {*asked, *results.rows}:
+        # Which workload the interpreter takes does not matter: it is one row.
+        uuids.setdefault(name, set()).add("" if name == CHECKED_ONLY else uuid)
+    results.about["asked"] |= {
+        "rows": sum(map(len, uuids.values())),
+        "uuids": {name: sorted(them) for name, them in uuids.items()},
+    }
 
 
 def _measure(
@@ -306,10 +324,7 @@ def _measure(
     timed_already = [results.timed_by(clock) for clock in settings.passes]
     interpreted = set(chosen) - set(timed) - set(results.solutions())
     total = sum(len(asked - of_clock) for of_clock in timed_already) + len(interpreted)
-    # Of an earlier run that was cut off, what is not asked for again is still missing.
-    earlier = results.about["asked"].get("rows", 0)
-    known = len(asked | set(results.rows)) + len(interpreted)
-    results.about["asked"]["rows"] = max(known, earlier)
+    _note_asked(results, asked | {(name, "") for name in interpreted})
     orders = ahead.orders(timed, workloads, set.intersection(*timed_already)) if jobs else []
     total += len(orders)
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True, file=sys.stderr) as bar:

@@ -146,4 +146,4 @@ def test_rows_that_an_editor_removed_are_missed(results):
     del results.rows["jax_moe_xla", row("jax_moe_xla", 7, 50.0).uuid]
     assert not header.is_complete(results)
     said = documents.conclusion(results, SETTINGS, documents.Options(report=False))
-    assert "Incomplete: 1 of 2 rows were measured: rows that were measured are not in" in said
+    assert "Incomplete: 1 of 2 rows were measured: rows that were asked for are missing" in said

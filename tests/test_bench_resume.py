@@ -6,7 +6,18 @@ import json
 import jax
 import pytest
 
-from bench import documents, interpreter, plots, roofline, runner, saved, session, solutions
+from bench import (
+    documents,
+    header,
+    interpreter,
+    plots,
+    report,
+    roofline,
+    runner,
+    saved,
+    session,
+    solutions,
+)
 from bench.results import Results, load_rows
 from bench.timers import Statistics
 from bench.workloads import select
@@ -121,6 +132,74 @@ def test_what_is_not_asked_for_again_stays_wrong_or_missing(tmp_path, registry):
         assert "Incomplete" in (other.output / "results.md").read_text()
     assert execute(other, resume=True) == session.OK
     assert "Incomplete" not in (other.output / "results.md").read_text()
+
+
+def test_what_any_part_of_a_run_asked_for_is_missing_until_it_is_there(tmp_path, registry):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    registry(solution("ours", interrupted), solution("other", right))
+    absent = "not installed"
+    registry(dataclasses.replace(solution("absent", right), unavailable_reason=lambda: absent))
+    chosen = settings(tmp_path, "ours", "absent", workloads=("1", "7"), num_trials=1)
+    assert execute(chosen, report=True) == 130
+    document, compared = (chosen.output / f"{name}.md" for name in ("results", "comparison_report"))
+    others = dataclasses.replace(chosen, solutions=("other",))
+    for _ in range(2):  # as many rows as were asked for at first, but not those
+        assert execute(others, resume=True) == session.OK
+        assert len(rows_of(chosen)[0]) == 4
+        assert "**Incomplete**: rows that were asked for are missing." in document.read_text()
+        assert "- Not measured: absent: not installed" in document.read_text()
+        assert "- Not measured: absent: not installed" in compared.read_text()
+    registry(solution("ours", right), solution("absent", right))
+    assert execute(chosen, resume=True) == session.OK
+    assert "Incomplete" not in document.read_text()
+    assert "Not measured" not in document.read_text()
+    path = chosen.output / "results.json"
+    path.write_text(json.dumps(rows_of(chosen)[1] | {"asked": {"uuids": ["x"]}}))
+    with pytest.raises(ValueError, match=r"^--resume: .*: damaged: asked: uuids: expected an obj"):
+        execute(chosen, resume=True)
+
+
+def test_rows_by_host_time_alone_are_missing_and_those_checked_only_are_not(
+    tmp_path, registry, monkeypatch
+):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", workloads=("1", "7"), num_trials=1)
+    assert execute(chosen) == session.OK
+    found = saved.read(chosen.output).results
+    one, seven = select(("1", "7"))
+    checked = dataclasses.replace(
+        found.rows["ours", one.uuid], solution="mosaic_interpreted", wall=None
+    )
+    found.rows[checked.solution, checked.uuid] = checked
+    found.roofline = roofline.Roofline(1e12, 1e14, "probes")
+    found.write()
+    assert header.is_complete(found)
+    assert header.count(found) == "5 of 5 rows were measured"
+    unfinished = dataclasses.replace(found.rows["ours", seven.uuid], wall=None)
+    found.rows["ours", seven.uuid] = unfinished
+    assert not header.is_complete(found)
+    said = documents.conclusion(found, chosen, documents.Options())
+    assert "4 of 5 rows were measured, 1 more by host time alone" in said
+    titles, first, second, _ = report.comparison(found)
+    assert titles[-1] == "ours us"
+    assert [first[-1] != "-", second[-1]] == [True, "-"]
+
+    # What a part of a run leaves in its first pass, before the probes, has the floors of before.
+    again = found.rows.pop(("torch_reference", one.uuid))
+    found.write()
+
+    def first_pass(settings, solutions, workloads, results, *_):
+        results.put(again)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", first_pass)
+    assert execute(chosen, resume=True) == 130
+    found = saved.read(chosen.output).results
+    assert found.roofline
+    assert found.solutions() == ["torch_reference", "ours", "mosaic_interpreted"]
+    assert [row.solution for row in found.workloads()[0][1]] == found.solutions()
 
 
 def test_documents_that_were_asked_for_later_stay(tmp_path, registry):
