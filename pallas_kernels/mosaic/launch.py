@@ -35,6 +35,24 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     return call
 
 
+def in_place(body: Callable[[Any], None], state: Any) -> Any:
+    """`pl.run_state(body)(state)`, of which no result becomes part of a larger array unseen.
+
+    The barrier keeps XLA's dynamic-slice fusion away. With it a kernel would write straight into a
+    slice of a larger array, as of the stacked results of `lax.scan` and of `jax.vmap`. But it
+    forgets that a result is an operand written in place: the kernel writes to the operand, and the
+    slice stays as it was (seen with JAX 0.11.2 on an H200).
+
+    Args:
+        body: Runs kernels that write to some of the references that it gets.
+        state: A pytree of arrays.
+
+    Returns:
+        The arrays, as `body` leaves them.
+    """
+    return lax.optimization_barrier(pl.run_state(body)(state))
+
+
 class Blocks(NamedTuple):
     """Blocks of a launch that do one kind of work.
 

@@ -80,7 +80,7 @@ def _sum_into(zeroed, expert_outputs, topk_weights, pair_row, interpret):
         kernel_name="moe_unpermute_local",
         interpret=interpret,
     )
-    return pl.run_state(lambda out: kernel(expert_outputs, topk_weights, pair_row, out))(zeroed)
+    return launch.in_place(lambda out: kernel(expert_outputs, topk_weights, pair_row, out), zeroed)
 
 
 def _sum_row_if_local(expert_gmem, weight_gmem, pair_row_gmem, out_gmem):

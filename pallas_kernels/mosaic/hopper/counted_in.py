@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
 from pallas_kernels.device import num_sms
@@ -51,7 +50,7 @@ def run(
                 to[...] = result
 
         empty = [lax.empty(leaf.shape, leaf.dtype) for leaf in leaves]
-        _, results = pl.run_state(body)((zeros, empty))
+        _, results = launch.in_place(body, (zeros, empty))
         return results
 
     if zeros is None:
