@@ -15,7 +15,7 @@ from pallas_kernels.mosaic.hopper.down_projection import down_projection
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.types import Quantized
-from tests.moe_inputs import SMALL, bits, make_inputs, on_device
+from tests.moe_inputs import SMALL, bits, make_inputs, on_device, relative_error
 from tests.test_kernels_interpreted import E4M3, grouped_rows, weights
 from tests.test_repeatability import NAN, poison
 
@@ -110,6 +110,18 @@ def test_zeros_are_those_of_the_tokens_without_a_local_pair(num_tokens, hidden_s
     assert (bits(zeroed)[idle] == 0).all()
     assert num_tokens == 1 or not idle.all()
     assert idle.all() or np.isnan(np.asarray(zeroed)[~idle].astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("precision", ["fast", "high"])
+@pytest.mark.parametrize("num_tokens", [7, 200])
+def test_gathered_tiles_of_a_single_step_end(num_tokens, precision):
+    """Four tiles per CTA and more: their producer and their consumers waited for each other."""
+    sizes = {"hidden_size": 128, "intermediate_size": 2048, "num_local_experts": 32, "offset": 0}
+    inputs = on_device(make_inputs(num_tokens, **sizes))
+    options = {"config": SMALL, "backend": "mosaic", "precision": precision}
+    found = jax_moe.apply(*inputs.arguments, **options)
+    expected = jax_moe.reference(*inputs.arguments, config=SMALL)
+    assert relative_error(found, expected) < (0.03 if precision == "fast" else 0.003)
 
 
 @pytest.mark.parametrize("hidden_size", [384, 512])

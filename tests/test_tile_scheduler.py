@@ -1,4 +1,7 @@
-"""How stream-K splits tiles along K: every segment is computed once, and its CTA is found."""
+"""How stream-K splits tiles along K: every segment is computed once, and its CTA is found.
+
+And that the two sides of a static scheduler, in a model of it, never wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mosaic.hopper import grouped_matmul, stream_k
+from pallas_kernels.mosaic.hopper.gather import GATHER_DELAY
 from pallas_kernels.mosaic.hopper.matmul_config import MatmulConfig, matmul_shape
 from pallas_kernels.mosaic.hopper.stream_k import Partition
 
@@ -110,3 +114,92 @@ def test_only_widened_matmuls_split_them(is_widened, expected):
     plan = SimpleNamespace(num_tiles=[jnp.int32(2)])
     scheduler = grouped_matmul._scheduler(shape, SimpleNamespace(plan=plan, zeros=None))
     assert scheduler.partition.split_tiles == expected
+
+
+def through(shape, tiles, slots):
+    """How many tiles consumers get through: producer and consumers in turn, as far as each gets.
+
+    Args:
+        shape: The matmul.
+        tiles: Steps of each tile, or piece of a tile, of a CTA.
+        slots: Of the queue.
+    """
+    delay = GATHER_DELAY if shape.is_gathered else 0
+    state = SimpleNamespace(put=0, taken=0, filled=0, committed=0, consumed=0)
+
+    def produce():
+        """As `StaticScheduler.produce_tiles`; yields what it waits for."""
+        state.put = 1
+        for index, steps in enumerate(tiles):
+            fills = steps // shape.stages_per_fill
+            for i in range(fills):
+                if i == fills // 2:
+                    yield lambda index=index: state.taken > index + 1 - slots
+                    state.put += 1
+                last = state.filled + shape.stages_per_fill
+                yield lambda last=last: state.consumed > last - 1 - shape.config.num_stages
+                state.filled = last
+                state.committed = max(last - delay, state.committed)
+        state.committed = state.filled
+
+    def consume():
+        """As `_consume_whole_tiles`."""
+        done = 0
+        for index, steps in enumerate(tiles):
+            yield lambda index=index: state.put > index
+            state.taken += 1
+            for _ in range(steps):
+                yield lambda done=done: state.committed > done
+                done += 1
+                state.consumed = done
+        yield lambda: state.put > len(tiles)
+
+    sides = [produce(), consume()]
+    waits = [next(side) for side in sides]
+    while ready := [i for i, wait in enumerate(waits) if wait()]:
+        for i in ready:
+            waits[i] = next(sides[i], lambda: False)
+    return state.taken if state.consumed == sum(tiles) else state.taken - 1
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("stages_per_fill", [1, 2, 4])
+@pytest.mark.parametrize("split_k_steps", [None, 1, 2])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8])
+def test_producer_and_consumers_never_wait_for_each_other(
+    num_steps, split_k_steps, stages_per_fill, gathered
+):
+    for num_stages in range(stages_per_fill + 2, 8):
+        shape = matmul_shape(
+            MatmulConfig(
+                16,
+                num_stages,
+                sms=132,
+                stages_per_fill=stages_per_fill,
+                split_k_steps=split_k_steps,
+            ),
+            num_columns=1,
+            weight_blocks=lambda column: (column,),
+            num_steps=num_steps,
+            gathered=gathered,
+            interpret=None,
+        )
+        pieces = range(shape.segment_steps, num_steps + 1, shape.segment_steps)
+        for first in pieces:
+            for last in pieces:
+                tiles = [num_steps] * 5 + [first, last]
+                assert through(shape, tiles, shape.queue_slots) == len(tiles)
+
+
+def test_tiles_of_one_gathered_step_take_a_third_slot():
+    """H = 128: an up-projection of three tiles per CTA or more never ended."""
+    options = {"num_columns": 8, "weight_blocks": lambda column: (column,), "interpret": None}
+    config = MatmulConfig(16, num_stages=6, sms=132)
+    one = matmul_shape(config, num_steps=1, gathered=True, **options)
+    assert one.queue_slots == 3
+    assert through(one, [1, 1], slots=2) == 2
+    assert through(one, [1, 1, 1], slots=2) == 0
+    assert through(one, [1] * 8, slots=3) == 8
+    for num_steps, gathered in ((1, False), (2, True), (56, True)):
+        shape = matmul_shape(config, num_steps=num_steps, gathered=gathered, **options)
+        assert shape.queue_slots == 2

@@ -74,7 +74,7 @@ def grouped_matmul(
         out_type=epilogue.out_type,
         scratch_types={
             "pipeline": pipeline_types(shape),
-            "queue": scheduler.queue_types(),  # tiles, from the producer to the consumers
+            "queue": scheduler.queue_types(shape),  # tiles, from the producer to the consumers
             "staging": epilogue.staging_types,
         },
         grid=(shape.sms,),

@@ -145,7 +145,7 @@ def grouped_matmul(
         # Pallas lays shared memory out in the alphabetical order of these names.
         scratch_types={
             "pipeline": pipeline_types(shape),
-            "queue": (DynamicScheduler if shape.is_dynamic else StaticScheduler).queue_types(),
+            "queue": (DynamicScheduler if shape.is_dynamic else StaticScheduler).queue_types(shape),
             "staging": epilogue.staging_types,
         },
         grid=(shape.sms,),

@@ -201,6 +201,18 @@ class MatmulShape:
         return 1 if self.segment_steps % wanted else wanted
 
     @property
+    def queue_slots(self) -> int:
+        """Tiles that the queue of a static scheduler holds.
+
+        Two, so that a tile is queued while the one before it is under way. For its slot the
+        producer waits until consumers are through with an earlier tile, all of whose steps must
+        then be committed. Gathered steps are so `GATHER_DELAY` steps late: tiles of fewer steps
+        take more slots, or both sides wait for ever.
+        """
+        delay = GATHER_DELAY if self.is_gathered else 0
+        return max(2, -(-delay // self.segment_steps) + 1)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Widths that a tile may have, ascending."""
         return (*self.config.tail_widths, self.config.block_m)

@@ -42,7 +42,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic import warp
 from pallas_kernels.mosaic.hopper import work_counter
-from pallas_kernels.mosaic.hopper.matmul_config import NUM_CONSUMERS
+from pallas_kernels.mosaic.hopper.matmul_config import NUM_CONSUMERS, MatmulShape
 from pallas_kernels.mosaic.hopper.tile_queue import Tile, TileQueue, queue_types
 from pallas_kernels.types import GroupPlan
 
@@ -115,7 +115,7 @@ class TileScheduler(Protocol):
     """How a CTA goes through its tiles, each queued by the producer before it is computed."""
 
     @staticmethod
-    def queue_types() -> TileQueue:
+    def queue_types(shape: MatmulShape) -> TileQueue:
         """Scratch types of the queue that it needs."""
 
     def produce_tiles(
@@ -141,9 +141,9 @@ class StaticScheduler:
     sms: int
 
     @staticmethod
-    def queue_types() -> TileQueue:
-        """Two slots: the next tile is queued while the consumers may not have taken this one."""
-        return queue_types(num_slots=2, num_readers=NUM_CONSUMERS)
+    def queue_types(shape: MatmulShape) -> TileQueue:
+        """Slots for tiles that the consumers have not taken yet."""
+        return queue_types(num_slots=shape.queue_slots, num_readers=NUM_CONSUMERS)
 
     def produce_tiles(
         self, queue: TileQueue, producer: TileProducer, side_job: Callable[[], None] | None = None
@@ -193,7 +193,7 @@ class DynamicScheduler:
     counter: Any
 
     @staticmethod
-    def queue_types() -> TileQueue:
+    def queue_types(shape: MatmulShape) -> TileQueue:
         """One slot, which the warp that fills the pipeline reads, too."""
         return queue_types(num_slots=1, num_readers=NUM_CONSUMERS + 1)
 
