@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = commands.parser("bench.parallel", __doc__)
     parser.add_argument("--ranks", type=up_to(FULL.num_experts), default=1, help="one per device")
-    parser.add_argument("--tokens", type=token_counts, default=(), help="T's of all ranks")
+    parser.add_argument("--tokens", type=token_counts, default=(), help="of each rank, by commas")
     parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--pieces", type=token_counts, default=(1,))
     parser.add_argument("--routings", type=_names, default=("even",))

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import environment, step_record
 from bench.parallel_documents import STEM
-from bench.run_folder import make
+from bench.run_folder import make, refuse_others
 from interop import folder_lock
 from jax_moe.io.files import naming, shown
 from jax_moe.io.strict_json import parse_object
@@ -86,6 +86,7 @@ def opened(
             steps would replace or that were measured otherwise.
     """
     make("--output", folder)
+    refuse_others(folder, _OF_THE_RUN)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(held(folder, names))

@@ -76,11 +76,7 @@ def opened(
     try:
         with _locked(path):
             earlier = files_of_a_run(path, files)
-            if others := files_of_a_run(path, [one for one in _RESULTS if one not in files]):
-                raise ValueError(
-                    f"--output: {shown(path)} holds {', '.join(others)} of another command; "
-                    "expected a folder of its own"
-                )
+            refuse_others(path, files)
             note = _note(path, earlier, stem, output) if resume else None
             if earlier and not (resume or overwrite):
                 goes_on = "--resume goes on with it, " if files is _FILES else ""
@@ -96,6 +92,15 @@ def opened(
                 path.rmdir()
                 if output is None:
                     root.rmdir()
+
+
+def refuse_others(folder: Path, files: Sequence[str]) -> None:
+    """Raises `ValueError` if a folder holds results that are not among the `files` of a command."""
+    if others := files_of_a_run(folder, [one for one in _RESULTS if one not in files]):
+        raise ValueError(
+            f"--output: {shown(folder)} holds {', '.join(others)} of another command; "
+            "expected a folder of its own"
+        )
 
 
 def make(flag: str, folder: Path) -> bool:
@@ -168,6 +173,9 @@ def _made_by_time(root: Path) -> Path:
 
 
 def _note(path: Path, earlier: Sequence[str], stem: str, output: Path | None) -> str:
+    runs = [name for name in earlier if name in _RESULTS]
+    if len(runs) > 1:  # put together by hand; the other one would go
+        raise ValueError(f"--resume: {shown(path)} holds {' and '.join(runs)}, expected one run")
     if f"{stem}.json" in earlier:
         return f"going on with {shown(path / f'{stem}.json')}"
     if earlier:

@@ -292,6 +292,14 @@ def test_a_document_that_was_kept_alone_is_not_replaced(tmp_path, measured):
     assert measured(tmp_path) == (2, f"{said}replaces it\n")
 
 
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
+def test_another_command_keeps_its_folder(tmp_path, measured, flags):
+    (tmp_path / "results.json").write_text("{}")
+    said = f"--output: {tmp_path} holds results.json of another command; expected a folder of its"
+    assert measured(tmp_path, *flags) == (2, f"{said} own\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -202,6 +202,20 @@ def test_rows_by_host_time_alone_are_missing_and_those_checked_only_are_not(
     assert [row.solution for row in found.workloads()[0][1]] == found.solutions()
 
 
+def test_of_two_runs_in_a_folder_neither_is_gone_on_with(tmp_path, registry):
+    registry(solution("ours", right))
+    chosen = settings(tmp_path, "ours", num_trials=1)
+    assert execute(chosen) == session.OK
+    (chosen.output / "scaling.json").write_text("another run's")
+    for scaling in (False, True):
+        one = dataclasses.replace(chosen, scaling=scaling)
+        with pytest.raises(
+            ValueError, match=r"^--resume: .* holds results\.json and scaling\.json, "
+        ):
+            execute(one, resume=True)
+    assert (chosen.output / "scaling.json").read_text() == "another run's"
+
+
 def test_documents_that_were_asked_for_later_stay(tmp_path, registry):
     registry(solution("ours", right), solution("other", right))
     chosen = settings(tmp_path, "ours", "other", num_trials=1)
