@@ -47,7 +47,9 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
     """The tables and verdicts for the terminal."""
     if not results.rows:
         return "no rows were finished"
-    parts = [report.terminal_table(results), "", *aligned(report.comparison(results), left=0)]
+    parts = [report.terminal_table(results)]
+    if compared := report.comparison(results):
+        parts += ["", *aligned(compared, left=0)]
     against = report.against_peers(results)
     parts += ["", *aligned(against, left=0)] if len(against) > 1 else []
     if options.breakdown:
@@ -174,7 +176,8 @@ def _document(results: Results, settings: Settings, plot: str | None) -> list[st
     lines += ["", "```bash", results.script(), "```", ""]
     lines += [f"![Time against tokens]({plot})", ""] if plot else []
     clock = "GPU" if results.timer == "gpu" else "wall"
-    lines += [f"## Median {clock} time", "", *markdown(report.comparison(results), left=0), ""]
+    if compared := report.comparison(results):
+        lines += [f"## Median {clock} time", "", *markdown(compared, left=0), ""]
     against = report.against_peers(results)
     if len(against) > 1:
         lines += ["## Against the fastest other solution", "", *markdown(against, left=0), ""]

@@ -163,11 +163,14 @@ def comparison(results: Results) -> list[list[str]]:
     Returns:
         The header, the workloads, and a last line with each solution's geometric mean of time over
         floor, or of time where there is no floor, over the workloads that all of them passed.
-        Solutions that are checked but not timed have no column, workloads of theirs alone no line.
+        Solutions that are checked but not timed have no column, workloads of theirs alone no line;
+        nothing where none is timed.
         The floor of the means is the unpromoted one.
     """
     with_cells = {row.solution for row in results.rows.values() if not _is_untimed(results, row)}
     names = [name for name in results.solutions() if name in with_cells]
+    if not names:
+        return []
     header = ["T", "offset", "pairs", "experts", *_floor_titles(results)]
     lines = [header + [f"{name} us" for name in names]]
     for _, rows in results.workloads():

@@ -200,6 +200,10 @@ def test_rows_by_host_time_alone_are_missing_and_those_checked_only_are_not(
     assert found.roofline
     assert found.solutions() == ["torch_reference", "ours", "mosaic_interpreted"]
     assert [row.solution for row in found.workloads()[0][1]] == found.solutions()
+    found.rows = {(unfinished.solution, unfinished.uuid): unfinished}
+    assert list(documents.write_all(found, chosen, documents.Options()))
+    assert "Median" not in (chosen.output / "results.md").read_text()
+    assert "geomean" not in documents.conclusion(found, chosen, documents.Options())
 
 
 def test_of_two_runs_in_a_folder_neither_is_gone_on_with(tmp_path, registry):
