@@ -4,7 +4,7 @@
     python -m tests.fuzz --case 12345 --backend mosaic
 
 `fuzz.json` in the output folder says what ran, on what, and how it went; `running.txt` stays there
-only if the process died, and names the case. Exit code 1 on a failure.
+only if the process died, and names the case. Exit code 1 on a failure, that of a signal after one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import datetime
 import importlib.util
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -200,31 +201,36 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if campaign.failures else 0
     output.mkdir(parents=True, exist_ok=True)
     minutes = _MINUTES if args.minutes is None else args.minutes
-    about = run_for(campaign, args.seed or 0, 60 * minutes, output)
+    about, interrupted = run_for(campaign, args.seed or 0, 60 * minutes, output)
     with write_atomically(output / "fuzz.json") as file:
         json.dump(about | campaign.summary(), file, indent=2)
         file.write("\n")
     failed = len(campaign.failures)
     print(f"{campaign.count} cases on {', '.join(campaign.backends)}: {failed} failures")
     print(f"wrote {output / 'fuzz.json'}")
-    return 1 if failed else 0
+    return interrupted or (1 if failed else 0)
 
 
-def run_for(campaign: Campaign, seed: int, seconds: float, output: pathlib.Path) -> dict[str, Any]:
-    """Fuzzes; returns when, how long, and what on."""
+def run_for(
+    campaign: Campaign, seed: int, seconds: float, output: pathlib.Path
+) -> tuple[dict[str, Any], int]:
+    """Fuzzes.
+
+    Returns:
+        When, how long, and what on; and the exit code of the signal that ended it, or 0.
+    """
     slots = list(range(len(campaign.cases.SLOTS)))
     if INTERPRETED in campaign.backends:
         slots = list(campaign.cases.INTERPRETED_SLOTS)
     started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
-    with (output / "running.txt").open("w") as running:
+    with (output / "running.txt").open("w") as running, interruption.remembered():
         try:
-            with interruption.remembered():
-                complete = fuzz(campaign, seed, seconds, slots, running)
+            complete, code = fuzz(campaign, seed, seconds, slots, running), 0
         except KeyboardInterrupt:
-            interruption.acknowledge()  # what was found is written
-            complete = False
+            complete, code = False, interruption.acknowledge()  # what was found is written
+            print("interrupted", file=sys.stderr)
     (output / "running.txt").unlink()
-    return {
+    about = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - before, 1),
         "complete": complete,
@@ -235,6 +241,7 @@ def run_for(campaign: Campaign, seed: int, seconds: float, output: pathlib.Path)
         "versions": environment.versions(),
         "commit": environment.git_commit(),
     }
+    return about, code
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import jax_moe
+from pallas_kernels import interruption
 from tests import fuzz, fuzz_cases, fuzz_checks, numpy_oracle
 from tests.backend_cases import EVERYWHERE
 from tests.moe_inputs import bits
@@ -168,6 +170,15 @@ def test_the_command_line_writes_what_ran(tmp_path, capsys):
     assert {"device", "versions", "commit", "seed", "rows_compared"} <= set(content)
     assert [path.name for path in tmp_path.iterdir()] == ["fuzz.json"]
     assert "0 failures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_its_exit_code(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(fuzz.Campaign, "run", lambda *_: signal.raise_signal(number))
+    command = ["--backend", "xla", "--output", str(tmp_path)]
+    assert interruption.ended(lambda: fuzz.main(command)) == 128 + number
+    assert json.loads((tmp_path / "fuzz.json").read_text())["complete"] is False
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_command_line_repeats_a_failure(monkeypatch, capsys):
