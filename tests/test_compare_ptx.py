@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -143,3 +147,49 @@ def test_a_checkout_that_does_not_compile_is_an_error(tmp_path):
     (tmp_path / "pallas_kernels").mkdir()
     with pytest.raises(SystemExit, match=r"does not compile \(exit code 1\)"):
         compare_ptx.main([str(tmp_path), str(pathlib.Path.cwd())])
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--hidden=100", "argument --hidden: expected a multiple of 128 from 128 to 1048576, got"),
+        ("--intermediate=0", "argument --intermediate: expected a multiple of 128 from 128 to"),
+        ("--local-experts=300", "--local-experts: expected at most the 256 experts, got 300"),
+        ("--local-experts=0", "argument --local-experts: expected an integer from 1 to"),
+        ("--experts=36", "argument --experts: expected a multiple of 8 from 16 to 65536, got '36'"),
+        (f"--tokens=1,{10**20}", "argument --tokens: expected token counts such as 1,80, each of"),
+        ("--cache=", "argument --cache: expected a folder, got an empty name"),
+    ],
+)
+def test_sizes_that_no_layer_has_are_refused_before_anything_is_compiled(capsys, argument, said):
+    with pytest.raises(SystemExit, match="2"):
+        compare_ptx.main([".", ".", argument])
+    assert capsys.readouterr().err.splitlines()[-1].partition("error: ")[2].startswith(said)
+
+
+_WAITS = """
+import pathlib, time
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_leaves_no_process(tmp_path, number):
+    """Ctrl-C reaches the process that compiles too, which says nothing."""
+    for package, text in (("pallas_kernels", ""), ("tests", _WAITS)):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, compare_ptx.__file__, tmp_path, tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    tell = os.killpg if number == signal.SIGINT else os.kill
+    tell(process.pid, number)
+    _, said = process.communicate(timeout=20)  # ends once no process holds the pipe
+    assert (process.returncode, said.splitlines()[1:]) == (128 + number, ["interrupted"])

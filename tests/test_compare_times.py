@@ -67,3 +67,24 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_signal_leaves_no_process_that_lowers(tmp_path, monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, *_, **__):
+            started.append(self)
+            self.ended = False
+
+        def wait(self):
+            if not self.ended:
+                raise KeyboardInterrupt
+
+        def kill(self):
+            self.ended = True
+
+    monkeypatch.setattr(compare_times.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        compare_times.lower_all([tmp_path, tmp_path], [()], tmp_path, jobs=2)
+    assert [process.ended for process in started] == [True, True]

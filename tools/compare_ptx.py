@@ -22,8 +22,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from pallas_kernels import interruption
+
+QUIET = """
+import signal
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+"""
+"""Begins a program that this process waits for: of Ctrl-C, which both get, one of them speaks."""
 
 # Runs in the checkout, with its own modules: only what all commits have is named here.
 _COMPILE = """
@@ -65,7 +75,7 @@ for program in sys.argv[3:]:
     print(f"  {program} done", file=sys.stderr, flush=True)
 """
 
-_VERSIONS = [f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
+_MOST_TOKENS, _MOST_EXPERTS, _LARGEST_SIZE = 2**20, 2**16, 2**20
 _IGNORED = re.compile(r"\s*(?:\.file|\.loc)\b")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 
@@ -136,7 +146,7 @@ def compile_checkout(
     with tempfile.TemporaryDirectory(dir=_made(cache)) as scratch:
         folder = pathlib.Path(scratch)
         if cache is not None and (commit := _commit(checkout)):
-            folder = cache / "-".join([commit, *_VERSIONS, *map(str, options.values())])
+            folder = cache / "-".join([commit, *_versions(), *map(str, options.values())])
         missing = [program for program in programs if not (folder / program).is_dir()]
         found = "" if len(missing) == len(programs) else f" (the others are in {folder})"
         print(f"{checkout}: compiles {', '.join(missing) or 'nothing'}{found}", file=sys.stderr)
@@ -155,7 +165,7 @@ def _compile(
     """Writes the kernels of each program into a folder of its own, whole or not at all."""
     scratch.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", _COMPILE, json.dumps(options), str(scratch), *programs],
+        [sys.executable, "-c", QUIET + _COMPILE, json.dumps(options), str(scratch), *programs],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": str(checkout), "JAX_MOE_TUNING": "off"},
         check=False,
@@ -165,6 +175,10 @@ def _compile(
     folder.mkdir(parents=True, exist_ok=True)
     for program in programs:
         (scratch / program).rename(folder / program)
+
+
+def _versions() -> list[str]:
+    return [f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
 
 
 def _read(folder: pathlib.Path) -> list[Kernel]:
@@ -201,10 +215,38 @@ def checkout_folder(text: str) -> pathlib.Path:
 
 
 def _counts(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"expected token counts such as 1,80, got {text!r}")
-    return [int(part) for part in parts]
+    found = [_number(part, _MOST_TOKENS) for part in text.split(",")]
+    if not all(found):
+        expected = f"expected token counts such as 1,80, each of at most {_MOST_TOKENS}"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+    return found
+
+
+def _multiple_of(step: int, least: int, most: int) -> Callable[[str], int]:
+    """The type of an argument that is a multiple of `step`."""
+
+    def checked(text: str) -> int:
+        found = _number(text, most)
+        if found < least or found % step:
+            wanted = "an integer" if step == 1 else f"a multiple of {step}"
+            raise argparse.ArgumentTypeError(
+                f"expected {wanted} from {least} to {most}, got {text!r}"
+            )
+        return found
+
+    return checked
+
+
+def _number(text: str, most: int) -> int:
+    """An integer of 1 to `most`; 0 where the text is none."""
+    digits = text if text.isdecimal() and len(text) <= len(str(most)) else "0"
+    return int(digits) if int(digits) <= most else 0
+
+
+def _cache_folder(text: str) -> pathlib.Path:
+    if not text:  # pathlib's current directory, which nobody means by it
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return pathlib.Path(text).resolve()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,19 +256,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("after", type=checkout_folder, help="folder of another one")
     parser.add_argument("--tokens", type=_counts, default="1,80,1000,14107", help="values of T")
     parser.add_argument("--backend", default="mosaic", choices=("mosaic", "triton"))
-    parser.add_argument("--experts", type=int, default=256, help="E")
-    parser.add_argument("--local-experts", type=int, default=32, help="E_local")
-    parser.add_argument("--hidden", type=int, default=7168, help="H")
-    parser.add_argument("--intermediate", type=int, default=2048, help="I")
-    parser.add_argument("--cache", type=pathlib.Path, help="keeps the PTX of commits here")
+    # DeepSeek-V3's router takes 8 experts from 4 of 8 groups.
+    experts = _multiple_of(8, 16, _MOST_EXPERTS)
+    parser.add_argument("--experts", type=experts, default=256, help="E")
+    parser.add_argument(
+        "--local-experts", type=_multiple_of(1, 1, _MOST_EXPERTS), default=32, help="E_local"
+    )
+    size = _multiple_of(128, 128, _LARGEST_SIZE)
+    parser.add_argument("--hidden", type=size, default=7168, help="H")
+    parser.add_argument("--intermediate", type=size, default=2048, help="I")
+    parser.add_argument("--cache", type=_cache_folder, help="keeps the PTX of commits here")
     args = parser.parse_args(argv)
+    if args.local_experts > args.experts:
+        parser.error(
+            f"--local-experts: expected at most the {args.experts} experts, "
+            f"got {args.local_experts}"
+        )
     names = ("backend", "experts", "local_experts", "hidden", "intermediate")
     options = {name: getattr(args, name) for name in names}
     programs = [*(f"T={tokens}" for tokens in args.tokens), "quantize"]
     try:
-        cache = _made(args.cache and args.cache.resolve())
+        if cache := _made(args.cache):
+            tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         parser.error(f"--cache: {error}")
+    try:
+        _versions()
+    except importlib.metadata.PackageNotFoundError as error:
+        parser.error(f"needs {error.name}: activate its environment (see BUILD.md)")
     before, after = (
         compile_checkout(checkout, programs, options, cache)
         for checkout in (args.before, args.after)
@@ -241,4 +298,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interruption.exit_with(main)

@@ -40,7 +40,7 @@ from interop.workloads import Workload
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
 from pallas_kernels.tuning.command import positive
-from tools.compare_ptx import checkout_folder
+from tools.compare_ptx import QUIET, checkout_folder
 
 # Runs in the checkout, with its own modules: only what all commits have is named here.
 _LOWER = """
@@ -89,16 +89,19 @@ def lower_all(
         for number, shape in enumerate(shapes)
     ]
     for first in range(0, len(orders), jobs):
-        running = [
-            (checkout, subprocess.Popen(
-                [sys.executable, "-c", _LOWER, shape, place],
-                cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)},
-            ))
-            for checkout, shape, place in orders[first : first + jobs]
-        ]  # fmt: skip
-        for checkout, process in running:
-            if code := process.wait():
-                raise SystemExit(f"{checkout}: does not lower (exit code {code})")
+        running: list[tuple[pathlib.Path, subprocess.Popen[bytes]]] = []
+        try:
+            for checkout, shape, place in orders[first : first + jobs]:
+                command = [sys.executable, "-c", QUIET + _LOWER, shape, str(place)]
+                environ = os.environ | {"PYTHONPATH": str(checkout)}
+                running.append((checkout, subprocess.Popen(command, cwd=checkout, env=environ)))
+            for checkout, process in running:
+                if code := process.wait():
+                    raise SystemExit(f"{checkout}: does not lower (exit code {code})")
+        finally:  # after an error or a signal no process stays
+            for _, process in running:
+                process.kill()
+                process.wait()
     return [
         [scratch / f"{index}-{number}" for number in range(len(shapes))]
         for index in range(len(checkouts))
