@@ -25,6 +25,7 @@ from typing import Any
 
 from bench import environment
 from bench.commands import usable
+from interop.arguments import finite
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
 from tests.cuda_tools import wheel_bin
@@ -179,6 +180,11 @@ def run(
         os.killpg(process.pid, 9)
         log, _ = process.communicate()
         code = None
+    except BaseException:  # a signal: in a session of its own, it would run on
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()
+        raise
     found = verdict(tool, log, code) | ({"left_out": LEFT_OUT} if left_out else {})
     seconds = round(time.monotonic() - before, 1)
     return {"tool": tool, "backend": backend, **found, "seconds": seconds}, log
@@ -225,14 +231,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=usable, help="folder of sanitize.json and the logs")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--backends", default=",".join(BACKENDS))
-    parser.add_argument("--timeout", type=float, default=540.0, help="seconds a run may take")
+    parser.add_argument("--timeout", type=finite, default=540.0, help="seconds a run may take")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
     args = parser.parse_args(argv)
     tools, backends = args.tools.split(","), args.backends.split(",")
     for name, chosen, known in (("tools", tools, TOOLS), ("backends", backends, BACKENDS)):
         if unknown := set(chosen) - set(known):
             parser.error(f"--{name}: expected some of {', '.join(known)}; got {sorted(unknown)}")
-    sanitizer = args.sanitizer or find_sanitizer()
+    sanitizer = find_sanitizer() if args.sanitizer is None else shutil.which(args.sanitizer)
+    if sanitizer is None and args.sanitizer is not None:
+        parser.error(f"--sanitizer: expected a program, got {args.sanitizer!r}")
     if sanitizer is None:
         print(
             "compute-sanitizer not found: it comes with the CUDA toolkit, and with "
@@ -240,7 +248,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    about = _about(sanitizer)
+    sanitizer = os.path.abspath(sanitizer)  # it is called in another folder
+    try:
+        about = _about(sanitizer)
+    except OSError as error:  # executable, and no program
+        parser.error(f"--sanitizer: {error}")
     if about["device"]["platform"] != "gpu":
         print(f"no GPU; JAX's device here is {about['device']['kind']!r}", file=sys.stderr)
         return 2
@@ -268,10 +280,10 @@ def _about(sanitizer: str) -> dict[str, Any]:
         "print(json.dumps({'device': dict(e.device()), 'versions': e.versions(),"
         "'commit': e.git_commit(), 'gpu': e.gpu_state()}))"
     )
+    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"Version .*", version.stdout)
     about = json.loads(done.stdout.splitlines()[-1])
     return {**about, "sanitizer": f"compute-sanitizer {found[0] if found else 'unknown'}"}

@@ -1,6 +1,6 @@
 """What initcheck sees of a store: buffers written whole, each read by a kernel of its own.
 
-    python -m tests.sanitizer_control
+    python -m tests.sanitizer_control control
 
 The first is written by threads, the others by TMA stores, plain ones and, as the down-projection
 makes them, of swizzled tiles. All come out right, so a report of a reader is about a store that
@@ -9,8 +9,9 @@ this version of the tool does not see.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import interruption
 from pallas_kernels.mosaic import launch
 
 READERS = {kind: f"control_reads_{kind}" for kind in ("thread_stores", "tma_stores", "tma_tiles")}
@@ -104,5 +106,13 @@ def run() -> dict[str, float]:
     return errors
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints what was found as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitizer_control")
+    parser.add_argument("name", help="what the JSON calls it")
+    name = parser.parse_args(argv).name
+    print(json.dumps({"backend": name, "relative_errors": run()}), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps({"backend": sys.argv[1], "relative_errors": run()}), flush=True)
+    interruption.exit_with(main)

@@ -8,16 +8,17 @@ precisions.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import jax_moe
-from jax_moe import LayerInputs
+from jax_moe import LayerInputs, backends
 from jax_moe.config import Precision
+from pallas_kernels import interruption
 from tests import numpy_oracle
 from tests.moe_inputs import SMALL, bits, make_inputs, relative_error
 
@@ -73,5 +74,12 @@ def run(backend: str) -> dict[str, Any]:
     return {"backend": backend, "relative_errors": errors}
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the errors as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitizer_target")
+    parser.add_argument("backend", choices=backends.NAMES)
+    print(json.dumps(run(parser.parse_args(argv).backend)), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1])), flush=True)
+    interruption.exit_with(main)

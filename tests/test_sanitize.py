@@ -6,6 +6,8 @@ import functools
 import json
 import pathlib
 import re
+import signal
+import subprocess
 import sys
 
 import jax
@@ -14,7 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
 from jax_moe.backends import triton as triton_backend
-from tests import sanitize, sanitizer_target
+from pallas_kernels import interruption
+from tests import sanitize, sanitizer_control, sanitizer_target
 from tests.h100_target import compile_for_h100
 from tests.moe_inputs import SMALL
 from tests.sanitizer_control import READERS, kernels
@@ -236,6 +239,40 @@ def test_the_control_compiles_for_an_h100():
         assert names == [f"control_writes_{kind}", reader]
 
 
+def test_what_can_be_executed_and_is_no_program_is_named(tmp_path, capsys):
+    empty = executable(tmp_path / "empty", "")
+    empty.write_bytes(b"\x7fELF")
+    with pytest.raises(SystemExit, match="2"):
+        sanitize.main([str(tmp_path / "new"), "--sanitizer", str(empty)])
+    assert "error: --sanitizer: [Errno 8] Exec format error" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_signal_ends_the_tool_too(tmp_path, monkeypatch, capsys):
+    """It has a session of its own, so that it would hear of nothing."""
+    started = []
+
+    def communicate(process, **_):
+        started.append(process)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    tool = executable(tmp_path / "tool", "sleep 60")
+    options = [str(tmp_path), "--sanitizer", str(tool), "--tools", "racecheck"]
+    assert interruption.ended(lambda: sanitize.main(options)) == 143
+    (process,) = started
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("program", [sanitizer_control, sanitizer_target])
+def test_a_program_of_the_tools_names_what_it_lacks(program, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main([])
+    assert "error: the following arguments are required: " in capsys.readouterr().err
+
+
 def test_what_is_missing_is_one_clear_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
     assert sanitize.main([str(tmp_path / "new")]) == 2
@@ -246,6 +283,13 @@ def test_what_is_missing_is_one_clear_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sanitize, "_about", lambda sanitizer: about)
     assert sanitize.main([str(tmp_path / "new"), "--sanitizer", sys.executable]) == 2
     assert capsys.readouterr().err == "no GPU; JAX's device here is 'cpu'\n"
-    with pytest.raises(SystemExit, match="2"):
-        sanitize.main([str(tmp_path / "new"), "--tools", "valgrind"])
+    for arguments, said in (
+        (["--tools", "valgrind"], "--tools: expected some of"),
+        (["--sanitizer", "/nope"], "--sanitizer: expected a program, got '/nope'"),
+        (["--sanitizer", str(ROOT)], "--sanitizer: expected a program, got '/"),
+        (["--timeout", "nan"], "argument --timeout: expected a finite number"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            sanitize.main([str(tmp_path / "new"), *arguments])
+        assert f"error: {said}" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
