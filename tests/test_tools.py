@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from interop.checkout import git_commit
 from tools import check_pins, flashinfer_module, gpu_tests, readme_examples
 
+UNWRITTEN = "standard output: cannot be written: No space left on device\n"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -150,6 +151,42 @@ def test_what_is_no_document_is_one_line(tmp_path, name):
         readme_examples.main(str(tmp_path / name))
 
 
+def test_an_example_whose_output_nobody_reads_is_no_traceback(tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("```python\nprint(1)\n```\n```text\n1\n```\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, readme_examples.__file__, document]
+    with open("/dev/full", "w") as full, open(writer, "w") as unread:
+        for output, expected in ((full, (1, UNWRITTEN)), (unread, (141, ""))):
+            done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+            assert (done.returncode, done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        (str(ROOT / "README.md"), "README.md: cannot be used: expected a folder, got a file"),
+        ("/proc/x", "RESULTS_FOLDER: /proc/x: cannot be used: No such file"),
+        ("", "RESULTS_FOLDER: expected a folder, got an empty name"),
+    ],
+)
+def test_a_folder_that_the_gpu_tests_cannot_write_to_is_one_line(capsys, folder, said):
+    assert gpu_tests.main([folder]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+def test_gpu_tests_without_pytest_are_one_line_and_make_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_tests.environment, "lacking_packages", list)
+    assert gpu_tests.main([str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err.startswith("python -m tools.gpu_tests: needs pytest ")
+    assert not (tmp_path / "new").exists()
+    pytest_is_hidden = "import sys; sys.modules['pytest'] = None; import tools.gpu_tests"
+    subprocess.run([sys.executable, "-c", pytest_is_hidden], cwd=ROOT, check=True)
+
+
 def test_parts_of_the_gpu_tests(tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(gpu_tests, "run_pytest", lambda markers, *_: ran.append(markers) or 3)
@@ -220,6 +257,18 @@ def test_without_flashinfer_no_folder_is_made(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--package: expected a folder, as flashinfer is not inst"):
         flashinfer_module.main([f"--output={tmp_path / 'new'}"])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("--jobs=0", "--jobs: expected a positive integer, got 0"), ("--jobs=1", "No such file or ")],
+)
+def test_what_flashinfers_module_cannot_be_built_with_is_named(tmp_path, capsys, argument, said):
+    """Such as a package without its sources."""
+    places = [f"--{name}={tmp_path}" for name in ("package", "tvm_ffi", "output")]
+    with pytest.raises(SystemExit, match="2"):
+        flashinfer_module.main([*places, argument])
+    assert said in capsys.readouterr().err
 
 
 def test_flashinfers_module_is_cut_to_one_pair_of_types(tmp_path, monkeypatch):

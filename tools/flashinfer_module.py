@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 
+from pallas_kernels import interruption
+
 NAME = "fused_moe_90"
 _RUNNER = "kernels::CutlassMoeFCRunner<__nv_bfloat16, __nv_fp8_e4m3>"
 _BINDING = f"""    if (mActivationDtype == dl_bfloat16 && mWeightDtype == dl_float8_e4m3fn) {{
@@ -153,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cuda", type=Path, default=Path(cuda), help="with bin/nvcc and include")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected a positive integer, got {arguments.jobs}")
     for name, package in (("package", "flashinfer"), ("tvm_ffi", "tvm_ffi")):
         if getattr(arguments, name) is None:
             found = util.find_spec(package)
@@ -164,12 +168,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         tempfile.TemporaryFile(dir=arguments.output).close()
     except OSError as error:
         parser.error(f"--output: {error}")
-    library = build(
-        arguments.package, arguments.cuda, arguments.tvm_ffi, arguments.output, arguments.jobs
-    )
+    places = arguments.package, arguments.cuda, arguments.tvm_ffi, arguments.output
+    try:
+        library = build(*places, arguments.jobs)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{error.cmd[0]}: ended with {error.returncode}")
+    except (OSError, ValueError) as error:  # a source or compiler that is not there
+        parser.error(str(error))
     print(f"{library}: {library.stat().st_size:,} bytes")
     print(f"copy it to {arguments.package / 'data' / 'aot' / NAME / library.name}")
 
 
 if __name__ == "__main__":
-    main()
+    interruption.exit_with(main)

@@ -15,6 +15,7 @@ hold the single tests.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -24,13 +25,13 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
-from bench import environment
+from bench import commands, environment
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
-from tools import gpu_progress
 
 ROOT = pathlib.Path(__file__).parent.parent
 MOST_WORKERS = 12
+NEEDED = {"pytest": "pytest", "xdist": "pytest-xdist"}
 PARTS = ("parallel", "timing")
 NOTHING_SELECTED = 5  # pytest's exit code
 
@@ -64,6 +65,7 @@ def begin(progress: pathlib.Path, *, resume: bool) -> list[str]:
     """
     commit = environment.git_commit()
     if not resume:
+        progress.parent.mkdir(parents=True, exist_ok=True)
         progress.write_text(json.dumps({"commit": commit}) + "\n")
         return []
     if not progress.exists():
@@ -71,6 +73,8 @@ def begin(progress: pathlib.Path, *, resume: bool) -> list[str]:
     before = json.loads(progress.read_text().partition("\n")[0])["commit"]
     if before != commit:
         raise ValueError(f"--resume: expected a run of commit {commit}, got one of {before}")
+    from tools import gpu_progress  # which needs pytest
+
     return gpu_progress.passed(progress)
 
 
@@ -113,8 +117,17 @@ def main(argv: list[str]) -> int:
         if part not in PARTS:
             print(f"--only: expected one of {', '.join(PARTS)}, got {part!r}", file=sys.stderr)
             return 2
-    folder = pathlib.Path(argv[0]).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = commands.usable(argv[0]).absolute()
+    except argparse.ArgumentTypeError as error:
+        print(f"RESULTS_FOLDER: {error}", file=sys.stderr)
+        return 2
+    if lacking := environment.lacking_packages(NEEDED):
+        packages = " ".join(lacking)
+        print(
+            f"python -m tools.gpu_tests: needs {packages}: pip install {packages}", file=sys.stderr
+        )
+        return 2
     progress, leave_out = folder / "progress.jsonl", folder / "passed_before.txt"
     try:
         before = begin(progress, resume=resume)

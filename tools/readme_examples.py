@@ -15,6 +15,9 @@ import re
 import subprocess
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from pallas_kernels import interruption
+
 
 def examples(document: str) -> list[tuple[str, str]]:
     """Code and output of each example."""
@@ -65,7 +68,12 @@ def main(path: str) -> int:
     return 0 if found else 1
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """`main`, with its arguments from the command line."""
     parser = argparse.ArgumentParser(prog="python tools/readme_examples.py")
     parser.add_argument("document", help="a Markdown file")
-    sys.exit(main(parser.parse_args().document))
+    return main(parser.parse_args().document)
+
+
+if __name__ == "__main__":
+    interruption.exit_with(command)
