@@ -17,10 +17,14 @@ import copy
 import functools
 import json
 import pathlib
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +39,7 @@ except ImportError as error:
     sys.exit(f"deepseek_end_to_end.py: {error}: pip install '.[bench,models-test]'")
 
 from jax_moe import MoEConfig, checkpoint, nn, route
+from pallas_kernels import interruption
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -240,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruption.exit_with(main)

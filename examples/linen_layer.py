@@ -9,7 +9,11 @@ live in the collection "frozen", so that the optimizer of "params" never sees th
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +25,7 @@ except ImportError as error:
 
 from jax_moe import ExpertWeights, MoEConfig, nn
 from jax_moe.types import LayerWeights
+from pallas_kernels import interruption
 
 CONFIG = nn.LayerConfig(
     MoEConfig(top_k=2, scoring="softmax"),
@@ -68,8 +73,13 @@ def main() -> jax.Array:
     return out
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Command line, which takes no arguments."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     main()
+
+
+if __name__ == "__main__":
+    interruption.exit_with(command)

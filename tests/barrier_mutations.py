@@ -26,8 +26,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import interruption
+
+try:
+    import pytest
+except ImportError:
+    sys.exit("python -m tests.barrier_mutations: needs pytest: pip install pytest")
 
 ROOT = pathlib.Path(__file__).parent.parent
 KERNEL_TESTS = "tests/test_kernels_interpreted.py"
@@ -265,4 +271,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interruption.exit_with(main)

@@ -14,6 +14,7 @@ import torch
 from interop import torch_oracle
 from interop.solutions import deepgemm, deepgemm_mega, flashinfer_cutlass
 from jax_moe import DEEPSEEK_V3, MoEConfig
+from pallas_kernels import interruption
 from tests.torch_inputs import relative_error, torch_inputs
 
 
@@ -195,7 +196,7 @@ def check_flashinfer(num_tokens: int) -> None:
     print(f"flashinfer T={num_tokens} relative error {error:.4f}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("set TRITON_INTERPRET=1")
     check(33, 64)
@@ -204,3 +205,7 @@ if __name__ == "__main__":
     check(33, 64, MoEConfig(4, scoring="softmax"), num_experts=48, num_local_experts=48, offset=0)
     check_mega(33)
     check_flashinfer(33)
+
+
+if __name__ == "__main__":
+    interruption.exit_with(main)

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from pallas_kernels import interruption
 from tests.cuda_tools import KernelReport, assemble, find, ptxas_version, wheel_bin
 
 TARGET_CONFIG = """
@@ -387,4 +388,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interruption.exit_with(main)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+
 import pytest
 
 from tests import barrier_mutations
@@ -16,6 +19,12 @@ def test_a_removal_is_caught(operation):
     site = next(site for site in sorted(sites) if site.operation == operation)
     verdict = remove(site, sites[site])
     assert verdict.how not in (None, "hang"), verdict
+
+
+def test_without_pytest_it_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytest", None)  # its import fails
+    with pytest.raises(SystemExit, match=r"mutations: needs pytest: pip install pytest$"):
+        runpy.run_path(barrier_mutations.__file__, run_name="__main__")
 
 
 def test_what_no_test_reaches_is_known():

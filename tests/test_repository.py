@@ -240,6 +240,32 @@ def test_tests_that_the_documents_name_exist():
     assert faults == [str(number) for number in range(1, 36)]
 
 
+HAVE_NO_PACKAGES = {
+    "tools/check_pins.py": "runs before there is an environment, on any Python, alone in a folder",
+}
+
+
+def blocks_of_programs(source: str) -> list[ast.If]:
+    """The `if __name__ == "__main__":` of a module, with further conditions or without."""
+    rule = re.compile(r"""__name__ == ['"]__main__['"]""")
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    return [node for node in found if rule.search(ast.unparse(node.test))]
+
+
+def test_every_program_ends_as_all_do():
+    """On Ctrl-C, SIGTERM, a closed pipe and a full disk: with one line and a known exit code."""
+    programs, others = set(), set()
+    for path in tracked("*.py"):
+        blocks = blocks_of_programs(path.read_text())
+        if blocks or path.name == "__main__.py":
+            programs.add(name := str(path.relative_to(ROOT)))
+            last = ast.unparse(blocks[-1].body[-1]) if blocks else ""
+            if not last.startswith("interruption.exit_with("):
+                others.add(name)
+    assert len(programs) > 30
+    assert others == set(HAVE_NO_PACKAGES)
+
+
 def test_the_readme_examples_run_and_print_what_it_says():
     examples = readme_examples.examples((ROOT / "README.md").read_text())
     assert len(examples) > 1

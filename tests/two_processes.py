@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
+
+from pallas_kernels import interruption
 
 DEVICES = 4
 HEARTBEAT_SECONDS = 10
@@ -67,4 +68,4 @@ def check(exchange: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interruption.exit_with(main)

@@ -10,14 +10,19 @@ import argparse
 import importlib
 import json
 import pathlib
+import signal
 import sys
 import time
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 import jax
 
 from bench import commands, environment
 from examples.ladder import harness
 from examples.ladder.problem import Level
+from pallas_kernels import interruption
 from pallas_kernels.files import write_atomically
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -111,4 +116,4 @@ def write(folder: pathlib.Path, measured: list[harness.Measured], about: dict[st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interruption.exit_with(main)

@@ -13,8 +13,12 @@ One warpgroup computes one tile: 128 rows of one expert times 128 of its weight 
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +30,7 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness
 from examples.ladder.problem import Level
+from pallas_kernels import interruption
 from pallas_kernels.types import GroupPlan, Quantized
 
 BLOCK = 128
@@ -107,4 +112,4 @@ def _kernel(
 LEVEL = Level(1, "plain", grouped_matmul, block_m=lambda expected: BLOCK, block_scales=False)
 
 if __name__ == "__main__":
-    harness.main(LEVEL)
+    interruption.exit_with(lambda: harness.main(LEVEL))

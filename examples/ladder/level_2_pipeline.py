@@ -15,8 +15,12 @@ A tile is computed by three warpgroups, which meet over `NUM_STAGES` buffers of 
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +32,7 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness
 from examples.ladder.problem import Level
+from pallas_kernels import interruption
 from pallas_kernels.types import GroupPlan, Quantized
 
 BLOCK = 128
@@ -136,4 +141,4 @@ def _multiply(steps: int, mine, smem):
 LEVEL = Level(2, "pipeline", grouped_matmul, block_m=lambda expected: BLOCK, block_scales=False)
 
 if __name__ == "__main__":
-    harness.main(LEVEL)
+    interruption.exit_with(lambda: harness.main(LEVEL))

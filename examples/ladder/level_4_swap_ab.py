@@ -17,8 +17,12 @@ side of `wgmma` and the tokens to its n side, which may be as narrow as 16. Many
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +34,7 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the repository
 from examples.ladder import harness, level_3_promotion
 from examples.ladder.problem import FEW_ROWS, Level
+from pallas_kernels import interruption
 from pallas_kernels.types import GroupPlan, Quantized
 
 BLOCK = 128
@@ -159,4 +164,4 @@ def _multiply(x_scale, tokens, block_scales, mine, smem):
 LEVEL = Level(4, "swap-AB", grouped_matmul, block_m=block_m)
 
 if __name__ == "__main__":
-    harness.main(LEVEL)
+    interruption.exit_with(lambda: harness.main(LEVEL))

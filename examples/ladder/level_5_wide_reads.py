@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 import jax.numpy as jnp
 from jax import lax
@@ -29,6 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the re
 from examples.ladder import harness, store
 from examples.ladder.level_4_swap_ab import FEW_TOKENS, block_m
 from examples.ladder.problem import Level
+from pallas_kernels import interruption
 from pallas_kernels.mosaic.hopper.accumulate import accumulate
 from pallas_kernels.mosaic.hopper.consumer import Epilogue
 from pallas_kernels.mosaic.hopper.matmul_config import (
@@ -132,4 +137,4 @@ def _give_registers(shape: MatmulShape, registers: int, action) -> None:
 LEVEL = Level(5, "wide reads", grouped_matmul, block_m=block_m)
 
 if __name__ == "__main__":
-    harness.main(LEVEL)
+    interruption.exit_with(lambda: harness.main(LEVEL))

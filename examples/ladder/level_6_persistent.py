@@ -23,8 +23,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -36,6 +40,7 @@ from examples.ladder import harness, store
 from examples.ladder.level_4_swap_ab import FEW_TOKENS, block_m
 from examples.ladder.level_5_wide_reads import tiles
 from examples.ladder.problem import Level
+from pallas_kernels import interruption
 from pallas_kernels.mosaic import launch
 from pallas_kernels.mosaic.hopper import counted_in
 from pallas_kernels.mosaic.hopper.consumer import Consumer, Epilogue
@@ -122,4 +127,4 @@ def _kernel(inputs, out, *, pipeline, queue, staging, shape: MatmulShape, epilog
 LEVEL = Level(6, "persistent", grouped_matmul, block_m=block_m)
 
 if __name__ == "__main__":
-    harness.main(LEVEL)
+    interruption.exit_with(lambda: harness.main(LEVEL))

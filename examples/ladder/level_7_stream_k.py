@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 
@@ -24,6 +28,7 @@ from examples.ladder import harness, level_6_persistent, store
 from examples.ladder.level_4_swap_ab import FEW_TOKENS, block_m
 from examples.ladder.level_5_wide_reads import tiles
 from examples.ladder.problem import Level
+from pallas_kernels import interruption
 from pallas_kernels.mosaic.hopper.grouped_matmul import grouped_matmul as library_matmul
 from pallas_kernels.types import GroupPlan, Quantized
 
@@ -64,4 +69,4 @@ def grouped_matmul(
 LEVEL = Level(7, "stream-K", grouped_matmul, block_m=block_m)
 
 if __name__ == "__main__":
-    harness.main(LEVEL)
+    interruption.exit_with(lambda: harness.main(LEVEL))

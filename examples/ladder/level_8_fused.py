@@ -12,8 +12,12 @@ weights, so that its end has all it needs for
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports last, Ctrl-C just ends
 
 from jaxtyping import Array, Float8e4m3fn, Float32
 
@@ -21,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root of the re
 from examples.ladder import harness, level_6_persistent
 from examples.ladder.level_4_swap_ab import block_m
 from examples.ladder.problem import Level
+from pallas_kernels import interruption
 from pallas_kernels.mosaic import tilings
 from pallas_kernels.mosaic.hopper.up_projection import up_projection
 from pallas_kernels.types import GroupPlan, Quantized
@@ -46,4 +51,4 @@ def swiglu_matmul(
 LEVEL = Level(8, "fused", swiglu_matmul, block_m=block_m, is_fused=True)
 
 if __name__ == "__main__":
-    harness.main(LEVEL)
+    interruption.exit_with(lambda: harness.main(LEVEL))
