@@ -274,6 +274,8 @@ class TorchMoE:
             batch_invariant=batch_invariant,
         )
         self._layer = torch_call.layer_for(self._options, self._bridge.target)
+        # A graph would hold one of NumPy as a tensor.
+        self._options = self._options._replace(expected_rows=self._layer.options.expected_rows)
         self._number = torch_call.Numbers(self._bridge.target)
         self._num_local_experts = torch_call.num_local_experts_of(self._arrays)
 
@@ -352,7 +354,7 @@ class TorchMoE:
             routing=Routing(arrays.pop("topk_ids"), arrays.pop("topk_weights")),
             **arrays,
             weights=self._arrays,
-            local_expert_offset=self._offset(local_expert_offset, num_experts),
+            local_expert_offset=self._offset(local_expert_offset, layer.options.num_experts or 0),
         )
         return self._run(layer, inputs, num_tokens, out, stream)
 

@@ -248,7 +248,7 @@ def offset(value: Any, num_experts: int, num_local_experts: int) -> Any:
 
 def factor(value: Any) -> Any:
     """The routed scaling factor, checked."""
-    return validate.real("routed_scaling_factor", _host_number("routed_scaling_factor", value))
+    return validate.real("routed_scaling_factor", host_number("routed_scaling_factor", value))
 
 
 def live_tokens(value: Any, rows: int) -> Any:
@@ -257,7 +257,7 @@ def live_tokens(value: Any, rows: int) -> Any:
 
 
 def _integer(name: str, value: Any, last: int) -> Any:
-    return validate.integer(name, _host_number(name, value), 0, last)
+    return validate.integer(name, host_number(name, value), 0, last)
 
 
 def run(
@@ -323,7 +323,7 @@ def _surroundings(device: jax.Device) -> contextlib.AbstractContextManager[objec
     return stack
 
 
-def _host_number(name: str, value: Any) -> Any:
+def host_number(name: str, value: Any) -> Any:
     """A torch scalar as Python's; other things stay as they are."""
     if type(value) in (int, float):  # which is quick
         return value
@@ -334,14 +334,19 @@ def _host_number(name: str, value: Any) -> Any:
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else "sparse"
         raise ValueError(f"{name}: expected a number, got a {kind} tensor")
+    check_scalar(name, value)
+    dlpack.check_memory(value, name)
+    return value.item()
+
+
+def check_scalar(name: str, value: Tensor) -> None:
+    """Refuses what cannot be read at once; `torch.compile` traces this, so it stays plain."""
     if value.device.type != "cpu":  # to read it would make the host wait
         raise ValueError(f"{name}: expected a number, got a tensor on {value.device}")
     dlpack.refuse_grad(name, value)
     if value.ndim:
         kind = str(value.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected a scalar, got {kind} {list(value.shape)}")
-    dlpack.check_memory(value, name)
-    return value.item()
 
 
 def _require_memory(options: Options, inputs: Inputs, device: jax.Device) -> None:

@@ -6,6 +6,10 @@ learns the shape of the result from a fake version. No CUDA graph of torch can h
 launches on a stream of its own: `torch.compile(mode="reduce-overhead")` leaves them out of its
 graphs, a capture by hand raises `RuntimeError`.
 
+A graph cannot read a number that it holds as a tensor: a 0-d tensor, or one of NumPy, which Dynamo
+makes tensors of. Each number has a second argument for that, `NAME_tensor`, which the operator
+reads when it runs; `NAME` is then passed over.
+
 Eager calls do not pass here: the operator's dispatch would cost the host more than their checks.
 """
 
@@ -30,6 +34,7 @@ from jax_moe.config import (
 )
 
 _NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
+_STATIC = ("num_experts", "expected_rows", "swiglu_limit")  # eager calls take no tensor for them
 
 
 def is_traced(tensor: Any) -> bool:
@@ -54,6 +59,11 @@ def _moe(
     gemm2_weights_scale: Tensor,
     local_expert_offset: int,
     routed_scaling_factor: float,
+    local_expert_offset_tensor: Tensor | None = None,
+    routed_scaling_factor_tensor: Tensor | None = None,
+    num_tokens_tensor: Tensor | None = None,
+    expected_rows_tensor: Tensor | None = None,
+    swiglu_limit_tensor: Tensor | None = None,
     *,
     top_k: int,
     n_group: int,
@@ -77,8 +87,8 @@ def _moe(
         gemm1_weights_scale,
         gemm2_weights,
         gemm2_weights_scale,
-        local_expert_offset,
-        routed_scaling_factor,
+        _either(local_expert_offset, local_expert_offset_tensor),
+        _either(routed_scaling_factor, routed_scaling_factor_tensor),
     )
     config = MoEConfig(
         top_k=top_k,
@@ -91,12 +101,13 @@ def _moe(
     )
     options = Options(
         backend=backend,
-        expected_rows=expected_rows,
+        expected_rows=_read("expected_rows", expected_rows, expected_rows_tensor),
         config=config,
+        swiglu_limit=_read("swiglu_limit", None, swiglu_limit_tensor),
         precision=cast(Precision, precision),
         batch_invariant=batch_invariant,
     )
-    return torch_call.call(inputs, options, num_tokens)
+    return torch_call.call(inputs, options, _either(num_tokens, num_tokens_tensor))
 
 
 @torch.library.custom_op("jax_moe::moe_routed", mutates_args=(), tags=_NO_CUDA_GRAPH)
@@ -110,6 +121,11 @@ def _moe_routed(
     topk_ids: Tensor,
     topk_weights: Tensor,
     local_expert_offset: int,
+    local_expert_offset_tensor: Tensor | None = None,
+    num_experts_tensor: Tensor | None = None,
+    num_tokens_tensor: Tensor | None = None,
+    expected_rows_tensor: Tensor | None = None,
+    swiglu_limit_tensor: Tensor | None = None,
     *,
     num_experts: int,
     swiglu_limit: float | None,
@@ -129,18 +145,28 @@ def _moe_routed(
         gemm2_weights_scale,
         topk_ids,
         topk_weights,
-        local_expert_offset,
+        _either(local_expert_offset, local_expert_offset_tensor),
     )
     options = Options(
         backend=backend,
-        expected_rows=expected_rows,
-        num_experts=num_experts,
-        swiglu_limit=swiglu_limit,
+        expected_rows=_read("expected_rows", expected_rows, expected_rows_tensor),
+        num_experts=_read("num_experts", num_experts, num_experts_tensor),
+        swiglu_limit=_read("swiglu_limit", swiglu_limit, swiglu_limit_tensor),
         scale_format=cast(ScaleFormat, scale_format),
         precision=cast(Precision, precision),
         batch_invariant=batch_invariant,
     )
-    return torch_call.call(inputs, options, num_tokens)
+    return torch_call.call(inputs, options, _either(num_tokens, num_tokens_tensor))
+
+
+def _either(number: Any, tensor: Tensor | None) -> Any:
+    """The number as an eager call takes it, which reads and checks tensors."""
+    return number if tensor is None else tensor
+
+
+def _read(name: str, number: Any, tensor: Tensor | None) -> Any:
+    """The number, where an eager call takes no tensor."""
+    return number if tensor is None else torch_call.host_number(name, tensor)
 
 
 @_moe.register_fake
@@ -187,19 +213,21 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
     rows: Any = inputs.hidden_states
     if out is not None:
         destination.check_form(out, rows.shape, rows.device)
-    offset = _integer("local_expert_offset", inputs.local_expert_offset)
+    tensors: dict[str, Tensor] = {}
+    offset = _integer("local_expert_offset", inputs.local_expert_offset, tensors, stand_in=0)
     keywords: dict[str, Any] = {
         "backend": backends.checked(options.backend),
-        "num_tokens": None if num_tokens is None else _integer("num_tokens", num_tokens),
-        "expected_rows": _real_or_none("expected_rows", options.expected_rows),
+        "num_tokens": None if num_tokens is None else _integer("num_tokens", num_tokens, tensors),
+        "expected_rows": _real_or_none("expected_rows", options.expected_rows, tensors),
         "precision": checked_precision(options.precision),
         "batch_invariant": checked_batch_invariant(options.batch_invariant),
     }
-    limit = _real_or_none("swiglu_limit", options.swiglu_limit, "a number or None")
+    limit = _real_or_none("swiglu_limit", options.swiglu_limit, tensors, "a number or None")
     if isinstance(inputs, LayerInputs):
         config = options.config
         assert config is not None  # checked by the callers
         form, limit = config.merged(options.scale_format, limit)
+        factor = _real("routed_scaling_factor", inputs.routed_scaling_factor, tensors, stand_in=1.0)
         result = torch.ops.jax_moe.moe(
             inputs.routing_logits,
             inputs.routing_bias,
@@ -207,11 +235,12 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
             inputs.hidden_states_scale,
             *inputs.weights,
             offset,
-            _real("routed_scaling_factor", inputs.routed_scaling_factor),
+            factor,
             **config.routing_options,
             swiglu_limit=limit,
             scale_format=form,
             **keywords,
+            **tensors,
         )
     else:
         form = "f32" if options.scale_format is None else options.scale_format
@@ -221,42 +250,76 @@ def call(inputs: Inputs, options: Options, num_tokens: Any, out: Tensor | None =
             *inputs.weights,
             *inputs.routing,
             offset,
-            num_experts=_integer("num_experts", options.num_experts),
+            num_experts=_integer("num_experts", options.num_experts, tensors, stand_in=0),
             swiglu_limit=limit,
             scale_format=checked_scale_format(form),
             **keywords,
+            **tensors,
         )
     return result if out is None else out.copy_(result)
 
 
-def _integer(name: str, value: Any) -> Any:
-    """An integer as the operator takes it."""
-    if torch.compiler.is_compiling() and isinstance(value, np.ndarray | np.generic):
-        return value  # a graph cannot read it; the operator does
-    return _plain(name, value, "an integer", (int, torch.SymInt))
+def _integer(name: str, value: Any, tensors: dict[str, Tensor], stand_in: int | None = None) -> Any:
+    """An integer as the operator takes it; see `_plain`."""
+    return _plain(name, value, "an integer", (int, torch.SymInt), tensors, stand_in)
 
 
-def _real(name: str, value: Any, wanted: str = "a real number") -> Any:
-    """A real number as the operator takes it."""
-    return _plain(name, value, wanted, (int, float, torch.SymInt, torch.SymFloat))
+def _real(
+    name: str,
+    value: Any,
+    tensors: dict[str, Tensor],
+    wanted: str = "a real number",
+    stand_in: float | None = None,
+) -> Any:
+    """A real number as the operator takes it; see `_plain`."""
+    kinds = (int, float, torch.SymInt, torch.SymFloat)
+    return _plain(name, value, wanted, kinds, tensors, stand_in)
 
 
-def _real_or_none(name: str, value: Any, wanted: str = "a real number") -> Any:
-    return None if value is None else _real(name, value, wanted)
+def _real_or_none(
+    name: str, value: Any, tensors: dict[str, Tensor], wanted: str = "a real number"
+) -> Any:
+    return None if value is None else _real(name, value, tensors, wanted)
 
 
-def _plain(name: str, value: Any, wanted: str, kinds: tuple[type, ...]) -> Any:
+def _plain(
+    name: str,
+    value: Any,
+    wanted: str,
+    kinds: tuple[type, ...],
+    tensors: dict[str, Tensor],
+    stand_in: float | None,
+) -> Any:
     """A number without NumPy, torch and JAX; torch would take a bool for one.
 
     Its range is checked when the operator runs, with that of the shapes.
+
+    Args:
+        name: The argument's.
+        value: As the caller passed it.
+        wanted: What is expected, for errors.
+        kinds: The types of plain numbers.
+        tensors: Gets what a graph holds as a tensor, by the name of the operator's argument.
+        stand_in: What the operator's own argument of that name is then.
     """
-    is_array = isinstance(value, Tensor | np.ndarray | np.generic) or (
-        not torch.compiler.is_compiling() and isinstance(value, jax.Array)
-    )
-    if is_array:
+    if isinstance(value, Tensor):
+        if name in _STATIC:
+            raise TypeError(f"{name}: expected {wanted}, got a torch.Tensor")
+        torch_call.check_scalar(name, value)
+        tensors[f"{name}_tensor"] = value
+        return stand_in
+    is_dynamo = torch.compiler.is_dynamo_compiling()
+    is_of_numpy = isinstance(value, np.ndarray | np.generic)
+    if is_of_numpy or (not is_dynamo and isinstance(value, jax.Array)):
         if value.ndim:
             raise ValueError(f"{name}: expected a scalar, got {list(value.shape)}")
+        if is_dynamo:  # has made a tensor of it
+            tensors[f"{name}_tensor"] = value
+            return stand_in
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({type(value).__name__})")
+        kind = type(value).__name__
+        if is_dynamo and not isinstance(value, bool | int | float | str | None):
+            raise TypeError(f"{name}: expected {wanted}, of Python or NumPy in a graph, got {kind}")
+        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({kind})")
     return value

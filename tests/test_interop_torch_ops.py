@@ -137,21 +137,6 @@ def test_what_is_refused_eagerly_is_refused_in_a_graph(cold, inputs):
         torch.compile(plain, backend="eager")(*short)
 
 
-def test_numbers_of_numpy_are_taken_in_a_graph(cold, inputs, expected):
-    function = lambda *x: torch_moe(  # noqa: E731
-        *x,
-        np.int64(0),
-        np.float32(2.5),
-        config=CONFIG,
-        num_tokens=np.int32(4),
-        expected_rows=np.float32(3),
-        swiglu_limit=np.float32(7),
-    )
-    for call in (torch.compile(function, backend="eager"), function):
-        with FlopCounterMode(display=False):  # sees the operator of an eager call as well
-            np.testing.assert_array_equal(bits(call(*array_arguments(inputs))), expected)
-
-
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
