@@ -3,9 +3,9 @@
 Ownership and order, the whole contract:
 
 - An imported array shares memory with its tensor and keeps that storage alive: freeing the tensor
-  and giving it another storage (`x.data = y`, `module.double()`, `x.set_()`) are safe. Resizing the
-  shared storage itself (`x.resize_` beyond it, `x.untyped_storage().resize_`) frees it under JAX.
-  Writing to the tensor afterwards is visible on the other side; the writer orders such writes
+  and giving it another storage (`x.data = y`, `module.double()`, `x.set_()`) are safe. Moving the
+  memory of the storage itself (`share_memory()`, `torch.multiprocessing`, `resize_`) frees it under
+  JAX. Writing to the tensor afterwards is visible on the other side; the writer orders such writes
   itself.
 - `to_jax`: JAX's kernels wait for what was enqueued before the call on torch's *current* stream of
   the tensor's device.

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import BFloat16, Float, Float8e4m3fn, Float32, Int32
 from torch import Tensor
 
-from interop import dlpack, torch_call, torch_ops
+from interop import dlpack, lending, torch_call, torch_ops
 from interop.torch_call import Inputs, Options
 from jax_moe import DEEPSEEK_V3, ExpertWeights, LayerInputs, MoEConfig, RoutedInputs, validate
 from jax_moe.config import Precision, ScaleFormat
@@ -86,7 +86,8 @@ def torch_moe(
         NotImplementedError: The backend does not run on the tensors' device.
         MemoryError: The device has less memory than the call may need, where that is 256 MiB or
             more; nothing has been launched.
-        RuntimeError: Called while torch captures a CUDA graph.
+        RuntimeError: Called while torch captures a CUDA graph; of a `TorchMoE` also if memory of
+            its weights was moved or freed.
     """
     validate.moe_config(config)
     inputs = LayerInputs.of(
@@ -204,7 +205,9 @@ class TorchMoE:
 
     The handle keeps the weights' memory alive. They are shared, not copied, if row-major and
     aligned (else copied once, here): writing to them in place changes what later calls on the
-    writing stream compute. Of a call it keeps no more than the numbers' values, on the device.
+    writing stream compute. `share_memory()`, a queue of `torch.multiprocessing` and resizing move
+    shared memory: calls then raise, and the handle is to be made again. Of a call it keeps no more
+    than the numbers' values, on the device.
 
     It is a plain object, no `torch.nn.Module`. A module that holds one can be copied
     (`copy.deepcopy`), pickled and saved whole: the weights go along, and a copy shares their memory
@@ -262,6 +265,7 @@ class TorchMoE:
         self._arrays = ExpertWeights(**self._bridge.import_all(shared, stream)).check()
         # Aliases keep the storages that JAX reads, whatever becomes of the caller's tensors.
         self._tensors = ExpertWeights(**{name: t.data for name, t in shared.items()})
+        self._lent_at = lending.addresses(self._tensors)
         validate.moe_config(config)
         form, limit = config.merged(scale_format, swiglu_limit)
         self._options = Options(
@@ -306,7 +310,7 @@ class TorchMoE:
                 routed_scaling_factor=routed_scaling_factor,
             )
             return torch_ops.call(traced, self._options, num_tokens, out)
-        stream = self._bridge.current_stream()
+        stream = self._stream()
         arrays = torch_call.imported(self._bridge, tensors, stream)
         num_experts = torch_call.num_experts_of(arrays["routing_logits"])
         inputs = LayerInputs(
@@ -341,7 +345,7 @@ class TorchMoE:
                 local_expert_offset,
             )
             return torch_ops.call(traced, options, num_tokens, out)
-        stream = self._bridge.current_stream()
+        stream = self._stream()
         tensors = {
             "hidden_states": hidden_states,
             "hidden_states_scale": hidden_states_scale,
@@ -357,6 +361,11 @@ class TorchMoE:
             local_expert_offset=self._offset(local_expert_offset, layer.options.num_experts or 0),
         )
         return self._run(layer, inputs, num_tokens, out, stream)
+
+    def _stream(self) -> dlpack.Stream:
+        if lending.addresses(self._tensors) != self._lent_at:
+            lending.refuse_moved(self._tensors._asdict(), self._lent_at, "TorchMoE")
+        return self._bridge.current_stream()
 
     def _offset(self, value: Any, num_experts: int) -> jax.Array:
         return self._number(torch_call.offset, value, num_experts, self._num_local_experts)

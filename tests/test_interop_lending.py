@@ -1,4 +1,4 @@
-"""How a program ends whose tensors JAX still holds: with its own exit code."""
+"""Tensors whose memory JAX holds: where it goes, and how a program ends meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop import lending, to_jax  # noqa: E402
+from interop import TorchMoE, lending, to_jax  # noqa: E402
+from jax_moe import ExpertWeights  # noqa: E402
+from tests.moe_inputs import handle_arguments  # noqa: E402
+from tests.torch_inputs import torch_inputs  # noqa: E402
 
 RUNS = 30
 
@@ -118,3 +121,49 @@ def test_the_last_look_waits_for_threads_that_came_before(monkeypatch):
     assert waited
     assert held is None
     assert float(array[0]) == 1.0
+
+
+def share_all(weights: ExpertWeights) -> None:
+    module = torch.nn.Module()
+    for name, weight in weights._asdict().items():
+        module.register_buffer(name, weight)
+    module.share_memory()
+
+
+def send(weights: ExpertWeights) -> None:
+    torch.multiprocessing.get_context("spawn").SimpleQueue().put(weights.gemm2_weights)
+
+
+MOVES = {
+    "share_memory": (share_all, "gemm1_weights"),
+    "queue": (send, "gemm2_weights"),
+    "freed": (lambda w: w.gemm1_weights.untyped_storage().resize_(0), "gemm1_weights"),
+    "grown": (lambda w: w.gemm2_weights_scale.resize_(10**6), "gemm2_weights_scale"),
+}
+
+
+@pytest.mark.parametrize(("move", "name"), MOVES.values(), ids=MOVES)
+def test_a_handle_notices_that_memory_of_its_weights_moved(move, name):
+    """In its kernels it would read memory that is not there, or that of others."""
+    inputs = torch_inputs(2)
+    x, arguments = inputs.hidden_states, handle_arguments(inputs)
+    weights = ExpertWeights(*(tensor.clone() for tensor in inputs.weights))
+    handle = TorchMoE(weights)
+    handle(*arguments)
+    move(weights)
+    said = rf"^{name}: expected its memory where it was .* Make the TorchMoE again$"
+    with pytest.raises(RuntimeError, match=said):
+        handle(*arguments)
+    ids = torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=said):
+        handle.routed(x, inputs.hidden_states_scale, ids, torch.ones(2, 1), 8, num_experts=64)
+
+
+def test_a_handle_made_again_of_shared_memory():
+    inputs = torch_inputs(2)
+    weights = ExpertWeights(*(tensor.clone() for tensor in inputs.weights))
+    before = TorchMoE(weights)(*handle_arguments(inputs))
+    share_all(weights)
+    handle = TorchMoE(weights)
+    share_all(weights)  # is shared already, and stays where it is
+    assert torch.equal(handle(*handle_arguments(inputs)), before)
