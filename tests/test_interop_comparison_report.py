@@ -101,9 +101,20 @@ def test_a_wrong_result_never_shows_a_speed():
     assert cells(text, "`00000001`")[3:] == ["13.80x", "INCORRECT_NUMERICAL", "-"]
     assert cells(text, "`00000001`", 1)[3:] == ["1.087", "INCORRECT_NUMERICAL"]
     assert cells(text, "`00000007`")[3:] == ["21.78x", "not run", "-"]
-    assert "- `v2`: 17 of 19 workloads PASS" in text
+    assert "**Not all workloads PASS:**" in text
+    assert "- `v2`: 17 of 19 workloads PASS, 1 not run" in text
     assert "All 19" not in text.replace("All workloads", "")
     assert "`v2` has no passing result on 2 of 19." in text
+
+
+def test_what_was_not_run_has_not_failed():
+    results = published_results()
+    del results["v2"][WORKLOADS[1].uuid]
+    text = render(results)
+    assert (
+        "**All that were run PASS, not all were run:**\n\n- `v1`: 19 of 19 workloads PASS\n" in text
+    )
+    assert "- `v2`: 18 of 19 workloads PASS, 1 not run\n" in text
 
 
 def test_means_keep_what_only_some_solutions_passed():
