@@ -215,7 +215,8 @@ class Numbers:
     def __init__(self, device: jax.Device) -> None:
         """Of a handle."""
         keep = functools.lru_cache(_KEPT_NUMBERS, typed=True)  # types tell 8 from 8.0
-        self._upload = keep(functools.partial(jax.device_put, device=device))
+        self._put = functools.partial(jax.device_put, device=device)
+        self._upload = keep(self._put)
         self._kept = keep(functools.partial(_uploaded, self._upload))
 
     def __call__(self, check: Callable[..., Any], value: Any, *sizes: int) -> jax.Array:
@@ -226,9 +227,12 @@ class Numbers:
             value: The caller's.
             *sizes: What else `check` takes.
         """
-        if type(value) in (int, float):
+        if type(value) is int or (type(value) is float and value):
             return self._kept(check, value, *sizes)
-        return self._upload(check(value, *sizes))
+        checked = check(value, *sizes)
+        if isinstance(checked, float | np.floating) and not checked:
+            return self._put(checked)  # 0.0 equals -0.0, and would stand for it
+        return self._upload(checked)
 
 
 def _uploaded(

@@ -18,8 +18,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe
-from jax_moe import LayerInputs
+from jax_moe import LayerInputs, nn
 from jax_moe.checkpoint import pad_intermediate
+from jax_moe.types import LayerWeights
 from tests.backend_cases import EVERYWHERE, running
 from tests.moe_inputs import array_arguments, bits, make_inputs, on_device, replaced
 
@@ -224,6 +225,27 @@ def test_arrays_split_over_explicit_axes_are_refused(name, spec, jitted, backend
     said = rf"^{name}: expected an array that is whole .* split as P\(.*'x'.*jax\.shard_map"
     with jax_moe.assume_device("sm_90"), pytest.raises(ValueError, match=said):
         (jax.jit(called) if jitted else called)(*arguments)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    "name", ["hidden_states", "params.gate_weight", "params.experts.gemm1_weights"]
+)
+def test_the_whole_layer_names_them_as_its_caller_does(name, batch_invariant):
+    inputs = LayerInputs.of(*placed(SURROUNDINGS["nothing"]))
+    experts, (num_tokens, hidden_size) = inputs.weights, inputs.hidden_states.shape
+    held, _, intermediate_size = experts.gemm2_weights.shape
+    config = nn.LayerConfig(CONFIG, held, hidden_size, intermediate_size, has_routing_bias=False)
+    given = {
+        "hidden_states": jnp.ones((num_tokens, hidden_size), jnp.bfloat16),
+        "params.gate_weight": jnp.ones((held, hidden_size), jnp.bfloat16),
+        "params.experts.gemm1_weights": experts.gemm1_weights,
+    }
+    given[name] = jax.device_put(given[name], NamedSharding(mesh(EXPLICIT), P("x")))
+    x, gate_weight, gemm1_weights = given.values()
+    params = LayerWeights(experts._replace(gemm1_weights=gemm1_weights), gate_weight)
+    with pytest.raises(ValueError, match=rf"^{name}: expected an array that is whole .*'x'"):
+        nn.moe_layer(params, x, config=config, batch_invariant=batch_invariant)
 
 
 def test_stages_refuse_them_as_well():

@@ -16,7 +16,7 @@ import jax_moe  # noqa: E402
 from interop import TorchMoE, to_jax, to_torch, torch_moe  # noqa: E402
 from interop import torch_moe_routed as routed  # noqa: E402
 from jax_moe import MoEConfig  # noqa: E402
-from tests.moe_inputs import array_arguments, token_arguments  # noqa: E402
+from tests.moe_inputs import array_arguments, handle_arguments, token_arguments  # noqa: E402
 from tests.torch_inputs import bits, torch_inputs  # noqa: E402
 
 CONFIG = MoEConfig(top_k=2, swiglu_limit=7.0, scale_format="ue8m0")
@@ -207,3 +207,17 @@ def outcome(call: Any) -> bytes | str:
         return bits(call()).tobytes()
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+def test_both_zeros_are_factors_of_their_own(inputs, kind):
+    """They are equal, and keys of a cache."""
+    config = MoEConfig(top_k=2)
+    both = [inputs._replace(routed_scaling_factor=kind(factor)) for factor in (0.0, -0.0)]
+    expected = [bits(torch_moe(*one.arguments, config=config)) for one in both]
+    assert not np.array_equal(*expected)
+    for order in ((0, 1), (1, 0)):
+        handle = TorchMoE(inputs.weights, config=config)
+        for place in order:
+            found = bits(handle(*handle_arguments(both[place])))
+            np.testing.assert_array_equal(found, expected[place])

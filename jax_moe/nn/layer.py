@@ -19,7 +19,6 @@ from jax_moe.parallel import api, placement
 from jax_moe.parallel.ranks import AxisName
 from jax_moe.router import with_shared
 from jax_moe.scalars import alive, boolean, got, integer
-from jax_moe.shardings import together
 from jax_moe.transforms import forward_only
 from jax_moe.types import ExpertWeights, LayerWeights, RoutedInputs, Routing
 from pallas_kernels.shapes import even_rows
@@ -257,7 +256,7 @@ def _checked(
     sizes: validate.Sizes = {"H": (config.hidden_size, "config")}
     validate.array("hidden_states", x, "T H", validate.UNQUANTIZED, sizes)
     num_fused = _check_arrays("params", params, config)
-    together(hidden_states=hidden_states, params=params)
+    validate.whole(hidden_states=hidden_states, params=params)
     if axis_name is not None and num_fused:
         raise ValueError(
             "params: expected shared_experts that are not fused, given axis_name, got None"
