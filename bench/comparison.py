@@ -1,6 +1,6 @@
 """The published comparison's document, from the rows of a run."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from bench import header, plots
@@ -10,6 +10,7 @@ from bench.solutions import known_to
 from interop import comparison_report
 from interop.comparison_analysis import GPU_TIME, KERNEL_TIME, WALL_TIME
 from interop.comparison_report import Measurement, WorkloadRow
+from jax_moe import assume_device
 
 _CLOCKS = {"gpu": GPU_TIME, "wall": WALL_TIME}
 
@@ -47,12 +48,19 @@ def write(results: Results, settings: Settings, name: str) -> list[Path]:
         | {"Launched as": _launches(results, measured)}
         | ({"Not measured": absent} if absent else {}),
         command=results.script(),
-        designs={name: one.design for name, one in known_to(settings).items()},
+        designs=designs_of(results, settings),
         warnings=header.warnings(results, settings),
         title=f"{results.about['device']['kind']}, speedup over {REFERENCE} by "
         f"{_CLOCKS[results.timer]}, medians\n{plots.conditions(results)}",
         name=name,
     )
+
+
+def designs_of(results: Results, settings: Settings) -> dict[str, Mapping[str, str]]:
+    """By solution, as they are where the rows were measured, which may be another machine."""
+    capability = results.about["device"]["compute_capability"]
+    with assume_device(f"sm_{capability.replace('.', '')}" if capability else "cpu"):
+        return {name: one.design for name, one in known_to(settings).items()}
 
 
 def _is_untimed(results: Results, name: str) -> bool:

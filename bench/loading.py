@@ -134,6 +134,7 @@ def measure(folder: Path, *, on_gpu: bool) -> dict[str, Any]:
     load()  # what is compiled is compiled once per process
     for _ in range(REPEATS):
         for name, call in calls.items():
+            interruption.check()
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)

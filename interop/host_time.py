@@ -184,6 +184,7 @@ def _median(piece: Call, idle: Call, wait: Callable[[Any], Any]) -> Cost:
     """Of calls on an idle device, the first ones left out."""
     host, complete = [], []
     for _ in range(REPEATS + REPEATS // 10):
+        interruption.check()
         idle()
         before = time.perf_counter()
         result = piece()

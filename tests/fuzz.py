@@ -24,6 +24,7 @@ import tqdm
 
 from bench import environment
 from bench.commands import usable as usable_folder
+from bench.failures import FileError, writing
 from interop.arguments import finite, natural
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
@@ -201,12 +202,17 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if campaign.failures else 0
     output.mkdir(parents=True, exist_ok=True)
     minutes = _MINUTES if args.minutes is None else args.minutes
-    about, interrupted = run_for(campaign, args.seed or 0, 60 * minutes, output)
-    with write_atomically(output / "fuzz.json") as file:
-        json.dump(about | campaign.summary(), file, indent=2)
-        file.write("\n")
-    failed = len(campaign.failures)
-    print(f"{campaign.count} cases on {', '.join(campaign.backends)}: {failed} failures")
+    try:
+        with writing(output / "running.txt"):
+            about, interrupted = run_for(campaign, args.seed or 0, 60 * minutes, output)
+        failed = len(campaign.failures)
+        print(f"{campaign.count} cases on {', '.join(campaign.backends)}: {failed} failures")
+        with writing(output / "fuzz.json"), write_atomically(output / "fuzz.json") as file:
+            json.dump(about | campaign.summary(), file, indent=2)
+            file.write("\n")
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"wrote {output / 'fuzz.json'}")
     return interrupted or (1 if failed else 0)
 
@@ -223,13 +229,15 @@ def run_for(
     if INTERPRETED in campaign.backends:
         slots = list(campaign.cases.INTERPRETED_SLOTS)
     started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
-    with (output / "running.txt").open("w") as running, interruption.remembered():
-        try:
-            complete, code = fuzz(campaign, seed, seconds, slots, running), 0
-        except KeyboardInterrupt:
-            complete, code = False, interruption.acknowledge()  # what was found is written
-            print("interrupted", file=sys.stderr)
-    (output / "running.txt").unlink()
+    try:
+        with (output / "running.txt").open("w") as running, interruption.remembered():
+            try:
+                complete, code = fuzz(campaign, seed, seconds, slots, running), 0
+            except KeyboardInterrupt:
+                complete, code = False, interruption.acknowledge()  # what was found is written
+                print("interrupted", file=sys.stderr)
+    finally:
+        (output / "running.txt").unlink(missing_ok=True)
     about = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - before, 1),

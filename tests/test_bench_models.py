@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jax_moe
-from bench import documents, header, routing, session, solutions
+from bench import comparison, documents, header, routing, session, solutions
+from bench.results import Results
 from bench.settings import Settings
 from bench.workloads import FULL, REDUCED, WORKLOADS, select, sizes_of
 from interop.host_routing import topk_ids
@@ -144,3 +145,16 @@ def test_the_host_counts_the_experts_that_the_layer_chooses(scoring):
     bias = (rng.standard_normal(64) / 4).astype(ml_dtypes.bfloat16)
     layer = jax_moe.route(logits, bias, 1.0, config=config, backend="xla")
     np.testing.assert_array_equal(topk_ids(logits, bias, config), layer.topk_ids)
+
+
+@pytest.mark.parametrize(
+    ("capability", "backend"), [("9.0", "mosaic"), ("8.9", "triton"), (None, "xla")]
+)
+def test_a_report_has_the_designs_of_the_device_that_was_measured(tmp_path, capability, backend):
+    """Documents may be written again on another machine."""
+    device = {"kind": "a device", "platform": "gpu", "compute_capability": capability}
+    about = {"device": device, "versions": {}}
+    results = Results(tmp_path / "results.json", about, "wall")
+    designs = comparison.designs_of(results, Settings(("jax_moe",)))
+    assert designs["jax_moe"] == designs[f"jax_moe_{backend}"]
+    assert designs["jax_moe_mosaic"] != designs["jax_moe_xla"]

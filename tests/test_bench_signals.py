@@ -10,11 +10,15 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from bench import environment, layers, option_rows, options, parallel, parallel_rows, shared_expert
+from interop import host_time
 from pallas_kernels import interruption
+from pallas_kernels.tuning import search
 from tests.test_bench_commands import ROOT, TIMED
+from tools import compare_times
 
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs at reduced size")
 
@@ -91,3 +95,14 @@ def test_a_command_is_printable_and_read_back_by_a_shell(name):
     assert word.isprintable()
     said = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
     assert said.stdout == os.fsencode(name)
+
+
+def test_loops_that_time_ask_for_a_swallowed_signal(monkeypatch):
+    monkeypatch.setattr(interruption, "_asked", signal.SIGTERM)
+    nothing = lambda *_: None  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        host_time._median(nothing, nothing, nothing)
+    with pytest.raises(KeyboardInterrupt):
+        search._Attempts(None, None, nothing, None)(None, {})
+    with pytest.raises(KeyboardInterrupt):
+        compare_times.measure([lambda: np.zeros(1)], (), rounds=1, iterations=1, clock=None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import re
@@ -179,6 +180,17 @@ def test_a_signal_ends_it_with_its_exit_code(tmp_path, monkeypatch, capsys, numb
     assert interruption.ended(lambda: fuzz.main(command)) == 128 + number
     assert json.loads((tmp_path / "fuzz.json").read_text())["complete"] is False
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fuzz, "fuzz", full)
+    assert fuzz.main([f"--output={tmp_path}", "--minutes=0.01"]) == 1
+    said = f"{tmp_path / 'running.txt'}: cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line_repeats_a_failure(monkeypatch, capsys):

@@ -145,6 +145,7 @@ def measure(
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, found in zip(runs, times, strict=True):
+            interruption.check()
             found.append(_time(functools.partial(run, *arguments), iterations, clock))
     return [
         {"us": found, "same_bits": result == results[0]}

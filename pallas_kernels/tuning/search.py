@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
+from pallas_kernels import interruption
 from pallas_kernels.shapes import QUANT_BLOCK, cdiv, even_rows, max_rows, round_up
 from pallas_kernels.tuning import table_format
 from pallas_kernels.tuning.cache import Gpu
@@ -251,6 +252,7 @@ class _Attempts:
         self._known: dict[Any, float] = {}
 
     def __call__(self, config: Any, changes: dict[str, Any]) -> float:
+        interruption.check()
         self._progress.update(1)
         row = self._case._asdict() | {**dataclasses.asdict(config), **changes}
         try:
@@ -259,6 +261,7 @@ class _Attempts:
                 return self._known[config]
             row["us"] = self._known[config] = round(self._time(config), 1)
         except Exception as error:  # a candidate may fail in any layer; the others go on
+            interruption.check()  # it may also be what a signal was turned into
             row["failure"] = f"{type(error).__name__}: {error!s:.300}"
         self._progress.write("  ".join(f"{name} {value}" for name, value in row.items()))
         self.rows.append(row)
