@@ -197,17 +197,19 @@ def device(sizes: "workloads.Sizes | None" = None) -> Mapping[str, Any]:
     }
 
 
-def about(sizes: "workloads.Sizes") -> dict[str, Any]:
+def about(sizes: "workloads.Sizes", *, are_checked: bool = True) -> dict[str, Any]:
     """What each file of results says of where its figures come from, taken when a run starts.
 
     Without a GPU `reduced` is true, and a `note` says what that means.
 
     Args:
         sizes: Of the rank that is measured.
+        are_checked: Whether the command checks results, which the note says.
     """
     on = dict(device(sizes))
     is_reduced = on["platform"] != "gpu"
-    note = {"note": f"{reduced(sizes)}; results are checked, times mean nothing"}
+    checked = "results are checked, " if are_checked else ""
+    note = {"note": f"{reduced(sizes)}; {checked}times mean nothing"}
     return {
         "started": now(),
         "command": " ".join(map(shell_word, ["python", *sys.orig_argv[1:]])),

@@ -158,7 +158,7 @@ def run(folder: Path, scratch: Path | None) -> int:
     """
     on_gpu = environment.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
-    about = environment.about(sizes)
+    about = environment.about(sizes, are_checked=False)
     with tempfile.TemporaryDirectory(dir=scratch) as made:
         write_checkpoint(Path(made), sizes)
         found = measure(Path(made), on_gpu=on_gpu)

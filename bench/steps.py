@@ -104,7 +104,7 @@ def run_all(steps: Sequence[Step], folder: Path, minutes: float, jobs: int = 1) 
             for step, state, seconds in ends:
                 states[step.name] = state
                 line = _line(step, state, seconds)
-                if state != step_record.OK:
+                if state != step_record.OK and seconds:  # else it never began: the log is older
                     line["said"] = _last_line(folder / f"{step.name}.log")
                 print(json.dumps(line), flush=True)
                 del record[step.name]  # in the order in which they end

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from interop import definitions
 from interop.dataset import read_workloads, stand_ins
 from interop.flashinfer_bench import __main__
 from interop.flashinfer_bench.export import export
@@ -85,3 +86,22 @@ def test_a_data_set_is_not_exported_into_itself(tmp_path, capsys):
     assert __main__.main(["export", str(tmp_path), "--dataset", f"{tmp_path}/."]) == 2
     said = f"--dataset: expected another folder than the export's, got {tmp_path}\n"
     assert capsys.readouterr().err == said
+
+
+def test_what_an_export_would_pass_over_is_refused(tmp_path, capsys):
+    other = definitions.ALL[-1].name
+    assert other != definitions.DEFAULT.name
+    for flags, said in (
+        (["--seed=1", f"--dataset={tmp_path}"], "--seed: is of stand-ins, got --dataset too"),
+        (["--seed=1", f"--definitions={other}"], f"--seed: draws nothing of --definitions={other}"),
+    ):
+        assert __main__.main(["export", str(tmp_path / "new"), *flags]) == 2
+        assert capsys.readouterr().err == f"{said}\n"
+    one, several = tmp_path / "one", tmp_path / "several"
+    (one / "workloads").mkdir(parents=True)
+    assert __main__.main(["export", str(one), "--definitions=all"]) == 2
+    assert "holds a data set; --definitions needs another folder" in capsys.readouterr().err
+    (several / other / "workloads").mkdir(parents=True)
+    assert __main__.main(["export", str(several)]) == 2
+    assert "holds data sets of --definitions; use another folder" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

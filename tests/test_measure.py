@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from bench import parallel_gpus
+from bench import parallel_gpus, step_record
 from bench.steps import Step, run_all
 from tools import measure
 
@@ -55,6 +55,9 @@ def test_without_time_nothing_begins(tmp_path):
     assert run_all([Step("late", ["-c", "print(1)"], 20)], tmp_path, 0.1) == 1
     assert states(tmp_path) == {"late": "not run: no time left"}
     assert not (tmp_path / "late.log").exists()
+    (tmp_path / "late.log").write_text("an earlier run's last line")
+    assert run_all([Step("late", ["-c", "print(1)"], 20)], tmp_path, 0.1) == 1
+    assert "said" not in step_record.read(tmp_path)["late"]
 
 
 TAKES_A_TURN = """

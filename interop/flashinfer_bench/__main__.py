@@ -47,8 +47,11 @@ def _dispatch(arguments: argparse.Namespace, extra: list[str]) -> int:
     if arguments.command == "export":
         from interop.flashinfer_bench.export import export, export_each
 
+        _check_export(arguments)
         options: dict[str, Any] = {
-            name: getattr(arguments, name) for name in ("dataset", "seed", "overwrite")
+            "dataset": arguments.dataset,
+            "seed": arguments.seed or 0,
+            "overwrite": arguments.overwrite,
         }
         if arguments.definitions is None:
             print(export(folder, **options))
@@ -86,6 +89,24 @@ def _dispatch_one(
 
         print(report(folder, output))
     return 0
+
+
+def _check_export(arguments: argparse.Namespace) -> None:
+    """Refuses a seed that nothing is drawn from, and a data set in one that `run` takes whole.
+
+    Raises:
+        ValueError: Names the flag or the folder.
+    """
+    folder, names = arguments.folder, arguments.definitions
+    if arguments.seed is not None:
+        if arguments.dataset is not None:
+            raise ValueError("--seed: is of stand-ins, got --dataset too")
+        if names is not None and not {"all", definitions.DEFAULT.name} & set(_definitions(names)):
+            raise ValueError(f"--seed: draws nothing of --definitions={names}")
+    if names is not None and (folder / "workloads").exists():
+        raise ValueError(f"{shown(folder)}: holds a data set; --definitions needs another folder")
+    if names is None and _data_sets(folder):
+        raise ValueError(f"{shown(folder)}: holds data sets of --definitions; use another folder")
 
 
 def _data_sets(folder: Path) -> list[Path]:
@@ -143,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dataset", type=folder_name, help="flashinfer-trace folder with the real blobs"
             )
-            command.add_argument("--seed", type=natural, default=0, help="of the stand-in blobs")
+            command.add_argument("--seed", type=natural, help="of the stand-in blobs; default 0")
             command.add_argument(
                 "--overwrite", action="store_true", help="replace an export with other blobs"
             )
