@@ -17,22 +17,11 @@ from interop import TorchMoE, to_jax, to_torch, torch_moe  # noqa: E402
 from interop import torch_moe_routed as routed  # noqa: E402
 from jax_moe import MoEConfig  # noqa: E402
 from tests.moe_inputs import array_arguments, handle_arguments, token_arguments  # noqa: E402
-from tests.torch_inputs import bits, torch_inputs  # noqa: E402
+from tests.test_interop_torch_ops import CONFIG, expected, inputs  # noqa: E402
+from tests.torch_inputs import bits  # noqa: E402
 
-CONFIG = MoEConfig(top_k=2, swiglu_limit=7.0, scale_format="ue8m0")
 PLAIN = {"local_expert_offset": 0, "routed_scaling_factor": 2.5}
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    return torch_inputs(
-        4, num_experts=8, num_local_experts=8, hidden_size=128, intermediate_size=128, offset=0
-    )
-
-
-@pytest.fixture(scope="module")
-def expected(inputs):
-    return bits(torch_moe(*inputs.arguments, config=CONFIG))
+__all__ = ["expected", "inputs"]  # fixtures
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import jax_moe  # noqa: E402
-from interop import TorchMoE, to_jax, to_torch, torch_call, torch_moe, torch_ops  # noqa: E402  # noqa: E402
+from interop import TorchMoE, to_jax, to_torch, torch_call, torch_moe, torch_ops  # noqa: E402
 from interop import torch_moe_routed as routed  # noqa: E402
 from jax_moe import ExpertWeights, MoEConfig  # noqa: E402
 from tests.moe_inputs import array_arguments, replaced, token_arguments  # noqa: E402
