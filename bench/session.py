@@ -22,7 +22,7 @@ from bench import (
 )
 from bench.failures import FileError
 from bench.gpu_clock import ClockError
-from bench.results import CHECKED_ONLY, REFERENCE, Results, Row, load_rows
+from bench.results import REFERENCE, Results, Row, load_rows
 from bench.settings import Settings
 from bench.workloads import LOCAL_EXPERTS, SCALING, WORKLOADS, select
 from interop import dataset, folder_lock
@@ -301,9 +301,8 @@ def _note_asked(results: Results, asked: Collection[tuple[str, str]]) -> None:
     What of it has no row in the end is missing, whichever of them asked for it.
     """
     uuids = {name: set(them) for name, them in results.about["asked"].get("uuids", {}).items()}
-    for name, uuid in {*asked, *results.rows}:
-        # Which workload the interpreter takes does not matter: it is one row.
-        uuids.setdefault(name, set()).add("" if name == CHECKED_ONLY else uuid)
+    for name, uuid in asked:
+        uuids.setdefault(name, set()).add(uuid)
     results.about["asked"] |= {
         "rows": sum(map(len, uuids.values())),
         "uuids": {name: sorted(them) for name, them in uuids.items()},
@@ -324,6 +323,7 @@ def _measure(
     timed_already = [results.timed_by(clock) for clock in settings.passes]
     interpreted = set(chosen) - set(timed) - set(results.solutions())
     total = sum(len(asked - of_clock) for of_clock in timed_already) + len(interpreted)
+    # Which workload the interpreter takes does not matter: it is one row.
     _note_asked(results, asked | {(name, "") for name in interpreted})
     orders = ahead.orders(timed, workloads, set.intersection(*timed_already)) if jobs else []
     total += len(orders)
