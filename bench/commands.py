@@ -6,7 +6,6 @@ measured that cannot be written.
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from bench import run_folder
 from bench.failures import FileError
 from interop.arguments import folder_name as folder_name
-from jax_moe.io.files import naming, shown
+from jax_moe.io.files import kept_if_used, naming, shown
 
 
 def folder(text: str) -> Path:
@@ -30,10 +29,8 @@ def folder(text: str) -> Path:
 def usable(text: str) -> Path:
     """`folder` that leaves nothing: it is made once the command is known to be able to run."""
     path = folder_name(text)
-    made = [one for one in (path, *path.parents) if not os.path.lexists(one)]
-    folder(text)
-    for one in made:
-        one.rmdir()
+    with kept_if_used(path):
+        folder(text)
     return path
 
 

@@ -32,7 +32,7 @@ from bench.failures import FileError, writing
 from bench.workloads import FULL, REDUCED, Sizes
 from jax_moe import checkpoint
 from jax_moe.checkpoint.transfer import MAX_THREADS
-from jax_moe.io.files import shown, write_atomically
+from jax_moe.io.files import kept_if_used, shown, write_atomically
 from pallas_kernels import interruption
 
 LAYER, SHARDS, REPEATS = 3, 4, 5
@@ -159,7 +159,7 @@ def run(folder: Path, scratch: Path | None) -> int:
     on_gpu = environment.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
     about = environment.about(sizes, are_checked=False)
-    with tempfile.TemporaryDirectory(dir=scratch) as made:
+    with kept_if_used(scratch), tempfile.TemporaryDirectory(dir=scratch) as made:
         write_checkpoint(Path(made), sizes)
         found = measure(Path(made), on_gpu=on_gpu)
     for name, median in found["medians"].items():
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"python -m bench.loading: needs {names}: pip install {names}")
     parser = commands.parser("bench.loading", __doc__)
     commands.add_output(parser, ROOT)
-    parser.add_argument("--scratch", type=commands.folder, help="folder for 1.4 GB of files")
+    parser.add_argument("--scratch", type=commands.usable, help="folder for 1.4 GB of files")
     args = parser.parse_args(argv)
     try:
         with commands.results(args.output, ROOT, FILES, overwrite=args.overwrite) as folder:

@@ -320,7 +320,7 @@ def run(
                 write(rows, about, folder, asked)
                 interruption.check()
     print("\n".join(table(rows)))
-    print(f"wrote {shown(folder / 'options.json')}")
+    print("\n".join(f"wrote {shown(folder / name)}" for name in FILES))
     return 1 if any(row.problem for row in rows) else 0
 
 

@@ -19,7 +19,10 @@ _FILES = (
     *(f"{stem}{ending}" for stem in STEMS for ending in (".json", ".md", ".png", "_breakdown.md")),
     *(f"{REPORT}{ending}" for ending in (".md", ".png")),
 )
-_COMMANDS = ("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert")
+_COMMANDS = (
+    *("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert"),
+    *("fuzz", "times"),  # of tests.fuzz and tools/compare_times.py
+)
 _RESULTS = tuple(f"{stem}.json" for stem in (*STEMS, *_COMMANDS))  # of any command
 
 
@@ -79,7 +82,8 @@ def opened(
             refuse_others(path, files)
             note = _note(path, earlier, stem, output) if resume else None
             if earlier and not (resume or overwrite):
-                goes_on = "--resume goes on with it, " if files is _FILES else ""
+                is_its_own = files is _FILES and f"{stem}.json" in earlier
+                goes_on = "--resume goes on with it, " if is_its_own else ""
                 raise ValueError(
                     f"--output: {shown(path)} holds {', '.join(earlier)} of an earlier run; "
                     f"{goes_on}--overwrite replaces it"

@@ -1,5 +1,6 @@
 """The tables of the published comparison's document: speedups, latencies, means, regimes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from interop.comparison_analysis import (
@@ -142,7 +143,7 @@ def _blocks(
     for block in _cut(columns):
         rows = [
             [
-                f"`{work.uuid[:8]}`",
+                f"`{_short(work.uuid)}`",
                 str(work.num_tokens),
                 str(work.local_expert_offset),
                 *(_cell(column, work.uuid) for column in block),
@@ -156,6 +157,11 @@ def _blocks(
         titles = ["UUID", "num_tokens", "offset", *(column[0] for column in block)]
         lines += [*_table(titles, rows, numeric_from=1), ""]
     return [*lines, _OF_NOTE, ""] if is_marked else lines
+
+
+def _short(uuid: str) -> str:
+    """The first eight digits of a uuid; another name, such as "scaling-512", is short as it is."""
+    return uuid[:8] if re.match(r"[0-9a-f]{8}-", uuid) else uuid
 
 
 def _cut(columns: Sequence[_Column]) -> list[Sequence[_Column]]:

@@ -1,10 +1,11 @@
 """Random cases against the oracle for as long as asked; a line repeats each failure.
 
-    python -m tests.fuzz --minutes 10 --seed 0 --output out/fuzz
+    python -m tests.fuzz --minutes 10 --seed 0 [--output=FOLDER]
     python -m tests.fuzz --case 12345 --backend mosaic
 
-`fuzz.json` in the output folder says what ran, on what, and how it went; `running.txt` stays there
-only if the process died, and names the case. Exit code 1 on a failure, that of a signal after one.
+`fuzz.json` in the folder of the run, one in `out/fuzz` if none is given, says what ran, on what,
+and how it went; `running.txt` stays there only if the process died, and names the case. Exit code 1
+on a failure, that of a signal after one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from typing import Any
 
 import tqdm
 
-from bench import environment
-from bench.commands import usable as usable_folder
-from bench.failures import FileError, writing
+from bench import commands, environment
+from bench.failures import writing
 from interop.arguments import finite, natural
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
@@ -32,7 +32,8 @@ from pallas_kernels import interruption
 INTERPRETED = "interpreted_mosaic"
 _COMPILING = 0.4  # share of the time that may go into opening new slots
 _MOST_FAILURES = 20
-_MINUTES, _OUTPUT = 1.0, "out/fuzz"
+_MINUTES = 1.0
+_ROOT, _FILES = "out/fuzz", ("fuzz.json", "running.txt")
 _SEED_STRIDE = 1_000_000
 
 
@@ -175,45 +176,51 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=natural, help="which cases, 0 or more; 0 if not given")
     parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
     parser.add_argument("--case", type=natural, help="runs this one case alone")
-    parser.add_argument("--output", type=usable_folder, help=f"folder; {_OUTPUT} if not given")
+    commands.add_output(parser, _ROOT)
     args = parser.parse_args(argv)
     for flag in ("minutes", "seed", "output") if args.case is not None else ():
         if getattr(args, flag) is not None:
             parser.error(f"--case: runs one case and writes nothing, got --{flag} too")
+    if args.case is not None and args.overwrite:
+        parser.error("--case: runs one case and writes nothing, got --overwrite too")
     if args.minutes == 0:
         parser.error("argument --minutes: expected more than 0, got 0")
-    output = pathlib.Path()
-    if args.case is None:
-        try:
-            output = args.output or usable_folder(_OUTPUT)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"argument --output: {error}")
     if importlib.util.find_spec("pytest") is None:
         parser.error("needs pytest, as its cases are those of tests: pip install pytest")
     environment.prepare_process()
     try:
         campaign = Campaign(usable(args.backend))
+        if args.case is not None:
+            return run_one(campaign, args.case)
+        minutes = _MINUTES if args.minutes is None else args.minutes
+        with commands.results(args.output, _ROOT, _FILES, overwrite=args.overwrite) as folder:
+            return run_into(folder, campaign, args.seed or 0, 60 * minutes)
     except ValueError as error:
         parser.error(str(error))
-    if args.case is not None:
-        print(campaign.cases.draw(args.case))
-        campaign.run(args.case)
-        print("failed" if campaign.failures else f"passed on {', '.join(campaign.backends)}")
-        return 1 if campaign.failures else 0
-    output.mkdir(parents=True, exist_ok=True)
-    minutes = _MINUTES if args.minutes is None else args.minutes
-    try:
-        with writing(output / "running.txt"):
-            about, interrupted = run_for(campaign, args.seed or 0, 60 * minutes, output)
-        failed = len(campaign.failures)
-        print(f"{campaign.count} cases on {', '.join(campaign.backends)}: {failed} failures")
-        with writing(output / "fuzz.json"), write_atomically(output / "fuzz.json") as file:
-            json.dump(about | campaign.summary(), file, indent=2)
-            file.write("\n")
-    except FileError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"wrote {output / 'fuzz.json'}")
+
+
+def run_one(campaign: Campaign, number: int) -> int:
+    """Runs one case; the exit code."""
+    print(campaign.cases.draw(number))
+    campaign.run(number)
+    print("failed" if campaign.failures else f"passed on {', '.join(campaign.backends)}")
+    return 1 if campaign.failures else 0
+
+
+def run_into(folder: pathlib.Path, campaign: Campaign, seed: int, seconds: float) -> int:
+    """Fuzzes and writes `fuzz.json`; the exit code.
+
+    Raises:
+        FileError: A file cannot be written.
+    """
+    with writing(folder / "running.txt"):
+        about, interrupted = run_for(campaign, seed, seconds, folder)
+    failed = len(campaign.failures)
+    print(f"{campaign.count} cases on {', '.join(campaign.backends)}: {failed} failures")
+    with writing(folder / "fuzz.json"), write_atomically(folder / "fuzz.json") as file:
+        json.dump(about | campaign.summary(), file, indent=2)
+        file.write("\n")
+    print(f"wrote {folder / 'fuzz.json'}")
     return interrupted or (1 if failed else 0)
 
 

@@ -20,7 +20,9 @@ from jax_moe import checkpoint
 
 
 def test_a_run_without_a_gpu(tmp_path, capsys):
-    assert loading.main([f"--output={tmp_path / 'out'}", f"--scratch={tmp_path}"]) == 0
+    scratch = tmp_path / "new" / "scratch"
+    assert loading.main([f"--output={tmp_path / 'out'}", f"--scratch={scratch}"]) == 0
+    assert not scratch.parent.exists()
     assert "times mean nothing" in capsys.readouterr().out
     assert [one.name for one in tmp_path.iterdir()] == ["out"]  # the checkpoint is gone
     written = json.loads((tmp_path / "out" / "loading.json").read_text())

@@ -36,6 +36,7 @@ def test_two_checkouts_take_turns(tmp_path):
     assert "cuInit" not in done.stderr  # JAX's CUDA plugin was left alone where there is no GPU
     written = json.loads((tmp_path / "times.json").read_text())
     assert [one["folder"] for one in written["about"]["checkouts"]] == [str(ROOT)] * 2
+    assert written["about"]["complete"] is True
     [row] = written["rows"]
     assert row["tokens"] == 1
     for of_checkout in row["of_checkout"]:
@@ -67,6 +68,14 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_times_of_an_earlier_run_are_replaced_only_when_asked(tmp_path):
+    (tmp_path / "times.json").write_text("kept")
+    done = run(ROOT, "--workloads=1", f"--output={tmp_path}")
+    assert done.returncode == 2
+    assert "times.json of an earlier run; --overwrite replaces it" in done.stderr
+    assert (tmp_path / "times.json").read_text() == "kept"
 
 
 def test_a_signal_leaves_no_process_that_lowers(tmp_path, monkeypatch):

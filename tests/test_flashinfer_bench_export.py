@@ -105,3 +105,14 @@ def test_what_an_export_would_pass_over_is_refused(tmp_path, capsys):
     assert __main__.main(["export", str(several)]) == 2
     assert "holds data sets of --definitions; use another folder" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_is_refused_leaves_no_folder(tmp_path):
+    folder = tmp_path / "new" / "export"
+    with pytest.raises(ValueError, match="--dataset"):
+        export(folder, dataset=tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="--dataset"):
+        export(folder, dataset=tmp_path / "nowhere")
+    assert folder.is_dir()  # the caller's own stays

@@ -182,15 +182,31 @@ def test_a_signal_ends_it_with_its_exit_code(tmp_path, monkeypatch, capsys, numb
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fuzz, "fuzz", full)
-    assert fuzz.main([f"--output={tmp_path}", "--minutes=0.01"]) == 1
-    said = f"{tmp_path / 'running.txt'}: cannot be written: No space left on device\n"
-    assert capsys.readouterr().err == said
+    said = f"{tmp_path / 'running.txt'}: cannot be written: No space left on device"
+    with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
+        fuzz.main([f"--output={tmp_path}", "--minutes=0.01"])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_an_earlier_run_found_is_replaced_only_when_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fuzz, "fuzz", lambda *_: True)
+    command = ["--backend=xla", "--minutes=0.01", f"--output={tmp_path}"]
+    for name, whose in (("fuzz.json", "an earlier run"), ("results.json", "another command")):
+        (tmp_path / name).write_text("kept")
+        with pytest.raises(SystemExit, match="2"):
+            fuzz.main(command)
+        said = f"error: --output: {tmp_path} holds {name} of {whose}; "
+        assert said in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "kept"
+        (tmp_path / name).unlink()
+    (tmp_path / "fuzz.json").write_text("replaced")
+    assert fuzz.main([*command, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "fuzz.json").read_text())["cases"] == 0
 
 
 def test_the_command_line_repeats_a_failure(monkeypatch, capsys):

@@ -65,6 +65,12 @@ def test_rows_are_sorted_and_ratios_are_of_speeds():
     assert "`A / B` is a ratio of speeds: how many times as fast A is as B (above 1: A" in words
 
 
+def test_what_is_no_uuid_is_named_whole():
+    work = WorkloadRow("scaling-512", 512, 32)
+    results = {name: {work.uuid: Measurement(PASSED, 1.0, 2.0)} for name in ("v1", "v2")}
+    assert cells(render(results, workloads=[work]), "`scaling-512`")[1:3] == ["512", "32"]
+
+
 def test_the_analysis_covers_the_regimes_and_nothing_else():
     headings = [
         heading for heading, _ in comparison_analysis.analysis(WORKLOADS, published_results())

@@ -162,3 +162,7 @@ def test_the_list_says_what_each_step_is(capsys):
     assert measure.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(measure.KINDS)
+    assert measure.main(["--list", "tests"]) == 0
+    assert capsys.readouterr().out.splitlines() == [line for line in lines if "tests " in line]
+    with pytest.raises(SystemExit, match="2"):
+        measure.main(["--list", "benhc"])

@@ -151,6 +151,15 @@ def test_what_is_no_document_is_one_line(tmp_path, name):
         readme_examples.main(str(tmp_path / name))
 
 
+def test_a_document_without_examples_is_told_from_one_whose_examples_run(tmp_path, capsys):
+    document = tmp_path / "page.md"
+    document.write_text("```bash\nls\n```\n")
+    assert readme_examples.main(str(document)) == 1
+    assert "expected a `python` block that a `text` block follows, got none" in (
+        capsys.readouterr().out
+    )
+
+
 def test_an_example_whose_output_nobody_reads_is_no_traceback(tmp_path):
     document = tmp_path / "page.md"
     document.write_text("```python\nprint(1)\n```\n```text\n1\n```\n")

@@ -1,6 +1,6 @@
 """Times the layer of several checkouts in one process, on the same inputs and by the same clock.
 
-    python tools/compare_times.py ../before . --workloads 1,80,901 --output out/times
+    python tools/compare_times.py ../before . --workloads 1,80,901
 
 Each checkout lowers `jax_moe.apply` with its own modules, in processes of its own; the programs are
 compiled here, so that all differ in nothing but their code. For each number of tokens they take
@@ -30,18 +30,19 @@ import jax
 import numpy as np
 from jax import export
 
-from bench import environment, gpu_clock, inputs, tables, timers
-from bench.commands import usable
+from bench import commands, environment, gpu_clock, inputs, tables, timers
+from bench.failures import writing
 from bench.options import make_inputs
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, select
 from interop.checkout import git_commit
 from interop.workloads import Workload
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 from pallas_kernels import interruption
 from pallas_kernels.tuning.command import positive
 from tools.compare_ptx import QUIET, checkout_folder
 
+_ROOT, _FILES = "out/times", ("times.json",)
 # Runs in the checkout, with its own modules: only what all commits have is named here.
 _LOWER = """
 import json, pathlib, sys
@@ -168,9 +169,13 @@ def run(
     rounds: int,
     iterations: int,
     jobs: int,
-    output: pathlib.Path,
+    folder: pathlib.Path,
 ) -> None:
-    """Compiles, measures, prints a table and writes `times.json`, after each number of tokens."""
+    """Compiles, measures, prints a table and writes `times.json`, after each number of tokens.
+
+    Raises:
+        FileError: It cannot be written; the table was printed.
+    """
     on_gpu = jax.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
     about = environment.about(sizes) | {"rounds": rounds, "iterations": iterations}
@@ -181,7 +186,17 @@ def run(
     names = [str(one) for one in checkouts]
     lines = [["T", *names, "last / first", "same bits"]]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    path = folder / _FILES[0]
+
+    def write(*, complete: bool) -> None:
+        content = {"about": about | {"complete": complete}, "rows": rows}
+        with writing(path), write_atomically(path, "w") as file:
+            json.dump(content, file, indent=1)
+
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        commands.shown_if_unwritten(lambda: tables.aligned(lines, left=0)),
+    ):
         arrays = [tuple(map(jax.numpy.asarray, one)) for one in given]
         places = lower_all(checkouts, arrays, pathlib.Path(scratch), jobs)
         compiled = compile_all(places, arrays, jobs)
@@ -195,12 +210,13 @@ def run(
                 f"{medians[-1] / medians[0]:.3f}", "yes" if same else "no",
             ])  # fmt: skip
             rows.append({"tokens": workload.num_tokens, "of_checkout": found})
-            with write_atomically(output / "times.json", "w") as file:
-                json.dump({"about": about, "rows": rows}, file, indent=1)
+            write(complete=False)
+            interruption.check()
+        write(complete=True)
     if not on_gpu:
         print("CPU at reduced size: results are compared, times mean nothing")
     print("\n".join(tables.aligned(lines, left=0)))
-    print(f"wrote {output / 'times.json'}")
+    print(f"wrote {shown(path)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -214,21 +230,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--iterations", type=positive, default=20)
     parser.add_argument("--jobs", type=positive, default=max(1, (os.cpu_count() or 1) // 2))
-    parser.add_argument("--output", type=usable, default="out/times")
+    commands.add_output(parser, _ROOT)
     args = parser.parse_args(argv)
     try:
         workloads = select(args.workloads, WORKLOADS)
+        with commands.results(args.output, _ROOT, _FILES, overwrite=args.overwrite) as folder:
+            run(
+                args.checkouts,
+                workloads,
+                rounds=args.rounds,
+                iterations=args.iterations,
+                jobs=args.jobs,
+                folder=folder,
+            )
     except ValueError as error:
         parser.error(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
-    run(
-        args.checkouts,
-        workloads,
-        rounds=args.rounds,
-        iterations=args.iterations,
-        jobs=args.jobs,
-        output=args.output,
-    )
     return 0
 
 

@@ -156,12 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=finite, default=600, help="for all of them")
     parser.add_argument("--output", default="out/measured")
     args = parser.parse_args(argv)
-    if args.list:
-        for name, kind in KINDS.items():
-            print(f"{name:18}{kind.what}; at most {kind.seconds:.0f} s")
-        return 0
     try:
         steps = steps_of(args.steps, Path(args.output).expanduser())
+        if args.list:
+            for step in steps:
+                print(f"{step.name:18}{KINDS[step.name].what}; at most {step.seconds:.0f} s")
+            return 0
         output = folder(args.output)  # made where there is something to measure
         finished = done(output)
     except (RuntimeError, ValueError) as error:

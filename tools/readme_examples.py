@@ -46,7 +46,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def main(path: str) -> int:
-    """Command line; 1 if an example prints something else.
+    """Command line; 1 if an example prints something else, or there is none.
 
     Raises:
         SystemExit: There is no such document; names it.
@@ -55,6 +55,9 @@ def main(path: str) -> int:
         found = examples(pathlib.Path(path).read_text())
     except (OSError, UnicodeError) as error:
         sys.exit(f"document: expected a Markdown file, got {path!r}: {error}")
+    if not found:
+        print(f"{path}: expected a `python` block that a `text` block follows, got none")
+        return 1
     for number, (code, expected) in enumerate(found, 1):
         try:
             printed = run(code)
@@ -65,7 +68,7 @@ def main(path: str) -> int:
             print(f"{path}: example {number} prints {printed!r}, not {expected!r}")
             return 1
     print(f"{path}: {len(found)} examples print what it says")
-    return 0 if found else 1
+    return 0
 
 
 def command() -> int:

@@ -30,7 +30,7 @@ from interop.workloads import (
     captured_routing,
     workloads,
 )
-from jax_moe.io.files import confined, data_set_root, naming, shown
+from jax_moe.io.files import confined, data_set_root, kept_if_used, naming, shown
 
 _MAX_DRAWS = 64
 RANDOM_TOKENS = (1, 64, 1024)
@@ -79,9 +79,40 @@ def export(
     if dataset is not None and not definition.is_default:
         raise ValueError(f"--dataset: has workloads of {definitions.DEFAULT.name} only")
     root = Path(folder)
-    with naming(root):
-        root.mkdir(parents=True, exist_ok=True)
-        root = root.resolve()
+    with kept_if_used(root):  # nothing is left of an export that is refused
+        with naming(root):
+            root.mkdir(parents=True, exist_ok=True)
+            root = root.resolve()
+        _write(root, definition, dataset, seed, overwrite)
+    return root
+
+
+def export_each(folder: str | Path, names: Sequence[str], **options: Any) -> list[Path]:
+    """Writes a data set per definition, in a folder of its name: solutions' names are unique there.
+
+    Args:
+        folder: Where to.
+        names: Of the definitions; "all" stands for all of them.
+        options: As for `export`.
+
+    Returns:
+        The folders.
+
+    Raises:
+        ValueError: A name is unknown; then nothing has been written. Else as for `export`.
+    """
+    chosen = definitions.ALL if "all" in names else tuple(definitions.get(name) for name in names)
+    return [export(Path(folder) / one.name, one, **options) for one in chosen]
+
+
+def _write(
+    root: Path,
+    definition: Definition,
+    dataset: str | Path | None,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """`export` into a folder that exists."""
     if record.has_traces(root):
         raise ValueError(f"{shown(root)}: holds traces of an earlier export; use another folder")
     name, op_type = definition.name, definition.record["op_type"]
@@ -107,25 +138,6 @@ def export(
         files[path] = _json(one)
     files["README.md"] = _readme(definition, rows)
     _write_all(root, files)
-    return root
-
-
-def export_each(folder: str | Path, names: Sequence[str], **options: Any) -> list[Path]:
-    """Writes a data set per definition, in a folder of its name: solutions' names are unique there.
-
-    Args:
-        folder: Where to.
-        names: Of the definitions; "all" stands for all of them.
-        options: As for `export`.
-
-    Returns:
-        The folders.
-
-    Raises:
-        ValueError: A name is unknown; then nothing has been written. Else as for `export`.
-    """
-    chosen = definitions.ALL if "all" in names else tuple(definitions.get(name) for name in names)
-    return [export(Path(folder) / one.name, one, **options) for one in chosen]
 
 
 def _random(definition: Definition) -> list[_Row]:

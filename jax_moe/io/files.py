@@ -8,7 +8,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,27 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, FileExistsError):  # of a folder that was to be made
             reason = f"expected a folder, got {found_at(path)}"
         raise ValueError(f"{shown(path)}: cannot be used: {reason or error}") from None
+
+
+@contextmanager
+def kept_if_used(folder: Path | None) -> Iterator[None]:
+    """Makes a folder, with its parents, and removes those of them that are new and empty after.
+
+    Args:
+        folder: Where it cannot be made nothing is said: what the body writes there will. None is
+            no folder.
+    """
+    made = []
+    if folder is not None:
+        made = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for one in made:
+                one.rmdir()
 
 
 def data_set_root(folder: str | os.PathLike[str]) -> Path:
