@@ -21,7 +21,7 @@ _FILES = (
 )
 _COMMANDS = (
     *("layers", "loading", "options", "parallel", "parallel_gpus", "shared_expert"),
-    *("fuzz", "times"),  # of tests.fuzz and tools/compare_times.py
+    *("fuzz", "times", "ladder", "sanitize", "summary"),  # tests.fuzz, tools, examples.ladder
 )
 _RESULTS = tuple(f"{stem}.json" for stem in (*STEMS, *_COMMANDS))  # of any command
 

@@ -26,7 +26,7 @@ from typing import Any
 from bench import environment
 from bench.commands import usable
 from interop.arguments import finite
-from jax_moe.io.files import write_atomically
+from jax_moe.io.files import shown, write_atomically
 from pallas_kernels import interruption
 from tests.cuda_tools import wheel_bin
 from tests.sanitizer_control import READERS
@@ -215,14 +215,35 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def earlier_runs(path: pathlib.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs of an earlier summary, if it is of the same commit and kind of device."""
+def earlier_runs(
+    path: pathlib.Path, about: dict[str, Any], *, overwrite: bool
+) -> list[dict[str, Any]]:
+    """The runs of an earlier summary that are gone on with.
+
+    Args:
+        path: Of the summary, if there is one.
+        about: Of this run.
+        overwrite: Replace one of another commit, kind of device or version.
+
+    Raises:
+        ValueError: It is another's, or damaged, and was not asked to be replaced.
+    """
+    if not path.exists():
+        return []
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        runs: list[dict[str, Any]] = content["runs"]
+        others = [key for key in ("commit", "device", "versions") if content[key] != about[key]]
+    except (OSError, KeyError, TypeError, ValueError):
+        runs, others = [], ["file"]
+    if not others:
+        return runs
+    if overwrite:
         return []
-    same = all(content.get(key) == about[key] for key in ("commit", "device", "versions"))
-    return content["runs"] if same else []
+    raise ValueError(
+        f"{shown(path)}: is of another {' and '.join(others)}; --overwrite replaces it, and runs "
+        "of the same commit and GPU go on with theirs"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -233,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--timeout", type=finite, default=540.0, help="seconds a run may take")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a summary of another commit or GPU"
+    )
     args = parser.parse_args(argv)
     tools, backends = args.tools.split(","), args.backends.split(",")
     for name, chosen, known in (("tools", tools, TOOLS), ("backends", backends, BACKENDS)):
@@ -256,7 +280,11 @@ def main(argv: list[str] | None = None) -> int:
     if about["device"]["platform"] != "gpu":
         print(f"no GPU; JAX's device here is {about['device']['kind']!r}", file=sys.stderr)
         return 2
-    summary = {**about, "runs": earlier_runs(args.results / "sanitize.json", about)}
+    try:
+        earlier = earlier_runs(args.results / "sanitize.json", about, overwrite=args.overwrite)
+    except ValueError as error:
+        parser.error(str(error))
+    summary = {**about, "runs": earlier}
     args.results.mkdir(parents=True, exist_ok=True)
     runs = [(backend, tool) for backend in backends for tool in tools]
     if "initcheck" in tools:

@@ -94,7 +94,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
         ("tools.measure", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No"),
         ("tools.measure", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
         ("tools.flashinfer_module", "--package=. --tvm_ffi=. --output=/proc/x", "--output: [Errno"),
-        ("examples.ladder.__main__", "--out=/proc/x", "argument --out: /proc/x: cannot be used"),
+        ("examples.ladder.__main__", "--output=/proc/x", "argument --output: /proc/x: cannot be u"),
         ("jax_moe.tune", "--folder=/proc/x", "argument --folder: cannot write there: [Errno 2] "),
         ("jax_moe.tune", "--folder=", "argument --folder: expected a folder, got an empty name"),
         ("tests.barrier_mutations", "--fast", "unrecognized arguments: --fast"),

@@ -147,6 +147,7 @@ def test_the_table_has_a_row_per_level_and_the_files_are_whole(tmp_path):
         harness.Measured(1, "plain", 8192, 2.5e-3, None, None),
         harness.Measured(2, "pipeline", 16, 2.5e-3, 125.0, 100.0),
     ]
+    (tmp_path / "new").mkdir()
     ladder.write(tmp_path / "new", measured, {"device": "none"})
     document = (tmp_path / "new/ladder.md").read_text()
     assert "| 1 plain | 200.0 | 50.0% | 2.5e-03 |  |  | 2.5e-03 |" in document
@@ -203,7 +204,7 @@ def in_jax_numpy(rows, plan, values, scales, interpret):
 
 def test_without_a_gpu_no_folder_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "find_gpu", lambda: None)
-    assert ladder.main(["--out", str(tmp_path / "new/one")]) == 2
+    assert ladder.main(["--output", str(tmp_path / "new/one")]) == 2
     assert capsys.readouterr().err.startswith("needs a Hopper GPU")
     assert not (tmp_path / "new").exists()
 
@@ -220,7 +221,7 @@ def test_a_run_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "MANY_TOKENS", 40)
     monkeypatch.setattr(harness, "find_gpu", lambda: gpu)
     monkeypatch.setattr(ladder, "levels", lambda: [right, wrong])
-    assert ladder.main(["--out", str(tmp_path)]) == 1
+    assert ladder.main(["--output", str(tmp_path)]) == 1
     saved = json.loads((tmp_path / "ladder.json").read_text())
     assert [(row["number"], row["num_tokens"]) for row in saved["levels"]] == [(3, 16), (3, 40)]
     assert all(0 < row["fraction"] < 1 for row in saved["levels"])

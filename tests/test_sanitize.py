@@ -165,7 +165,7 @@ def on_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_a_run_of_all_tools_is_summarized(tmp_path):
+def test_a_run_of_all_tools_is_summarized(tmp_path, capsys):
     """With a stand-in for the tool that finds a race, and hangs under synccheck on triton."""
     script = f"""
 case "$*" in
@@ -198,6 +198,14 @@ test "$XLA_PYTHON_CLIENT_PREALLOCATE" = false || exit 3
     assert sanitize.main([*options, "--tools", "synccheck", "--backends", "triton"]) == 0
     again = json.loads((results / "sanitize.json").read_text())["runs"]
     assert {one["state"] for one in again} == {"clean"}
+
+    (results / "sanitize.json").write_text(json.dumps(content | {"commit": "older"}))
+    with pytest.raises(SystemExit, match="2"):
+        sanitize.main([*options, "--tools", "racecheck"])
+    assert "is of another commit; --overwrite replaces it" in capsys.readouterr().err
+    assert len(json.loads((results / "sanitize.json").read_text())["runs"]) == 9
+    assert sanitize.main([*options, "--tools", "racecheck", "--overwrite"]) == 0
+    assert len(json.loads((results / "sanitize.json").read_text())["runs"]) == 2
     assert len(again) == 9
 
 

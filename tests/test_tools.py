@@ -11,6 +11,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
+from interop import folder_lock
 from interop.checkout import git_commit
 from tools import check_pins, flashinfer_module, gpu_tests, readme_examples
 
@@ -200,11 +201,28 @@ def test_parts_of_the_gpu_tests(tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(gpu_tests, "run_pytest", lambda markers, *_: ran.append(markers) or 3)
     for part, markers in (("parallel", "gpu and not timing"), ("timing", "gpu and timing")):
-        assert gpu_tests.main([str(tmp_path), "--only", part]) == 3
+        assert gpu_tests.main([str(tmp_path), "-q", "--only", part, "--overwrite"]) == 3
         assert ran.pop() == markers
     assert gpu_tests.main([str(tmp_path), "--only", "fast"]) == 2
     assert "expected one of parallel, timing, got 'fast'" in capsys.readouterr().err
     assert not ran
+
+
+def test_an_earlier_run_of_the_gpu_tests_is_replaced_only_when_asked(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(gpu_tests, "run_pytest", lambda *_: ran.append(1) or 3)
+    for name in ("summary.json", "progress.jsonl", "results.json"):
+        path = tmp_path / name
+        path.write_text("kept")
+        assert gpu_tests.main([str(tmp_path)]) == 2
+        assert f"{tmp_path} holds {name} of an" in capsys.readouterr().err
+        assert path.read_text() == "kept"
+        path.unlink()
+    assert gpu_tests.main([str(tmp_path), "--resume", "--overwrite"]) == 2
+    assert not ran
+    with folder_lock.held(tmp_path):
+        assert gpu_tests.main([str(tmp_path)]) == 2
+    assert "another run is writing here" in capsys.readouterr().err
 
 
 def test_gpu_tests_take_no_option_for_a_folder(tmp_path, monkeypatch, capsys):

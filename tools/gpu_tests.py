@@ -3,6 +3,7 @@
     python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]
     python -m tools.gpu_tests RESULTS_FOLDER --only timing [...]     # or: --only parallel
     python -m tools.gpu_tests RESULTS_FOLDER --resume [...]          # what has not passed yet
+    python -m tools.gpu_tests RESULTS_FOLDER --overwrite [...]       # replaces an earlier run
 
 `progress.jsonl` in the folder gets a line per test as it ends. So a run that was cut off goes on
 with `--resume`, at the same commit (`GIT_COMMIT` names it in a copy without history).
@@ -16,6 +17,7 @@ hold the single tests.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -23,16 +25,18 @@ import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench import commands, environment
-from jax_moe.io.files import write_atomically
+from bench import commands, environment, run_folder
+from interop import folder_lock
+from jax_moe.io.files import kept_if_used, shown, write_atomically
 from pallas_kernels import interruption
 
 ROOT = pathlib.Path(__file__).parent.parent
 MOST_WORKERS = 12
 NEEDED = {"pytest": "pytest", "xdist": "pytest-xdist"}
 PARTS = ("parallel", "timing")
+FILES = ("summary.json", "progress.jsonl", "passed_before.txt", "junit.xml", "junit_timing.xml")
 NOTHING_SELECTED = 5  # pytest's exit code
 
 
@@ -65,7 +69,6 @@ def begin(progress: pathlib.Path, *, resume: bool) -> list[str]:
     """
     commit = environment.git_commit()
     if not resume:
-        progress.parent.mkdir(parents=True, exist_ok=True)
         progress.write_text(json.dumps({"commit": commit}) + "\n")
         return []
     if not progress.exists():
@@ -109,18 +112,12 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print("usage: python -m tools.gpu_tests RESULTS_FOLDER [pytest arguments]", file=sys.stderr)
         return 2
-    part, options = "", argv[1:]
-    if resume := "--resume" in options:
-        options.remove("--resume")
-    if options[:1] == ["--only"]:
-        part, options = "".join(options[1:2]), options[2:]
-        if part not in PARTS:
-            print(f"--only: expected one of {', '.join(PARTS)}, got {part!r}", file=sys.stderr)
-            return 2
     try:
+        chosen, options = read_options(argv[1:])
         folder = commands.usable(argv[0]).absolute()
-    except argparse.ArgumentTypeError as error:
-        print(f"RESULTS_FOLDER: {error}", file=sys.stderr)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        where = "RESULTS_FOLDER: " if isinstance(error, argparse.ArgumentTypeError) else ""
+        print(f"{where}{error}", file=sys.stderr)
         return 2
     if lacking := environment.lacking_packages(NEEDED):
         packages = " ".join(lacking)
@@ -128,12 +125,73 @@ def main(argv: list[str]) -> int:
             f"python -m tools.gpu_tests: needs {packages}: pip install {packages}", file=sys.stderr
         )
         return 2
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_if_used(folder))
+        try:
+            stack.enter_context(folder_lock.held(folder))
+            refuse_earlier(folder, chosen)
+            before = begin(folder / "progress.jsonl", resume=chosen.resume)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return run(folder, chosen.part, before, options)
+
+
+class Chosen(NamedTuple):
+    """What is run, and what of an earlier run is kept.
+
+    Attributes:
+        part: One of `PARTS`, or "" for both.
+        resume: Whether to go on with the run in the folder.
+        overwrite: Whether to replace it.
+    """
+
+    part: str
+    resume: bool
+    overwrite: bool
+
+
+def read_options(options: list[str]) -> tuple[Chosen, list[str]]:
+    """Those of this command, and the others, which are pytest's.
+
+    Raises:
+        ValueError: One is unknown, or two contradict each other.
+    """
+    rest, part = list(options), ""
+    flags = {name: name in rest for name in ("--resume", "--overwrite")}
+    if all(flags.values()):
+        raise ValueError("--resume and --overwrite contradict each other")
+    rest = [one for one in rest if one not in flags]
+    if "--only" in rest:
+        place = rest.index("--only")
+        part = "".join(rest[place + 1 : place + 2])
+        del rest[place : place + 2]
+        if part not in PARTS:
+            raise ValueError(f"--only: expected one of {', '.join(PARTS)}, got {part!r}")
+    return Chosen(part, *flags.values()), rest
+
+
+def refuse_earlier(folder: pathlib.Path, chosen: Chosen) -> None:
+    """Raises `ValueError` if a folder holds results that nobody asked to replace."""
+    run_folder.refuse_others(folder, FILES)
+    earlier = run_folder.files_of_a_run(folder, FILES)
+    if earlier and not (chosen.resume or chosen.overwrite):
+        raise ValueError(
+            f"RESULTS_FOLDER: {shown(folder)} holds {', '.join(earlier)} of an earlier run; "
+            "--resume goes on with it, --overwrite replaces it"
+        )
+
+
+def run(folder: pathlib.Path, part: str, before: list[str], options: list[str]) -> int:
+    """Runs the tests and writes what came of them; the exit code.
+
+    Args:
+        folder: Of the results.
+        part: One of `PARTS`, or "" for both.
+        before: Tests that passed before, and are left out.
+        options: Of pytest.
+    """
     progress, leave_out = folder / "progress.jsonl", folder / "passed_before.txt"
-    try:
-        before = begin(progress, resume=resume)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     leave_out.write_text("".join(f"{test}\n" for test in before))
     options += ["-p", "tools.gpu_progress", f"--progress={progress}", f"--leave-out={leave_out}"]
     parallel, alone = folder / "junit.xml", folder / "junit_timing.xml"

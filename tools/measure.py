@@ -81,7 +81,7 @@ KINDS: dict[str, Kind] = {
     "scaling": Kind(
         f"{_BENCH} --solutions=jax_moe_mosaic,{_PEERS} --scaling", 560, "T = 1, 2, 4 ... 16384"
     ),
-    "ladder": Kind("-m examples.ladder --out={}", 300, "the eight levels"),
+    "ladder": Kind("-m examples.ladder --overwrite --output={}", 300, "the eight levels"),
     "one_rank": Kind(
         "-m bench.parallel --ranks=1 --tokens=64,4096 --overwrite --output={}",
         200,
@@ -118,7 +118,7 @@ KINDS: dict[str, Kind] = {
         )
         for name, (of_rank, _) in _MODELS.items()
     },
-    "tests": Kind("-m tools.gpu_tests {}", 560, "make test-gpu"),
+    "tests": Kind("-m tools.gpu_tests {} --overwrite", 560, "make test-gpu"),
 }
 """By name, the most telling first."""
 

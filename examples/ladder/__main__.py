@@ -1,7 +1,7 @@
 """All levels on one Hopper GPU, in one process: a table and a JSON file.
 
-python -m examples.ladder                       writes out/ladder/ladder.md and ladder.json
-python -m examples.ladder --out FOLDER
+python -m examples.ladder       writes ladder.md and ladder.json into a folder in out/ladder
+python -m examples.ladder --output FOLDER [--overwrite]
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import jax
 
 from bench import commands, environment
+from bench.failures import writing
 from examples.ladder import harness
 from examples.ladder.problem import Level
 from pallas_kernels import interruption
 from pallas_kernels.files import write_atomically
 
 _FOLDER = pathlib.Path(__file__).parent
+_ROOT, _FILES = "out/ladder", ("ladder.json", "ladder.md")
 
 
 def levels() -> list[Level]:
@@ -64,7 +66,7 @@ def _cells(one: harness.Measured | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the levels; 1 where one failed, 2 where there is no GPU. What was measured is kept."""
     parser = argparse.ArgumentParser(prog="python -m examples.ladder")
-    parser.add_argument("--out", type=commands.usable, default="out/ladder")
+    commands.add_output(parser, _ROOT)
     args = parser.parse_args(argv)
     gpu = harness.find_gpu()
     if gpu is None:
@@ -74,6 +76,19 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    try:
+        with commands.results(args.output, _ROOT, _FILES, overwrite=args.overwrite) as folder:
+            return run(gpu, folder)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(gpu: harness.Gpu, folder: pathlib.Path) -> int:
+    """Measures, prints and writes; the exit code.
+
+    Raises:
+        FileError: A file cannot be written.
+    """
     started = time.perf_counter()
     measured: list[harness.Measured] = []
     failed: list[str] = []
@@ -86,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             failed.append(f"level {level.number}: {type(error).__name__}: {error}")
             print(failed[-1], file=sys.stderr, flush=True)
         seconds = time.perf_counter() - started
-        write(args.out, measured, _about(gpu, failed, seconds))  # what is there is kept
-    print(f"{args.out / 'ladder.md'} and {args.out / 'ladder.json'}")
+        write(folder, measured, _about(gpu, failed, seconds))  # what is there is kept
+    print(f"{folder / 'ladder.md'} and {folder / 'ladder.json'}")
     return 1 if failed else 0
 
 
@@ -107,11 +122,12 @@ def _about(gpu: harness.Gpu, failed: list[str], seconds: float) -> dict[str, obj
 
 def write(folder: pathlib.Path, measured: list[harness.Measured], about: dict[str, object]) -> None:
     """Writes `ladder.json` and `ladder.md`."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [{**one._asdict(), "fraction": one.fraction} for one in measured]
-    with write_atomically(folder / "ladder.json") as file:
+    path = folder / "ladder.json"
+    with writing(path), write_atomically(path) as file:
         json.dump({"about": about, "levels": rows}, file, indent=1)
-    with write_atomically(folder / "ladder.md") as file:
+    path = folder / "ladder.md"
+    with writing(path), write_atomically(path) as file:
         file.write(table(measured, about))
 
 
