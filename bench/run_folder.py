@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from interop import folder_lock
-from jax_moe.io.files import naming, shown
+from jax_moe.io.files import kept_if_used, naming, shown
 
 ROOT = Path("out/bench")  # of runs without --output
 LATEST = "latest"
@@ -75,27 +75,24 @@ def opened(
     if overwrite and output is None:
         raise ValueError("--overwrite: goes with --output=FOLDER; other runs get folders of theirs")
     root = ROOT if root is None else root
-    path, is_new = _existing_or_new(output, resume, root)
-    try:
-        with _locked(path):
-            earlier = files_of_a_run(path, files)
-            refuse_others(path, files)
-            note = _note(path, earlier, stem, output) if resume else None
-            if earlier and not (resume or overwrite):
-                is_its_own = files is _FILES and f"{stem}.json" in earlier
-                goes_on = "--resume goes on with it, " if is_its_own else ""
-                raise ValueError(
-                    f"--output: {shown(path)} holds {', '.join(earlier)} of an earlier run; "
-                    f"{goes_on}--overwrite replaces it"
-                )
-            link = path.parent / LATEST if output is None else None
-            yield RunFolder(path, note, lambda: _begin(path, earlier, f"{stem}.json", link))
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # somebody wrote into it, which is usual
-                path.rmdir()
-                if output is None:
-                    root.rmdir()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_if_used(root if output is None else output))
+        path = _existing_or_new(output, resume, root)
+        if output is None:
+            stack.callback(_remove_if_empty, path)
+        stack.enter_context(_locked(path))
+        earlier = files_of_a_run(path, files)
+        refuse_others(path, files)
+        note = _note(path, earlier, stem, output) if resume else None
+        if earlier and not (resume or overwrite):
+            is_its_own = files is _FILES and f"{stem}.json" in earlier
+            goes_on = "--resume goes on with it, " if is_its_own else ""
+            raise ValueError(
+                f"--output: {shown(path)} holds {', '.join(earlier)} of an earlier run; "
+                f"{goes_on}--overwrite replaces it"
+            )
+        link = path.parent / LATEST if output is None else None
+        yield RunFolder(path, note, lambda: _begin(path, earlier, f"{stem}.json", link))
 
 
 def refuse_others(folder: Path, files: Sequence[str]) -> None:
@@ -107,32 +104,27 @@ def refuse_others(folder: Path, files: Sequence[str]) -> None:
         )
 
 
-def make(flag: str, folder: Path) -> bool:
+def make(flag: str, folder: Path) -> None:
     """Makes a folder and writes to it, so that a run does not fail on it when it is measured.
 
     Args:
         flag: What asks for it, for errors.
         folder: Its parents are made, too.
 
-    Returns:
-        Whether it is new.
-
     Raises:
         ValueError: It cannot be used.
     """
     try:
-        return make_writable(folder)
+        make_writable(folder)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
 
 
-def make_writable(folder: Path) -> bool:
+def make_writable(folder: Path) -> None:
     """`make` for a caller that says itself what asks for the folder."""
     with naming(folder):
-        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    return is_new
 
 
 @contextlib.contextmanager
@@ -151,19 +143,24 @@ def files_of_a_run(folder: Path, files: Sequence[str] = _FILES) -> list[str]:
         return [name for name in files if (folder / name).exists(follow_symlinks=False)]
 
 
-def _existing_or_new(output: Path | None, resume: bool, root: Path) -> tuple[Path, bool]:
-    """The folder and whether it was made here."""
+def _existing_or_new(output: Path | None, resume: bool, root: Path) -> Path:
     if output is not None:
-        return output, make("--output", output)
+        make("--output", output)
+        return output
     try:
         latest = root / LATEST
         if resume and latest.is_dir():
-            return latest.resolve(), False
+            return latest.resolve()
         with naming(root):
             root.mkdir(parents=True, exist_ok=True)
-            return _made_by_time(root), True
+            return _made_by_time(root)
     except ValueError as error:
         raise ValueError(f"--output: {error}") from None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody wrote into it, which is usual
+        folder.rmdir()
 
 
 def _made_by_time(root: Path) -> Path:

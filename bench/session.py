@@ -96,6 +96,8 @@ def execute(
             results.about["command"] += " --resume"
         if profile:
             run_folder.make("--profile", profile)
+            if not (resume and results.path.exists()):
+                tracing.refuse_earlier(profile)
         if folder.note:
             print(folder.note)
         print(documents.introduction(results, settings, len(workloads), list(chosen)), flush=True)

@@ -1,6 +1,7 @@
 """Traces of a few calls that open in Perfetto (https://ui.perfetto.dev)."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from bench.gpu_clock import GpuClock
 from bench.timers import Execution
 from interop.solutions.base import Solution
 from interop.workloads import Workload
-from jax_moe.io.files import shown
+from jax_moe.io.files import naming, shown
 
 _CALLS = 3
+_TRACE = re.compile(r"\w+_T\d+(\.json\.gz)?")
 
 Recorder = Callable[[Execution, Solution, Workload, GpuClock | None], None]
 
@@ -47,6 +49,18 @@ def recorder(folder: Path) -> Recorder:
         os.replace(unfinished, folder / f"{name}.json.gz")
 
     return record
+
+
+def refuse_earlier(folder: Path) -> None:
+    """Raises `ValueError` if a folder holds traces: another run's would stand among this one's."""
+    with naming(folder):
+        names = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    traces = [name for name in names if _TRACE.fullmatch(name)]
+    if traces:
+        raise ValueError(
+            f"--profile: {shown(folder)} holds traces of an earlier run ({', '.join(traces[:3])}"
+            f"{', ...' if len(traces) > 3 else ''}); expected a folder of its own"
+        )
 
 
 def _stop(path: Path) -> None:

@@ -316,6 +316,11 @@ def test_a_profile_leaves_a_trace_that_perfetto_opens(tmp_path, registry):
     execute(settings(tmp_path, "ours", num_trials=1), profile=tmp_path / "traces")
     found = list((tmp_path / "traces" / "ours_T1").rglob("perfetto_trace.json.gz"))
     assert len(found) == 1
+    for folder, resume in ((tmp_path / "2", False), (tmp_path / "3", True)):  # another run each
+        with pytest.raises(ValueError, match=r"--profile: .*traces holds traces .* \(ours_T1, tor"):
+            execute(settings(folder, "ours"), resume=resume, profile=tmp_path / "traces")
+        assert not folder.exists()
+    execute(settings(tmp_path, "ours", num_trials=1), resume=True, profile=tmp_path / "traces")
 
 
 def test_a_profile_on_a_full_disk_ends_the_run(tmp_path, registry, monkeypatch, capsys):
