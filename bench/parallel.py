@@ -364,7 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=up_to(FULL.num_experts), default=1, help="one per device")
     parser.add_argument("--tokens", type=token_counts, default=(), help="of each rank, by commas")
     parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(NAMES)}")
-    parser.add_argument("--pieces", type=token_counts, default=(1,))
+    parser.add_argument(
+        "--pieces", type=token_counts, default=(1,), help="fewer where T has no cut into so many"
+    )
     parser.add_argument("--routings", type=_names, default=("even",))
     parser.add_argument("--local-of", type=token_counts, default=())
     commands.add_output(parser, ROOT)

@@ -216,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Runs the steps that were asked for; returns the exit code."""
+    if args.minutes == 0:
+        parser.error("argument --minutes: expected more than 0, got 0")
     minutes = _MINUTES if args.minutes is None else args.minutes
     others = ["--minutes", f"{minutes:g}"]
     others += [] if args.jobs is None else ["--jobs", str(args.jobs)]

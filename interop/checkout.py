@@ -16,13 +16,17 @@ _OF_A_HOOK = (
 
 
 def git_commit(folder: Path | None = None) -> str:
-    """The commit that `GIT_COMMIT` names, else this checkout's, "-dirty" if tracked files differ.
+    """The commit of a checkout, "-dirty" if tracked files differ, or "unknown".
 
-    The variable is for copies, whose history is missing or older than their files.
+    Args:
+        folder: Of the checkout; None is the one whose code runs. That one's commit is what
+            `GIT_COMMIT` names, if set: for copies, whose history is missing or older than their
+            files.
     """
-    if named := os.environ.get("GIT_COMMIT"):
+    here = Path(__file__).resolve().parent.parent
+    root = here if folder is None else folder.resolve()
+    if root == here and (named := os.environ.get("GIT_COMMIT")):
         return named
-    root = folder or Path(__file__).resolve().parent.parent
     # Within a hook git sets variables that name the hook's repository.
     ours = {name: value for name, value in os.environ.items() if name not in _OF_A_HOOK}
     git = functools.partial(output_of, "git", "-C", str(root), environ=ours)

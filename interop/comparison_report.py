@@ -104,12 +104,13 @@ def render(
     if plot:
         lines += [f"![Speedup against tokens]({plot})", ""]
     lines += ["## Analysis", ""]
-    if not is_few(main):
+    has_reference = comparison_tables.has_reference(main)
+    if has_reference and not is_few(main):
         lines += comparison_tables.regimes(ordered, main)
     for heading, sentences in analysis(ordered, main):
         if sentences:
             lines += [f"### {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
-    if not any(one.reference_ms for rows in main.values() for one in rows.values()):
+    if not has_reference:
         lines += ["The reference was not timed, so there are no speedups.", ""]
     lines += comparison_factors.section(ordered, results)
     lines += _workspace(ordered, results)

@@ -72,20 +72,21 @@ def figures(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:
         Lines of markdown. A row that did not pass shows its status and never a figure.
     """
     ratios = [_ratio_column(results, slow, fast) for slow, fast in pairs(results)]
-    explained = "Speedup over the reference"
-    if ratios:
-        explained += "; `A / B` is a ratio of speeds: how many times as fast A is as B"
-        explained += " (above 1: A is faster)"
-    speeds = [_speedup_column(results, name) for name in results] + ratios
+    speeds = [_speedup_column(results, name) for name in results] if has_reference(results) else []
     latencies = [_latency_column(results, name) for name in results]
-    return [
-        f"{explained}.",
-        "",
-        *_blocks(workloads, results, speeds),
-        "Latency in ms.",
-        "",
-        *_blocks(workloads, results, latencies),
-    ]
+    of_ratios = (
+        "`A / B` is a ratio of speeds: how many times as fast A is as B (above 1: A is faster)"
+    )
+    explained = ["Speedup over the reference"] * bool(speeds) + [of_ratios] * bool(ratios)
+    lines = []
+    if explained:
+        lines = ["; ".join(explained) + ".", "", *_blocks(workloads, results, speeds + ratios)]
+    return [*lines, "Latency in ms.", "", *_blocks(workloads, results, latencies)]
+
+
+def has_reference(results: Results) -> bool:
+    """Whether any row has a time of the reference, without which there are no speedups."""
+    return any(row.reference_ms for rows in results.values() for row in rows.values())
 
 
 def regimes(workloads: Sequence[WorkloadRow], results: Results) -> list[str]:

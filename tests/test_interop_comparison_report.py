@@ -155,6 +155,19 @@ def test_a_solution_that_never_passed_does_not_empty_the_means():
     assert cells(render(results), "**mean**")[0] == "**mean** of 19"
 
 
+def test_without_a_reference_there_is_no_table_of_its_speedups():
+    measured = {"v1": Measurement(PASSED, 1.0), "v2": Measurement(PASSED, 0.5)}
+    results = {name: {WORKLOADS[0].uuid: row} for name, row in measured.items()}
+    text = render({"v1": results["v1"]}, workloads=WORKLOADS[:1])
+    assert cells(text, "UUID")[3:] == ["v1"]  # of latencies
+    assert "Speedup" not in text
+    assert "The reference was not timed, so there are no speedups." in text
+    text = render(results, workloads=WORKLOADS[:1])
+    assert cells(text, "UUID")[3:] == ["v2 / v1"]
+    assert cells(text, "`00000001`")[3:] == ["2.00x"]
+    assert "`A / B` is a ratio of speeds" in text
+
+
 def test_differences_and_workspace():
     text = render(published_results(), designs=DESIGNS)
     assert cells(text, "solution") == ["solution", "SwiGLU", "Workspace"]

@@ -359,3 +359,6 @@ def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     here = git_commit()
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     assert git_commit() == here != git("rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_COMMIT", "a copy's")  # names the code that runs, and no other checkout
+    assert git_commit() == git_commit(ROOT) == "a copy's"
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD")

@@ -156,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=finite, default=600, help="for all of them")
     parser.add_argument("--output", default="out/measured")
     args = parser.parse_args(argv)
+    if args.minutes == 0:
+        parser.error("argument --minutes: expected more than 0, got 0")
     try:
         steps = steps_of(args.steps, Path(args.output).expanduser())
         if args.list:
