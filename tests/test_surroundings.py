@@ -156,6 +156,12 @@ DEFAULT_DEVICE = """
         layer(*mixed)
     both = [*here[:2], *there[2:]]  # JAX moves the first two
     assert (bits(layer(*both)) == expected).all()
+    said = "got: cpu.; that is where hidden_states was put, and JAX runs the call there"
+    with jax.default_device(second), pytest.raises(NotImplementedError, match=said):
+        jax_moe.apply(*both, config=SMALL, backend="mosaic")
+    said = "that is where one of its arrays was put"
+    with jax.default_device(second), pytest.raises(NotImplementedError, match=said):
+        jax_moe.quantize(jax.device_put(np.zeros((5, 128), np.float32), first), backend="mosaic")
 
     x, one, zeros = there[2], there[4:8], jax.numpy.zeros
     config = nn.LayerConfig(SMALL, 32, x.shape[1], one[3].shape[2] * 128,

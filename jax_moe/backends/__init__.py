@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_moe.config import MoEConfig, Precision, ScaleFormat
-from jax_moe.device import Device, describe_device, device_of, is_assumed, jax_device_of
+from jax_moe.device import (
+    Device,
+    describe_device,
+    device_of,
+    is_assumed,
+    is_committed,
+    jax_device_of,
+)
 from jax_moe.scalars import quoted
 from jax_moe.transforms import is_tracing
 from jax_moe.types import GroupPlan, Quantized, Routing
@@ -215,7 +222,13 @@ def select_for_call(name: str, arrays: Any, device: jax.Device | None = None) ->
         NotImplementedError: It cannot run there, or not eagerly under `jax_moe.assume_device`.
     """
     there = jax_device_of(arrays) if device is None else device
-    chosen = select(name, describe_device(there))
+    try:
+        chosen = select(name, describe_device(there))
+    except NotImplementedError as error:
+        if device is None and there != jax_device_of():
+            text = f"{error}; that is where {_placed(arrays)} was put, and JAX runs the call there"
+            raise NotImplementedError(text) from None
+        raise
     if is_assumed() and not is_tracing():
         found = Device.of(there)
         if reason := unsupported_reason(chosen, found):
@@ -224,6 +237,14 @@ def select_for_call(name: str, arrays: Any, device: jax.Device | None = None) ->
                 "can be traced, lowered and exported, not run)"
             )
     return chosen
+
+
+def _placed(arrays: Any) -> str:
+    """The name of the first array that somebody put on a device."""
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    path = next(path for path, leaf in leaves if isinstance(leaf, jax.Array) and is_committed(leaf))
+    is_named = isinstance(path[-1], jax.tree_util.GetAttrKey)
+    return jax.tree_util.keystr(path[-1:], simple=True) if is_named else "one of its arrays"
 
 
 def precision_of(rows: Array) -> Precision:
