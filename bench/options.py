@@ -289,6 +289,7 @@ def run(
     variants = chosen_variants(names)
     on_gpu = environment.default_backend() == "gpu"
     sizes = FULL if on_gpu else REDUCED
+    backend = backends.select_for_call(backend, ())  # what "auto" means here
     about = environment.about(sizes) | {"backend": backend, "seed": _SEED}
     if not on_gpu:
         print(about["note"], flush=True)
@@ -328,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = commands.parser("bench.options", __doc__)
     parser.add_argument(
-        "--workloads", type=comma_separated, default=(), help="token counts, or all"
+        "--workloads", type=comma_separated, default=(), help="token counts, uuids, or all"
     )
     parser.add_argument(
         "--variants",

@@ -40,12 +40,11 @@ from bench.parallel_inputs import (
     routing,
     with_routing,
 )
-from bench.parallel_rows import Row
+from bench.parallel_rows import EXCHANGES, Row
 from bench.workloads import FULL, REDUCED, Sizes, token_counts
 from interop.arguments import up_to
 from jax_moe import DEEPSEEK_V3, LayerInputs
 from jax_moe.io.files import shown
-from jax_moe.parallel.exchange import NAMES
 from pallas_kernels import interruption
 
 TOKENS, FEW_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192), (1, 17)
@@ -363,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = commands.parser("bench.parallel", __doc__)
     parser.add_argument("--ranks", type=up_to(FULL.num_experts), default=1, help="one per device")
     parser.add_argument("--tokens", type=token_counts, default=(), help="of each rank, by commas")
-    parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(NAMES)}")
+    parser.add_argument("--exchanges", type=_names, help=f"some of {', '.join(EXCHANGES)}")
     parser.add_argument(
         "--pieces", type=token_counts, default=(1,), help="fewer where T has no cut into so many"
     )
@@ -372,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_output(parser, ROOT)
     args = parser.parse_args(argv)
     for flag, names, known in (
-        ("exchanges", args.exchanges or (), NAMES),
+        ("exchanges", args.exchanges or (), EXCHANGES),
         ("routings", args.routings, ROUTINGS),
     ):
         if unknown := [name for name in names if name not in known]:

@@ -222,6 +222,7 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     others = ["--minutes", f"{minutes:g}"]
     others += [] if args.jobs is None else ["--jobs", str(args.jobs)]
     others += [] if args.only is None else ["--only", args.only]
+    others += [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
     if args.only == "":

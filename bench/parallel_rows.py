@@ -12,7 +12,10 @@ from bench.results import plain
 from interop import plot_style
 from jax_moe.io.files import naming, shown, write_atomically
 from jax_moe.io.strict_json import number, parse_object
+from jax_moe.parallel import exchange
 
+# Of ranks on one axis: two_level needs an axis of hosts beside it.
+EXCHANGES = tuple(name for name in exchange.NAMES if name != "two_level")
 HEADER = (
     "exchange", "routing", "ranks", "T", "pieces", "layer us", "local us", "between us", "ratio",
     "efficiency", "busiest", "error",

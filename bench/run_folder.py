@@ -95,11 +95,11 @@ def opened(
         yield RunFolder(path, note, lambda: _begin(path, earlier, f"{stem}.json", link))
 
 
-def refuse_others(folder: Path, files: Sequence[str]) -> None:
+def refuse_others(folder: Path, files: Sequence[str], flag: str = "--output") -> None:
     """Raises `ValueError` if a folder holds results that are not among the `files` of a command."""
     if others := files_of_a_run(folder, [one for one in _RESULTS if one not in files]):
         raise ValueError(
-            f"--output: {shown(folder)} holds {', '.join(others)} of another command; "
+            f"{flag}: {shown(folder)} holds {', '.join(others)} of another command; "
             "expected a folder of its own"
         )
 

@@ -161,12 +161,14 @@ def usable(names: str | None) -> list[str]:
     if names is None:
         on_gpu = [n for n in ("mosaic", "triton") if backends.unsupported_reason(n) is None]
         return on_gpu if jax.default_backend() == "gpu" and on_gpu else ["xla"]
-    for name in names.split(","):
+    chosen = list(dict.fromkeys(names.split(",")))
+    for name in chosen:
         if name not in (*backends.NAMES, INTERPRETED):
-            raise ValueError(f"--backend: expected some of {[*backends.NAMES, INTERPRETED]}")
+            known = ", ".join([*backends.NAMES, INTERPRETED])
+            raise ValueError(f"--backend: expected some of {known}, got {name!r}")
         if name != INTERPRETED and (reason := backends.unsupported_reason(name)):
             raise ValueError(f"--backend: {name} {reason}")
-    return names.split(",")
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> int:

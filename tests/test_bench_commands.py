@@ -77,7 +77,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
         ("options", "--workloads=1,", "argument --workloads: expected names separated by commas"),
         ("options", "--jobs=-1", "argument --jobs: expected 0 or a positive integer, got '-1'"),
         ("loading", "--scratch=", "argument --scratch: expected a folder, got an empty name"),
-        ("parallel", "--exchanges=pigeon", "--exchanges: expected some of auto, two_level, "),
+        ("parallel", "--exchanges=pigeon", "--exchanges: expected some of auto, collectives, "),
         ("parallel", "--routings=", "--routings: expected some of even, captured, zipf, got ''"),
         ("parallel", "--local-of=4 --routings=zipf", "--local-of: reads --tokens, --output, "),
         ("parallel", f"--tokens=1,{10**20}", f"argument --tokens: {AT_MOST % 2**20}, got '1000"),

@@ -240,6 +240,17 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_the_document_names_the_commands_as_they_were_given(tmp_path, measured):
+    assert measured(tmp_path, "--only=check")[0] == 0
+    assert measured(tmp_path, "--resume")[0] == 0
+    text = " ".join((tmp_path / "parallel_gpus.md").read_text().split())
+    command = f"python -m bench.parallel_gpus --output {tmp_path} --ranks 2 --minutes 9"
+    assert f"`{command} --only check && {command} --resume`" in text
+    assert measured(tmp_path, "--only=check", "--overwrite")[0] == 0
+    text = " ".join((tmp_path / "parallel_gpus.md").read_text().split())
+    assert f"`{command} --only check --overwrite`" in text
+
+
 def test_steps_of_one_run_are_added_and_those_of_another_are_refused(tmp_path, measured):
     assert measured(tmp_path, "--only=primitives", "--minutes=1") == (0, "")
     assert measured(tmp_path, "--only=check,layer") == (0, "")

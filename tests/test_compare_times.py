@@ -60,7 +60,8 @@ def test_other_bits_are_seen(tmp_path):
     ("arguments", "message"),
     [
         (["/nowhere"], "expected the folder of a checkout, got '/nowhere'"),
-        ([ROOT, "--workloads=3"], "unknown workload '3'"),
+        ([ROOT, ROOT, "--workloads=3"], "unknown workload '3'"),
+        ([ROOT], f"checkouts: expected two folders or more, got {ROOT} alone"),
         ([ROOT, "--rounds=0"], "--rounds"),
     ],
 )
@@ -72,7 +73,7 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
 
 def test_times_of_an_earlier_run_are_replaced_only_when_asked(tmp_path):
     (tmp_path / "times.json").write_text("kept")
-    done = run(ROOT, "--workloads=1", f"--output={tmp_path}")
+    done = run(ROOT, ROOT, "--workloads=1", f"--output={tmp_path}")
     assert done.returncode == 2
     assert "times.json of an earlier run; --overwrite replaces it" in done.stderr
     assert (tmp_path / "times.json").read_text() == "kept"

@@ -35,6 +35,7 @@ from bench.failures import writing
 from bench.options import make_inputs
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, select
+from interop.arguments import comma_separated
 from interop.checkout import git_commit
 from interop.workloads import Workload
 from jax_moe.io.files import shown, write_atomically
@@ -224,14 +225,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tools/compare_times.py")
     parser.add_argument("checkouts", nargs="+", type=checkout_folder, help="folders of checkouts")
     parser.add_argument(
-        "--workloads", type=lambda text: text.split(","), default=("1", "80", "901"),
-        help="token counts, or all",
+        "--workloads", type=comma_separated, default=("1", "80", "901"),
+        help="token counts, uuids, or all",
     )  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--iterations", type=positive, default=20)
     parser.add_argument("--jobs", type=positive, default=max(1, (os.cpu_count() or 1) // 2))
     commands.add_output(parser, _ROOT)
     args = parser.parse_args(argv)
+    if len(args.checkouts) < 2:
+        parser.error(f"checkouts: expected two folders or more, got {args.checkouts[0]} alone")
     try:
         workloads = select(args.workloads, WORKLOADS)
         with commands.results(args.output, _ROOT, _FILES, overwrite=args.overwrite) as folder:

@@ -173,7 +173,7 @@ def read_options(options: list[str]) -> tuple[Chosen, list[str]]:
 
 def refuse_earlier(folder: pathlib.Path, chosen: Chosen) -> None:
     """Raises `ValueError` if a folder holds results that nobody asked to replace."""
-    run_folder.refuse_others(folder, FILES)
+    run_folder.refuse_others(folder, FILES, "RESULTS_FOLDER")
     earlier = run_folder.files_of_a_run(folder, FILES)
     if earlier and not (chosen.resume or chosen.overwrite):
         raise ValueError(
