@@ -50,6 +50,9 @@ def main(argv: list[str]) -> int:
         chosen = [models.get(name) for name in args.model]
     except ValueError as error:
         parser.error(f"argument --{error}")
+    for model in chosen:
+        if wrong := command.unfit(sizes_of(model, args.num_local_experts)):
+            parser.error(f"{wrong} ({model.name})")
     try:
         gpu = device.local_gpu()
     except (AssertionError, RuntimeError) as error:

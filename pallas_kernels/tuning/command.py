@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import device
+from pallas_kernels.shapes import QUANT_BLOCK
 from pallas_kernels.tuning import cache, search, table_format
 from pallas_kernels.tuning.search import Sizes, Tuner
 from pallas_kernels.tuning.table_format import Key, Table
@@ -53,12 +54,29 @@ def main(argv: list[str], module: str, tuners: Tuners, default: Sizes = search.D
         "`python -m jax_moe.tune --model NAME` knows the sizes of models.",
     )
     for name, value in default._asdict().items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = _flag(name).removeprefix("argument ")
         parser.add_argument(flag, type=positive, default=value, help=f"default: {value}")
     add_options(parser)
     args = parser.parse_args(argv)
     sizes = Sizes(*(getattr(args, name) for name in Sizes._fields))
+    if wrong := unfit(sizes):
+        parser.error(wrong)
     return run(module, tuners, sizes, options_of(args))
+
+
+def unfit(sizes: Sizes) -> str | None:
+    """What the kernels do not take of some sizes, by the flag's name; None if they take all."""
+    for name in ("hidden_size", "intermediate_size"):
+        if (found := getattr(sizes, name)) % QUANT_BLOCK:
+            return f"{_flag(name)}: expected a multiple of {QUANT_BLOCK}, got {found}"
+    for name in ("num_local_experts", "top_k"):
+        if (found := getattr(sizes, name)) > sizes.num_experts:
+            return f"{_flag(name)}: expected at most the {sizes.num_experts} experts, got {found}"
+    return None
+
+
+def _flag(name: str) -> str:
+    return f"argument --{name.replace('_', '-')}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
