@@ -282,7 +282,7 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
             raise ValueError(
                 f"--local-of: expected divisors of {sizes.num_experts} experts, got {of}"
             )
-    about = environment.about(sizes.over(ranks)) | {
+    about = environment.about(sizes.over(ranks), are_checked=not local_of) | {
         "config": str(DEEPSEEK_V3),
         "exchanges": jax_moe.describe_exchange(mesh_of(ranks), AXIS),
     }

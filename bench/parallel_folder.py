@@ -90,6 +90,7 @@ def opened(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(held(folder, names))
+            step_record.refuse_others(folder, names)
             left = list(wanted)
             if not overwrite:
                 earlier = results_in(folder, names)

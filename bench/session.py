@@ -94,15 +94,13 @@ def execute(
         if results.path.exists() and resume:
             options = _keep_finished(results, settings, options, chosen, workloads)
             results.about["command"] += " --resume"
-        if profile:
-            run_folder.make("--profile", profile)
-            if not (resume and results.path.exists()):
-                tracing.refuse_earlier(profile)
-        if folder.note:
-            print(folder.note)
-        print(documents.introduction(results, settings, len(workloads), list(chosen)), flush=True)
-        code, problem = _measure(settings, chosen, workloads, results, profile, jobs)
-        return _conclude(results, settings, options, code, problem)
+        with tracing.held(profile, folder.path, resume=resume and results.path.exists()):
+            if folder.note:
+                print(folder.note)
+            begin = documents.introduction(results, settings, len(workloads), list(chosen))
+            print(begin, flush=True)
+            code, problem = _measure(settings, chosen, workloads, results, profile, jobs)
+            return _conclude(results, settings, options, code, problem)
 
 
 def _conclude(
@@ -149,6 +147,10 @@ def _last_write(results: Results) -> str:
 
 
 def _without_documents(results: Results) -> str:
+    if not results.path.exists():
+        return f"{results.path} is not there: nothing was written"
+    if not results.is_written:
+        return f"{results.path} is as it was: nothing new was written"
     command = _documents_command(results)
     return f"{results.path} is whole, its documents are not; {command} writes them"
 

@@ -1,7 +1,7 @@
 """`steps.jsonl`: the last state of each step of a run, a JSON object per line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ def read(folder: Path) -> Lines:
         found.pop(line["step"], None)  # in the order of the last ones
         found[line["step"]] = dict(line)
     return found
+
+
+def refuse_others(folder: Path, names: Collection[str]) -> None:
+    """Raises `ValueError` if a folder has a record of steps that a command does not know."""
+    if others := [name for name in read(folder) if name not in names]:
+        raise ValueError(
+            f"{shown(folder)}: holds steps of another command ({', '.join(others)}); "
+            "expected a folder of its own"
+        )
 
 
 def write(folder: Path, lines: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,15 +1,18 @@
 """Traces of a few calls that open in Perfetto (https://ui.perfetto.dev)."""
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
+from bench import run_folder
 from bench.failures import FileError, one_line, writing
 from bench.gpu_clock import GpuClock
 from bench.timers import Execution
+from interop import folder_lock
 from interop.solutions.base import Solution
 from interop.workloads import Workload
 from jax_moe.io.files import naming, shown
@@ -51,14 +54,40 @@ def recorder(folder: Path) -> Recorder:
     return record
 
 
-def refuse_earlier(folder: Path) -> None:
+@contextlib.contextmanager
+def held(folder: Path | None, of_run: Path, *, resume: bool) -> Iterator[None]:
+    """Makes the folder of a run's traces and keeps other runs out of it.
+
+    Args:
+        folder: Of the traces; None if there are to be none.
+        of_run: The folder of the run's results, whose lock is held.
+        resume: Whether traces that are there may be this run's.
+
+    Raises:
+        ValueError: It cannot be used, holds traces, or another run writes there.
+    """
+    if folder is None:
+        yield
+        return
+    run_folder.make("--profile", folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            if folder.resolve() != of_run.resolve():
+                stack.enter_context(folder_lock.held(folder))
+            if not resume:
+                _refuse_earlier(folder)
+        except ValueError as error:
+            raise ValueError(f"--profile: {error}") from None
+        yield
+
+
+def _refuse_earlier(folder: Path) -> None:
     """Raises `ValueError` if a folder holds traces: another run's would stand among this one's."""
     with naming(folder):
-        names = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
-    traces = [name for name in names if _TRACE.fullmatch(name)]
+        traces = sorted(one.name for one in folder.iterdir() if _TRACE.fullmatch(one.name))
     if traces:
         raise ValueError(
-            f"--profile: {shown(folder)} holds traces of an earlier run ({', '.join(traces[:3])}"
+            f"{shown(folder)} holds traces of an earlier run ({', '.join(traces[:3])}"
             f"{', ...' if len(traces) > 3 else ''}); expected a folder of its own"
         )
 

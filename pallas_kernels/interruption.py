@@ -7,10 +7,12 @@ and a long run asks for it between its steps.
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import io
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -27,6 +29,12 @@ def _unraisable(hook: Callable[[Any], object], swallowed: Any) -> None:
     """Passes on what a callback swallowed, unless it is an interrupt that is remembered."""
     if _asked is None or not issubclass(swallowed.exc_type, KeyboardInterrupt):
         hook(swallowed)
+
+
+def _is_no_interrupt(record: logging.LogRecord) -> bool:
+    """Leaves out what JAX logs of a host callback that was interrupted, the interpreter's too."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return _asked is None or kind is None or not issubclass(kind, KeyboardInterrupt)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -70,9 +78,12 @@ def remembered() -> Iterator[None]:
     before = [(one, signal.signal(one, _interrupt)) for one in heard]
     hook = sys.unraisablehook
     sys.unraisablehook = functools.partial(_unraisable, hook)
+    callbacks = logging.getLogger("jax._src.callback")
+    callbacks.addFilter(_is_no_interrupt)
     try:
         yield
     finally:
+        callbacks.removeFilter(_is_no_interrupt)
         sys.unraisablehook = hook
         for one, handler in before:
             signal.signal(one, handler)
@@ -199,11 +210,11 @@ def ended(main: Callable[[], int | None]) -> int:
 
     Returns:
         Its exit code, that of a signal as `acknowledge` has it, 141 where what reads its output has
-        ended first, as `head` does, or 1 where its output cannot be written.
+        ended first, as `head` does, or 1 where its output cannot be written, or a disk is full.
     """
     with remembered():
         try:
-            with _watched_output():
+            with _watched_output(), undisguised():
                 code = _code(main)
                 check()
                 return code
@@ -217,6 +228,20 @@ def ended(main: Callable[[], int | None]) -> int:
             _drop_output()
             print(error, file=sys.stderr)
             return 1
+        except OSError as error:
+            if (said := _full(error)) is None:
+                raise
+            print(said, file=sys.stderr)
+            return 1
+
+
+def _full(error: OSError) -> str | None:
+    """What is said of a full disk where no command knew of its file; None for another error."""
+    if error.errno == errno.ENOENT and "No usable temporary directory" in str(error):
+        return f"temporary files: cannot be written: {error.strerror}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return f"{error.filename or 'a file'}: cannot be written: {error.strerror}"
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:

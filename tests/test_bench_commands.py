@@ -91,7 +91,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
         ("tests.fuzz", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
         ("tests.fuzz", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No such"),
         ("tests.sanitize", "/proc/x", "argument results: /proc/x: cannot be used: No such file"),
-        ("tools.measure", "--output=/proc/x", "argument --output: /proc/x: cannot be used: No"),
+        ("tools.measure", "--output=/proc/x bench", "argument --output: /proc/x: cannot be used"),
         ("tools.measure", "--minutes=nan", "argument --minutes: expected a finite number of 0"),
         ("tools.flashinfer_module", "--package=. --tvm_ffi=. --output=/proc/x", "--output: [Errno"),
         ("examples.ladder.__main__", "--output=/proc/x", "argument --output: /proc/x: cannot be u"),

@@ -18,6 +18,7 @@ from bench import (
     step_record,
 )
 from bench.parallel_rows import Row
+from bench.steps import Step
 from bench.workloads import REDUCED
 
 
@@ -309,6 +310,11 @@ def test_another_command_keeps_its_folder(tmp_path, measured, flags):
     said = f"--output: {tmp_path} holds results.json of another command; expected a folder of its"
     assert measured(tmp_path, *flags) == (2, f"{said} own\n")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    (tmp_path / "results.json").unlink()
+    step_record.write(tmp_path, {"loading": line(Step("loading", [], 1.0), step_record.OK)})
+    said = f"--output: {tmp_path}: holds steps of another command (loading); expected a folder of"
+    assert measured(tmp_path, *flags) == (2, f"{said} its own\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["steps.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What `--resume` keeps of rows that have not all of their times."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -12,6 +13,7 @@ from bench import (
     interpreter,
     plots,
     report,
+    results,
     roofline,
     runner,
     saved,
@@ -244,6 +246,16 @@ def test_a_table_that_nobody_reads_leaves_the_way_to_its_documents(
     assert len(rows_of(chosen)[0]) == 2
     command = f"python bench_main.py --documents={chosen.output}"
     assert f"results.json is whole, its documents are not; {command}" in capsys.readouterr().err
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results, "write_atomically", full)
+    nowhere = settings(tmp_path / "full", "ours", num_trials=1)
+    for one, said in ((nowhere, "is not there: nothing was written"), (chosen, "is as it was")):
+        with pytest.raises(BrokenPipeError):
+            execute(one, overwrite=True)
+        assert f"{one.output / 'results.json'} {said}" in capsys.readouterr().err
 
 
 def test_a_report_that_compares_nothing_is_refused(tmp_path, registry):

@@ -15,6 +15,7 @@ from bench.correctness import Tolerance
 from bench.gpu_clock import ClockError
 from bench.results import ERROR, PASS, WRONG
 from bench.settings import Settings
+from interop import folder_lock
 from interop.solutions.base import Solution
 from jax_moe import LayerInputs
 from tests.bench_inputs import reduced_arguments
@@ -320,7 +321,14 @@ def test_a_profile_leaves_a_trace_that_perfetto_opens(tmp_path, registry):
         with pytest.raises(ValueError, match=r"--profile: .*traces holds traces .* \(ours_T1, tor"):
             execute(settings(folder, "ours"), resume=resume, profile=tmp_path / "traces")
         assert not folder.exists()
-    execute(settings(tmp_path, "ours", num_trials=1), resume=True, profile=tmp_path / "traces")
+    chosen = settings(tmp_path, "ours", num_trials=1)
+    with (
+        folder_lock.held(tmp_path / "traces"),
+        pytest.raises(ValueError, match=r"--profile: .*traces: another run is writing here"),
+    ):
+        execute(chosen, resume=True, profile=tmp_path / "traces")
+    execute(chosen, resume=True, profile=tmp_path / "traces")
+    execute(chosen, overwrite=True, profile=chosen.output)  # beside the results
 
 
 def test_a_profile_on_a_full_disk_ends_the_run(tmp_path, registry, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import jax.experimental
 import numpy as np
 import pytest
 
@@ -106,3 +108,49 @@ def test_loops_that_time_ask_for_a_swallowed_signal(monkeypatch):
         search._Attempts(None, None, nothing, None)(None, {})
     with pytest.raises(KeyboardInterrupt):
         compare_times.measure([lambda: np.zeros(1)], (), rounds=1, iterations=1, clock=None)
+
+
+def test_an_interrupted_callback_is_not_logged(caplog, capsys):
+    def main():
+        jax.jit(lambda: jax.experimental.io_callback(signal.raise_signal, None, signal.SIGINT))()
+        jax.effects_barrier()
+
+    assert interruption.ended(main) == 130
+    assert not caplog.records
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_error_that_a_signal_was_turned_into_ends_as_the_signal(capsys):
+    """As XLA does where a host callback is interrupted, and so the interpreter of kernels."""
+
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise RuntimeError("INTERNAL: CpuCallback error") from None
+
+    assert interruption.ended(main) == 143
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "temp",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/full/x"),
+            "/full/x: cannot be written: No",
+        ),
+    ],
+)
+def test_a_disk_that_is_full_everywhere_is_one_line(capsys, error, said):
+    def main():
+        raise error
+
+    assert interruption.ended(main) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(said)
+    assert shown.count("\n") == 1

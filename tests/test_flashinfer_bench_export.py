@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from interop import definitions
 from interop.dataset import read_workloads, stand_ins
 from interop.flashinfer_bench import __main__
-from interop.flashinfer_bench.export import export
+from interop.flashinfer_bench.export import export, export_each
 
 
 def test_a_link_that_loops_is_no_folder(tmp_path):
@@ -112,6 +112,10 @@ def test_an_export_that_is_refused_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="--dataset"):
         export(folder, dataset=tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
+    earlier = export(tmp_path / "earlier")
+    with pytest.raises(ValueError, match=r"--dataset: .* got --definitions of moe_"):
+        export_each(folder, ["all"], dataset=earlier)
+    assert not folder.exists()
     folder.mkdir(parents=True)
     with pytest.raises(ValueError, match="--dataset"):
         export(folder, dataset=tmp_path / "nowhere")

@@ -10,6 +10,7 @@ import pytest
 
 from bench import parallel_gpus, step_record
 from bench.steps import Step, run_all
+from interop import folder_lock
 from tools import measure
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -125,6 +126,11 @@ def test_what_is_done_is_left_out(tmp_path, monkeypatch):
         "b": measure.Kind("-c 1/0", 20, "other"),
     }
     monkeypatch.setattr(measure, "KINDS", kinds)
+    monkeypatch.setattr(measure.environment, "has_gpu_driver", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        measure.main([f"--output={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(measure.environment, "has_gpu_driver", lambda: True)
     assert measure.main([f"--output={tmp_path}"]) == 1
     assert (tmp_path / "a.log").read_text() == f"{tmp_path / 'a'}\n"
     assert measure.done(tmp_path) == {"a"}
@@ -156,6 +162,27 @@ def test_every_flag_is_one_of_the_command(name):
     for flag in (part for part in words[1:] if part.startswith("--")):
         word = flag[2:].partition("=")[0].removeprefix("no")
         assert re.search(rf'"(--)?(no)?{word}"', source), f"{name}: {flag}"
+
+
+def test_a_folder_of_another_command_or_another_run_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "run_all", lambda *_: pytest.fail("ran"))
+    record = '{"step": "check_collectives", "state": "ok", "seconds": 1.0}\n'
+    (tmp_path / "steps.jsonl").write_text(record)
+    (tmp_path / "layers.json").touch()
+    with pytest.raises(SystemExit, match="2"):
+        measure.main([f"--output={tmp_path}", "loading"])
+    assert "holds layers.json of another command" in capsys.readouterr().err
+    (tmp_path / "layers.json").unlink()
+    for said in ("holds steps of another command (check_collectives); ", "another run is writing"):
+        with pytest.raises(SystemExit, match="2"):
+            measure.main([f"--output={tmp_path}", "loading"])
+        assert f"error: {tmp_path}: {said}" in capsys.readouterr().err
+        if (tmp_path / "steps.jsonl").exists():
+            assert (tmp_path / "steps.jsonl").read_text() == record
+            (tmp_path / "steps.jsonl").unlink()
+            lock = folder_lock.held(tmp_path)
+            lock.__enter__()
+    lock.__exit__(None, None, None)
 
 
 def test_the_list_says_what_each_step_is(capsys):

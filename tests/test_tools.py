@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import shutil
@@ -266,6 +267,20 @@ def test_gpu_tests_of_another_commit_are_not_gone_on_with(tmp_path, monkeypatch,
     (tmp_path / "progress.jsonl").write_text('{"commit": "older"}\n')
     assert gpu_tests.main([str(tmp_path), "--resume"]) == 2
     assert "got one of older" in capsys.readouterr().err
+    (tmp_path / "progress.jsonl").write_text("")  # as a full disk left it
+    assert gpu_tests.main([str(tmp_path), "--resume"]) == 2
+    assert "progress.jsonl: damaged: expected a commit first" in capsys.readouterr().err
+
+
+def test_gpu_tests_on_a_full_disk_are_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gpu_tests, "write_atomically", full)
+    assert gpu_tests.main([str(tmp_path)]) == 1
+    said = f"{tmp_path / 'progress.jsonl'}: cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())
 
 
 def test_gpu_outcome_counts_and_names_failures(tmp_path):

@@ -28,6 +28,7 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any, NamedTuple
 
 from bench import commands, environment, run_folder
+from bench.failures import FileError, writing
 from interop import folder_lock
 from jax_moe.io.files import kept_if_used, shown, write_atomically
 from pallas_kernels import interruption
@@ -65,15 +66,20 @@ def begin(progress: pathlib.Path, *, resume: bool) -> list[str]:
         The tests that passed before.
 
     Raises:
-        ValueError: There is nothing to go on with, or it is another commit's.
+        FileError: It cannot be written.
+        ValueError: There is nothing to go on with, it is damaged, or another commit's.
     """
     commit = environment.git_commit()
     if not resume:
-        progress.write_text(json.dumps({"commit": commit}) + "\n")
+        with writing(progress), write_atomically(progress) as file:
+            file.write(json.dumps({"commit": commit}) + "\n")
         return []
     if not progress.exists():
         raise ValueError(f"--resume: expected {progress}, which a run before this one writes")
-    before = json.loads(progress.read_text().partition("\n")[0])["commit"]
+    try:
+        before = json.loads(progress.read_text().partition("\n")[0])["commit"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"--resume: {shown(progress)}: damaged: expected a commit first") from None
     if before != commit:
         raise ValueError(f"--resume: expected a run of commit {commit}, got one of {before}")
     from tools import gpu_progress  # which needs pytest
@@ -134,7 +140,14 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
-        return run(folder, chosen.part, before, options)
+        except FileError as error:
+            print(error, file=sys.stderr)
+            return 1
+        try:
+            return run(folder, chosen.part, before, options)
+        except FileError as error:
+            print(error, file=sys.stderr)
+            return 1
 
 
 class Chosen(NamedTuple):
@@ -192,7 +205,8 @@ def run(folder: pathlib.Path, part: str, before: list[str], options: list[str]) 
         options: Of pytest.
     """
     progress, leave_out = folder / "progress.jsonl", folder / "passed_before.txt"
-    leave_out.write_text("".join(f"{test}\n" for test in before))
+    with writing(leave_out):
+        leave_out.write_text("".join(f"{test}\n" for test in before))
     options += ["-p", "tools.gpu_progress", f"--progress={progress}", f"--leave-out={leave_out}"]
     parallel, alone = folder / "junit.xml", folder / "junit_timing.xml"
     for junit in (parallel, alone):
@@ -220,7 +234,7 @@ def run(folder: pathlib.Path, part: str, before: list[str], options: list[str]) 
         "versions": environment.versions(),
         "commit": environment.git_commit(),
     }
-    with write_atomically(folder / "summary.json") as file:
+    with writing(folder / "summary.json"), write_atomically(folder / "summary.json") as file:
         json.dump(summary, file, indent=2)
     if summary["tests"] == summary["skipped"] and not before:
         kind = environment.device()["kind"]

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import step_record
+from bench import environment, run_folder, step_record
 from bench.commands import folder
 from bench.failures import FileError
 from bench.steps import Step, run_all
+from interop import folder_lock
 from interop.arguments import finite
 from pallas_kernels import interruption
 
@@ -164,14 +165,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             for step in steps:
                 print(f"{step.name:18}{KINDS[step.name].what}; at most {step.seconds:.0f} s")
             return 0
+        if not args.steps and not environment.has_gpu_driver():
+            raise ValueError("needs an NVIDIA GPU; steps that are named run at reduced sizes")
         output = folder(args.output)  # made where there is something to measure
-        finished = done(output)
+        run_folder.refuse_others(output, (step_record.RECORD,))
+        step_record.refuse_others(output, KINDS)
+        with folder_lock.held(output):
+            finished = done(output)
+            left = [one for one in steps if one.name not in finished]
+            return run_all(left, output, args.minutes)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --output: {error}")
-    try:
-        return run_all([one for one in steps if one.name not in finished], output, args.minutes)
     except FileError as error:
         print(error, file=sys.stderr)
         return 1

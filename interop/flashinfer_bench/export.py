@@ -99,9 +99,16 @@ def export_each(folder: str | Path, names: Sequence[str], **options: Any) -> lis
         The folders.
 
     Raises:
-        ValueError: A name is unknown; then nothing has been written. Else as for `export`.
+        ValueError: A name is unknown, or there is a data set for a definition that has no published
+            workloads; then nothing has been written. Else as for `export`.
     """
     chosen = definitions.ALL if "all" in names else tuple(definitions.get(name) for name in names)
+    others = [one.name for one in chosen if not one.is_default]
+    if others and options.get("dataset") is not None:
+        raise ValueError(
+            f"--dataset: has workloads of {definitions.DEFAULT.name} only, got --definitions of "
+            f"{', '.join(others)} too"
+        )
     return [export(Path(folder) / one.name, one, **options) for one in chosen]
 
 
