@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
@@ -37,6 +40,9 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[
 
     Yields:
         The open temporary file. An exception inside leaves `path` as it was.
+
+    Raises:
+        OSError: It cannot be written; names a file, which a full disk's error does not.
     """
     target = Path(path)
     # Not of `tempfile`, which makes files private: this one has the mode that the umask leaves.
@@ -45,6 +51,8 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[
         with open(temporary, f"x{mode[1:]}", encoding=None if "b" in mode else "utf-8") as file:
             yield file
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise

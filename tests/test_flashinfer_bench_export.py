@@ -120,3 +120,14 @@ def test_an_export_that_is_refused_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="--dataset"):
         export(folder, dataset=tmp_path / "nowhere")
     assert folder.is_dir()  # the caller's own stays
+
+
+def test_a_readme_of_somebody_else_is_kept(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("my notes\n")
+    assert __main__.main(["export", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"{readme}: was not written by an export; ")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert readme.read_text() == "my notes\n"
+    assert __main__.main(["export", str(tmp_path), "--overwrite"]) == 0
+    assert __main__.main(["export", str(tmp_path)]) == 0  # now it is an export's

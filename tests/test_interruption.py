@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -98,6 +99,19 @@ for count in range(1, 10**6):
     if count == 1:
         print("started", flush=True)
 """
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """The system's error of a write names none."""
+
+    def write():
+        with write_atomically(tmp_path / "document.md") as file:
+            file.write("text")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*/document\.md"):
+        write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):

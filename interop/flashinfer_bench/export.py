@@ -33,6 +33,7 @@ from interop.workloads import (
 from jax_moe.io.files import confined, data_set_root, kept_if_used, naming, shown
 
 _MAX_DRAWS = 64
+_WRITTEN_BY = "Written by `python -m interop.flashinfer_bench export`."
 RANDOM_TOKENS = (1, 64, 1024)
 
 
@@ -139,6 +140,7 @@ def _write(
     files[f"workloads/{op_type}/{name}.jsonl"] = text
     if not overwrite:
         _refuse_others(root, files)
+        _refuse_readme(root / "README.md")
     files[f"definitions/{op_type}/{name}.json"] = _json(_definition(definition))
     for one in solutions.records(definition):
         path = f"solutions/{one['author']}/{op_type}/{name}/{one['name']}.json"
@@ -249,7 +251,7 @@ def _readme(definition: Definition, rows: list[_Row]) -> str:
         (
             f"# {definition.name}",
             "",
-            "Written by `python -m interop.flashinfer_bench export`. "
+            f"{_WRITTEN_BY} "
             + (
                 f"Routing blobs: {sources}."
                 if sources
@@ -280,6 +282,17 @@ def _refuse_others(root: Path, files: Mapping[str, str | bytes]) -> None:
                 f"{shown(path)}: is of an export with another --seed or --dataset; "
                 "--overwrite replaces it"
             )
+
+
+def _refuse_readme(path: Path) -> None:
+    """Refuses one that no export wrote: somebody's own folder, such as a checkout."""
+    with naming(path):
+        is_own = not path.is_file() or _WRITTEN_BY.encode() in path.read_bytes()
+    if not is_own:
+        raise ValueError(
+            f"{shown(path)}: was not written by an export; use another folder, or --overwrite "
+            "replaces it"
+        )
 
 
 def _write_all(root: Path, files: Mapping[str, str | bytes]) -> None:
