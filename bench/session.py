@@ -13,6 +13,7 @@ from bench import (
     ahead,
     documents,
     environment,
+    header,
     interpreter,
     run_folder,
     runner,
@@ -380,6 +381,8 @@ def _measure(
                 problem += "; finished rows are kept"
         else:
             results.about["complete"] = True
+            if not header.is_complete(results):  # resumed with less than was asked for at first
+                results.about |= {"complete": False, "stopped": header.stopped(results)}
             return (FAILED if results.failures() else OK), ""
         bar.write(problem, file=sys.stderr)
         results.about["stopped"] = problem

@@ -151,6 +151,7 @@ def test_what_any_part_of_a_run_asked_for_is_missing_until_it_is_there(tmp_path,
         assert execute(others, resume=True) == session.OK
         assert len(rows_of(chosen)[0]) == 4
         assert "**Incomplete**: rows that were asked for are missing." in document.read_text()
+        assert json.loads((chosen.output / "results.json").read_text())["complete"] is False
         assert "- Not measured: absent: not installed" in document.read_text()
         assert "- Not measured: absent: not installed" in compared.read_text()
     registry(solution("ours", right), solution("absent", right))
