@@ -100,13 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.cache:
         print(first_call_seconds(tokens[0], arguments.backend, arguments.cache))
         return 0
+    backend = arguments.backend
+    if backend != "auto" and (reason := backends.unsupported_reason(backend)):
+        parser.error(f"--backend={backend}: {reason}")
     if arguments.overwrite and arguments.output is None:
         parser.error("--overwrite: goes with --output=FILE")
     if arguments.output and arguments.output.exists() and not arguments.overwrite:
         parser.error(f"--output: {shown(arguments.output)} is there; --overwrite replaces it")
     with interruption.remembered():
         try:
-            _report(tokens, arguments.backend, arguments.output)
+            _report(tokens, backend, arguments.output)
         except KeyboardInterrupt:
             text, code = "interrupted", interruption.acknowledge()
         except (RuntimeError, FileError) as error:

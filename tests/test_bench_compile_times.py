@@ -34,12 +34,21 @@ def test_a_failed_process_is_one_line(monkeypatch, capsys):
     )
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr=errors)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    assert compile_times.main(["--tokens=3", "--backend=mosaic"]) == 1
+    assert compile_times.main(["--tokens=3", "--backend=xla"]) == 1
     expected = "compile_times: T=3: NotImplementedError: needs Hopper\n"
     assert capsys.readouterr().err == expected
     failed.stderr = ""
     with pytest.raises(RuntimeError, match="T=3: no output"):
         list(compile_times.measure([3], "xla"))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the backend runs there")
+def test_a_backend_that_cannot_run_is_refused_before_any_process(monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(SystemExit) as raised:
+        compile_times.main(["--tokens=3", "--backend=mosaic"])
+    assert raised.value.code == 2
+    assert "error: --backend=mosaic: needs an NVIDIA GPU of compute" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["full", "interrupted"])
