@@ -113,6 +113,18 @@ def test_without_the_package_nothing_is_written(folder, monkeypatch, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_wrong_folder_or_name_is_said_before_a_package_that_is_missing(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "_is_installed", lambda: False)
+    assert __main__.main(["run", str(folder), "--solutions=jax_moe"]) == 2
+    assert capsys.readouterr().err.startswith("--solutions: expected some of sglang_v1")
+    assert __main__.main(["run", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "none" in said
+    assert "installed" not in said
+
+
 def test_without_a_gpu_nothing_is_written(folder, started, monkeypatch, capsys):
     monkeypatch.setattr(packages, "hopper_unavailable", lambda: "PyTorch sees no CUDA device")
     before = sorted(folder.rglob("*"))

@@ -103,7 +103,8 @@ def export_each(folder: str | Path, names: Sequence[str], **options: Any) -> lis
         ValueError: A name is unknown, or there is a data set for a definition that has no published
             workloads; then nothing has been written. Else as for `export`.
     """
-    chosen = definitions.ALL if "all" in names else tuple(definitions.get(name) for name in names)
+    one_each = dict.fromkeys(names)
+    chosen = definitions.ALL if "all" in one_each else tuple(map(definitions.get, one_each))
     others = [one.name for one in chosen if not one.is_default]
     if others and options.get("dataset") is not None:
         raise ValueError(

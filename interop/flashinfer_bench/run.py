@@ -59,9 +59,10 @@ def run(
             has these token counts, another run writes into the folder, or it holds traces of
             another command, other settings or other versions. Nothing has been written then.
     """
+    root = data_set_root(folder)
+    _names(definition_of(root), chosen)  # refused first: this needs no other package, no GPU
     if not _is_installed():
         raise ValueError("flashinfer-bench is not installed: pip install '.[peers]' in a checkout")
-    root = data_set_root(folder)
     if reason := packages.hopper_unavailable():
         raise ValueError(f"run: {reason}")
     with folder_lock.held(root):
