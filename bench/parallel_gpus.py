@@ -170,7 +170,12 @@ def _kept(rows: Iterable[dict[str, Any]], about: dict[str, Any], path: Path) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = commands.parser("bench.parallel_gpus", __doc__)
-    parser.add_argument("--output", type=commands.folder_name, default="out/parallel_gpus")
+    parser.add_argument(
+        "--output",
+        type=commands.folder_name,
+        default="out/parallel_gpus",
+        help="default: %(default)s",
+    )
     parser.add_argument("--minutes", type=finite, help=f"for all steps; {_MINUTES:g} if not given")
     parser.add_argument("--jobs", type=positive, help="steps that compile at once; one per core")
     parser.add_argument(

@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -378,7 +378,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"target: {error}")
     made = make()
     programs = [(args.target, *made)] if isinstance(made, tuple) else made
-    for label, fn, specs in programs:
+    for program in programs if isinstance(programs, Iterable) else [programs]:
+        if not isinstance(program, tuple) or len(program) != 3:
+            forms = "(fn, specs) or a generator of (label, fn, specs)"
+            parser.error(f"target: expected {forms}, got {program!r}")
+        label, fn, specs = program
         report = compile_for_h100(fn, *specs)
         if args.json:
             print(json.dumps({"label": label, **dataclasses.asdict(report)}), flush=True)

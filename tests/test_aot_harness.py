@@ -141,6 +141,15 @@ def test_command_line_prints_json(capsys):
     assert printed["kernels"][0]["instructions"]["QGMMA"] == DEPTH // 32
 
 
+@pytest.mark.parametrize("target", ["os:getcwd", "os:getpid", "os:uname"])
+def test_command_line_refuses_a_function_of_another_form(target, capsys):
+    with pytest.raises(SystemExit) as raised:
+        h100_target.main([target])
+    assert raised.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: target: expected (fn, specs) or a generator of (label, fn, specs), got " in last
+
+
 def test_command_line_refuses_a_target_without_function():
     with pytest.raises(SystemExit):
         h100_target.main(["tests.test_aot_harness"])
