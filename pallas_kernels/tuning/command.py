@@ -101,6 +101,8 @@ def _folder(text: str) -> Path:
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     try:
         path = Path(text).expanduser()
+        if path.exists() and not path.is_dir():
+            raise ValueError("it is no folder")
         _make_writable(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"cannot write there: {error}") from None
