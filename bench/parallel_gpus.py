@@ -33,7 +33,7 @@ from bench import commands, environment, parallel, parallel_documents, parallel_
 from bench.failures import FileError
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
-from interop.arguments import finite, positive, up_to
+from interop.arguments import positive, some_minutes, up_to
 from jax_moe.io.files import shown
 from pallas_kernels import interruption
 
@@ -176,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="out/parallel_gpus",
         help="default: %(default)s",
     )
-    parser.add_argument("--minutes", type=finite, help=f"for all steps; {_MINUTES:g} if not given")
+    parser.add_argument(
+        "--minutes", type=some_minutes, help=f"for all steps; {_MINUTES:g} if not given"
+    )
     parser.add_argument("--jobs", type=positive, help="steps that compile at once; one per core")
     parser.add_argument(
         "--ranks", type=up_to(FULL.num_experts), help="devices; all GPUs, or two CPU devices"
@@ -221,8 +223,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Runs the steps that were asked for; returns the exit code."""
-    if args.minutes == 0:
-        parser.error("argument --minutes: expected more than 0, got 0")
     minutes = _MINUTES if args.minutes is None else args.minutes
     others = ["--minutes", f"{minutes:g}"]
     others += [] if args.jobs is None else ["--jobs", str(args.jobs)]

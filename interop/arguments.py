@@ -1,6 +1,7 @@
 """Types of command-line arguments, which refuse what cannot be meant."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -67,3 +68,11 @@ def finite(text: str) -> float:
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"expected a finite number of 0 or more, got {text!r}")
     return found
+
+
+def some_minutes(text: str) -> float:
+    """The type of an argument that is a time to spend, a finite number of more than 0."""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if found := finite(text):
+            return found
+    raise argparse.ArgumentTypeError(f"expected a finite number of more than 0, got {text!r}")

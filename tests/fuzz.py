@@ -25,7 +25,7 @@ import tqdm
 
 from bench import commands, environment
 from bench.failures import writing
-from interop.arguments import finite, natural
+from interop.arguments import natural, some_minutes
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
 
@@ -174,7 +174,7 @@ def usable(names: str | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("--minutes", type=finite, help=f"{_MINUTES:g} if not given")
+    parser.add_argument("--minutes", type=some_minutes, help=f"{_MINUTES:g} if not given")
     parser.add_argument("--seed", type=natural, help="which cases, 0 or more; 0 if not given")
     parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
     parser.add_argument("--case", type=natural, help="runs this one case alone")
@@ -185,8 +185,6 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--case: runs one case and writes nothing, got --{flag} too")
     if args.case is not None and args.overwrite:
         parser.error("--case: runs one case and writes nothing, got --overwrite too")
-    if args.minutes == 0:
-        parser.error("argument --minutes: expected more than 0, got 0")
     if importlib.util.find_spec("pytest") is None:
         parser.error("needs pytest, as its cases are those of tests: pip install pytest")
     environment.prepare_process()

@@ -223,7 +223,7 @@ def test_the_command_line_repeats_a_failure(monkeypatch, capsys):
         ("--seed -1", "argument --seed: expected 0 or a positive integer, got '-1'"),
         ("--case -1", "argument --case: expected 0 or a positive integer, got '-1'"),
         ("--case 3", "--case: runs one case and writes nothing, got --output too"),
-        ("--minutes 0", "argument --minutes: expected more than 0, got 0"),
+        ("--minutes 0", "argument --minutes: expected a finite number of more than 0, got '0'"),
     ],
 )
 def test_the_command_line_names_what_is_wrong_and_makes_no_folder(

@@ -246,7 +246,10 @@ def _number(text: str, most: int) -> int:
 def _cache_folder(text: str) -> pathlib.Path:
     if not text:  # pathlib's current directory, which nobody means by it
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
-    return pathlib.Path(text).resolve()
+    folder = pathlib.Path(text).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:

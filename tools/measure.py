@@ -24,7 +24,7 @@ from bench.commands import folder
 from bench.failures import FileError
 from bench.steps import Step, run_all
 from interop import folder_lock
-from interop.arguments import finite
+from interop.arguments import some_minutes
 from pallas_kernels import interruption
 
 _PEERS = "deepgemm64,deepgemm128,deepgemm_mega,flashinfer_cutlass,sglang_v2,torch_reference"
@@ -154,11 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.measure")
     parser.add_argument("steps", nargs="*", help="which; all if none is named")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
-    parser.add_argument("--minutes", type=finite, default=600, help="for all of them")
+    parser.add_argument("--minutes", type=some_minutes, default=600, help="for all of them")
     parser.add_argument("--output", default="out/measured")
     args = parser.parse_args(argv)
-    if args.minutes == 0:
-        parser.error("argument --minutes: expected more than 0, got 0")
     try:
         steps = steps_of(args.steps, Path(args.output).expanduser())
         if args.list:
