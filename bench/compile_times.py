@@ -8,6 +8,7 @@ reading from the cache, loading, running. Imports and the drawing of inputs come
 """
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 from bench import commands, environment
 from bench.failures import FileError, writing
 from bench.tables import aligned
+from interop import folder_lock
 from jax_moe import backends
 from jax_moe.io.files import shown, write_atomically
 from pallas_kernels import interruption
@@ -105,11 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--backend={backend}: {reason}")
     if arguments.overwrite and arguments.output is None:
         parser.error("--overwrite: goes with --output=FILE")
-    if arguments.output and arguments.output.exists() and not arguments.overwrite:
-        parser.error(f"--output: {shown(arguments.output)} is there; --overwrite replaces it")
     with interruption.remembered():
         try:
-            _report(tokens, backend, arguments.output)
+            with _held(arguments.output, arguments.overwrite):
+                _report(tokens, backend, arguments.output)
+        except ValueError as error:
+            parser.error(f"--output: {error}")
         except KeyboardInterrupt:
             text, code = "interrupted", interruption.acknowledge()
         except (RuntimeError, FileError) as error:
@@ -118,6 +121,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     print(f"compile_times: {text}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def _held(output: Path | None, overwrite: bool) -> Iterator[None]:
+    """Keeps other runs from the file, and this one from the rows of an earlier run.
+
+    Raises:
+        ValueError: Another run is writing it, or an earlier one has and `overwrite` is not set.
+    """
+    if output is None:
+        yield
+        return
+    with folder_lock.file_held(output):
+        if output.exists() and not overwrite:
+            raise ValueError(f"{shown(output)} is there; --overwrite replaces it")
+        yield
 
 
 def _about() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A folder that one process at a time writes into."""
+"""A folder or a file that one process at a time writes."""
 
 import contextlib
 import fcntl
@@ -25,11 +25,32 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another process holds it, or the file cannot be written.
     """
-    path = folder / _NAME
+    refusal = f"{shown(folder)}: another run is writing here; use another folder"
+    with _held(folder / _NAME, refusal):
+        yield
+
+
+@contextlib.contextmanager
+def file_held(file: Path) -> Iterator[None]:
+    """`held` of a file alone, by `.NAME.lock` beside it.
+
+    Args:
+        file: It may not be there; its folder must exist.
+
+    Raises:
+        ValueError: Another process holds it, or the lock cannot be written.
+    """
+    refusal = f"{shown(file)}: another run is writing this file; use another one"
+    with _held(file.with_name(f".{file.name}{_NAME}"), refusal):
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, refusal: str) -> Iterator[None]:
     with naming(path):
         file = _locked(path)
     if file is None:
-        raise ValueError(f"{shown(folder)}: another run is writing here; use another folder")
+        raise ValueError(refusal)
     with file:
         try:
             yield

@@ -91,6 +91,23 @@ def test_rows_are_kept_as_they_are_finished(monkeypatch, capsys, tmp_path):
     assert (len(written["rows"]), written["complete"]) == (1, False)
 
 
+def test_two_runs_into_one_file_keep_the_first_ones_rows(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "times.json"
+
+    def measure(tokens, _):
+        for more in ([], ["--overwrite"]):  # a second run, while the first one measures
+            with pytest.raises(SystemExit, match="2"):
+                compile_times.main(["--tokens=5", f"--output={path}", *more])
+            said = f"error: --output: {path}: another run is writing this file; use another one"
+            assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+        yield from ({"num_tokens": one, "first": 2.0, "second_process": 1.0} for one in tokens)
+
+    monkeypatch.setattr(compile_times, "measure", measure)
+    assert compile_times.main(["--tokens=3", f"--output={path}"]) == 0
+    assert [row["num_tokens"] for row in json.loads(path.read_text())["rows"]] == [3]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_of_results_is_replaced_by_a_row_and_only_if_asked(monkeypatch, capsys, tmp_path):
     left = [{"num_tokens": 3, "first": 2.0, "second_process": 1.0}]
 

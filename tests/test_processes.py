@@ -43,3 +43,13 @@ def test_a_lock_is_freed_with_its_process(tmp_path):
     ):
         pytest.fail("both hold it")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_folder_are_locked_one_by_one(tmp_path):
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    with folder_lock.file_held(one), folder_lock.file_held(other):
+        for held in (one, other):
+            refusal = f"{held}: another run is writing this file; use another one"
+            with pytest.raises(ValueError, match=refusal), folder_lock.file_held(held):
+                pytest.fail("both hold it")
+    assert list(tmp_path.iterdir()) == []
