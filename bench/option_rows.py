@@ -44,16 +44,21 @@ class Row(NamedTuple):
 
 
 def with_ratios(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> list[Row]:
-    """The rows, each over the first variant of its stage, hidden states and T."""
+    """The rows, each over the first variant of its stage and hidden states, at its T.
+
+    Where that one was not measured, there is no ratio.
+    """
     dtypes = {(one.stage, one.name): one.dtype for one in variants}
-    first: dict[Any, float] = {}
-    found = []
-    for row in rows:
-        kind = (row.stage, dtypes[row.stage, row.variant], row.tokens)
-        if row.us is not None:
-            row = row._replace(ratio=row.us / first.setdefault(kind, row.us))
-        found.append(row)
-    return found
+    first: dict[Any, str] = {}
+    for one in variants:
+        first.setdefault((one.stage, one.dtype), one.name)
+    times = {(row.stage, row.variant, row.tokens): row.us for row in rows}
+
+    def ratio(row: Row) -> float | None:
+        base = times.get((row.stage, first[row.stage, dtypes[row.stage, row.variant]], row.tokens))
+        return None if base is None or row.us is None else row.us / base
+
+    return [row._replace(ratio=ratio(row)) for row in rows]
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:

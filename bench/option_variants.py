@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from interop.arguments import comma_separated
+
 
 class Variant(NamedTuple):
     """One way to call a stage.
@@ -43,6 +45,25 @@ VARIANTS = (
     Variant("quantize", "f32 scales", dtype="bf16"),
     Variant("quantize", "ue8m0 scales", {"scale_format": "ue8m0"}, dtype="bf16"),
 )
+
+
+def variant_names(text: str) -> tuple[str, ...]:
+    """The type of an argument that is names of variants, separated by commas.
+
+    Some names hold a comma themselves, with a space after it. The longest beginning of a variant's
+    name is one name: "e4m3, high" is, "e4m3, bf16" and "e4m3,high" are two.
+    """
+    comma_separated(text)  # which refuses an empty name
+    parts = text.split(",")
+    found = []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            name = ",".join(parts[:count]).strip()
+            if any(one.name.startswith(name) for one in VARIANTS):
+                break
+        found.append(name)
+        del parts[:count]
+    return tuple(found)
 
 
 def chosen_variants(names: Sequence[str]) -> tuple[Variant, ...]:

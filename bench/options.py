@@ -10,7 +10,8 @@ benchmark: GPU span, cold L2. Three tables come of it:
     route      the router alone, by score and with or without a bias
     quantize   bf16 rows to FP8, by scale format
 
-`vs` is the time over that of the first variant of its table with the same hidden states. `equal` is
+`vs` is the time over that of the first variant of its table with the same hidden states, if that
+was measured too. `equal` is
 the share of elements within flashinfer-bench's default tolerances, rtol = atol = 0.01; of a router
 the share of ids that are backend xla's; of the quantizer that of bytes that are xla's on a CPU: on
 a GPU XLA divides to within 2 ulp only. On a CPU times mean nothing.
@@ -47,7 +48,7 @@ from bench.correctness import Tolerance
 from bench.execution import compiled_program
 from bench.failures import one_line
 from bench.option_rows import Row, table, with_ratios, write
-from bench.option_variants import VARIANTS, Variant, chosen_variants
+from bench.option_variants import VARIANTS, Variant, chosen_variants, variant_names
 from bench.timers import Execution
 from bench.workloads import FULL, REDUCED, WORKLOADS, Sizes, select
 from interop.arguments import comma_separated, natural
@@ -333,9 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--variants",
-        type=comma_separated,
+        type=variant_names,
         default=(),
-        help="only those whose name begins with one of these",
+        help='only those whose name begins with one of these, as in "e4m3, high" or bf16,sigmoid',
     )
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
     parser.add_argument("--jobs", type=natural, default=0, help="processes that compile")

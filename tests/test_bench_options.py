@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 import jax
 import pytest
 
-from bench import inputs, options
+from bench import inputs, option_variants, options
 from bench.options import Row, Variant
 from bench.workloads import REDUCED, select
 from jax_moe import backends
@@ -76,6 +76,8 @@ def test_ratios_are_over_the_first_of_a_kind():
     rows = [row("e4m3", 10.0), row("e4m3, high", 15.0), row("bf16", 20.0), row("bf16, high", 25.0)]
     rows += [row("e4m3", 40.0, 7), row("e4m3, high", 44.0, 7), row("bf16", None, 7)]
     ratios = [one.ratio for one in options.with_ratios(rows)]
+    (alone,) = options.with_ratios(rows[1:2])  # nothing that it could be compared with
+    assert alone.ratio is None
     assert ratios == [1.0, 1.5, 1.0, 1.25, 1.0, pytest.approx(1.1), None]
 
 
@@ -194,6 +196,23 @@ def test_an_unknown_name_leaves_an_earlier_run_whole(tmp_path, unknown):
     with pytest.raises(SystemExit):
         options.main([unknown, "--overwrite", f"--output={tmp_path}"])
     assert (tmp_path / "options.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("e4m3, high", ("e4m3, high",)),
+        ("e4m3,bf16", ("e4m3", "bf16")),
+        ("e4m3, bf16 ", ("e4m3", "bf16")),
+        ("bf16, ue8m0,sigmoid, no bias, softmax", ("bf16, ue8m0", "sigmoid, no bias", "softmax")),
+        ("e4m3,high", ("e4m3", "high")),
+        ("e4m3, high, batch_invariant", ("e4m3, high, batch_invariant",)),
+    ],
+)
+def test_names_of_variants_may_hold_commas(text, names):
+    assert option_variants.variant_names(text) == names
+    for one in option_variants.VARIANTS:
+        assert option_variants.variant_names(one.name) == (one.name,)
 
 
 def test_an_unknown_variant_is_refused(capsys):
