@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from bench import parallel_gpus, step_record
+from bench import commands, parallel_gpus, step_record
 from bench.steps import Step, run_all
 from interop import folder_lock
 from tools import measure
@@ -183,6 +183,21 @@ def test_a_folder_of_another_command_or_another_run_is_refused(tmp_path, monkeyp
             lock = folder_lock.held(tmp_path)
             lock.__enter__()
     lock.__exit__(None, None, None)
+
+
+def test_a_step_that_writes_a_file_finds_its_folder(tmp_path, monkeypatch):
+    folders = {}
+
+    def run_all(steps, *_):
+        for step in steps:
+            (output,) = [one for one in step.arguments if one.startswith("--output=")]
+            folders[step.name] = output.removeprefix("--output=")
+
+    monkeypatch.setattr(measure, "run_all", run_all)
+    measure.main(["compile", "loading", f"--output={tmp_path / 'out'}"])
+    assert commands.file(folders["compile"]).parent == tmp_path / "out" / "compile"
+    assert commands.usable(folders["loading"]) == tmp_path / "out" / "loading"
+    assert not (tmp_path / "out" / "loading").exists()  # its command makes it
 
 
 def test_the_list_says_what_each_step_is(capsys):

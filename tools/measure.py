@@ -24,7 +24,7 @@ from bench.commands import folder
 from bench.failures import FileError
 from bench.steps import Step, run_all
 from interop import folder_lock
-from interop.arguments import some_minutes
+from interop.arguments import positive_finite
 from pallas_kernels import interruption
 
 _PEERS = "deepgemm64,deepgemm128,deepgemm_mega,flashinfer_cutlass,sglang_v2,torch_reference"
@@ -149,12 +149,18 @@ def done(folder: Path) -> set[str]:
     return {line["step"] for line in lines if line["state"] == step_record.OK}
 
 
+def _make_folder_of_file(name: str, output: Path) -> None:
+    """Makes the folder of a step that writes a file, whose command expects it."""
+    if "{}/" in KINDS[name].command:
+        run_folder.make("--output", output / name)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.measure")
     parser.add_argument("steps", nargs="*", help="which; all if none is named")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
-    parser.add_argument("--minutes", type=some_minutes, default=600, help="for all of them")
+    parser.add_argument("--minutes", type=positive_finite, default=600, help="for all of them")
     parser.add_argument("--output", default="out/measured")
     args = parser.parse_args(argv)
     try:
@@ -171,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with folder_lock.held(output):
             finished = done(output)
             left = [one for one in steps if one.name not in finished]
+            for step in left:
+                _make_folder_of_file(step.name, output)
             return run_all(left, output, args.minutes)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
