@@ -169,7 +169,7 @@ def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:
         Whether it is there: there was something to draw, and matplotlib; a line says if not.
     """
     timed = [row for row in rows if row.efficiency is not None]
-    if not timed:
+    if len(timed) < 2:  # a single point is no plot
         return False
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{shown(path)}: not written: needs matplotlib (pip install matplotlib)")
@@ -199,6 +199,8 @@ def drawn(timed: Sequence[Row], about: Mapping[str, Any]) -> Any:
         axes.set_xscale("log", base=2)
         axes.set_xticks(tokens, [plot_style.plain_number(count) for count in tokens])
         axes.set_xticks([], minor=True)
+        if len(tokens) == 1:  # in the middle, wherever between two powers of 2 it lies
+            axes.set_xlim(tokens[0] / 2, tokens[0] * 2)
         axes.set(ylabel="the slowest rank's local work / layer", title=f"{routing} routing")
         axes.grid(True, alpha=0.3)
         axes.legend()

@@ -95,6 +95,7 @@ def test_no_more_devices_are_started_than_there_are_experts(monkeypatch, ranks, 
 
 ROWS = [
     Row(4, 8, "collectives", "zipf", 2, 20.0, 15.0, busiest=1.5, error=0.001),
+    Row(4, 17, "collectives", "zipf", 2, 30.0, 24.0, busiest=1.5, error=0.001),
     Row(4, 8, "nvlink", error=0.5, problem="wrong"),
 ]
 ABOUT = {"device": {"kind": "H200", "platform": "gpu"}}
@@ -128,10 +129,11 @@ def test_a_plot_of_reduced_sizes_says_so():
         "2 x cpu",
         "REDUCED sizes H=256 I=128 E=64 E_local=32: times mean nothing",
     ]
+    assert figure.axes[0].get_xlim() == (4, 16)  # the one token count in the middle
 
 
 def test_a_table_has_no_speed_for_a_wrong_result():
-    _, right, wrong, problem = parallel_rows.table(ROWS)
+    _, right, _, wrong, problem = parallel_rows.table(ROWS)
     numbers = ["20.0", "15.0", "5.0", "1.333", "0.750", "1.50", "0.00100"]
     assert right.split() == ["collectives", "zipf", "4", "8", "2", *numbers]
     assert wrong.split() == ["nvlink", "even", "4", "8", "1", *["-"] * 6, "0.50000"]
@@ -264,6 +266,8 @@ def test_the_rest_is_there_without_matplotlib(tmp_path, monkeypatch, capsys):
         f"wrote {names[2]}",
     ]
     assert "parallel_gpus.png" not in names[2].read_text()
+    assert not parallel_rows.plot(ROWS[:1], about, tmp_path / "parallel.png")  # a single point
+    assert capsys.readouterr().out == ""
     # What `bench.parallel` itself calls at its end.
     assert not parallel_rows.plot(ROWS, about, tmp_path / "parallel.png")
     assert capsys.readouterr().out == f"{tmp_path / 'parallel.png'}: {needs}\n"
