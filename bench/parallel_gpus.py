@@ -33,7 +33,7 @@ from bench import commands, environment, parallel, parallel_documents, parallel_
 from bench.failures import FileError
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
-from interop.arguments import positive, some_minutes, up_to
+from interop.arguments import positive, positive_finite, up_to
 from jax_moe.io.files import shown
 from pallas_kernels import interruption
 
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="default: %(default)s",
     )
     parser.add_argument(
-        "--minutes", type=some_minutes, help=f"for all steps; {_MINUTES:g} if not given"
+        "--minutes", type=positive_finite, help=f"for all steps; {_MINUTES:g} if not given"
     )
     parser.add_argument("--jobs", type=positive, help="steps that compile at once; one per core")
     parser.add_argument(

@@ -233,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv).folder
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary if given is None else given)
+        if folder.exists() and not folder.is_dir():
+            parser.error(f"FOLDER: {folder}: expected a folder, got a file")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             there = sorted(path.name for path in folder.iterdir())

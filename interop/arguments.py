@@ -70,8 +70,8 @@ def finite(text: str) -> float:
     return found
 
 
-def some_minutes(text: str) -> float:
-    """The type of an argument that is a time to spend, a finite number of more than 0."""
+def positive_finite(text: str) -> float:
+    """The type of an argument that is a finite number of more than 0."""
     with contextlib.suppress(argparse.ArgumentTypeError):
         if found := finite(text):
             return found

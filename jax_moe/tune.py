@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
     for model in chosen:
         if wrong := command.unfit(sizes_of(model, args.num_local_experts)):
             parser.error(f"{wrong} ({model.name})")
+    if args.generation and args.folder is None:
+        parser.error(f"argument --generation: {command.GENERATION}")
     try:
         gpu = device.local_gpu()
     except (AssertionError, RuntimeError) as error:

@@ -25,7 +25,7 @@ import tqdm
 
 from bench import commands, environment
 from bench.failures import writing
-from interop.arguments import natural, some_minutes
+from interop.arguments import natural, positive_finite
 from jax_moe.io.files import write_atomically
 from pallas_kernels import interruption
 
@@ -174,7 +174,7 @@ def usable(names: str | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("--minutes", type=some_minutes, help=f"{_MINUTES:g} if not given")
+    parser.add_argument("--minutes", type=positive_finite, help=f"{_MINUTES:g} if not given")
     parser.add_argument("--seed", type=natural, help="which cases, 0 or more; 0 if not given")
     parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
     parser.add_argument("--case", type=natural, help="runs this one case alone")

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench import environment
 from bench.commands import usable
-from interop.arguments import finite
+from interop.arguments import positive_finite
 from jax_moe.io.files import shown, write_atomically
 from pallas_kernels import interruption
 from tests.cuda_tools import wheel_bin
@@ -252,7 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=usable, help="folder of sanitize.json and the logs")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--backends", default=",".join(BACKENDS))
-    parser.add_argument("--timeout", type=finite, default=540.0, help="seconds a run may take")
+    parser.add_argument(
+        "--timeout", type=positive_finite, default=540.0, help="seconds a run may take"
+    )
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a summary of another commit or GPU"

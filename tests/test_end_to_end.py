@@ -25,6 +25,10 @@ def test_its_arguments(tmp_path, monkeypatch, capsys):
     assert "[-h] [FOLDER]" in shown.out
     assert "FOLDER: /proc/x: cannot be used: No such file or directory" in shown.err
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        deepseek_end_to_end.main([str(tmp_path / "file")])
+    assert "file: expected a folder, got a file" in capsys.readouterr().err
     deepseek_end_to_end.main([str(tmp_path / "new")])
     assert capsys.readouterr().out.startswith("new ")
     (tmp_path / "new" / "config.json").write_text("{}")

@@ -272,6 +272,13 @@ def test_gpu_tests_of_another_commit_are_not_gone_on_with(tmp_path, monkeypatch,
     assert "progress.jsonl: damaged: expected a commit first" in capsys.readouterr().err
 
 
+def test_check_pins_says_that_its_lines_cannot_be_written():
+    command = [sys.executable, check_pins.__file__, "--also=no-such-package"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, UNWRITTEN)
+
+
 def test_gpu_tests_on_a_full_disk_are_one_line(tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,11 @@ def main() -> int:
     args = parser.parse_args()
     extras = [extra for extra in args.extras.split(",") if extra]
     lines = list(problems(project_requirements(extras) + args.also, deep=args.deep))
-    print("\n".join(lines), end="\n" if lines else "")
+    try:
+        print("\n".join(lines), end="\n" if lines else "", flush=True)
+    except OSError as error:  # a full disk, or nobody reads
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed once more
+        sys.exit(f"standard output: cannot be written: {error.strerror}")
     return 1 if lines else 0
 
 

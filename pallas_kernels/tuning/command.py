@@ -22,6 +22,7 @@ type Tuners = Callable[[jax.Device], Tuner | str]
 
 
 NO_GPU = "needs an NVIDIA GPU, and JAX sees none"
+GENERATION = "expected --folder too; the cache's tables are of one GPU kind"
 
 
 class Options(NamedTuple):
@@ -135,9 +136,7 @@ def run(module: str, tuners: Tuners, sizes: Sizes, options: Options) -> int:
         The exit code.
     """
     if options.generation and options.folder is None:
-        return _failed(
-            f"{module}: --generation: expected --folder too; the cache's tables are of one GPU kind"
-        )
+        return _failed(f"{module}: --generation: {GENERATION}")
     gpu = device.local_gpu()
     tuner = tuners(gpu) if gpu is not None else NO_GPU
     if gpu is None or isinstance(tuner, str):
