@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from interop import folder_lock, workloads  # noqa: E402
-from interop.flashinfer_bench import __main__, run, traces  # noqa: E402
+from interop.flashinfer_bench import __main__, run, traces, workspace  # noqa: E402
 from interop.flashinfer_bench.export import export  # noqa: E402
 from interop.flashinfer_bench.record import RECORD, Settings  # noqa: E402
 from interop.flashinfer_bench.report import report  # noqa: E402
@@ -142,11 +142,15 @@ def test_token_counts_are_checked_under_their_flag(folder, started, capsys, toke
     assert not started
 
 
-def test_a_second_run_into_the_folder_is_refused(folder, started, capsys):
+def test_a_second_run_into_the_folder_is_refused(folder, started, monkeypatch, capsys):
+    monkeypatch.setattr(workspace, "_check_machine", lambda _: None)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with folder_lock.held(folder):
-        assert __main__.main(["run", str(folder)]) == 2
-    shown = capsys.readouterr().err
-    assert shown == f"{folder}: another run is writing here; use another folder\n"
+        for command in (["run"], ["workspace"], ["export", "--seed=2", "--overwrite"]):
+            assert __main__.main([command[0], str(folder), *command[1:]]) == 2
+            shown = capsys.readouterr().err
+            assert shown == f"{folder}: another run is writing here; use another folder\n"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert not started
     assert __main__.main(["run", str(folder)]) == 0
     assert not (folder / ".lock").exists()

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import BFloat16, Float32
 
-from interop import definitions
+from interop import definitions, folder_lock
 from interop.dataset import STAND_IN, input_types, read_routing, read_workloads
 from interop.definitions import Definition
 from interop.flashinfer_bench import record, solutions
@@ -74,7 +74,7 @@ def export(
         ValueError: `dataset` is broken (see `interop.dataset`) or given for a definition that has
             no published workloads, or is the folder itself, a symlink leads out of `folder`, or
             the folder holds traces, which are of what was exported before, or other workloads or
-            blobs without `overwrite`.
+            blobs without `overwrite`, or another export or run writes into it.
         OSError: A file cannot be written; names it.
     """
     if dataset is not None and not definition.is_default:
@@ -84,7 +84,8 @@ def export(
         with naming(root):
             root.mkdir(parents=True, exist_ok=True)
             root = root.resolve()
-        _write(root, definition, dataset, seed, overwrite)
+        with folder_lock.held(root):
+            _write(root, definition, dataset, seed, overwrite)
     return root
 
 

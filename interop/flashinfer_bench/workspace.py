@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interop import definitions
+from interop import definitions, folder_lock
 from interop.dataset import DatasetWorkload, definition_of, read_routing, read_workloads
 from interop.definitions import Definition
 from interop.flashinfer_bench import solutions
@@ -35,14 +35,21 @@ def measure(folder: str | Path) -> Path:
         The file.
 
     Raises:
-        ValueError: The folder is no data set, or a solution cannot run here.
+        ValueError: The folder is no data set, a solution cannot run here, or another export, run or
+            measurement writes into the folder.
     """
+    root = data_set_root(folder)
+    definition = definition_of(root)
+    rows = read_workloads(folder, definition)
+    _check_machine(solutions.names(definition))
+    with folder_lock.held(root):
+        return _measure(folder, definition, rows)
+
+
+def _measure(folder: str | Path, definition: Definition, rows: Sequence[DatasetWorkload]) -> Path:
     from tqdm import tqdm
 
-    definition = definition_of(data_set_root(folder))
-    rows = read_workloads(folder, definition)
     names = solutions.names(definition)
-    _check_machine(names)
     found: dict[str, dict[str, int]] = {name: {} for name in names}
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
     with spawned(processes) as pool:
