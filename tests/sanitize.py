@@ -21,12 +21,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from bench import environment
 from bench.commands import usable
+from interop import folder_lock
 from interop.arguments import positive_finite
-from jax_moe.io.files import shown, write_atomically
+from jax_moe.io.files import kept_if_used, shown, write_atomically
 from pallas_kernels import interruption
 from tests.cuda_tools import wheel_bin
 from tests.sanitizer_control import READERS
@@ -282,23 +284,47 @@ def main(argv: list[str] | None = None) -> int:
     if about["device"]["platform"] != "gpu":
         print(f"no GPU; JAX's device here is {about['device']['kind']!r}", file=sys.stderr)
         return 2
-    try:
-        earlier = earlier_runs(args.results / "sanitize.json", about, overwrite=args.overwrite)
-    except ValueError as error:
-        parser.error(str(error))
-    summary = {**about, "runs": earlier}
-    args.results.mkdir(parents=True, exist_ok=True)
     runs = [(backend, tool) for backend in backends for tool in tools]
     if "initcheck" in tools:
         runs.insert(0, (CONTROL, "initcheck"))
+    try:
+        with kept_if_used(args.results):
+            args.results.mkdir(parents=True, exist_ok=True)
+            with folder_lock.held(args.results):
+                path = args.results / "sanitize.json"
+                earlier = earlier_runs(path, about, overwrite=args.overwrite)
+                return run_all(runs, sanitizer, args.timeout, {**about, "runs": earlier}, path)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run_all(
+    runs: Sequence[tuple[str, str]],
+    sanitizer: str,
+    timeout: float,
+    summary: dict[str, Any],
+    path: pathlib.Path,
+) -> int:
+    """Makes the runs and writes the summary after each.
+
+    Args:
+        runs: Backend and tool of each.
+        sanitizer: The program.
+        timeout: Of a run, in seconds.
+        summary: With the `runs` that are there; theirs are replaced or added.
+        path: Of the summary; the logs go beside it.
+
+    Returns:
+        1 if a run is not clean or explained, else 0.
+    """
     for backend, tool in runs:
         print(f"{tool} on {backend} ...", end=" ", flush=True)
-        found, log = run(sanitizer, tool, backend, args.timeout, summary["runs"])
+        found, log = run(sanitizer, tool, backend, timeout, summary["runs"])
         print(f"{found['state']} {found['reports'] or ''} ({found['seconds']} s)", flush=True)
-        (args.results / f"{tool}_{backend}.log").write_text(log[-_MOST_LOG:])
+        path.with_name(f"{tool}_{backend}.log").write_text(log[-_MOST_LOG:])
         kept = [r for r in summary["runs"] if (r["tool"], r["backend"]) != (tool, backend)]
         summary["runs"] = sorted([*kept, found], key=lambda r: (r["backend"], r["tool"]))
-        _write(args.results, summary)
+        _write(path.parent, summary)
     good = all(one["state"] in ("clean", "explained") for one in summary["runs"])
     return 0 if good else 1
 

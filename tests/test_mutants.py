@@ -135,3 +135,20 @@ def test_without_cosmic_ray_nothing_is_copied(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="needs cosmic-ray: `make mutants` installs"):
         mutants.main([])
     assert not (tmp_path / "mutants").exists()
+
+
+def test_a_second_run_at_once_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(mutants, "FOLDER", tmp_path / "mutants")
+    monkeypatch.setattr(mutants.importlib.util, "find_spec", lambda _: "there")
+    ran = []
+    refusal = f"another run is at work in {tmp_path / 'mutants'}"
+
+    def run(*what):
+        ran.append(what)
+        with pytest.raises(SystemExit, match=refusal):
+            mutants.main(["--seed=5"])
+
+    monkeypatch.setattr(mutants, "_run", run)
+    for _ in range(2):
+        mutants.main(["--count=3", "--again"])
+    assert ran == [(3, mutants.SEED, True)] * 2

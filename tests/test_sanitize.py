@@ -15,6 +15,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jax_moe
+from interop import folder_lock
 from jax_moe.backends import triton as triton_backend
 from pallas_kernels import interruption
 from tests import sanitize, sanitizer_control, sanitizer_target
@@ -198,6 +199,10 @@ test "$XLA_PYTHON_CLIENT_PREALLOCATE" = false || exit 3
     assert sanitize.main([*options, "--tools", "synccheck", "--backends", "triton"]) == 0
     again = json.loads((results / "sanitize.json").read_text())["runs"]
     assert {one["state"] for one in again} == {"clean"}
+
+    with folder_lock.held(results), pytest.raises(SystemExit, match="2"):
+        sanitize.main([*options, "--overwrite"])
+    assert f"{results}: another run is writing here" in capsys.readouterr().err
 
     (results / "sanitize.json").write_text(json.dumps(content | {"commit": "older"}))
     with pytest.raises(SystemExit, match="2"):

@@ -15,6 +15,8 @@ Changes inside annotations are left out: nothing evaluates them.
 import argparse
 import ast
 import collections
+import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +25,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -324,17 +326,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return judge(args.judge)
     if importlib.util.find_spec("cosmic_ray") is None:
         sys.exit("python -m tools.mutants: needs cosmic-ray: `make mutants` installs and runs it")
-    prepare(args.count, args.seed)
+    with _alone():
+        return _run(args.count, args.seed, args.again)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Ends the program if another run is at work in the folder, which it may empty and change."""
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with FOLDER.with_name(f".{FOLDER.name}.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"python -m tools.mutants: another run is at work in {FOLDER}")
+        yield
+
+
+def _run(count: int, seed: int, again: bool) -> int:
+    prepare(count, seed)
     session = FOLDER / "session.sqlite"
     try:
-        if args.again:
+        if again:
             judge_again(unexplained(judged_last(verdicts(session)), _explanations()))
         else:
             restore()
             check_unchanged()
             _cosmic_ray("exec", str(FOLDER / "config.toml"), str(session))
     finally:
-        write_report(verdicts(session), f"{_versions()}, seed {args.seed}")
+        write_report(verdicts(session), f"{_versions()}, seed {seed}")
     return 0
 
 
