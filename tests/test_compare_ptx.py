@@ -143,6 +143,21 @@ for program in sys.argv[3:]:
 """
 
 
+def test_kernels_that_another_run_has_kept_meanwhile_are_taken(tmp_path, monkeypatch):
+    """Two runs with one cache compile the same commit: the second finds what the first kept."""
+    monkeypatch.setattr(compare_ptx, "_COMPILE", _WRITE)
+    checkout, kept = tmp_path / "checkout", tmp_path / "cache" / "commit"
+    (checkout / "tests").mkdir(parents=True)
+    for number in (1, 2):
+        scratch = tmp_path / f"scratch{number}"
+        compare_ptx._compile(checkout, ["T=1"], {}, kept, scratch)
+    assert (scratch / "T=1").is_dir()
+    assert (kept / "T=1" / "00_kernel.ptx").read_text() == "compilation 1"
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        compare_ptx._compile(checkout, ["T=1"], {}, tmp_path / "file", tmp_path / "scratch3")
+
+
 def test_a_checkout_that_does_not_compile_is_an_error(tmp_path):
     (tmp_path / "pallas_kernels").mkdir()
     with pytest.raises(SystemExit, match=r"does not compile \(exit code 1\)"):

@@ -174,7 +174,12 @@ def _compile(
         raise SystemExit(f"{checkout}: does not compile (exit code {done.returncode})")
     folder.mkdir(parents=True, exist_ok=True)
     for program in programs:
-        (scratch / program).rename(folder / program)
+        try:
+            (scratch / program).rename(folder / program)
+        except OSError:
+            if not (folder / program).is_dir():
+                raise
+            # Another run was quicker; its kernels are of the same commit and versions.
 
 
 def _versions() -> list[str]:
