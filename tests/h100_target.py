@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -367,15 +368,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a program")
     args = parser.parse_args(argv)
     module, _, function = args.target.partition(":")
-    if not function:
+    if not all(name.isidentifier() for name in (*module.split("."), function)):
         parser.error(f"target: expected module:function, got {args.target!r}")
-    if args.cuda_bin and shutil.which("ptxas", path=args.cuda_bin) is None:
+    if args.cuda_bin is not None and shutil.which("ptxas", path=args.cuda_bin) is None:
         parser.error(f"--cuda-bin: expected a folder with ptxas in it, got {args.cuda_bin!r}")
     prepare_environment(args.cuda_bin)
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         parser.error(f"target: {error}")
+    if not callable(make):
+        parser.error(f"target: expected a function without arguments, got a {type(make).__name__}")
+    try:
+        inspect.signature(make).bind()
+    except (TypeError, ValueError) as error:  # the latter: C code that does not say
+        parser.error(f"target: expected a function without arguments: {error}")
     made = make()
     programs = [(args.target, *made)] if isinstance(made, tuple) else made
     for program in programs if isinstance(programs, Iterable) else [programs]:
@@ -384,10 +391,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"target: expected {forms}, got {program!r}")
         label, fn, specs = program
         report = compile_for_h100(fn, *specs)
-        if args.json:
-            print(json.dumps({"label": label, **dataclasses.asdict(report)}), flush=True)
-        else:
-            print(f"{label}\n{report}", flush=True)
+        as_json = {"label": label, **dataclasses.asdict(report)}
+        print(json.dumps(as_json) if args.json else f"{label}\n{report}", flush=True)
     return 0
 
 

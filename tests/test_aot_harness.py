@@ -150,6 +150,17 @@ def test_command_line_refuses_a_function_of_another_form(target, capsys):
     assert "error: target: expected (fn, specs) or a generator of (label, fn, specs), got " in last
 
 
-def test_command_line_refuses_a_target_without_function():
+@pytest.mark.parametrize("target", ["tests.test_aot_harness", ":x", ".tests:x", "tests:", "a b:x"])
+def test_command_line_refuses_what_names_no_function(target, capsys):
     with pytest.raises(SystemExit):
-        h100_target.main(["tests.test_aot_harness"])
+        h100_target.main([target])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: target: expected module:function, got {target!r}")
+
+
+@pytest.mark.parametrize("name", ["SPECS", "pytest", "fp8_matmul", "ROWS"])
+def test_command_line_refuses_what_cannot_be_called_without_arguments(name, capsys):
+    with pytest.raises(SystemExit):
+        h100_target.main([f"tests.test_aot_harness:{name}"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: target: expected a function without arguments" in last
