@@ -315,6 +315,24 @@ def test_the_measured_traces_are_of_the_exported_workloads(folder, tmp_path):
     assert "jax_moe_mosaic 19 of 19, sglang_v1 19 of 19, sglang_v2 19 of 19" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "came"),
+    [("file", "got a file"), ("link", "got a link to nothing"), ("file/x", "Not a directory")],
+)
+def test_a_report_into_what_is_no_folder_names_the_flag(folder, tmp_path, capsys, name, came):
+    write_traces(folder, [trace(row, "sglang_v1", 2.0) for row in ROWS])
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    output = tmp_path / name
+    assert __main__.main(["report", str(folder), f"--output={output}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"--output: {output}: cannot be used: ")
+    assert said.endswith(f"{came}\n")
+    write_traces(folder, [])
+    assert __main__.main(["report", str(folder), f"--output={tmp_path / 'new/er'}"]) == 2
+    assert not (tmp_path / "new").exists()  # nothing is left of a report that is refused
+
+
 def test_wrong_results_are_reported(folder):
     rows = [trace(row, "sglang_v1", 1.0) for row in ROWS]
     write_traces(folder, rows + [failed(row, "jax_moe_mosaic", 0.0) for row in ROWS])

@@ -9,7 +9,7 @@ from interop import comparison_report
 from interop.dataset import stand_ins
 from interop.flashinfer_bench import record, solutions, workspace
 from interop.flashinfer_bench.traces import Traces, read_traces
-from jax_moe.io.files import data_set_root
+from jax_moe.io.files import data_set_root, kept_if_used, naming
 
 _UNKNOWN = "not recorded"
 
@@ -25,9 +25,22 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         The path of the document.
 
     Raises:
-        ValueError: The folder holds no traces or something unfit (see `traces`).
+        ValueError: The folder holds no traces or something unfit (see `traces`), or `output` is no
+            folder that can be made or used.
     """
     root = data_set_root(folder)
+    if output is None:
+        return _write(root, Path(folder))
+    with kept_if_used(Path(output)):  # nothing is left of a report that is refused
+        try:
+            with naming(Path(output)):
+                Path(output).mkdir(parents=True, exist_ok=True)
+        except ValueError as error:
+            raise ValueError(f"--output: {error}") from None
+        return _write(root, Path(output))
+
+
+def _write(root: Path, output: Path) -> Path:
     traces = read_traces(root)
     called = record.read(root)
     sizes = workspace.read(root)
@@ -41,7 +54,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         for name in _ordered(traces)
     }
     document, *_ = comparison_report.write(
-        folder if output is None else output,
+        output,
         [comparison_report.WorkloadRow(*row[:3]) for row in traces.workloads],
         results,
         header=_header(traces, called),
