@@ -34,7 +34,7 @@ from bench.failures import FileError
 from bench.steps import Step, run_all
 from bench.workloads import FULL, REDUCED
 from interop.arguments import positive, positive_finite, up_to
-from jax_moe.io.files import shown
+from jax_moe.io.files import naming, shown
 from pallas_kernels import interruption
 
 SKEWED = (128, 1024, 8192)
@@ -272,7 +272,9 @@ def _documents_again(folder: Path) -> int:
     """Writes the documents of a run that is there; returns the exit code."""
     try:
         with contextlib.ExitStack() as stack:
-            if folder.is_dir():
+            with naming(folder):
+                is_there = folder.is_dir()
+            if is_there:
                 stack.enter_context(parallel_folder.held(folder, NAMES))
             if not parallel_folder.holds_a_run(folder, NAMES):
                 raise ValueError(f"{shown(folder)}: there is no run")

@@ -39,6 +39,7 @@ except ImportError as error:
     sys.exit(f"deepseek_end_to_end.py: {error}: pip install '.[bench,models-test]'")
 
 from jax_moe import MoEConfig, checkpoint, nn, route
+from jax_moe.io.files import naming
 from pallas_kernels import interruption
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -232,14 +233,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(argv).folder
     with tempfile.TemporaryDirectory() as temporary:
+        if given == "":  # pathlib's current directory, which nobody means by it
+            parser.error("FOLDER: expected a folder, got an empty name")
         folder = pathlib.Path(temporary if given is None else given)
-        if folder.exists() and not folder.is_dir():
-            parser.error(f"FOLDER: {folder}: expected a folder, got a file")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            there = sorted(path.name for path in folder.iterdir())
-        except OSError as error:
-            parser.error(f"FOLDER: {folder}: cannot be used: {error.strerror}")
+            with naming(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                there = sorted(path.name for path in folder.iterdir())
+        except ValueError as error:
+            parser.error(f"FOLDER: {error}")
         if there:  # a model of the user's, perhaps
             parser.error(f"FOLDER: {folder}: expected an empty or new folder, got {there[0]} in it")
         for name, value in compare(folder).items():

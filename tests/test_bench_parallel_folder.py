@@ -29,6 +29,9 @@ def test_documents_of_a_folder_without_a_run_are_refused(tmp_path, capsys):
         said = f"python -m bench.parallel_gpus: --documents: {folder}: there is no run\n"
         assert capsys.readouterr().err == said
     assert list(tmp_path.iterdir()) == []
+    assert parallel_gpus.main([f"--output={'a' * 300}", "--documents"]) == 2
+    said = f"python -m bench.parallel_gpus: --documents: {'a' * 300}: cannot be used: File name too"
+    assert capsys.readouterr().err.startswith(said)
 
 
 WRONG = {"exchange": "nvlink", "tokens": 8, "runs": 2, "same_bits": True, "right": True}

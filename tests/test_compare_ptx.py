@@ -175,12 +175,19 @@ def test_a_checkout_that_does_not_compile_is_an_error(tmp_path):
         (f"--tokens=1,{10**20}", "argument --tokens: expected token counts such as 1,80, each of"),
         ("--cache=", "argument --cache: expected a folder, got an empty name"),
         ("--cache=/dev/null", "argument --cache: expected a folder, got the file '/dev/null'"),
+        (f"--cache={'a' * 300}", "--cache: [Errno 36] File name too long: "),
     ],
 )
 def test_sizes_that_no_layer_has_are_refused_before_anything_is_compiled(capsys, argument, said):
     with pytest.raises(SystemExit, match="2"):
         compare_ptx.main([".", ".", argument])
     assert capsys.readouterr().err.splitlines()[-1].partition("error: ")[2].startswith(said)
+
+
+def test_a_name_that_no_folder_can_have_is_no_checkout(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare_ptx.main(["a" * 300, "."])
+    assert "argument before: expected the folder of a checkout, got" in capsys.readouterr().err
 
 
 _WAITS = """

@@ -26,9 +26,13 @@ def test_its_arguments(tmp_path, monkeypatch, capsys):
     assert "FOLDER: /proc/x: cannot be used: No such file or directory" in shown.err
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
+    for name, said in (("", "expected a folder, got an empty name"), ("a" * 300, "too long")):
+        with pytest.raises(SystemExit, match="2"):
+            deepseek_end_to_end.main([name])
+        assert said in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         deepseek_end_to_end.main([str(tmp_path / "file")])
-    assert "file: expected a folder, got a file" in capsys.readouterr().err
+    assert "file: cannot be used: expected a folder, got a file" in capsys.readouterr().err
     deepseek_end_to_end.main([str(tmp_path / "new")])
     assert capsys.readouterr().out.startswith("new ")
     (tmp_path / "new" / "config.json").write_text("{}")

@@ -214,7 +214,7 @@ def _commit(checkout: pathlib.Path) -> str | None:
 def checkout_folder(text: str) -> pathlib.Path:
     """The folder that an argument names; an error of argparse where it is no checkout."""
     path = pathlib.Path(text).resolve()
-    if not (path / "pallas_kernels").is_dir():
+    if not os.path.isdir(path / "pallas_kernels"):  # pathlib's raises on a name that is too long
         raise argparse.ArgumentTypeError(f"expected the folder of a checkout, got {text!r}")
     return path
 
@@ -252,7 +252,7 @@ def _cache_folder(text: str) -> pathlib.Path:
     if not text:  # pathlib's current directory, which nobody means by it
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     folder = pathlib.Path(text).resolve()
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
     return folder
 
