@@ -92,6 +92,8 @@ def execute(
         results = _new_results(settings, options, unavailable, folder, profile, jobs)
         if drawn := dataset.stand_ins(workloads):
             results.about["stand_ins"] = drawn
+        if settings.inputs == "dataset":
+            results.about["routing_sha256"] = dataset.digests(settings.dataset or "")
         if results.path.exists() and resume:
             options = _keep_finished(results, settings, options, chosen, workloads)
             results.about["command"] += " --resume"
@@ -289,6 +291,15 @@ def _keep_finished(
         earlier = saved.read(results.path)
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
+    before = earlier.results.about.get("routing_sha256", {})  # older files have none
+    for uuid, digest in results.about.get("routing_sha256", {}).items():
+        if before.get(uuid, digest) != digest:
+            raise ValueError(
+                f"--resume: workload {uuid}: --dataset holds another routing than "
+                f"{shown(results.path)} was measured with"
+            )
+    if drawn := earlier.results.about.get("stand_ins"):  # the same tensors by another name, too
+        results.about.setdefault("stand_ins", drawn)
     results.about["resumed_commands"] = earlier.results.commands()
     results.roofline = earlier.results.roofline  # until this run has measured it
     for name, why in earlier.results.unavailable.items():

@@ -9,6 +9,8 @@ Nothing outside of the folder is opened, whatever a path says or a symlink point
 checked before it is used; what does not fit is a `ValueError` that names the file and the entry.
 """
 
+import contextlib
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -151,6 +153,22 @@ def read_routing(
     logits = _tensor(root, row.blobs["routing_logits"], "F32", shape, f"{where}: routing_logits")
     bias = _tensor(root, row.blobs["routing_bias"], "BF16", (experts,), f"{where}: routing_bias")
     return logits, bias
+
+
+def digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each workload's routing and scalars, by uuid; without those that cannot be read.
+
+    Args:
+        folder: The data set's root, as for `read_workloads`, of the default definition.
+    """
+    found = {}
+    for row in read_workloads(folder):
+        with contextlib.suppress(ValueError):  # said where it is measured
+            tensors = read_routing(folder, row)
+            scalars = f"{row.workload.local_expert_offset} {row.routed_scaling_factor}"
+            content = b"".join(one.tobytes() for one in tensors) + scalars.encode()
+            found[row.workload.uuid] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def _workload(line: dict[str, Any], definition: Definition, where: str) -> DatasetWorkload:

@@ -23,6 +23,7 @@ from bench import (
 from bench.results import Results, load_rows
 from bench.timers import Statistics
 from bench.workloads import select
+from interop.flashinfer_bench.export import export
 from jax_moe import LayerInputs
 from tests.test_bench_session import execute, registry, right, rows_of, settings, solution
 
@@ -284,3 +285,23 @@ def test_a_plot_says_that_rows_are_missing(tmp_path, registry):
     registry(solution("ours", right))
     assert execute(chosen, resume=True) == session.OK
     assert "Incomplete" not in plots.conditions(saved.read(chosen.output).results)
+
+
+def test_rows_of_another_routing_are_not_gone_on_with(tmp_path, registry):
+    """The data set's folder is named as before, and what it holds was exported again."""
+    folder = export(tmp_path / "data", seed=0)
+    registry(solution("ours", right))
+    chosen = settings(
+        tmp_path, "ours", workloads=("1",), num_trials=1, inputs="dataset", dataset=str(folder)
+    )
+    assert execute(chosen) == session.OK
+    path = chosen.output / "results.json"
+    before = path.read_bytes()
+    assert len(json.loads(before)["routing_sha256"]) == 19
+    export(folder, seed=3, overwrite=True)
+    with pytest.raises(ValueError, match=r"--resume: workload .*: --dataset holds another"):
+        execute(chosen, resume=True)
+    assert path.read_bytes() == before
+    export(folder, seed=0, overwrite=True)
+    assert execute(chosen, resume=True) == session.OK
+    assert json.loads(path.read_text())["stand_ins"] == json.loads(before)["stand_ins"]
