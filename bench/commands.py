@@ -6,6 +6,7 @@ measured that cannot be written.
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,8 +43,11 @@ def file(text: str) -> Path:
         path = Path(text).expanduser()
         with naming(path):
             is_folder, has_folder = path.is_dir(), path.parent.is_dir()
+            is_other = os.path.lexists(path) and (path.is_symlink() or not path.is_file())
         if is_folder:
             raise ValueError(f"expected a file, got the folder {shown(path)}")
+        if is_other:  # it would be replaced, and not what it leads to
+            raise ValueError(f"expected a file, got the link, socket or device {shown(path)}")
         if not has_folder:
             raise ValueError(f"expected a path in a folder that exists, got {shown(path)}")
         run_folder.make_writable(path.parent)

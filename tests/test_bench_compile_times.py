@@ -144,6 +144,7 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_
     expected = {
         f"{tmp_path}/missing/times.json": "expected a path in a folder that exists, got ",
         f"{tmp_path}": "expected a file, got the folder ",
+        "/dev/null": "expected a file, got the link, socket or device /dev/null",
         "": "expected a file, got an empty name",
         "/proc/times.json": "/proc: cannot be used: No such file or directory",
         "~nobody_here/x": "Could not determine home directory",
