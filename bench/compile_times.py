@@ -107,12 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--backend={backend}: {reason}")
     if arguments.overwrite and arguments.output is None:
         parser.error("--overwrite: goes with --output=FILE")
-    with interruption.remembered():
+    with interruption.remembered(), contextlib.ExitStack() as stack:
         try:
-            with _held(arguments.output, arguments.overwrite):
-                _report(tokens, backend, arguments.output)
+            stack.enter_context(_held(arguments.output, arguments.overwrite))
         except ValueError as error:
             parser.error(f"--output: {error}")
+        try:
+            _report(tokens, backend, arguments.output)
         except KeyboardInterrupt:
             text, code = "interrupted", interruption.acknowledge()
         except (RuntimeError, FileError) as error:

@@ -11,10 +11,10 @@ benchmark: GPU span, cold L2. Three tables come of it:
     quantize   bf16 rows to FP8, by scale format
 
 `vs` is the time over that of the first variant of its table with the same hidden states, if that
-was measured too. `equal` is
-the share of elements within flashinfer-bench's default tolerances, rtol = atol = 0.01; of a router
-the share of ids that are backend xla's; of the quantizer that of bytes that are xla's on a CPU: on
-a GPU XLA divides to within 2 ulp only. On a CPU times mean nothing.
+was measured too. `equal` is the share of elements within flashinfer-bench's default tolerances,
+rtol = atol = 0.01; of a router the share of ids that are backend xla's; of the quantizer that of
+bytes that are xla's on a CPU: on a GPU XLA divides to within 2 ulp only. On a CPU times mean
+nothing.
 """
 
 from __future__ import annotations

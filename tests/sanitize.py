@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -287,15 +288,15 @@ def main(argv: list[str] | None = None) -> int:
     runs = [(backend, tool) for backend in backends for tool in tools]
     if "initcheck" in tools:
         runs.insert(0, (CONTROL, "initcheck"))
-    try:
-        with kept_if_used(args.results):
-            args.results.mkdir(parents=True, exist_ok=True)
-            with folder_lock.held(args.results):
-                path = args.results / "sanitize.json"
-                earlier = earlier_runs(path, about, overwrite=args.overwrite)
-                return run_all(runs, sanitizer, args.timeout, {**about, "runs": earlier}, path)
-    except ValueError as error:
-        parser.error(str(error))
+    path = args.results / "sanitize.json"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(kept_if_used(args.results))
+            stack.enter_context(folder_lock.held(args.results))
+            earlier = earlier_runs(path, about, overwrite=args.overwrite)
+        except ValueError as error:
+            parser.error(str(error))
+        return run_all(runs, sanitizer, args.timeout, {**about, "runs": earlier}, path)
 
 
 def run_all(

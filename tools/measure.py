@@ -149,12 +149,6 @@ def done(folder: Path) -> set[str]:
     return {line["step"] for line in lines if line["state"] == step_record.OK}
 
 
-def _make_folder_of_file(name: str, output: Path) -> None:
-    """Makes the folder of a step that writes a file, whose command expects it."""
-    if "{}/" in KINDS[name].command:
-        run_folder.make("--output", output / name)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.measure")
@@ -178,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             finished = done(output)
             left = [one for one in steps if one.name not in finished]
             for step in left:
-                _make_folder_of_file(step.name, output)
+                if "{}/" in KINDS[step.name].command:  # a file, whose command expects its folder
+                    run_folder.make("--output", output / step.name)
             return run_all(left, output, args.minutes)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
