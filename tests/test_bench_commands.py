@@ -97,6 +97,7 @@ def test_folders_that_cannot_be_written_to(capsys, monkeypatch, tmp_path, comman
         ("examples.ladder.__main__", "--output=/proc/x", "argument --output: /proc/x: cannot be u"),
         ("jax_moe.tune", "--folder=/proc/x", "argument --folder: cannot write there: [Errno 2] "),
         ("jax_moe.tune", "--folder=", "argument --folder: expected a folder, got an empty name"),
+        ("jax_moe.tune", "--generation", "argument --generation: expected --folder too; the cache"),
         ("jax_moe.tune", "--folder=/dev/null", "argument --folder: cannot write there: it is no"),
         ("tests.barrier_mutations", "--fast", "unrecognized arguments: --fast"),
         ("tools.compare_ptx", "/nowhere", "argument before: expected the folder of a checkout, "),
