@@ -88,6 +88,17 @@ def test_a_data_set_is_not_exported_into_itself(tmp_path, capsys):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("part", ["workloads", "solutions/mine"])
+def test_an_export_within_a_data_set_is_refused(tmp_path, capsys, part):
+    """Its workloads would be read as those of the data set around it."""
+    root = export(tmp_path / "outer")
+    assert __main__.main(["export", str(root / part / "inner")]) == 2
+    inner = root / part / "inner"
+    assert capsys.readouterr().err == f"{inner}: lies in the data set {root}; use another folder\n"
+    assert not inner.exists()
+    assert __main__.main(["export", str(root)]) == 0
+
+
 def test_what_an_export_would_pass_over_is_refused(tmp_path, capsys):
     other = definitions.ALL[-1].name
     assert other != definitions.DEFAULT.name

@@ -74,7 +74,8 @@ def export(
         ValueError: `dataset` is broken (see `interop.dataset`) or given for a definition that has
             no published workloads, or is the folder itself, a symlink leads out of `folder`, or
             the folder holds traces, which are of what was exported before, or other workloads or
-            blobs without `overwrite`, or another export or run writes into it.
+            blobs without `overwrite`, or lies in another data set, or another export or run writes
+            into it.
         OSError: A file cannot be written; names it.
     """
     if dataset is not None and not definition.is_default:
@@ -123,6 +124,10 @@ def _write(
     overwrite: bool,
 ) -> None:
     """`export` into a folder that exists."""
+    for parent in root.parents:  # one there would be read as a part of that data set
+        if all((parent / part).is_dir() for part in ("definitions", "workloads")):
+            where = f"lies in the data set {shown(parent)}"
+            raise ValueError(f"{shown(root)}: {where}; use another folder")
     if record.has_traces(root):
         raise ValueError(f"{shown(root)}: holds traces of an earlier export; use another folder")
     name, op_type = definition.name, definition.record["op_type"]
