@@ -167,6 +167,8 @@ def _report(tokens: Sequence[int], backend: str, output: Path | None) -> None:
                 print(note)
             table = aligned([["T", "first call s", "second process s"], *cells], left=0)
             print("\n".join(table), flush=True)
+    if output:
+        print(f"wrote {shown(output)}")
 
 
 def _write(rows: Sequence[dict[str, Any]], about: dict[str, Any], path: Path) -> None:

@@ -54,10 +54,14 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
     parts += ["", *aligned(against, left=0)] if len(against) > 1 else []
     if options.breakdown:
         parts += ["", *_breakdown(results, settings, in_markdown=False)]
-    failures = report.failure_lines(results)
+    return "\n".join([*parts, "", *verdict(results)])
+
+
+def verdict(results: Results) -> list[str]:
+    """How many rows are right, which are not, and what is missing."""
     passed = sum(row.status == PASS for row in results.rows.values())
     asked = max(len(results.rows), results.about.get("asked", {}).get("rows", 0))
-    parts += ["", f"{passed} of {asked} rows PASS", *failures]
+    parts = [f"{passed} of {asked} rows PASS", *report.failure_lines(results)]
     if not header.is_complete(results):
         said = header.count(results)
         lacking = sum(not row.is_finished(results.timer) for row in results.rows.values())
@@ -66,7 +70,7 @@ def conclusion(results: Results, settings: Settings, options: Options) -> str:
         if results.rows_on_disk < len(results.rows):
             said += f", {results.path.name} holds {results.rows_on_disk}"
         parts.append(f"Incomplete: {said}: {header.stopped(results)}")
-    return "\n".join(parts)
+    return parts
 
 
 def _breakdown(results: Results, settings: Settings, *, in_markdown: bool) -> list[str]:

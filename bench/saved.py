@@ -81,6 +81,7 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
     )
     if not results.rows:
         raise ValueError("rows: expected at least one, got none")
+    results.rows_on_disk = len(results.rows)
     asked = typed.checked_object(content.get("asked") or _asked(results), "asked")
     for name, uuids in typed.checked_object(asked.get("uuids", {}), "asked: uuids").items():
         typed.checked_list(uuids, f"asked: uuids of {name}")

@@ -184,10 +184,8 @@ def write_documents(folder: Path, options: documents.Options) -> int:
             raise ValueError(f"{shown(folder)}: --report needs rows of more than {REFERENCE}")
         with folder_lock.held(folder):
             there = run_folder.files_of_a_run(folder)
-            kept = documents.Options(
-                f"{run_folder.REPORT}.md" in there,
-                f"{found.settings.stem}_breakdown.md" in there,
-            )
+            names = (f"{run_folder.REPORT}.md", f"{found.settings.stem}_breakdown.md")
+            kept = documents.Options(*(name in there for name in names))
             both = documents.Options(*map(max, options, found.options, kept))
             written = [found.results.path]
             for path in documents.write_all(found.results, found.settings, both):
@@ -196,6 +194,7 @@ def write_documents(folder: Path, options: documents.Options) -> int:
             for name in run_folder.files_of_a_run(folder):
                 if folder / name not in written:  # an earlier version's, say a plot of one point
                     (folder / name).unlink()
+            print("\n".join(documents.verdict(found.results)))
     except ValueError as error:
         raise ValueError(f"--documents: {error}") from None
     except FileError as error:

@@ -142,6 +142,9 @@ def test_a_wrong_solution_shows_no_speed_and_fails_the_run(tmp_path, registry, c
     speeds = ("wall us", "p10", "p90", "n", "TFLOP/s", "TB/s", "speedup")
     assert {cells[title] for title in speeds} == {"-"}
     assert "repeat: python bench_main.py --solutions=off --workloads=e05c6c03 --seed=3" in shown
+    assert session.write_documents(chosen.output, documents.Options()) == session.OK
+    again = capsys.readouterr().out  # names the wrong row, too
+    assert again[again.index("2 of 3 rows PASS") :] in shown
     report = (chosen.output / "comparison_report.md").read_text()
     assert "WRONG | - |" in report
 
