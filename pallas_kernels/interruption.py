@@ -22,7 +22,8 @@ from typing import IO, Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler sends the second
 _asked: int | None = None  # the first signal that came
-_deferred = False  # whether it waits for `check`
+_deferred = False  # whether one that comes now waits for the end of `deferred`
+_waiting = False  # whether one does
 
 
 def _unraisable(hook: Callable[[Any], object], swallowed: Any) -> None:
@@ -38,10 +39,11 @@ def _is_no_interrupt(record: logging.LogRecord) -> bool:
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    global _asked
+    global _asked, _waiting
     _asked = _asked or number
     if not _deferred:
         raise KeyboardInterrupt
+    _waiting = True
 
 
 def before_imports(*packages: str) -> None:
@@ -69,11 +71,11 @@ def remembered() -> Iterator[None]:
     A signal that the parent had this process ignore stays ignored, as Python keeps it too. For the
     main thread only, which is where Python runs handlers. A block inside of another adds nothing.
     """
-    global _asked
+    global _asked, _waiting
     if _interrupt in map(signal.getsignal, _SIGNALS):
         yield
         return
-    _asked = None
+    _asked, _waiting = None, False
     heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
     before = [(one, signal.signal(one, _interrupt)) for one in heard]
     hook = sys.unraisablehook
@@ -94,15 +96,18 @@ def remembered() -> Iterator[None]:
 def deferred() -> Iterator[None]:
     """Within the block, a short one, a signal that `remembered` hears is raised at its end.
 
-    For code that catches `KeyboardInterrupt`, shows it as an error of its own, and goes on.
+    For code that catches `KeyboardInterrupt`, shows it as an error of its own, and goes on. One
+    from before the block is not raised again: what is done after it may call such code.
     """
-    global _deferred
+    global _deferred, _waiting
     before, _deferred = _deferred, True
     try:
         yield
     finally:
         _deferred = before
-    check()
+    if _waiting and not _deferred:
+        _waiting = False
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
