@@ -73,12 +73,17 @@ def add_output(parser: argparse.ArgumentParser, root: str) -> None:
 
 
 @contextlib.contextmanager
-def shown_if_unwritten(table: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """Prints what was measured before a `FileError` of the body ends the command."""
+def shown_if_cut_short(table: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """Prints what was measured before the body's `FileError`, Ctrl-C or SIGTERM ends the command.
+
+    Args:
+        table: The lines, the first of them a title.
+    """
     try:
         yield
-    except FileError:
-        print("\n".join(table()), flush=True)
+    except (FileError, KeyboardInterrupt):
+        if len(lines := table()) > 1:
+            print("\n".join(lines), flush=True)
         raise
 
 
@@ -106,10 +111,25 @@ def results(
     with run_folder.opened(
         output, stem=stem, overwrite=overwrite, root=Path(root), files=files
     ) as found:
+        path = found.path / files[0]
+        before = _stamp(path)
         try:
             yield found.path
         except FileError as error:
             sys.exit(str(error))
+        except KeyboardInterrupt:
+            if _stamp(path) not in (None, before):
+                print(f"what was finished is in {shown(path)}", flush=True)
+            raise
         finally:
-            if output is None and (found.path / files[0]).exists():
+            if output is None and path.exists():
                 found.begin()  # `latest` leads there
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Another one once the file has been replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

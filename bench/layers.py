@@ -273,7 +273,7 @@ def run(layers: int | None, tokens: Sequence[int], folder: Path) -> int:
     fitting = layers_that_fit(layers, sizes, about["device"]["memory_bytes"])
     found: list[Measured] = []
     rows: list[Row] = []
-    with commands.shown_if_unwritten(lambda: scan_parts.table(rows)):
+    with commands.shown_if_cut_short(lambda: scan_parts.table(rows)):
         for own, steps in ((False, layers), (True, fitting)):
             for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
                 one = measure(num_tokens, steps, sizes, own=own, iterations=iterations)

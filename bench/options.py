@@ -303,7 +303,7 @@ def run(
     asked = len(variants) * len(given)
     rows: list[Row] = []
     with (
-        commands.shown_if_unwritten(lambda: table(rows)),
+        commands.shown_if_cut_short(lambda: table(rows)),
         contextlib.closing(compiled(orders, jobs)) as programs,
     ):
         for of_tokens in by_tokens:

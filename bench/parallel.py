@@ -291,7 +291,7 @@ def execute(ranks: int, tokens: Sequence[int], case: Case, folder: Path, local_o
     if not on_gpu:
         print(about["note"], flush=True)
     rows: list[Row] = []
-    with commands.shown_if_unwritten(lambda: parallel_rows.table(rows)):
+    with commands.shown_if_cut_short(lambda: parallel_rows.table(rows)):
         for num_tokens in tokens or (TOKENS if on_gpu else FEW_TOKENS):
             calls = 40 if num_tokens <= 128 else 20 if num_tokens <= 1024 else 8
             calls = calls if on_gpu else 2

@@ -343,7 +343,7 @@ def run(model: str, tokens: Sequence[int], folder: Path) -> int:
     layer = make_layer(config)
     rows: list[Row] = []
     tokens = tokens or (TOKENS if on_gpu else FEW_TOKENS)
-    with commands.shown_if_unwritten(lambda: table(rows)):
+    with commands.shown_if_cut_short(lambda: table(rows)):
         for num_tokens in tokens:
             rows.append(measure(num_tokens, layer, clock))
             print(f"T={num_tokens}: done", flush=True)

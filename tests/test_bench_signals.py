@@ -55,8 +55,32 @@ def test_a_swallowed_signal_ends_a_command_after_its_row(
     command = [*arguments, f"--output={tmp_path}"]
     assert interruption.ended(lambda: module.main(command)) == 143
     assert len(calls) == 1
-    assert capsys.readouterr().err.endswith("interrupted\n")
-    assert len(json.loads((tmp_path / module.FILES[0]).read_text())["rows"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.endswith("interrupted\n")
+    path = tmp_path / module.FILES[0]
+    *_, row, said = shown.out.splitlines()
+    assert said == f"what was finished is in {path}"
+    assert "12.5" in row or module is layers
+    assert shown.out.count(row) == 1
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_without_a_row_an_interrupted_command_says_of_none(
+    tmp_path, monkeypatch, capsys, overwrite
+):
+    """The file of the earlier run, which `--overwrite` would have replaced, is none of it."""
+    monkeypatch.setattr(shared_expert, "make_layer", lambda *_: signal.raise_signal(signal.SIGINT))
+    command = ["--tokens=7", f"--output={tmp_path}"]
+    if overwrite:
+        (tmp_path / shared_expert.FILES[0]).write_text("{}")
+        command.append("--overwrite")
+    assert interruption.ended(lambda: shared_expert.main(command)) == 130
+    shown = capsys.readouterr()
+    assert shown.err.endswith("interrupted\n")
+    assert "what was finished" not in shown.out
+    assert "T" not in {line[:1] for line in shown.out.splitlines()}
+    assert [path.name for path in tmp_path.iterdir()] == [shared_expert.FILES[0]][:overwrite]
 
 
 def test_a_signal_swallowed_at_the_very_end_is_its_exit_code(capsys):

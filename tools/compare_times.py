@@ -194,9 +194,11 @@ def run(
         with writing(path), write_atomically(path, "w") as file:
             json.dump(content, file, indent=1)
 
+    if not on_gpu:
+        print("CPU at reduced size: results are compared, times mean nothing", flush=True)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        commands.shown_if_unwritten(lambda: tables.aligned(lines, left=0)),
+        commands.shown_if_cut_short(lambda: tables.aligned(lines, left=0)),
     ):
         arrays = [tuple(map(jax.numpy.asarray, one)) for one in given]
         places = lower_all(checkouts, arrays, pathlib.Path(scratch), jobs)
@@ -214,8 +216,6 @@ def run(
             write(complete=False)
             interruption.check()
         write(complete=True)
-    if not on_gpu:
-        print("CPU at reduced size: results are compared, times mean nothing")
     print("\n".join(tables.aligned(lines, left=0)))
     print(f"wrote {shown(path)}")
 
