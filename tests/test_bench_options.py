@@ -118,7 +118,11 @@ def test_rows_are_kept_whatever_becomes_of_the_next_one(tmp_path, monkeypatch, c
     monkeypatch.setattr(options, "measure", lambda *_, **__: Row("route", "softmax", 1, us=2.0))
     with pytest.raises(KeyboardInterrupt):
         options.main(["--workloads=1", f"--output={tmp_path}"])
-    assert capsys.readouterr().out.endswith("2 of 2: route sigmoid, T=1, for the check\n")
+    shown, table = capsys.readouterr().out.split("2 of 2: route sigmoid, T=1, for the check\n")
+    assert "1 of 2: route softmax" in shown
+    assert "softmax" in table
+    assert "sigmoid" not in table  # it was not finished
+    assert table.endswith(f"what was finished is in {tmp_path / 'options.json'}\n")
     written = json.loads((tmp_path / "options.json").read_text())
     assert [row["variant"] for row in written["rows"]] == ["softmax"]
     assert written["about"]["complete"] is False
