@@ -152,7 +152,7 @@ def test_a_line_that_does_not_fit_is_refused(folder, path, value, message):
         ("[]", "expected a JSON object, got list"),
         ('{"definition": 1, "definition": 2}', "a key appears twice"),
         ('{"definition": NaN}', "NaN is not a number"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "not valid JSON: nested too deeply"),
         ("x" * (2**20 + 1), "line longer than"),
     ],
 )

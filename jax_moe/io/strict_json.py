@@ -23,7 +23,9 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except UnicodeDecodeError:
         raise ValueError(f"{where}: not valid JSON: its bytes are no text") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
+    except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
