@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_moe import backends
 from pallas_kernels import interruption
 from pallas_kernels.mosaic import launch
 
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitizer_control")
     parser.add_argument("name", help="what the JSON calls it")
     name = parser.parse_args(argv).name
+    if reason := backends.unsupported_reason("mosaic"):
+        parser.error(reason)
     print(json.dumps({"backend": name, "relative_errors": run()}), flush=True)
 
 

@@ -78,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the errors as JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.sanitizer_target")
     parser.add_argument("backend", choices=backends.NAMES)
-    print(json.dumps(run(parser.parse_args(argv).backend)), flush=True)
+    backend = parser.parse_args(argv).backend
+    if reason := backends.unsupported_reason(backend):
+        parser.error(f"{backend}: {reason}")
+    print(json.dumps(run(backend)), flush=True)
 
 
 if __name__ == "__main__":

@@ -284,6 +284,9 @@ def test_a_program_of_the_tools_names_what_it_lacks(program, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main([])
     assert "error: the following arguments are required: " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["mosaic"])
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_missing_is_one_clear_line(monkeypatch, capsys, tmp_path):
