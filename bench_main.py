@@ -10,6 +10,7 @@ python bench_main.py --shared_expert                   # what it adds to the lay
 python bench_main.py --documents=out/bench/latest      # write a run's documents again
 """
 
+import argparse
 import contextlib
 import logging
 import math
@@ -243,12 +244,10 @@ def _folder(flag: flags.FlagHolder) -> Path | None:
     """The folder that a flag names, with `~` for the user's home; None if it was not given."""
     if flag.value is None:
         return None
-    if flag.value == "":  # pathlib's current directory, which nobody means by it
-        raise ValueError(f"--{flag.name}: expected a folder, got an empty name")
     try:
-        return Path(flag.value).expanduser()
-    except RuntimeError as error:  # no such user
-        raise ValueError(f"--{flag.name}: {flag.value}: {error}") from None
+        return commands.folder_name(flag.value)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--{flag.name}: {error}") from None
 
 
 def _check_mode(mode: str) -> None:

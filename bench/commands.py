@@ -40,7 +40,7 @@ def file(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a file, got an empty name")
     try:
-        path = Path(text).expanduser()
+        path = folder_name(text)
         with naming(path):
             is_folder, has_folder = path.is_dir(), path.parent.is_dir()
             is_other = os.path.lexists(path) and (path.is_symlink() or not path.is_file())
@@ -51,7 +51,7 @@ def file(text: str) -> Path:
         if not has_folder:
             raise ValueError(f"expected a path in a folder that exists, got {shown(path)}")
         run_folder.make_writable(path.parent)
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return path
 

@@ -47,8 +47,10 @@ def folder_name(text: str) -> Path:
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # no such user
-        raise argparse.ArgumentTypeError(str(error)) from None
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"expected a path, got {text!r}: that user has no home"
+        ) from None
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

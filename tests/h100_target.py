@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line: compiles what `module:function` names and prints one report each."""
     parser = argparse.ArgumentParser(prog="python -m tests.h100_target")
     parser.add_argument("target", help="module:function, see the module's docstring")
-    parser.add_argument("--cuda-bin", help="folder of the ptxas to use; default: the wheels'")
+    parser.add_argument("--cuda-bin", type=os.path.expanduser, help="of ptxas; else the wheels'")
     parser.add_argument("--json", action="store_true", help="print one JSON object a program")
     args = parser.parse_args(argv)
     module, _, function = args.target.partition(":")

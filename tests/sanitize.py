@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=positive_finite, default=540.0, help="seconds a run may take"
     )
-    parser.add_argument("--sanitizer", help="path of compute-sanitizer")
+    parser.add_argument("--sanitizer", type=os.path.expanduser, help="path of compute-sanitizer")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a summary of another commit or GPU"
     )

@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_
         "/dev/null": "expected a file, got the link, socket or device /dev/null",
         "": "expected a file, got an empty name",
         "/proc/times.json": "/proc: cannot be used: No such file or directory",
-        "~nobody_here/x": "Could not determine home directory",
+        "~nobody_here/x": "expected a path, got '~nobody_here/x': that user has no home",
     }
     for path, said in expected.items():
         with pytest.raises(SystemExit, match="2"):

@@ -174,6 +174,7 @@ def test_a_checkout_that_does_not_compile_is_an_error(tmp_path):
         ("--experts=36", "argument --experts: expected a multiple of 8 from 16 to 65536, got '36'"),
         (f"--tokens=1,{10**20}", "argument --tokens: expected token counts such as 1,80, each of"),
         ("--cache=", "argument --cache: expected a folder, got an empty name"),
+        ("--cache=~nobody_here/x", "argument --cache: expected a path, got '~nobody_here/x': that"),
         ("--cache=/dev/null", "argument --cache: expected a folder, got the file '/dev/null'"),
         (f"--cache={'a' * 300}", "--cache: [Errno 36] File name too long: "),
     ],

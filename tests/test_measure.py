@@ -149,6 +149,13 @@ COMMANDS = {name: one.arguments(OUT) for name, one in measure.KINDS.items()}
 COMMANDS["parallel_gpus"] = list(parallel_gpus.steps_of(OUT, "")[0].arguments)
 
 
+def test_a_home_that_nobody_has_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        measure.main(["--list", "--output=~nobody_here/x"])
+    said = "argument --output: expected a path, got '~nobody_here/x': that user has no home"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_is_one_of_the_command(name):
     words = COMMANDS[name]

@@ -306,6 +306,8 @@ def test_without_flashinfer_no_folder_is_made(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--package: expected a folder, as flashinfer is not inst"):
         flashinfer_module.main([f"--output={tmp_path / 'new'}"])
     assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit, match="2"):
+        flashinfer_module.main(["--output=~nobody_here/x"])
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,12 @@ def _number(text: str, most: int) -> int:
 def _cache_folder(text: str) -> pathlib.Path:
     if not text:  # pathlib's current directory, which nobody means by it
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
-    folder = pathlib.Path(text).resolve()
+    try:
+        folder = pathlib.Path(text).expanduser().resolve()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"expected a path, got {text!r}: that user has no home"
+        ) from None
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
     return folder

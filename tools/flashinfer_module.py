@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 
+from interop.arguments import folder_name
 from pallas_kernels import interruption
 
 NAME = "fused_moe_90"
@@ -148,11 +149,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for objects and library")
-    parser.add_argument("--package", type=Path, help="flashinfer's folder; else the installed one")
-    parser.add_argument("--tvm_ffi", type=Path, help="tvm_ffi's folder; else the installed one")
+    parser.add_argument(
+        "--output", type=folder_name, required=True, help="folder for objects and library"
+    )
+    parser.add_argument(
+        "--package", type=folder_name, help="flashinfer's folder; else the installed one"
+    )
+    parser.add_argument(
+        "--tvm_ffi", type=folder_name, help="tvm_ffi's folder; else the installed one"
+    )
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    parser.add_argument("--cuda", type=Path, default=Path(cuda), help="with bin/nvcc and include")
+    parser.add_argument("--cuda", type=folder_name, default=cuda, help="with bin/nvcc and include")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:

@@ -24,7 +24,7 @@ from bench.commands import folder
 from bench.failures import FileError
 from bench.steps import Step, run_all
 from interop import folder_lock
-from interop.arguments import positive_finite
+from interop.arguments import folder_name, positive_finite
 from pallas_kernels import interruption
 
 _PEERS = "deepgemm64,deepgemm128,deepgemm_mega,flashinfer_cutlass,sglang_v2,torch_reference"
@@ -155,17 +155,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("steps", nargs="*", help="which; all if none is named")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
     parser.add_argument("--minutes", type=positive_finite, default=600, help="for all of them")
-    parser.add_argument("--output", default="out/measured")
+    parser.add_argument("--output", type=folder_name, default="out/measured")
     args = parser.parse_args(argv)
     try:
-        steps = steps_of(args.steps, Path(args.output).expanduser())
+        steps = steps_of(args.steps, args.output)
         if args.list:
             for step in steps:
                 print(f"{step.name:18}{KINDS[step.name].what}; at most {step.seconds:.0f} s")
             return 0
         if not args.steps and not environment.has_gpu_driver():
             raise ValueError("needs an NVIDIA GPU; steps that are named run at reduced sizes")
-        output = folder(args.output)  # made where there is something to measure
+        output = folder(str(args.output))  # made where there is something to measure
         run_folder.refuse_others(output, (step_record.RECORD,))
         step_record.refuse_others(output, KINDS)
         with folder_lock.held(output):

@@ -105,7 +105,11 @@ def _folder(text: str) -> Path:
         if path.exists() and not path.is_dir():
             raise ValueError("it is no folder")
         _make_writable(path)
-    except (OSError, RuntimeError, ValueError) as error:
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"expected a path, got {text!r}: that user has no home"
+        ) from None
+    except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"cannot write there: {error}") from None
     return path
 
