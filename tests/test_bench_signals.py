@@ -134,6 +134,14 @@ def test_loops_that_time_ask_for_a_swallowed_signal(monkeypatch):
         compare_times.measure([lambda: np.zeros(1)], (), rounds=1, iterations=1, clock=None)
 
 
+def test_a_slow_call_is_timed_four_times_only(monkeypatch):
+    monkeypatch.setattr(host_time, "MOST_SECONDS", 0.0)
+    called = []
+    cost = host_time._median(lambda: called.append(0), lambda: None, lambda _: None)
+    assert len(called) == 4
+    assert 0 < cost.host <= cost.complete
+
+
 def test_an_interrupted_callback_is_not_logged(caplog, capsys):
     def main():
         jax.jit(lambda: jax.experimental.io_callback(signal.raise_signal, None, signal.SIGINT))()
