@@ -5,14 +5,14 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import run_folder, typed
+from bench import about, run_folder, typed
 from bench.correctness import Tolerance
 from bench.documents import Options
 from bench.results import SCHEMA, Results, rows_of
 from bench.roofline import Roofline
 from bench.settings import Settings
 from jax_moe.io.files import naming, shown
-from jax_moe.io.strict_json import one_line, parse_object
+from jax_moe.io.strict_json import parse_object
 from jax_moe.scalars import quoted
 
 _NOT_ABOUT = ("schema", "timer", "roofline", "unavailable", "rows")
@@ -60,12 +60,7 @@ def read(folder: Path) -> Saved:
 
 
 def _saved(path: Path, content: dict[str, Any]) -> Saved:
-    for name in ("device", "versions", "settings", "unavailable"):
-        typed.checked_object(content[name], name)
-    resumed = typed.checked_list(content.get("resumed_commands", []), "resumed_commands")
-    for command in (*resumed, content["command"]):
-        one_line(command, "command")
-    one_line(content["device"]["kind"], "device: kind")
+    about.check(content)
     if content["timer"] not in ("gpu", "wall"):
         raise ValueError(f"timer: expected gpu or wall, got {quoted(content['timer'])}")
     if content["timer"] != content["settings"].get("timer", content["timer"]):
@@ -82,21 +77,19 @@ def _saved(path: Path, content: dict[str, Any]) -> Saved:
     if not results.rows:
         raise ValueError("rows: expected at least one, got none")
     results.rows_on_disk = len(results.rows)
-    asked = typed.checked_object(content.get("asked") or _asked(results), "asked")
-    for name, uuids in typed.checked_object(asked.get("uuids", {}), "asked: uuids").items():
-        typed.checked_list(uuids, f"asked: uuids of {name}")
+    asked = content.get("asked") or _asked(results)
     known = {field.name for field in dataclasses.fields(Settings)}
     fields = {key: value for key, value in content["settings"].items() if key in known}
     fields = {"cool_down": 0.0, "flush": "write"} | fields  # runs from before there was one
     fields |= {
-        "solutions": tuple(typed.checked_list(asked["solutions"], "solutions")),
-        "workloads": tuple(typed.checked_list(asked["workloads"], "workloads")),
+        "solutions": tuple(asked["solutions"]),
+        "workloads": tuple(asked["workloads"]),
         "tolerance": typed.record(Tolerance, fields["tolerance"]),
         "output": path.parent,
     }
-    return Saved(
-        results, typed.record(Settings, fields), Options(asked["report"], asked["breakdown"])
-    )
+    settings = typed.record(Settings, fields)
+    settings.measured  # noqa: B018  refuses a model that is not known
+    return Saved(results, settings, Options(asked["report"], asked["breakdown"]))
 
 
 def _asked(results: Results) -> dict[str, Any]:

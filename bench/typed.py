@@ -6,6 +6,8 @@ import types
 import typing
 from typing import Any
 
+from jax_moe.scalars import quoted
+
 _LEAST, _MOST = 1e-6, 1e300  # of what is measured; between them every ratio is finite
 
 
@@ -42,6 +44,48 @@ def record(kind: Any, fields: Any, *, positive: bool = False) -> Any:
                 f"{name_of}.{name}: expected a number in {least:g}..{_MOST:g}, got {value!r}"
             )
     return kind(**fields)
+
+
+def check(value: Any, hint: Any, name: str) -> None:
+    """Checks a value of JSON against a type, the members of objects and lists too.
+
+    Args:
+        value: What was parsed.
+        hint: A `TypedDict`, `dict[str, X]`, `list[X]`, `X | None`, a `Literal` of texts, str, bool,
+            int or float. Keys that a `TypedDict` does not know may be anything.
+        name: What to call the value in errors.
+
+    Raises:
+        ValueError: It is of another type, lacks a key, is a text of several lines or with control
+            characters, or a number below 0; names where.
+    """
+    within = f"{name}: " if name else ""
+    if isinstance(hint, types.UnionType):
+        if value is not None:
+            (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
+            check(value, hint, name)
+    elif typing.is_typeddict(hint):
+        fields = checked_object(value, name)
+        for key in sorted(hint.__required_keys__ - fields.keys()):
+            raise ValueError(f"{within}no {key!r}")
+        for key, kind in _hints(hint).items():
+            if key in fields:
+                check(fields[key], kind, within + key)
+    elif typing.get_origin(hint) is dict:
+        for key, one in checked_object(value, name).items():
+            check(key, str, f"{within}a key")
+            check(one, typing.get_args(hint)[1], within + key)
+    elif typing.get_origin(hint) is list:
+        for one in checked_list(value, name):
+            check(one, typing.get_args(hint)[0], name)
+    elif not _fits(value, hint):
+        is_one_of = typing.get_origin(hint) is typing.Literal
+        wanted = " or ".join(typing.get_args(hint)) if is_one_of else hint.__name__
+        raise ValueError(f"{name}: expected {wanted}, got {quoted(value)}")
+    elif isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{name}: expected one line of printable text, got {quoted(value)}")
+    elif _is_number(value) and not 0 <= value <= _MOST:
+        raise ValueError(f"{name}: expected a number in 0..{_MOST:g}, got {quoted(value)}")
 
 
 def checked_object(value: Any, name: str) -> dict[str, Any]:

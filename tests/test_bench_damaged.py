@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 
 import pytest
 
-from bench import documents, header, run_folder, saved, session
+from bench import about, documents, header, run_folder, saved, session
 from bench.correctness import Check
+from bench.inputs import KINDS
 from bench.results import PASS, WRONG, Results, load_rows, rows_of
+from bench.routing import PATTERNS
 from bench.settings import Settings
+from bench.timers import FLUSHES
 from tests.bench_rows import row
 
 SETTINGS = Settings(("jax_moe_xla",), timer="wall", on_gpu=False)
+
+ASKED = {"solutions": ["all"], "workloads": ["7"], "report": False, "breakdown": False}
 
 
 @pytest.fixture
@@ -39,6 +45,16 @@ def changed(path, value):
         for key in parents:
             content = content[key]
         content[last] = value
+
+    return change
+
+
+def left_out(path):
+    def change(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        del content[last]
 
     return change
 
@@ -92,9 +108,21 @@ def test_a_damaged_row_is_named(results, damage, said):
         ("device", None, "device: expected an object, got NoneType"),
         (
             "device",
-            {"kind": "\ud800"},
+            {"kind": "\ud800", "compute_capability": None},
             "device: kind: expected one line of printable text, got "
             r"'\ud800'",
+        ),
+        ("device", {"kind": "cpu"}, "device: no 'compute_capability'"),
+        ("versions", {"jax": 1}, "versions: jax: expected str, got 1"),
+        ("started", "yesterday", "started: expected a time in ISO 8601, got 'yesterday'"),
+        ("gpu_state_after", [], "gpu_state_after: expected an object, got list"),
+        ("asked", ASKED | {"rows": "two"}, "asked: rows: expected int, got 'two'"),
+        ("asked", ASKED | {"rows": -1}, "asked: rows: expected a number in 0..1e+300, got -1"),
+        ("asked", ASKED | {"report": "yes"}, "asked: report: expected bool, got 'yes'"),
+        (
+            "settings",
+            SETTINGS.comparable() | {"flush": "gpu"},
+            "settings: flush: expected write or read, got 'gpu'",
         ),
         ("timer", "sundial", "timer: expected gpu or wall, got 'sundial'"),
         ("timer", "gpu", "timer: expected that of the settings, got 'gpu'"),
@@ -111,6 +139,50 @@ def test_a_damaged_file_is_named(results, name, value, said):
         results.path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=f"damaged: no '{name}'"):
             saved.read(results.path)
+
+
+def places(value, path=()):
+    """Where values lie in what was parsed, the outermost first."""
+    if path:
+        yield path
+    members = value.items() if isinstance(value, dict) else ()
+    for key, one in (*members, *(enumerate(value) if isinstance(value, list) else ())):
+        yield from places(one, (*path, key))
+
+
+def test_no_damage_is_a_traceback_or_replaces_a_document_by_half_of_one(results):
+    """Of what stands beside the rows, any value that is another or is not there."""
+    results.about |= {
+        "started": "2026-12-01T12:00:00+00:00",
+        "asked": ASKED | {"rows": 2, "uuids": {"jax_moe_xla": [""]}},
+        "gpu_state_before": {"name": "GPU"},
+        "resumed_commands": ["a"],
+    }
+    results.write()
+    whole = json.loads(results.path.read_text())
+    document = results.path.with_suffix(".md")
+    refused = 0
+    for path in places({**whole, "rows": ""}):
+        for odd in (..., None, "", "a\nb", -1, 1e300, [], {}, [[]], {"a": {}}):
+            content = json.loads(json.dumps(whole))
+            (left_out(path) if odd is ... else changed(path, odd))(content)
+            results.path.write_text(json.dumps(content))
+            document.write_text("as it was")
+            said, expected = "", "# 1 of the 19 workloads on "
+            try:
+                session.write_documents(results.path, documents.Options())
+            except ValueError as error:
+                said, expected = str(error), "as it was"
+            assert said.startswith(f"--documents: {results.path}: " if said else ""), (path, odd)
+            assert document.read_text().startswith(expected), (path, odd)
+            refused += bool(said)
+    assert refused > 300
+
+
+def test_the_words_of_settings_are_those_of_the_flags():
+    hints = typing.get_type_hints(about.Conditions)
+    for name, words in (("inputs", KINDS), ("routing", PATTERNS), ("flush", FLUSHES)):
+        assert typing.get_args(hints[name]) == words
 
 
 @pytest.mark.parametrize(
