@@ -2,14 +2,16 @@
 
 import functools
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from bench import environment, parallel_rows, step_record, typed
+from bench.about import Kernel, Step, check_parallel
 from bench.failures import FileError, writing
 from bench.parallel_rows import Row
-from bench.parallel_trace import by_kernel
+from bench.parallel_trace import KernelTime, by_kernel
 from bench.parallel_trace import read as read_trace
 from bench.results import plain
 from bench.tables import markdown, without_empty
@@ -49,6 +51,13 @@ class Trace(NamedTuple):
     tokens: int
     trace: str = ""
     problem: str = ""
+
+
+class Named(TypedDict):
+    """A row of those, and the step that it is of."""
+
+    step: str
+    kernels: NotRequired[list[Kernel]]
 
 
 _KINDS = (
@@ -107,9 +116,7 @@ def collect(folder: Path) -> dict[str, Any]:
         if trace.get("trace") and not path.is_file():
             whole[trace["step"]] = False
         if path.is_file():
-            with naming(path):
-                kernels = by_kernel(read_trace(path))
-            trace["kernels"] = [kernel._asdict() for kernel in kernels]
+            trace["kernels"] = [kernel._asdict() for kernel in _kernels(path)]
     found["steps"] = _states(step_record.read(folder), whole)
     for step in found["steps"]:
         if commit := commits.get(step["step"]):
@@ -125,6 +132,14 @@ def collect(folder: Path) -> dict[str, Any]:
     if named := sorted({*commits.values()} - {""}):
         found["about"]["git_commit"] = ", ".join(named)
     return found
+
+
+def _kernels(path: Path) -> list[KernelTime]:
+    try:
+        with naming(path):
+            return by_kernel(read_trace(path))
+    except (AttributeError, EOFError, KeyError, TypeError, zlib.error) as error:
+        raise ValueError(f"{shown(path)}: damaged: {typed.reason(error)}") from None
 
 
 def _began(about: Mapping[str, Any]) -> tuple[str, str]:
@@ -209,7 +224,7 @@ def _kept_alone(path: Path) -> dict[str, Any]:
     with naming(path):
         found = parse_object(path.read_bytes(), shown(path))
     try:
-        about = typed.checked_object(found["about"], "about")
+        check_parallel(found["about"])
         lists = ("steps", "layers", *(kind for kind, *_ in _KINDS))
         for name in lists:
             for row in typed.checked_list(found[name], name):
@@ -220,16 +235,16 @@ def _kept_alone(path: Path) -> dict[str, Any]:
             for row in found[kind]:
                 others = {name: v for name, v in row.items() if name not in ("step", "kernels")}
                 typed.record(record, others)
-        typed.checked_object(about.get("device", {}), "device")
+        typed.check(found["steps"], list[Step], "steps")
+        for kind, *_ in _KINDS:
+            typed.check(found[kind], list[Named], kind)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{shown(path)}: damaged: {typed.reason(error)}") from None
     return found
 
 
 def _document(found: Mapping[str, Any], rows: Sequence[Row], picture: str | None) -> list[str]:
-    sizes = found["about"].get("sizes")  # older records have none
-    count = sizes["num_experts"] // sizes["num_local_experts"] if sizes else None
-    count = rows[0].ranks if rows else count
+    count = rows[0].ranks if rows else parallel_rows.ranks_of(found["about"])
     ranks = f"{count} x " if count else ""
     kind = found["about"].get("device", {}).get("kind", "unknown devices")
     lines = [f"# Expert parallelism over {ranks}{kind}", ""]
@@ -306,7 +321,7 @@ def _primitives(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     cells = [["primitive", "problem", "bytes", "us", "GB/s per rank and direction"]]
     for row in sorted(rows, key=lambda row: (row["name"], row["bytes"])):
         us, rate = row.get("us"), row.get("gb_s")
-        numbers = ["-", "-"] if us is None else [f"{us:.1f}", f"{rate:.1f}"]
+        numbers = ["-" if number is None else f"{number:.1f}" for number in (us, rate)]
         cells.append([row["name"], row.get("problem", "-"), f"{row['bytes']:,}", *numbers])
     return without_empty(cells)
 
@@ -331,7 +346,10 @@ def _breakdown(trace: Mapping[str, Any]) -> list[str]:
     if any(rest):
         cells.append([f"{len(names) - _MOST_KERNELS} others", "-", *(f"{us:.1f}" for us in rest)])
     what = "Kernels launched one by one, without CUDA graphs; a collective's time includes waiting"
-    lines += [f"{what} for the other ranks. Trace for Perfetto: `{trace['trace']}`.", ""]
+    lines += [
+        f"{what} for the other ranks. Trace for Perfetto: `{trace.get('trace') or 'not kept'}`.",
+        "",
+    ]
     return [*lines, *markdown(cells), ""]
 
 

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import environment, step_record
+from bench import environment, parallel_rows, step_record
 from bench.parallel_documents import STEM
 from bench.run_folder import make, refuse_others
 from interop import folder_lock
 from jax_moe.io.files import naming, shown
-from jax_moe.io.strict_json import parse_object
 
 ASIDE = ".earlier"  # what --overwrite replaces lies there until a new step has results
 _MOVING = ".moving"  # and here while it is on its way there or back
@@ -133,9 +132,7 @@ def _check(
         )
     here = _settings_here(ranks) if earlier else {}
     for name, path in earlier.items():
-        with naming(path):
-            content = path.read_bytes()
-        there = _settings_of(parse_object(content, shown(path)).get("about") or {})
+        there = _settings_of(parallel_rows.read_as(lambda row: row, path)[1])
         for what, value in here.items():
             if there[what] != value:
                 raise ValueError(
@@ -146,10 +143,9 @@ def _check(
 
 def _settings_of(about: dict[str, Any]) -> dict[str, str]:
     """What the figures of a step depend on."""
-    sizes = about.get("sizes") or {"num_experts": 0, "num_local_experts": 1}
     gpu = about.get("gpu_state") or {}
     return {
-        "ranks": str(sizes["num_experts"] // sizes["num_local_experts"]),
+        "ranks": str(parallel_rows.ranks_of(about) or 0),
         "GPU": gpu.get("name", "none"),
         "commit": str(about.get("git_commit")),
         "versions": _in_words(about.get("versions") or {}),

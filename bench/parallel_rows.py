@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import environment, tables, typed
+from bench.about import check_parallel
 from bench.failures import writing
 from bench.results import plain
 from interop import plot_style
 from jax_moe.io.files import naming, shown, write_atomically
-from jax_moe.io.strict_json import number, parse_object
+from jax_moe.io.strict_json import parse_object
 from jax_moe.parallel import exchange
 
 # Of ranks on one axis: two_level needs an axis of hosts beside it.
@@ -127,6 +128,13 @@ def row_of(fields: Any) -> Row:
     return row
 
 
+def ranks_of(about: Mapping[str, Any]) -> int | None:
+    """How many ranks the sizes of a run are of; None where it does not say, or has several."""
+    sizes = about.get("sizes", {})  # older records have none
+    local = sizes.get("num_local_experts")
+    return sizes["num_experts"] // local if isinstance(local, int) else None
+
+
 def read_as(row_of: Callable[[Any], Any], path: Path) -> tuple[list[Any], dict[str, Any]]:
     """The rows of a file, and where they come from.
 
@@ -141,20 +149,10 @@ def read_as(row_of: Callable[[Any], Any], path: Path) -> tuple[list[Any], dict[s
         content = parse_object(path.read_bytes(), shown(path))
     try:
         rows = typed.checked_list(content["rows"], "rows")
-        about = typed.checked_object(content["about"], "about")
-        if sizes := about.get("sizes"):
-            _check_sizes(sizes)
+        about = check_parallel(content["about"])
         return [row_of(row) for row in rows], about
     except (KeyError, ValueError) as error:
         raise ValueError(f"{shown(path)}: damaged: {typed.reason(error)}") from None
-
-
-def _check_sizes(sizes: Any) -> None:
-    for name in ("num_experts", "num_local_experts"):
-        local = typed.checked_object(sizes, "about.sizes")[name]
-        if name == "num_local_experts" and isinstance(local, list):  # of `--local-of`
-            continue
-        number(local, 1, 2**31, f"about.sizes.{name}")
 
 
 def plot(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> bool:

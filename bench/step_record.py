@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import typed
+from bench.about import Step
 from bench.failures import writing
 from jax_moe.io.files import naming, shown, write_atomically
 from jax_moe.io.strict_json import check_fields, number, one_line, parse_object
@@ -34,6 +36,7 @@ def read(folder: Path) -> Lines:
         needed, others = ("step", "state", "seconds"), ("arguments", "written", "said", "commit")
         line = check_fields(parse_object(text, where), needed, others, where)
         number(line["seconds"], 0, 1e9, f"{where}: seconds")
+        typed.check(line, Step, where)
         for field in {"step", "state", "written", "said"} & line.keys():
             if line[field] != "":
                 one_line(line[field], f"{where}: {field}")

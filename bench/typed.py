@@ -66,7 +66,7 @@ def check(value: Any, hint: Any, name: str) -> None:
             check(value, hint, name)
     elif typing.is_typeddict(hint):
         fields = checked_object(value, name)
-        for key in sorted(hint.__required_keys__ - fields.keys()):
+        for key in sorted(_required(hint) - fields.keys()):
             raise ValueError(f"{within}no {key!r}")
         for key, kind in _hints(hint).items():
             if key in fields:
@@ -122,6 +122,14 @@ def _is_number(value: Any) -> bool:
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
+
+
+@functools.cache
+def _required(kind: Any) -> frozenset[str]:
+    """Keys of a `TypedDict`; its own `__required_keys__` are wrong where annotations are texts."""
+    hints = typing.get_type_hints(kind, include_extras=True) if kind.__total__ else {}
+    is_optional = lambda hint: typing.get_origin(hint) is typing.NotRequired  # noqa: E731
+    return frozenset(name for name, hint in hints.items() if not is_optional(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

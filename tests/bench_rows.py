@@ -55,3 +55,31 @@ def measure_nothing(settings, solutions, workloads, results, progress, *_):
             one = row(name, workload.num_tokens, 100.0 * place, gpu=None)
             results.put(one)
             progress.done(one)
+
+
+ODD = (..., None, "", "a\nb", -1, 1e300, [], {}, [[]], {"a": {}})
+"""What a damaged file may hold in a place; ... stands for nothing."""
+
+
+def places(value, path=()):
+    """Where values lie in what was parsed, the outermost first."""
+    if path:
+        yield path
+    members = value.items() if isinstance(value, dict) else ()
+    for key, one in (*members, *(enumerate(value) if isinstance(value, list) else ())):
+        yield from places(one, (*path, key))
+
+
+def changed(path, value):
+    """Changes what was parsed in one place; a value of ... leaves it out."""
+
+    def change(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        if value is ...:
+            del content[last]
+        else:
+            content[last] = value
+
+    return change

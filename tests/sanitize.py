@@ -23,9 +23,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from bench import environment
+from bench import environment, typed
 from bench.commands import usable
 from interop import folder_lock
 from interop.arguments import positive_finite
@@ -218,6 +218,17 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+class Run(TypedDict):
+    """One tool on one backend, as far as the table shows it."""
+
+    tool: str
+    backend: str
+    state: str
+    reports: dict[str, int]
+    seconds: float
+    left_out: NotRequired[str]
+
+
 def earlier_runs(
     path: pathlib.Path, about: dict[str, Any], *, overwrite: bool
 ) -> list[dict[str, Any]]:
@@ -236,6 +247,7 @@ def earlier_runs(
     try:
         content = json.loads(path.read_text())
         runs: list[dict[str, Any]] = content["runs"]
+        typed.check(runs, list[Run], "runs")
         others = [key for key in ("commit", "device", "versions") if content[key] != about[key]]
     except (OSError, KeyError, TypeError, ValueError):
         runs, others = [], ["file"]

@@ -15,7 +15,7 @@ from bench.results import PASS, WRONG, Results, load_rows, rows_of
 from bench.routing import PATTERNS
 from bench.settings import Settings
 from bench.timers import FLUSHES
-from tests.bench_rows import row
+from tests.bench_rows import ODD, changed, places, row
 
 SETTINGS = Settings(("jax_moe_xla",), timer="wall", on_gpu=False)
 
@@ -37,26 +37,6 @@ def results(tmp_path):
     found.put(row("torch_reference", 7, 100.0))
     found.put(row("jax_moe_xla", 7, 50.0))
     return found
-
-
-def changed(path, value):
-    def change(content):
-        *parents, last = path
-        for key in parents:
-            content = content[key]
-        content[last] = value
-
-    return change
-
-
-def left_out(path):
-    def change(content):
-        *parents, last = path
-        for key in parents:
-            content = content[key]
-        del content[last]
-
-    return change
 
 
 DAMAGES = {
@@ -141,15 +121,6 @@ def test_a_damaged_file_is_named(results, name, value, said):
             saved.read(results.path)
 
 
-def places(value, path=()):
-    """Where values lie in what was parsed, the outermost first."""
-    if path:
-        yield path
-    members = value.items() if isinstance(value, dict) else ()
-    for key, one in (*members, *(enumerate(value) if isinstance(value, list) else ())):
-        yield from places(one, (*path, key))
-
-
 def test_no_damage_is_a_traceback_or_replaces_a_document_by_half_of_one(results):
     """Of what stands beside the rows, any value that is another or is not there."""
     results.about |= {
@@ -163,9 +134,9 @@ def test_no_damage_is_a_traceback_or_replaces_a_document_by_half_of_one(results)
     document = results.path.with_suffix(".md")
     refused = 0
     for path in places({**whole, "rows": ""}):
-        for odd in (..., None, "", "a\nb", -1, 1e300, [], {}, [[]], {"a": {}}):
+        for odd in ODD:
             content = json.loads(json.dumps(whole))
-            (left_out(path) if odd is ... else changed(path, odd))(content)
+            changed(path, odd)(content)
             results.path.write_text(json.dumps(content))
             document.write_text("as it was")
             said, expected = "", "# 1 of the 19 workloads on "

@@ -20,6 +20,7 @@ from bench import (
 from bench.parallel_rows import Row
 from bench.steps import Step
 from bench.workloads import REDUCED
+from tests import bench_rows
 
 
 def test_documents_of_a_folder_without_a_run_are_refused(tmp_path, capsys):
@@ -34,6 +35,7 @@ def test_documents_of_a_folder_without_a_run_are_refused(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(said)
 
 
+SIZES = REDUCED._asdict() | {"num_local_experts": 0}
 WRONG = {"exchange": "nvlink", "tokens": 8, "runs": 2, "same_bits": True, "right": True}
 
 
@@ -59,7 +61,7 @@ WRONG = {"exchange": "nvlink", "tokens": 8, "runs": 2, "same_bits": True, "right
         ),
         (
             "check_nvlink.json",
-            '{"about": {"sizes": {"num_experts": 64, "num_local_experts": 0}}, "rows": []}',
+            json.dumps({"about": {"sizes": SIZES, "reduced": False}, "rows": []}),
             "damaged: about.sizes.num_local_experts: expected a number in 1..",
         ),
         ("parallel_gpus.json", '{"about": {}}', "damaged: no 'steps'"),
@@ -324,7 +326,8 @@ def test_another_command_keeps_its_folder(tmp_path, measured, flags):
     ("content", "message"),
     [
         ("[]", "check_collectives.json: expected a JSON object, got list"),
-        ("{}", "with ranks 0, got 2"),
+        ("{}", "check_collectives.json: damaged: no 'rows'"),
+        ('{"about": {}, "rows": []}', "with ranks 0, got 2"),
     ],
 )
 def test_no_step_is_added_to_a_damaged_one(tmp_path, measured, content, message):
@@ -333,3 +336,40 @@ def test_no_step_is_added_to_a_damaged_one(tmp_path, measured, content, message)
     code, said = measured(tmp_path, "--only=primitives")
     assert (code, message in said) == (2, True), said
     assert list(contents(tmp_path)) == [path]
+
+
+def test_no_damage_is_a_traceback_or_replaces_a_document_by_half_of_one(
+    tmp_path, measured, monkeypatch, capsys
+):
+    """Of any file of the run, any value that is another or is not there."""
+    assert measured(tmp_path) == (0, "")
+    trace = {"exchange": "nvlink", "tokens": 8, "trace": "", "step": "trace_nvlink_8"}
+    kernel = {"rank": 0, "name": "a_kernel", "us": 2.0, "launches": 1.0}
+    alone = json.loads((tmp_path / "parallel_gpus.json").read_text())
+    alone["checks"] = [WRONG | {"error": 0.1, "step": "check_nvlink"}]
+    alone["primitives"] = [{"name": "a", "bytes": 8, "us": 1.0, "gb_s": 2.0, "step": "a"}]
+    alone["traces"] = [trace | {"kernels": [kernel]}]
+    kept_alone = tmp_path / "alone"
+    kept_alone.mkdir()
+    (kept_alone / "parallel_gpus.json").write_text(json.dumps(alone))
+    monkeypatch.setattr(parallel_rows, "plot", lambda *_: False)
+    refused = 0
+    damaged = ("alone/parallel_gpus.json", "check_collectives.json", "layer_1024/parallel.json")
+    for path in map(tmp_path.joinpath, damaged):
+        folder = kept_alone if path.parent == kept_alone else tmp_path
+        text = path.read_text()
+        for place in bench_rows.places(json.loads(text)):
+            for odd in bench_rows.ODD:
+                content = json.loads(text)
+                bench_rows.changed(place, odd)(content)
+                path.write_text(json.dumps(content))
+                (folder / "parallel_gpus.md").write_text("as it was")
+                code = parallel_gpus.main([f"--output={folder}", "--documents"])
+                said, document = capsys.readouterr().err, (folder / "parallel_gpus.md").read_text()
+                expected = "as it was" if code else "# Expert parallelism over "
+                assert document.startswith(expected), (place, odd)
+                where = f"python -m bench.parallel_gpus: --documents: {path}: "
+                assert said.startswith(where if code else ""), (place, odd)
+                refused += bool(code)
+        path.write_text(text)
+    assert refused > 500

@@ -160,7 +160,9 @@ def test_what_any_part_of_a_run_asked_for_is_missing_until_it_is_there(tmp_path,
     assert "Incomplete" not in document.read_text()
     assert "Not measured" not in document.read_text()
     path = chosen.output / "results.json"
-    path.write_text(json.dumps(rows_of(chosen)[1] | {"asked": {"uuids": ["x"]}}))
+    content = rows_of(chosen)[1]
+    content["asked"]["uuids"] = ["x"]
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"^--resume: .*: damaged: asked: uuids: expected an obj"):
         execute(chosen, resume=True)
 

@@ -212,6 +212,11 @@ test "$XLA_PYTHON_CLIENT_PREALLOCATE" = false || exit 3
     assert sanitize.main([*options, "--tools", "racecheck", "--overwrite"]) == 0
     assert len(json.loads((results / "sanitize.json").read_text())["runs"]) == 2
     assert len(again) == 9
+    for damaged in (1, [1], [{}], [content["runs"][0] | {"reports": []}]):
+        (results / "sanitize.json").write_text(json.dumps(content | {"runs": damaged}))
+        with pytest.raises(SystemExit, match="2"):
+            sanitize.main([*options, "--tools", "racecheck"])
+        assert "is of another file; --overwrite replaces it" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("on_a_gpu")
