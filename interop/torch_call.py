@@ -290,7 +290,7 @@ def run(
     _require_memory(layer.options, inputs, bridge.target)
     with _surroundings(bridge.target):
         result = layer.apply(*transfers.upload_numbers((inputs, num_tokens)))
-    _refuse_traced(result)
+    _refuse_traced("torch tensors have no values while JAX traces", result)
     if not result.size:
         return dlpack.to_torch(result) if out is None else out
     exported = dlpack.export_buffer(result, stream)
@@ -301,11 +301,10 @@ def run(
     return out
 
 
-def _refuse_traced(value: Any) -> None:
+def _refuse_traced(why: str, value: Any) -> None:
     if isinstance(value, jax.core.Tracer):
         raise RuntimeError(
-            "torch tensors have no values while JAX traces: call this outside of jax.jit and the "
-            "like, or jax_moe.apply on arrays inside"
+            f"{why}: call this outside of jax.jit and the like, or jax_moe.apply on arrays inside"
         )
 
 
@@ -331,7 +330,7 @@ def host_number(name: str, value: Any) -> Any:
     """A torch scalar as Python's; other things stay as they are."""
     if type(value) in (int, float):  # which is quick
         return value
-    _refuse_traced(value)
+    _refuse_traced(f"{name}: expected a number, got one that JAX traces, without a value", value)
     if not isinstance(value, Tensor):
         return value
     dlpack.refuse_lazy(name, value)

@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=positive_finite, help=f"{_MINUTES:g} if not given")
     parser.add_argument("--seed", type=natural, help="which cases, 0 or more; 0 if not given")
     parser.add_argument("--backend", help=f"comma-separated; also {INTERPRETED}")
-    parser.add_argument("--case", type=natural, help="runs this one case alone")
+    parser.add_argument("--case", type=natural, help="runs this one case alone, writes nothing")
     commands.add_output(parser, _ROOT)
     args = parser.parse_args(argv)
     for flag in ("minutes", "seed", "output") if args.case is not None else ():

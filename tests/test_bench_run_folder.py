@@ -341,7 +341,7 @@ def test_documents_of_a_folder_without_a_run(here, capsys):
     assert capsys.readouterr().err.endswith(f"{expected}\n")
     (here / "results.json").write_text('{"schema": 1, "rows": []}')
     assert documents_of(f"--documents={here}") == bench_main.USAGE_ERROR
-    assert f"{here}/results.json: damaged: no 'device'\n" in capsys.readouterr().err
+    assert f"{here}/results.json: damaged: no 'command'\n" in capsys.readouterr().err
     assert documents_of(f"--documents={here}", "--seed=1") == bench_main.USAGE_ERROR
     assert (
         "--documents: reads --report, --breakdown alone, got --seed too" in capsys.readouterr().err
